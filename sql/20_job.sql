@@ -1,0 +1,426 @@
+-- The queue: claim -> (handler) -> ack | ack_part | retry | bury | give_back, all fenced by the lease token.
+-- Any language can be a worker through these functions; Python's names for them are in anton/queue.py.
+-- job holds what is ready, delayed what waits for its time, lease what is being worked. A claim moves rows
+-- from job to lease, so paused, delayed and leased work never lies in the claim's way.
+
+-- job_rows(...): the columns a worker needs, keys resolved from the change when the job does not hold them
+create or replace function leased(p_token bigint) returns table (
+  handler_id int, id bigint, change_id bigint, at timestamptz, cause bigint, trace bigint, lo int, hi int,
+  attempt smallint, crashes smallint, depth smallint, op "char", tenant text, origin text, settled int[],
+  ids bigint[], keys jsonb, cols text[], degraded text, table_id int, ms_waiting real)
+language plpgsql volatile set search_path from current
+set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
+declare v_now timestamptz := now();
+begin
+  return query
+    select l.handler_id, l.id, l.change_id, l.at, l.cause, l.trace, l.lo, l.hi,
+           l.attempt, l.crashes, l.depth, l.op, l.tenant, l.origin, l.settled,
+           case when l.ids is not null then l.ids when l.lo = 1 and l.hi = c.n then c.ids else c.ids[l.lo:l.hi] end,
+           case when l.keys is not null then l.keys when l.lo = 1 and l.hi = c.n then c.keys
+                when c.keys is not null then jsonb_path_query_array(c.keys, '$[$lo to $hi]',
+                       jsonb_build_object('lo', l.lo - 1, 'hi', l.hi - 1)) end,
+           c.cols, c.degraded, h.table_id, (extract(epoch from v_now - l.at) * 1000)::real
+      from lease l join handler h on h.id = l.handler_id left join change c on c.id = l.change_id
+     where l.token = p_token
+     order by l.handler_id, l.id;
+end $$;
+
+-- claim(worker, token, handlers, jobs, records, after, lease) -> leased jobs
+-- For each handler i leases at most jobs[i] jobs of about records[i] records with id > after[i]; never waits
+-- for a row another holds. Paused handlers yield nothing, a failing one a single job when its probe is due.
+--   token  64 random bits, new for each call: every later call on these jobs must show it
+--   after  0, or the last id claimed, to step over rows a pinned xmin keeps dead
+create or replace function claim(p_worker int, p_token bigint, p_handlers int[], p_jobs int[], p_records int[],
+  p_after bigint[], p_lease interval)
+returns table (
+  handler_id int, id bigint, change_id bigint, at timestamptz, cause bigint, trace bigint, lo int, hi int,
+  attempt smallint, crashes smallint, depth smallint, op "char", tenant text, origin text, settled int[],
+  ids bigint[], keys jsonb, cols text[], degraded text, table_id int, ms_waiting real)
+language plpgsql volatile set search_path from current
+set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
+#variable_conflict use_column
+declare
+  v_now timestamptz := now();
+  v_until timestamptz := v_now + p_lease;
+  v_rows tid[];
+  v_n int;
+begin
+  with wanted as materialized (
+    select w.handler_id, case when h.failing_since is null then w.jobs else least(w.jobs, 1) end as jobs, w.records, w.after
+      from unnest(p_handlers, p_jobs, p_records, p_after) as w (handler_id, jobs, records, after)
+      join handler h on h.id = w.handler_id
+     where not h.paused and (h.probe_at is null or h.probe_at <= v_now)
+  ), locked as materialized (
+    select j.row, j.n, j.id, w.handler_id, w.records
+      from wanted w cross join lateral (
+        select job.ctid as row, job.id, job.hi - job.lo + 1 as n from job
+         where job.handler_id = w.handler_id and job.id > w.after
+         order by job.id limit w.jobs for update skip locked) j
+  )
+  select array_agg(x.row) into v_rows
+    from (select row, records, sum(n) over (partition by handler_id order by id) - n as before from locked) x
+   where x.before < x.records;
+  if v_rows is null then
+    return;
+  end if;
+  with taken as (delete from job where ctid = any (v_rows) returning *)
+  insert into lease (handler_id, id, change_id, at, cause, trace, lo, hi, attempt, crashes, depth, op, tenant, origin,
+                     settled, ids, keys, token, lease_until, worker_id)
+  select t.handler_id, t.id, t.change_id, t.at, t.cause, t.trace, t.lo, t.hi, t.attempt, t.crashes, t.depth, t.op, t.tenant,
+         t.origin, t.settled, t.ids, t.keys, p_token, v_until, p_worker from taken t;
+  -- only the worker that got the probe probes
+  update handler h set probe_at = v_until
+   where h.id = any (p_handlers) and h.failing_since is not null and h.probe_at <= v_now
+     and exists (select from lease l where l.token = p_token and l.handler_id = h.id);
+  return query select * from leased(p_token);
+end $$;
+
+-- reclaim(worker, token, handlers, lease, jobs) -> leased jobs
+-- Takes leases that ran out: their worker died or lost its way. They are suspects: run each alone, in a process
+-- of its own. crashes counts the earlier runs that were alone when they died.
+create or replace function reclaim(p_worker int, p_token bigint, p_handlers int[], p_lease interval, p_jobs int default 1)
+returns table (
+  handler_id int, id bigint, change_id bigint, at timestamptz, cause bigint, trace bigint, lo int, hi int,
+  attempt smallint, crashes smallint, depth smallint, op "char", tenant text, origin text, settled int[],
+  ids bigint[], keys jsonb, cols text[], degraded text, table_id int, ms_waiting real)
+language plpgsql volatile set search_path from current as $$
+#variable_conflict use_column
+declare v_now timestamptz := now(); v_until timestamptz := v_now + p_lease; v_rows tid[];
+begin
+  select array_agg(x.row) into v_rows from (
+    select l.ctid as row from lease l
+     where l.lease_until < v_now and l.handler_id = any (p_handlers)
+       and not exists (select from handler h where h.id = l.handler_id and h.paused)
+     order by l.lease_until, l.id limit p_jobs for update of l skip locked) x;
+  if v_rows is null then
+    return;
+  end if;
+  update lease set token = p_token, lease_until = v_until, worker_id = p_worker, alone = true,
+         crashes = crashes + case when alone then 1 else 0 end
+   where ctid = any (v_rows);
+  return query select * from leased(p_token);
+end $$;
+
+-- heartbeat(worker, tokens, lease) -> the tokens still held
+-- Extends every lease of these tokens; rows that are being settled right now are skipped and count as held.
+create or replace function heartbeat(p_worker int, p_tokens bigint[], p_lease interval) returns setof bigint
+language plpgsql volatile set search_path from current as $$
+declare v_now timestamptz := now(); v_until timestamptz := v_now + p_lease; v_rows tid[];
+begin
+  update worker set seen_at = v_now where id = p_worker;
+  select array_agg(x.row) into v_rows from (
+    select ctid as row from lease where token = any (p_tokens) for update skip locked) x;
+  update lease set lease_until = v_until where ctid = any (v_rows);
+  return query select distinct l.token from lease l where l.token = any (p_tokens);
+end $$;
+
+-- fence(token, held, wanted): raises NT001 unless every job that was asked for was still ours
+create or replace function fence(p_token bigint, p_held bigint, p_wanted bigint) returns void
+language plpgsql immutable set search_path from current as $$
+begin
+  if p_held is distinct from p_wanted then
+    raise exception using errcode = 'NT001',
+      message = format('lease lost: %s of %s jobs are still held under token %s', coalesce(p_held, 0), p_wanted, p_token),
+      hint = 'another worker has these jobs now; what this one computed must be dropped';
+  end if;
+end $$;
+
+-- enter(receipt, depth, trace, tenant): what the triggers of this transaction's writes will note as their cause
+create or replace function enter(p_receipt bigint, p_depth int, p_trace bigint, p_tenant text) returns void
+language sql volatile set search_path from current as $$
+  select set_config('anton.context', p_receipt || ',' || p_depth || ',' || coalesce(p_trace::text, ''), true),
+         set_config('anton.tenant', coalesce(p_tenant, ''), true)
+$$;
+
+-- recover(handler): its work succeeded, so the world is back
+create or replace function recover(p_handler int) returns void language plpgsql volatile set search_path from current as $$
+begin
+  if exists (select from handler where id = p_handler and failing_since is not null) then
+    update handler set failing_since = null, failing_error = null, failures = 0, probe_at = null where id = p_handler;
+  end if;
+end $$;
+
+-- ack(token, ids, worker, ms, gone) -> receipt id
+-- Settles whole jobs of one handler: deletes them under the fence (NT001 and nothing changed when one is lost),
+-- writes the receipt, and sets the context for the outputs that follow in the same transaction.
+--   gone  records that had vanished from the table when they were read
+create or replace function ack(p_token bigint, p_ids bigint[], p_worker int, p_ms real, p_gone int default 0)
+returns bigint language plpgsql volatile set search_path from current as $$
+declare
+  v_now timestamptz := now();
+  v_receipt bigint := nextval('change_seq');
+  v_held bigint; v_handler int; v_depth int; v_trace bigint; v_traces bigint; v_tenant text; v_settled int[]; v_rest int[];
+  v_ids bigint[]; v_keys jsonb; v_changes bigint[]; v_los int[]; v_his int[]; v_causes bigint[]; v_n bigint;
+begin
+  with done as materialized (
+    delete from lease where token = p_token and id = any (p_ids) returning *
+  ), ranked as (select *, row_number() over (order by id) as part from done)
+  select count(*), min(handler_id), max(depth), min(trace), count(distinct coalesce(trace, 0)), min(tenant), min(settled),
+         array_agg(change_id order by part), array_agg(lo order by part), array_agg(hi order by part),
+         array_agg(cause order by part), sum(hi - lo + 1),
+         (select array_agg(k order by r.part, o) from ranked r, unnest(r.ids) with ordinality x (k, o)),
+         (select jsonb_agg(k order by r.part, o) from ranked r, jsonb_array_elements(r.keys) with ordinality x (k, o))
+    into v_held, v_handler, v_depth, v_trace, v_traces, v_tenant, v_settled, v_changes, v_los, v_his, v_causes, v_n, v_ids, v_keys
+    from ranked;
+  perform fence(p_token, v_held, cardinality(p_ids));
+  if v_settled is not null then
+    if v_held > 1 then
+      raise exception using errcode = 'NT004', message = 'ack: a job settled in part must be acked alone';
+    end if;
+    select array_agg(o) into v_rest from generate_series(v_los[1], v_his[1]) o where o <> all (v_settled);
+    v_n := coalesce(cardinality(v_rest), 0);
+  end if;
+  insert into receipt (id, slot, at, handler_id, worker_id, ms, n, gone, change_ids, los, his, causes, ordinals, ids, keys,
+                       depth, trace, tenant)
+  values (v_receipt, slot(v_now), v_now, v_handler, p_worker, p_ms, v_n, p_gone, v_changes, v_los, v_his, v_causes, v_rest,
+          v_ids, v_keys, v_depth, case when v_traces = 1 then v_trace end, v_tenant);
+  perform enter(v_receipt, v_depth + 1, case when v_traces = 1 then v_trace end, v_tenant);
+  perform recover(v_handler);
+  return v_receipt;
+end $$;
+
+-- settle(token, id, ordinals) -> the lease row as it was
+-- Marks records of one job as settled and drops the lease with the last one. NT001 when the lease is lost.
+create or replace function settle(p_token bigint, p_id bigint, p_ordinals int[]) returns lease
+language plpgsql volatile set search_path from current as $$
+declare v lease;
+begin
+  select * into v from lease where token = p_token and id = p_id for update;
+  perform fence(p_token, case when v.id is null then 0 else 1 end, 1);
+  if v.settled && p_ordinals or exists (select from unnest(p_ordinals) o where o not between v.lo and v.hi) then
+    raise exception using errcode = 'NT004', message = format('job %s: records %s are settled already or not its own (%s..%s)',
+      p_id, p_ordinals, v.lo, v.hi);
+  end if;
+  if coalesce(cardinality(v.settled), 0) + cardinality(p_ordinals) = v.hi - v.lo + 1 then
+    delete from lease where token = p_token and id = p_id;
+  else
+    update lease set settled = settled || p_ordinals where token = p_token and id = p_id;
+  end if;
+  return v;
+end $$;
+
+-- ack_part(token, id, ordinals, worker, ms, gone) -> receipt id
+-- As ack, for some records of one job.
+create or replace function ack_part(p_token bigint, p_id bigint, p_ordinals int[], p_worker int, p_ms real, p_gone int default 0)
+returns bigint language plpgsql volatile set search_path from current as $$
+declare v_now timestamptz := now(); v_receipt bigint := nextval('change_seq'); v lease;
+begin
+  v := settle(p_token, p_id, p_ordinals);
+  insert into receipt (id, slot, at, handler_id, worker_id, ms, n, gone, change_ids, los, his, causes, ordinals, ids, keys,
+                       depth, trace, tenant)
+  values (v_receipt, slot(v_now), v_now, v.handler_id, p_worker, p_ms, cardinality(p_ordinals), p_gone,
+          array[v.change_id], array[v.lo], array[v.hi], array[v.cause], p_ordinals,
+          (select array_agg(v.ids[o - v.lo + 1] order by i) from unnest(p_ordinals) with ordinality x (o, i) where v.ids is not null),
+          (select jsonb_agg(v.keys -> (o - v.lo) order by i) from unnest(p_ordinals) with ordinality x (o, i) where v.keys is not null),
+          v.depth, v.trace, v.tenant);
+  perform enter(v_receipt, v.depth + 1, v.trace, v.tenant);
+  perform recover(v.handler_id);
+  return v_receipt;
+end $$;
+
+-- put_output(receipt, table, ids, keys, owners)
+-- Notes what a receipt's handler wrote: output keys and the input position (from 1; 0 the whole batch) of each.
+create or replace function put_output(p_receipt bigint, p_table int, p_ids bigint[], p_keys jsonb, p_owners int[])
+returns void language sql volatile set search_path from current as $$
+  insert into output (receipt_id, slot, table_id, ids, keys, owners)
+  values (p_receipt, slot(now()), p_table, p_ids, p_keys, p_owners)
+$$;
+
+-- retry(token, id, ordinals, after, error, burn)
+-- Settles these records here and queues each anew, alone, after a wait. burn counts the attempt.
+create or replace function retry(p_token bigint, p_id bigint, p_ordinals int[], p_after interval, p_error text, p_burn boolean)
+returns void language plpgsql volatile set search_path from current as $$
+declare v_due timestamptz := now() + p_after; v lease;
+begin
+  v := settle(p_token, p_id, p_ordinals);
+  insert into delayed (handler_id, id, change_id, at, cause, trace, lo, hi, attempt, crashes, depth, op, tenant, origin,
+                       ids, keys, run_at, error)
+  select v.handler_id, nextval('change_seq'), v.change_id, v.at, v.cause, v.trace, o, o,
+         v.attempt + case when p_burn then 1 else 0 end, v.crashes, v.depth, v.op, v.tenant, v.origin,
+         case when v.ids is not null then array[v.ids[o - v.lo + 1]] end,
+         case when v.keys is not null then jsonb_build_array(v.keys -> (o - v.lo)) end, v_due, p_error
+    from unnest(p_ordinals) o;
+end $$;
+
+-- bury(token, id, ordinal, reason, error, traceback) -> dead letter id
+-- Settles one record as a dead letter: its key, its image where one was kept, and why.
+create or replace function bury(p_token bigint, p_id bigint, p_ordinal int, p_reason text, p_error text, p_traceback text)
+returns bigint language plpgsql volatile set search_path from current as $$
+declare v lease; v_dead bigint := nextval('change_seq');
+begin
+  v := settle(p_token, p_id, array[p_ordinal]);
+  insert into dead (id, handler_id, change_id, ordinal, op, key, cols, news, olds, attempt, reason, error, traceback,
+                    cause, depth, trace, tenant, origin, died_at)
+  select v_dead, v.handler_id, v.change_id, p_ordinal, v.op,
+         case when v.ids is not null then jsonb_build_array(v.ids[p_ordinal - v.lo + 1])
+              when v.keys is not null then v.keys -> (p_ordinal - v.lo)
+              when c.ids is not null then jsonb_build_array(c.ids[p_ordinal])
+              else c.keys -> (p_ordinal - 1) end,
+         c.cols, c.news[:][p_ordinal:p_ordinal], c.olds[:][p_ordinal:p_ordinal],
+         v.attempt + 1, p_reason, p_error, p_traceback, v.cause, v.depth, v.trace, v.tenant, v.origin, now()
+    from (select 1) one left join change c on c.id = v.change_id;
+  return v_dead;
+end $$;
+
+-- give_back(token, ids): leased jobs are ready again at once; nothing is counted against them
+create or replace function give_back(p_token bigint, p_ids bigint[]) returns void
+language plpgsql volatile set search_path from current as $$
+declare v_held bigint;
+begin
+  with gone as (delete from lease where token = p_token and id = any (p_ids) returning *),
+  back as (
+    insert into job (handler_id, change_id, at, cause, trace, lo, hi, attempt, crashes, depth, op, tenant, origin, settled, ids, keys)
+    select handler_id, change_id, at, cause, trace, lo, hi, attempt, crashes, depth, op, tenant, origin, settled, ids, keys
+      from gone order by id returning 1)
+  select count(*) into v_held from back;
+  perform fence(p_token, v_held, cardinality(p_ids));
+end $$;
+
+-- world_failed(token, ids, error) -> when to probe again
+-- The outside world fails, not these records: gives the jobs back and makes their handler wait, 1 s to 60 s.
+create or replace function world_failed(p_token bigint, p_ids bigint[], p_error text) returns timestamptz
+language plpgsql volatile set search_path from current as $$
+declare v_now timestamptz := now(); v_handler int; v_probe timestamptz;
+begin
+  select handler_id into v_handler from lease where token = p_token and id = any (p_ids) limit 1;
+  perform give_back(p_token, p_ids);
+  -- many jobs in flight fail together: one outage, one step of the backoff
+  update handler set failing_since = coalesce(failing_since, v_now), failing_error = p_error,
+         failures = failures + case when probe_at is null or probe_at <= v_now or failing_since is null or probe_at > v_now + interval '60 s' then 1
+                                    when failing_error is null then 1 else 0 end
+   where id = v_handler;
+  update handler set probe_at = v_now + least(interval '60 s', interval '1 s' * power(2, least(failures - 1, 10)))
+   where id = v_handler returning probe_at into v_probe;
+  return v_probe;
+end $$;
+
+-- split_crashed(token, id) -> parts
+-- A suspect of many records killed its process: cuts what is left of it into 8 leases that have run out already,
+-- so that each part is run alone next.
+create or replace function split_crashed(p_token bigint, p_id bigint) returns int
+language plpgsql volatile set search_path from current as $$
+declare v lease; v_size int; v_parts int;
+begin
+  delete from lease where token = p_token and id = p_id returning * into v;
+  perform fence(p_token, case when v.id is null then 0 else 1 end, 1);
+  v_size := greatest(1, ceil((v.hi - v.lo + 1) / 8.0)::int);
+  insert into lease (handler_id, id, change_id, at, cause, trace, lo, hi, attempt, crashes, depth, op, tenant, origin,
+                     settled, ids, keys, token, lease_until, worker_id)
+  select v.handler_id, nextval('change_seq'), v.change_id, v.at, v.cause, v.trace, p.lo, p.hi, v.attempt, 0, v.depth, v.op,
+         v.tenant, v.origin, p.settled, v.ids[p.lo - v.lo + 1:p.hi - v.lo + 1],
+         case when v.keys is not null then jsonb_path_query_array(v.keys, '$[$a to $b]',
+           jsonb_build_object('a', p.lo - v.lo, 'b', p.hi - v.lo)) end, p_token, '-infinity', v.worker_id
+    from (select s as lo, least(s + v_size - 1, v.hi) as hi,
+                 (select array_agg(o) from unnest(v.settled) o where o between s and s + v_size - 1) as settled
+            from generate_series(v.lo, v.hi, v_size) s) p
+   where coalesce(cardinality(p.settled), 0) < p.hi - p.lo + 1;
+  get diagnostics v_parts = row_count;
+  return v_parts;
+end $$;
+
+-- promote() -> jobs moved
+-- Delayed jobs whose time has come are ready.
+create or replace function promote() returns int language plpgsql volatile set search_path from current as $$
+declare v_now timestamptz := now(); v_n int;
+begin
+  if not exists (select from delayed where run_at <= v_now) then
+    return 0;
+  end if;
+  with due as materialized (
+    select handler_id, id from delayed where run_at <= v_now order by run_at limit 1000 for update skip locked
+  ), moved as (
+    delete from delayed d using due where d.handler_id = due.handler_id and d.id = due.id returning d.*)
+  insert into job (handler_id, change_id, at, cause, trace, lo, hi, attempt, crashes, depth, op, tenant, origin, settled, ids, keys)
+  select handler_id, change_id, at, cause, trace, lo, hi, attempt, crashes, depth, op, tenant, origin, settled, ids, keys
+    from moved order by run_at;
+  get diagnostics v_n = row_count;
+  return v_n;
+end $$;
+
+-- poll(worker, handlers) -> (ready, suspects, wake_at)
+-- The look of an idle worker: promotes what is due; which handlers have ready jobs; how many of their leases have
+-- run out; and when there will be something to do if nobody writes.
+create or replace function poll(p_worker int, p_handlers int[], out ready int[], out suspects int, out wake_at timestamptz)
+language plpgsql volatile set search_path from current as $$
+declare v_now timestamptz := now();
+begin
+  perform promote();
+  select array_agg(h.id) into ready from handler h
+   where h.id = any (p_handlers) and not h.paused and (h.probe_at is null or h.probe_at <= v_now)
+     and exists (select from job j where j.handler_id = h.id);
+  select count(*) filter (where lease_until < v_now), min(lease_until) filter (where lease_until >= v_now)
+    into suspects, wake_at from lease l
+   where l.handler_id = any (p_handlers) and not exists (select from handler h where h.id = l.handler_id and h.paused);
+  wake_at := least(wake_at, (select min(run_at) from delayed),
+                   (select min(h.probe_at) from handler h where h.id = any (p_handlers) and h.probe_at > v_now and not h.paused));
+end $$;
+
+-- register_worker(app, host, pid, version) -> worker id
+create or replace function register_worker(p_app text, p_host text, p_pid int, p_version text) returns int
+language sql volatile set search_path from current as $$
+  insert into worker (app, host, pid, version, started_at, seen_at) values (p_app, p_host, p_pid, p_version, now(), now()) returning id
+$$;
+
+create or replace function stop_worker(p_worker int) returns void language sql volatile set search_path from current as $$
+  update worker set stopped_at = t from now() t where id = p_worker
+$$;
+
+-- pause(handler), resume(handler): its jobs wait, and cost the claim nothing
+create or replace function pause(p_handler text) returns void language plpgsql volatile set search_path from current as $$
+declare v_id int := find_handler(p_handler);
+begin
+  update handler set paused = true where id = v_id;
+end $$;
+
+create or replace function resume(p_handler text) returns void language plpgsql volatile set search_path from current as $$
+declare v_id int := find_handler(p_handler);
+begin
+  update handler set paused = false where id = v_id;
+  perform ring();
+end $$;
+
+-- cancel(job) -> whether it was still waiting. A job that is being worked or done is not touched.
+create or replace function cancel(p_job bigint) returns boolean language plpgsql volatile set search_path from current as $$
+begin
+  delete from job where id = p_job;
+  if found then return true; end if;
+  delete from delayed where id = p_job;
+  return found;
+end $$;
+
+-- replay(dead letter) -> its new job. The idempotency key stays what it was.
+create or replace function replay(p_dead bigint) returns bigint language plpgsql volatile set search_path from current as $$
+declare v dead; v_job bigint := nextval('change_seq'); v_change bigint; v_now timestamptz := now(); v_kind text;
+begin
+  delete from dead where id = p_dead returning * into v;
+  if v.id is null then
+    raise exception using errcode = 'NT005', message = format('no dead letter %s', p_dead), hint = 'anton dead list';
+  end if;
+  v_change := nextval('change_seq');
+  select w.key_kind into v_kind from handler h join watched w on w.id = h.table_id where h.id = v.handler_id;
+  insert into change (id, slot, at, xid, table_id, op, n, ids, keys, cols, news, olds, cause, depth, trace, tenant)
+  select v_change, slot(v_now), v_now, pg_current_xact_id(), h.table_id, v.op, 1,
+         case when v_kind = 'id' then array[(v.key ->> 0)::bigint] end, case when v_kind <> 'id' then jsonb_build_array(v.key) end,
+         v.cols, v.news, v.olds, v.cause, v.depth, v.trace, v.tenant
+    from handler h where h.id = v.handler_id;
+  insert into job (handler_id, id, change_id, at, cause, trace, lo, hi, depth, op, tenant, origin)
+  values (v.handler_id, v_job, v_change, v_now, v.cause, v.trace, 1, 1, v.depth, v.op, v.tenant,
+          coalesce(v.origin, v.handler_id || ':' || v.change_id || ':' || v.ordinal));
+  perform ring();
+  return v_job;
+end $$;
+
+-- replay(handler) -> how many dead letters became jobs again
+create or replace function replay(p_handler text) returns bigint language plpgsql volatile set search_path from current as $$
+declare v_id int := find_handler(p_handler); v_n bigint;
+begin
+  select count(replay(d.id)) into v_n from (select id from dead where handler_id = v_id order by id) d;
+  return v_n;
+end $$;
+
+-- drop_dead(id) -> whether there was one
+create or replace function drop_dead(p_dead bigint) returns boolean language plpgsql volatile set search_path from current as $$
+begin
+  delete from dead where id = p_dead;
+  return found;
+end $$;
