@@ -5,7 +5,7 @@
         UnknownOption BadOption DuplicateName BadSignature LoopFound
       ConfigError           autonomous.json, a flag or an environment variable
       DatabaseError
-        DatabaseUnreachable DatabaseTooOld MissingPrivilege NotMigrated
+        DatabaseUnreachable DatabaseTooOld MissingPrivilege NotMigrated EmbeddedError
       MigrationError
         MigrationFailed FrozenChanged Destructive ModelMismatch KeyNeeded LockNotGained
       UnknownTable UnknownHandler
@@ -177,6 +177,10 @@ class NotMigrated(DatabaseError):
     def __init__(self, schema: str, database: str) -> None:
         super().__init__(f'database "{database}" has no runtime in schema "{schema}". Run: anton migrate',
                          schema=schema, database=database)
+
+
+class EmbeddedError(DatabaseError):
+    """The Postgres that comes with Anton is not installed or does not start."""
 
 
 class MigrationError(AntonError):

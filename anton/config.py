@@ -1,0 +1,260 @@
+"""Config: autonomous.json, and which database an app uses.
+
+    --database  >  DATABASE_URL  >  PG*  >  the first database storage of autonomous.json  >  embedded
+
+    {"name": "slack-ai-bot", "app": "main",
+     "storages": [{"name": "local-pg", "type": "database", "url": "embedded"}]}
+
+Any text value may be "env:NAME", read from the environment when it is used and never shown.
+An unknown key is an error. anton/autonomous.schema.json tells editors the same.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import parse_qs, quote, urlsplit
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from anton import embedded
+from anton.errors import ConfigError, did_you_mean
+
+FILE = "autonomous.json"
+_NAME = r"^[a-z][a-z0-9_-]{0,62}$"
+Name = Annotated[str, Field(pattern=_NAME, description="lower-case letters, digits, - and _; at most 63")]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Storage(_Section):
+    """Where data lives. Only databases so far."""
+
+    name: Name
+    type: Literal["database"]
+    url: str = Field("embedded", description='"embedded", postgresql://user@host:5432/name, or "env:NAME"')
+    pooled: bool = Field(False, description="true: the URL is a pooler in transaction mode (PgBouncer)")
+    schema_: str = Field("anton", alias="schema", pattern=r"^[a-z_][a-z0-9_]{0,62}$", description="of the runtime")
+
+
+class Runtime(_Section):
+    """What runs handlers: `anton work` takes these where no flag says otherwise."""
+
+    name: Name
+    type: Literal["python"] = "python"
+    processes: int = Field(1, ge=1, le=256, description="worker processes")
+    slots: int | None = Field(None, ge=1, description="batches in flight in each process; default: the worker's")
+
+
+class Deployment(_Section):
+    """Where `anton serve` listens."""
+
+    host: str = Field("127.0.0.1", description="address; a public one makes verify= obligatory on webhooks")
+    port: int = Field(3000, ge=0, le=65535, description="0: any free one")
+
+
+class Settings(_Section):
+    """autonomous.json."""
+
+    schema_url: str | None = Field(None, alias="$schema")
+    name: Name = Field(description="the app's name; scopes everything it registers. Default: the folder's")
+    app: str = Field("main", description="the module that declares the app")
+    storages: tuple[Storage, ...] = ()
+    runtimes: tuple[Runtime, ...] = ()
+    deployment: Deployment = Deployment()
+
+
+@dataclass(frozen=True)
+class Config:
+    """An app's folder and its settings. Made by load()."""
+
+    folder: Path
+    settings: Settings
+
+    @property
+    def name(self) -> str:
+        """The app's name."""
+        return self.settings.name
+
+    @property
+    def storage(self) -> Storage:
+        """The first database storage; an embedded one named "local-pg" where none is configured."""
+        first = next((s for s in self.settings.storages if s.type == "database"), None)
+        return first or Storage(name="local-pg", type="database")
+
+
+@dataclass(frozen=True)
+class Target:
+    """The database to use. source: where the URL came from, for messages. repr shows no password."""
+
+    url: str
+    source: str
+    pooled: bool = False
+    schema: str = "anton"
+    embedded: bool = False
+
+    @property
+    def loopback(self) -> bool:
+        """True when the database is on this machine: a unix socket, localhost, 127.0.0.0/8 or ::1."""
+        return all(_is_loopback(host) for host in _hosts(self.url))
+
+    def __repr__(self) -> str:
+        return f"Target({hide_password(self.url)!r}, {self.source!r})"
+
+
+def load(folder: Path | str = ".") -> Config:
+    """Reads autonomous.json of the folder; without one, every value is its default.
+
+    Raises ConfigError naming the file, the key, its value, what is allowed and the likely meaning.
+    """
+    folder = Path(folder).resolve()
+    file = folder / FILE
+    if not file.exists():
+        return Config(folder, Settings(name=_folder_name(folder)))
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} is not JSON: {error}", file=str(file)) from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{file} must be an object: {{\"name\": \"my-app\", …}}", file=str(file))
+    raw.setdefault("name", _folder_name(folder))
+    raw = _from_environment(raw)
+    try:
+        return Config(folder, Settings.model_validate(raw))
+    except ValidationError as error:
+        lines = [_explain(detail) for detail in error.errors()]
+        raise ConfigError(f"{file}:\n  " + "\n  ".join(lines), file=str(file)) from None
+
+
+def find_target(config: Config, database: str | None = None, environ: Mapping[str, str] | None = None) -> Target:
+    """Which database to use. The embedded one is started when it is the answer.
+
+    database: the flag --database; a URL, "embedded" or "env:NAME".
+    """
+    environ = os.environ if environ is None else environ
+    storage = config.storage
+    if database:
+        url, source = resolve(database, environ, "--database"), "--database"
+    elif environ.get("DATABASE_URL"):
+        url, source = environ["DATABASE_URL"], "DATABASE_URL"
+    elif any(environ.get(name) for name in _PG):
+        url, source = _pg_url(environ), ", ".join(name for name in _PG if environ.get(name))
+    else:
+        source = f'storage "{storage.name}" of {FILE}' if config.settings.storages else "the default"
+        url = resolve(storage.url, environ, source)
+    if url == "embedded":
+        return Target(embedded.start(config.folder), f"embedded, {source}", schema=storage.schema_, embedded=True)
+    if urlsplit(url).scheme not in ("postgresql", "postgres"):
+        raise ConfigError(
+            f"{hide_password(url)!r} from {source} is not a database URL. "
+            'Allowed: "embedded" or postgresql://user:password@host:5432/name',
+            source=source,
+        )
+    return Target(url, source, pooled=storage.pooled, schema=storage.schema_)
+
+
+def resolve(value: str, environ: Mapping[str, str] | None = None, where: str = FILE) -> str:
+    """The value itself, or what the environment holds for "env:NAME". Raises ConfigError when it is not set."""
+    if not value.startswith("env:"):
+        return value
+    environ = os.environ if environ is None else environ
+    name = value[4:]
+    if not environ.get(name):
+        raise ConfigError(f"{where} says {value}, and the environment variable {name} is not set", variable=name)
+    return environ[name]
+
+
+def hide_password(url: str) -> str:
+    """The URL with *** for its password, wherever it stands."""
+    parts = urlsplit(url)
+    netloc = parts.netloc
+    if "@" in netloc and ":" in netloc.rpartition("@")[0]:
+        netloc = f"{netloc.partition(':')[0]}:***@{netloc.rpartition('@')[2]}"
+    query = "&".join("password=***" if pair.startswith("password=") else pair for pair in parts.query.split("&"))
+    return parts._replace(netloc=netloc, query=query).geturl()
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of autonomous.json; shipped as anton/autonomous.schema.json."""
+    schema = Settings.model_json_schema(by_alias=True)
+    del schema["required"]  # the name has a default: the folder's
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+_PG = ("PGHOST", "PGPORT", "PGDATABASE", "PGUSER", "PGSERVICE")
+
+
+def _pg_url(environ: Mapping[str, str]) -> str:
+    if environ.get("PGSERVICE"):
+        return f"postgresql://?service={quote(environ['PGSERVICE'])}"
+    user = quote(environ.get("PGUSER", ""), safe="")
+    query = "&".join(
+        f"{key}={quote(environ[name], safe='/')}"
+        for key, name in (("host", "PGHOST"), ("port", "PGPORT"), ("sslmode", "PGSSLMODE"))
+        if environ.get(name)
+    )
+    database = quote(environ.get("PGDATABASE", ""), safe="")
+    return f"postgresql://{user}{'@' if user else ''}/{database}?{query}".rstrip("?")
+
+
+def _hosts(url: str) -> list[str]:
+    parts = urlsplit(url)
+    named = parse_qs(parts.query)
+    if "service" in named:
+        return ["a service file's host"]
+    hosts = named.get("hostaddr") or named.get("host") or [parts.netloc.rpartition("@")[2]]
+    return [_without_port(host) for host in ",".join(hosts).split(",")]
+
+
+def _without_port(host: str) -> str:
+    if host.startswith("["):
+        return host[1:].partition("]")[0]
+    return host if host.count(":") > 1 else host.partition(":")[0]
+
+
+def _is_loopback(host: str) -> bool:
+    if host in ("", "localhost") or host.startswith(("/", "%2F", "%2f", "@")):
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _folder_name(folder: Path) -> str:
+    plain = "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "-" for c in folder.name.lower()).strip("-_")
+    return (plain if plain[:1].isalpha() else f"app-{plain}".rstrip("-"))[:63]
+
+
+def _from_environment(value: Any, key: str = "") -> Any:
+    """"env:NAME" values replaced; a url is left for find_target, which only needs the one it uses."""
+    if isinstance(value, dict):
+        return {name: _from_environment(inner, name) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_from_environment(inner, key) for inner in value]
+    return resolve(value, where=f'"{key}" of {FILE}') if isinstance(value, str) and key != "url" else value
+
+
+_SECTIONS: dict[str, type[BaseModel]] = {"storages": Storage, "runtimes": Runtime, "deployment": Deployment}
+
+
+def _explain(detail: Any) -> str:
+    """One line of a pydantic error: the path, the value, what is allowed."""
+    path = ""
+    for part in detail["loc"]:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
+    if detail["type"] == "extra_forbidden":
+        model = _SECTIONS.get(detail["loc"][0], Settings) if len(detail["loc"]) > 1 else Settings
+        keys = [field.alias or name for name, field in model.model_fields.items()]
+        key = str(detail["loc"][-1])
+        return f'unknown key "{path}".{did_you_mean(key, keys)} Allowed: {", ".join(keys)}'
+    if detail["type"] == "missing":
+        return f'"{path}" is missing'
+    return f'"{path}" is {json.dumps(detail["input"], default=str)}: {detail["msg"][0].lower()}{detail["msg"][1:]}'
