@@ -1,0 +1,141 @@
+"""App: everything one program declares, and how its main.py is loaded.
+
+    main.py  --declares-->  Table, handlers, routes, schedules, actions  --on-->  app
+    anton migrate | work | serve  --load_app()-->  app
+
+`app` is implicit: declarations find it by themselves. It is an ASGI app too: `uvicorn main:app`.
+A name is unique in its app; two apps with different names share one database.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from anton import config
+from anton.errors import ConfigError, DuplicateName, did_you_mean
+
+if TYPE_CHECKING:
+    from anton.handler import Handler
+    from anton.sense import Route, Webhook
+    from anton.table import Table
+
+
+class App:
+    """The registry of one app.
+
+    name: scopes all it registers; autonomous.json's "name", else the folder's.
+    tables, handlers, schedules, actions: by name. routes, webhooks: in the order of declaration.
+    """
+
+    def __init__(self, name: str = "app", folder: Path | str = ".") -> None:
+        self.name = name
+        self.folder = Path(folder).resolve()
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets all declarations, as before main.py was loaded."""
+        self.settings: config.Settings | None = None
+        self.tables: dict[str, Table[Any]] = {}
+        self.handlers: dict[str, Handler] = {}
+        self.routes: list[Route] = []
+        self.webhooks: list[Webhook] = []
+        self.schedules: dict[str, Any] = {}
+        self.actions: dict[str, Any] = {}
+        self._places: dict[tuple[str, str], str] = {}
+
+    def claim_name(self, kind: str, name: str, place: str) -> None:
+        """Takes the name for the thing declared at place ("file:line"); DuplicateName names both places."""
+        first = self._places.setdefault((kind, name), place)
+        if first is not place:
+            raise DuplicateName(kind, name, first, place)
+
+    def place(self, kind: str, name: str) -> str:
+        """Where it was declared, "main.py:12"; "" when it was not."""
+        return self._places.get((kind, name), "")
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """ASGI. The web part is loaded at the first call, so that a worker never pays for it."""
+        web = importlib.import_module("anton.web")
+        await web.asgi(self)(scope, receive, send)
+
+    def __repr__(self) -> str:
+        return f"App({self.name!r}, {len(self.tables)} tables, {len(self.handlers)} handlers)"
+
+
+app = App()
+_declaring = app
+
+
+def current_app() -> App:
+    """The app that declarations are made on."""
+    return _declaring
+
+
+@contextmanager
+def declaring(other: App) -> Iterator[App]:
+    """Declarations inside are made on `other`, not on the implicit app."""
+    global _declaring
+    before, _declaring = _declaring, other
+    try:
+        yield other
+    finally:
+        _declaring = before
+
+
+def load_app(target: str | None = None, folder: Path | str = ".") -> App:
+    """Loads an app's module afresh and returns the implicit app with what it declared.
+
+    target: the module, "main" or "shop.main"; None: autonomous.json's "app", and an empty app when there is no main.py.
+    Raises ConfigError when there is no such module; what the module itself raises comes through.
+    """
+    settings = config.load(folder)
+    module = target or settings.settings.app
+    path = settings.folder.joinpath(*module.split("."))
+    found = path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
+    app.clear()
+    app.name, app.folder, app.settings = settings.name, settings.folder, settings.settings
+    if not found:
+        if target or settings.settings.app != "main":
+            near = did_you_mean(module, [file.stem for file in settings.folder.glob("*.py")])
+            raise ConfigError(f'no module "{module}" in {settings.folder}.{near} Name it as Python imports it, '
+                              "without .py: --app shop.main", module=module)
+        return app
+    _forget(settings.folder)
+    if sys.path[0] != str(settings.folder):
+        sys.path.insert(0, str(settings.folder))
+    importlib.invalidate_caches()
+    with declaring(app):
+        importlib.import_module(module)
+    return app
+
+
+def place_of_caller() -> str:
+    """ "main.py:12": the nearest line of code that is not Anton's own, seen from the current folder."""
+    frame = sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == "anton":
+        frame = frame.f_back
+    return shown(frame.f_code.co_filename, frame.f_lineno)
+
+
+def shown(file: str, line: int) -> str:
+    """ "file:line", the file relative to the current folder where it lies inside."""
+    short = os.path.relpath(file) if os.path.isabs(file) else file
+    return f"{file if short.startswith('..') else short}:{line}"
+
+
+def _forget(folder: Path) -> None:
+    """Drops the app's own modules, so that they are read again; installed packages stay."""
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if not file or name == "__main__":
+            continue
+        path = Path(file)
+        own = path.is_relative_to(folder) and "site-packages" not in path.parts
+        if own and name.partition(".")[0] not in ("anton", "anton_components", "conftest"):
+            del sys.modules[name]
