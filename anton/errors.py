@@ -146,7 +146,11 @@ class DatabaseError(AntonError):
     sqlstate = "NT000"                                                 # raised in SQL without a class of its own
 
 
-class DatabaseUnreachable(DatabaseError):
+class WorldError(AntonError):
+    """Something outside is down. The handler waits and resumes; no record is blamed. Raise it for your own services."""
+
+
+class DatabaseUnreachable(DatabaseError, WorldError):
     """No connection. host, port, database, source (where the URL came from), reason."""
 
     def __init__(self, host: str, port: int | str, database: str, source: str, reason: object) -> None:
@@ -340,10 +344,6 @@ class HandlerTimeout(AntonError):
     def __init__(self, handler: str, seconds: float) -> None:
         super().__init__(f'handler "{handler}" ran longer than its timeout of {seconds:g} s. '
                          "Raise timeout=, lower batch=, or make it faster.", handler=handler, seconds=seconds)
-
-
-class WorldError(AntonError):
-    """Something outside is down. The handler waits and resumes; no record is blamed. Raise it for your own services."""
 
 
 class Outcome(Exception):
