@@ -8,7 +8,7 @@ create table setting (
   value text not null
 );
 insert into setting (name, value) values
-  ('doorbell', 'on'), ('depth_limit', '32'), ('retention_days', '7'), ('lease', '30 s');
+  ('doorbell', 'on'), ('depth_limit', '32'), ('retention_days', '7'), ('lease', '30 s'), ('app_schema', 'public');
 
 -- A Table that Anton watches or made. relid is what the name meant at the last look.
 create table watched (
@@ -22,7 +22,6 @@ create table watched (
   app text,                                       -- the app that made it; null: adopted
   model jsonb,                                    -- the declared columns, for drift and makemigration
   fetch_sql text,                                 -- rows by key, as of now; see sql/10_capture.sql
-  dirty_at timestamptz,                           -- a change could not even be captured by key: reconcile
   watched_at timestamptz not null default clock_timestamp(),
   unique (schema_name, table_name)
 );
@@ -56,6 +55,7 @@ create table handler (
   failing_since timestamptz,                      -- the world fails; one record probes
   failing_error text,
   failures int not null default 0,
+  failed_at timestamptz,
   probe_at timestamptz,
   feeding boolean not null default false,         -- a backfill is running: keys pass through "fed"
   enabled_xid xid8,                               -- writers older than this may have missed it
@@ -71,7 +71,7 @@ create table change (
   at timestamptz not null,
   xid xid8 not null,
   table_id int not null,
-  op "char" not null,                             -- n new, u updated, d deleted, t truncate, r rebuilt, f failed
+  op "char" not null,                             -- n new, u updated, d deleted, t truncate, r rebuilt, f failed, x not captured: reconcile
   n int not null,
   ids bigint[],                                   -- key_kind = id
   keys jsonb,                                     -- else: [[k1, k2], ...] in key_columns order

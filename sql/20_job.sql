@@ -118,7 +118,7 @@ end $$;
 create or replace function fence(p_token bigint, p_held bigint, p_wanted bigint) returns void
 language plpgsql immutable set search_path from current as $$
 begin
-  if p_held is distinct from p_wanted then
+  if p_held is distinct from p_wanted or p_wanted = 0 then
     raise exception using errcode = 'NT001',
       message = format('lease lost: %s of %s jobs are still held under token %s', coalesce(p_held, 0), p_wanted, p_token),
       hint = 'another worker has these jobs now; what this one computed must be dropped';
@@ -284,39 +284,48 @@ declare v_now timestamptz := now(); v_handler int; v_probe timestamptz;
 begin
   select handler_id into v_handler from lease where token = p_token and id = any (p_ids) limit 1;
   perform give_back(p_token, p_ids);
-  -- many jobs in flight fail together: one outage, one step of the backoff
-  update handler set failing_since = coalesce(failing_since, v_now), failing_error = p_error,
-         failures = failures + case when probe_at is null or probe_at <= v_now or failing_since is null or probe_at > v_now + interval '60 s' then 1
-                                    when failing_error is null then 1 else 0 end
+  -- jobs in flight fail together: one outage is one step of the backoff
+  update handler set failing_since = coalesce(failing_since, v_now), failing_error = p_error, failed_at = v_now,
+         failures = failures + case when failed_at is null or failing_since is null
+                                      or v_now >= failed_at + least(interval '30 s', interval '500 ms' * power(2, greatest(failures - 1, 0))) then 1 else 0 end
    where id = v_handler;
   update handler set probe_at = v_now + least(interval '60 s', interval '1 s' * power(2, least(failures - 1, 10)))
    where id = v_handler returning probe_at into v_probe;
   return v_probe;
 end $$;
 
+-- split(token, id, parts, until) -> the ids and ranges of the parts
+-- Cuts what is left of a leased job into up to `parts` leases under the same token, each of at least one record.
+create or replace function split(p_token bigint, p_id bigint, p_parts int, p_until timestamptz default null)
+returns table (id bigint, lo int, hi int)
+language plpgsql volatile set search_path from current as $$
+#variable_conflict use_column
+declare v lease; v_size int;
+begin
+  delete from lease l where l.token = p_token and l.id = p_id returning * into v;
+  perform fence(p_token, case when v.id is null then 0 else 1 end, 1);
+  v_size := greatest(1, ceil((v.hi - v.lo + 1) / p_parts::numeric)::int);
+  return query
+  insert into lease as l (handler_id, id, change_id, at, cause, trace, lo, hi, attempt, crashes, depth, op, tenant, origin,
+                          settled, ids, keys, token, lease_until, worker_id)
+  select v.handler_id, nextval('change_seq'), v.change_id, v.at, v.cause, v.trace, p.lo, p.hi, v.attempt, 0, v.depth, v.op,
+         v.tenant, v.origin, p.settled, v.ids[p.lo - v.lo + 1:p.hi - v.lo + 1],
+         case when v.keys is not null then jsonb_path_query_array(v.keys, '$[$a to $b]',
+           jsonb_build_object('a', p.lo - v.lo, 'b', p.hi - v.lo)) end, p_token, coalesce(p_until, v.lease_until), v.worker_id
+    from (select s as lo, least(s + v_size - 1, v.hi) as hi,
+                 (select array_agg(o) from unnest(v.settled) o where o between s and s + v_size - 1) as settled
+            from generate_series(v.lo, v.hi, v_size) s) p
+   where coalesce(cardinality(p.settled), 0) < p.hi - p.lo + 1
+  returning l.id, l.lo, l.hi;
+end $$;
+
 -- split_crashed(token, id) -> parts
 -- A suspect of many records killed its process: cuts what is left of it into 8 leases that have run out already,
 -- so that each part is run alone next.
 create or replace function split_crashed(p_token bigint, p_id bigint) returns int
-language plpgsql volatile set search_path from current as $$
-declare v lease; v_size int; v_parts int;
-begin
-  delete from lease where token = p_token and id = p_id returning * into v;
-  perform fence(p_token, case when v.id is null then 0 else 1 end, 1);
-  v_size := greatest(1, ceil((v.hi - v.lo + 1) / 8.0)::int);
-  insert into lease (handler_id, id, change_id, at, cause, trace, lo, hi, attempt, crashes, depth, op, tenant, origin,
-                     settled, ids, keys, token, lease_until, worker_id)
-  select v.handler_id, nextval('change_seq'), v.change_id, v.at, v.cause, v.trace, p.lo, p.hi, v.attempt, 0, v.depth, v.op,
-         v.tenant, v.origin, p.settled, v.ids[p.lo - v.lo + 1:p.hi - v.lo + 1],
-         case when v.keys is not null then jsonb_path_query_array(v.keys, '$[$a to $b]',
-           jsonb_build_object('a', p.lo - v.lo, 'b', p.hi - v.lo)) end, p_token, '-infinity', v.worker_id
-    from (select s as lo, least(s + v_size - 1, v.hi) as hi,
-                 (select array_agg(o) from unnest(v.settled) o where o between s and s + v_size - 1) as settled
-            from generate_series(v.lo, v.hi, v_size) s) p
-   where coalesce(cardinality(p.settled), 0) < p.hi - p.lo + 1;
-  get diagnostics v_parts = row_count;
-  return v_parts;
-end $$;
+language sql volatile set search_path from current as $$
+  select count(*)::int from split(p_token, p_id, 8, '-infinity')
+$$;
 
 -- promote() -> jobs moved
 -- Delayed jobs whose time has come are ready.

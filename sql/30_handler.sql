@@ -1,0 +1,151 @@
+-- The handler catalogue: what `anton migrate` and psql put into it, and feeding existing rows to a handler.
+
+-- put_handler(definition) -> handler id
+-- Inserts or updates a handler by (app, name). Keys: app, name, table, kind, ops, and the columns of handler;
+-- was: the name it had before. Raises NT004 for a filter or an option that cannot work. Then run sync_triggers().
+create or replace function put_handler(d jsonb) returns int language plpgsql volatile set search_path from current as $$
+declare
+  v_table int := watch(d ->> 'table'); v_id int; w watched; v_column text;
+  v_ops text[] := array(select jsonb_array_elements_text(d -> 'ops'));
+  v_columns text[] := case when jsonb_typeof(d -> 'columns') = 'array' then array(select jsonb_array_elements_text(d -> 'columns')) end;
+begin
+  select * into w from watched where id = v_table;
+  if d ->> 'was' is not null then
+    update handler set name = d ->> 'name' where app = d ->> 'app' and name = d ->> 'was'
+       and not exists (select from handler o where o.app = d ->> 'app' and o.name = d ->> 'name');
+  end if;
+  if w.key_kind = 'none' and v_ops && array['updated', 'deleted'] then
+    raise exception using errcode = 'NT004',
+      message = format('handler "%s": table %I.%I has no primary key, so its updated and deleted records cannot be handled', d ->> 'name', w.schema_name, w.table_name),
+      hint = format('alter table %I.%I add primary key (…)', w.schema_name, w.table_name);
+  end if;
+  foreach v_column in array coalesce(v_columns, '{}') loop
+    if v_column not in (select name from table_columns(w.relid)) then
+      raise exception using errcode = 'NT004', message = format('handler "%s": table %I.%I has no column "%s"', d ->> 'name', w.schema_name, w.table_name, v_column),
+        hint = 'its columns: ' || (select string_agg(name, ', ') from table_columns(w.relid));
+    end if;
+  end loop;
+  if d ->> 'where_sql' is not null then
+    perform check_where(v_table, bind(d ->> 'where_sql', coalesce(d -> 'params', '{}')), v_ops && array['updated', 'deleted']);
+  end if;
+  insert into handler as h (app, name, table_id, kind, ops, each_record, read, where_sql, columns, body, params, into_tables, batch,
+                            max_wait, concurrency, timeout, attempts, backoff, max_lag, options, enabled_xid)
+  values (d ->> 'app', d ->> 'name', v_table, coalesce(d ->> 'kind', 'python'), v_ops, coalesce((d ->> 'each_record')::boolean, false),
+          coalesce(d ->> 'read', case when v_ops = array['new'] and coalesce(d ->> 'kind', 'python') = 'python' then 'now' else 'change' end),
+          d ->> 'where_sql', v_columns, d ->> 'body', coalesce(d -> 'params', '{}'),
+          case when jsonb_typeof(d -> 'into_tables') = 'array' then array(select jsonb_array_elements_text(d -> 'into_tables')) else '{}' end,
+          coalesce((d ->> 'batch')::int, 1000), coalesce((d ->> 'max_wait')::interval, '0'), (d ->> 'concurrency')::int,
+          coalesce((d ->> 'timeout')::interval, '5 min'), coalesce((d ->> 'attempts')::int, 5), coalesce((d ->> 'backoff')::interval, '1 s'),
+          (d ->> 'max_lag')::interval, coalesce(d -> 'options', '{}'), pg_current_xact_id())
+  on conflict (app, name) do update
+     set table_id = excluded.table_id, kind = excluded.kind, ops = excluded.ops, each_record = excluded.each_record, read = excluded.read,
+         where_sql = excluded.where_sql, columns = excluded.columns, body = excluded.body, params = excluded.params,
+         into_tables = excluded.into_tables, batch = excluded.batch, max_wait = excluded.max_wait, concurrency = excluded.concurrency,
+         timeout = excluded.timeout, attempts = excluded.attempts, backoff = excluded.backoff, max_lag = excluded.max_lag,
+         options = excluded.options, enabled = true, missing_at = null
+  returning id into v_id;
+  return v_id;
+end $$;
+
+-- handler(name, table, ops, body, options) -> handler id
+-- A SQL handler made from psql: ops is 'new', 'updated', 'deleted', 'changes', 'truncate' or several with spaces.
+-- options: {"where", "columns", "batch", "attempts", "timeout", "backoff", "read", "params"}. Owned by app 'sql'.
+create or replace function handler(p_name text, p_table text, p_ops text, p_body text, options jsonb default '{}') returns int
+language plpgsql volatile set search_path from current as $$
+declare
+  v_known text[] := array['where', 'columns', 'batch', 'attempts', 'timeout', 'backoff', 'read', 'params', 'max_lag', 'since', 'into'];
+  v_bad text; v_id int; v_table int; v_old int;
+  v_ops text[] := case when p_ops = 'changes' then array['new', 'updated', 'deleted'] else regexp_split_to_array(trim(p_ops), '[\s,]+') end;
+begin
+  select k into v_bad from jsonb_object_keys(options) k where k <> all (v_known) limit 1;
+  if v_bad is not null then
+    raise exception using errcode = 'NT004', message = format('handler "%s": unknown option "%s"', p_name, v_bad),
+      hint = 'known: ' || array_to_string(v_known, ', ');
+  end if;
+  if not v_ops <@ array['new', 'updated', 'deleted', 'truncate'] then
+    raise exception using errcode = 'NT004', message = format('handler "%s": unknown event in "%s"', p_name, p_ops),
+      hint = 'new, updated, deleted, truncate or changes';
+  end if;
+  select table_id into v_old from handler where app = 'sql' and name = p_name;
+  v_id := put_handler(jsonb_strip_nulls(jsonb_build_object(
+    'app', 'sql', 'name', p_name, 'table', p_table, 'kind', 'sql', 'ops', v_ops, 'body', p_body, 'where_sql', options -> 'where',
+    'columns', options -> 'columns', 'batch', options -> 'batch', 'attempts', options -> 'attempts', 'timeout', options -> 'timeout',
+    'backoff', options -> 'backoff', 'read', options -> 'read', 'params', options -> 'params', 'max_lag', options -> 'max_lag', 'options', options)));
+  select table_id into v_table from handler where id = v_id;
+  perform sync_triggers(v_table);
+  if v_old is distinct from v_table and v_old is not null then
+    perform sync_triggers(v_old);
+  end if;
+  if options ->> 'since' = 'beginning' then
+    perform backfill(p_name);
+  end if;
+  return v_id;
+end $$;
+
+-- backfill(handler): feeds the rows that exist to a handler of new records, each once, lazily, beside concurrent writes
+create or replace function backfill(p_handler text) returns void language plpgsql volatile set search_path from current as $$
+declare v_id int := find_handler(p_handler); h handler; w watched;
+begin
+  select * into h from handler where id = v_id;
+  select * into w from watched where id = h.table_id;
+  if not 'new' = any (h.ops) or w.key_kind = 'none' then
+    raise exception using errcode = 'NT004', message = format('handler "%s" cannot be backfilled', p_handler),
+      hint = case when w.key_kind = 'none' then 'its table has no key' else 'it does not handle new records' end;
+  end if;
+  insert into backfill (handler_id, since_xid, started_at) values (v_id, pg_current_xact_id(), now())
+  on conflict (handler_id) do update set since_xid = excluded.since_xid, after_key = null, fed = 0, started_at = excluded.started_at,
+     finished_at = null where backfill.finished_at is not null;
+  update handler set feeding = true where id = v_id;
+  perform sync_triggers(h.table_id);
+end $$;
+
+-- feed(handler, records) -> records fed; null when it is done, -1 while a transaction older than the backfill is open
+create or replace function feed(p_handler int, p_limit int default 10000) returns bigint language plpgsql volatile set search_path from current as $$
+declare
+  b backfill; h handler; w watched; v_now timestamptz := now(); v_key text; v_row text; v_after text; v_keys jsonb; v_fresh jsonb; v_n bigint; v_op "char" := 'n';
+begin
+  select * into b from backfill where handler_id = p_handler and finished_at is null for update skip locked;
+  if b.handler_id is null then
+    return null;
+  end if;
+  if pg_snapshot_xmin(pg_current_snapshot()) <= b.since_xid then
+    return -1;                                             -- its insert may not have met the trigger, and is not to be seen yet
+  end if;
+  select * into h from handler where id = p_handler;
+  select * into w from watched where id = h.table_id;
+  select format('jsonb_build_array(%s)', string_agg(format('new.%I', c), ', ' order by o)), string_agg(format('new.%I', c), ', ' order by o),
+         string_agg(format('($1 ->> %s)::%s', o - 1, w.key_types[o]), ', ' order by o)
+    into v_key, v_row, v_after from unnest(w.key_columns) with ordinality x (c, o);
+  execute format('select jsonb_agg(key order by rn) from (select %s as key, row_number() over (order by %s) as rn, (select (%s)::boolean from (select new.*) as row_) as pass
+                    from %I.%I new %s order by %s limit %s) r', v_key, v_row, coalesce(bind(h.where_sql, h.params), 'true'),
+                 w.schema_name, w.table_name, case when b.after_key is null then '' else format('where (%s) > (%s)', v_row, v_after) end, v_row, p_limit)
+    into v_keys using b.after_key;
+  if v_keys is null then
+    update backfill set finished_at = v_now where handler_id = p_handler;
+    update handler set feeding = false where id = p_handler;
+    perform sync_triggers(h.table_id);
+    delete from fed where handler_id = p_handler;
+    return null;
+  end if;
+  with fresh as (insert into fed (handler_id, key) select p_handler, k from jsonb_array_elements(v_keys) k on conflict do nothing returning key)
+  select jsonb_agg(key) into v_fresh from fresh;
+  if h.where_sql is not null and v_fresh is not null then
+    select jsonb_agg(v_fresh -> (o - 1)) into v_fresh
+      from unnest(passes(p_handler, case when w.key_kind = 'id' then array(select (k ->> 0)::bigint from jsonb_array_elements(v_fresh) k) end, v_fresh)) o;
+  end if;
+  v_n := coalesce(jsonb_array_length(v_fresh), 0);
+  if v_n > 0 then
+    with c as (
+      insert into change (id, slot, at, xid, table_id, op, n, ids, keys)
+      select nextval('change_seq'), slot(v_now), v_now, pg_current_xact_id(), w.id, v_op, count(*),
+             case when w.key_kind = 'id' then array_agg((k ->> 0)::bigint order by o) end,
+             case when w.key_kind <> 'id' then jsonb_agg(k order by o) end
+        from jsonb_array_elements(v_fresh) with ordinality x (k, o) group by (o - 1) / 1000
+      returning id, n)
+    insert into job (handler_id, change_id, at, trace, lo, hi, op)
+    select p_handler, c.id, v_now, c.id, s, least(s + least(h.batch, 1000) - 1, c.n), v_op from c, generate_series(1, c.n, least(h.batch, 1000)) s;
+    perform ring();
+  end if;
+  update backfill set after_key = v_keys -> -1, fed = fed + v_n where handler_id = p_handler;
+  return v_n;
+end $$;
