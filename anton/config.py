@@ -39,9 +39,9 @@ class Storage(_Section):
 
     name: Name
     type: Literal["database"]
-    url: str = Field("embedded", description='"embedded", postgresql://user@host:5432/name, or "env:NAME"')
-    pooled: bool = Field(False, description="true: the URL is a pooler in transaction mode (PgBouncer)")
-    schema_: str = Field("anton", alias="schema", pattern=r"^[a-z_][a-z0-9_]{0,62}$", description="of the runtime")
+    url: str = Field(default="embedded", description='"embedded", postgresql://user@host:5432/name, or "env:NAME"')
+    pooled: bool = Field(default=False, description="true: the URL is a pooler in transaction mode (PgBouncer)")
+    schema_: str = Field(default="anton", alias="schema", pattern=r"^[a-z_][a-z0-9_]{0,62}$", description="of the runtime")
 
 
 class Runtime(_Section):
@@ -49,23 +49,23 @@ class Runtime(_Section):
 
     name: Name
     type: Literal["python"] = "python"
-    processes: int = Field(1, ge=1, le=256, description="worker processes")
-    slots: int | None = Field(None, ge=1, description="batches in flight in each process; default: the worker's")
+    processes: int = Field(default=1, ge=1, le=256, description="worker processes")
+    slots: int | None = Field(default=None, ge=1, description="batches in flight in each process; default: the worker's")
 
 
 class Deployment(_Section):
     """Where `anton serve` listens."""
 
-    host: str = Field("127.0.0.1", description="address; a public one makes verify= obligatory on webhooks")
-    port: int = Field(3000, ge=0, le=65535, description="0: any free one")
+    host: str = Field(default="127.0.0.1", description="address; a public one makes verify= obligatory on webhooks")
+    port: int = Field(default=3000, ge=0, le=65535, description="0: any free one")
 
 
 class Settings(_Section):
     """autonomous.json."""
 
-    schema_url: str | None = Field(None, alias="$schema")
+    schema_url: str | None = Field(default=None, alias="$schema")
     name: Name = Field(description="the app's name; scopes everything it registers. Default: the folder's")
-    app: str = Field("main", description="the module that declares the app")
+    app: str = Field(default="main", description="the module that declares the app")
     storages: tuple[Storage, ...] = ()
     runtimes: tuple[Runtime, ...] = ()
     deployment: Deployment = Deployment()

@@ -88,7 +88,7 @@ class _Server:
     def __init__(self, folder: Path) -> None:
         self.home = folder / ".anton"
         self.home.mkdir(parents=True, exist_ok=True)
-        self.account = _account(self.home / "postgres")
+        self.account = unprivileged(self.home / "postgres")
         self.bin = postgres_bin()
         if self.account:
             self.bin = _reachable_bin(self.bin, self.account)
@@ -206,7 +206,7 @@ class _Server:
         self._run("pg_ctl", *words, verb)
 
     def _run(self, program: str, *words: str, stdin: str = "") -> str:
-        done = subprocess.run(
+        done: subprocess.CompletedProcess[str] = subprocess.run(
             [str(self.bin / program), *words],
             input=stdin,
             stdout=subprocess.PIPE,
@@ -215,7 +215,7 @@ class _Server:
             errors="replace",
             cwd="/",
             env={**{k: v for k, v in os.environ.items() if not k.startswith("PG")}, "LC_ALL": "C"},
-            **_as(self.account),
+            **as_account(self.account),
         )
         if done.returncode:
             raise EmbeddedError(f"the embedded Postgres: {program} failed: {done.stdout.strip()}{self._log_end()}")
@@ -244,7 +244,7 @@ def _server(folder: Path) -> _Server:
         return server
 
 
-def _account(data: Path) -> pwd.struct_passwd | None:
+def unprivileged(data: Path) -> pwd.struct_passwd | None:
     """Whom the server runs as: None is ourselves. As root: the owner of the data, else postgres, else nobody."""
     if os.geteuid() != 0:
         return None
@@ -259,13 +259,13 @@ def _account(data: Path) -> pwd.struct_passwd | None:
     )
 
 
-def _as(account: pwd.struct_passwd | None) -> dict[str, Any]:
+def as_account(account: pwd.struct_passwd | None) -> dict[str, Any]:
     return {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": []} if account else {}
 
 
 def _may(account: pwd.struct_passwd, *test: str) -> bool:
     """Asks /bin/test as the account, which knows every kind of permission there is."""
-    return subprocess.run(["test", *test], cwd="/", check=False, **_as(account)).returncode == 0
+    return subprocess.run(["test", *test], cwd="/", check=False, **as_account(account)).returncode == 0
 
 
 def _root_home() -> Path:

@@ -1,0 +1,66 @@
+"""Fixtures of the whole suite. ANTON_TEST_SERVER=embedded (default) | system picks the server; make test runs both.
+
+    server     the running server of this session
+    template   the name of a database with Anton's runtime in it, migrated once a session
+    database   the URL of a database of the test's own, cloned from the template
+    bare       the URL of an empty one
+    db         anton.db.Database on `database`, also the process's current one
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+from servers import NoServer, Server, migrate, running
+
+from anton.db import Database, set_database
+
+for _name in [name for name in os.environ if name.startswith("PG") or name == "DATABASE_URL"]:
+    del os.environ[_name]  # a developer's own database is no test's business
+
+
+@pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    kind = os.environ.get("ANTON_TEST_SERVER", "embedded")
+    try:
+        with running(kind) as server:
+            yield server
+    except NoServer as reason:
+        pytest.exit(f"no {kind} server for the tests: {reason}", returncode=3)
+
+
+@pytest.fixture(scope="session")
+def template(server: Server) -> str:
+    server.sql("create database anton_template")
+    migrate(server.url("anton_template"))
+    return "anton_template"
+
+
+@pytest.fixture
+def database(server: Server, template: str) -> Iterator[str]:
+    name = server.clone(template)
+    yield server.url(name)
+    server.drop(name)
+
+
+@pytest.fixture
+def bare(server: Server) -> Iterator[str]:
+    name = server.clone("template1")
+    yield server.url(name)
+    server.drop(name)
+
+
+@pytest.fixture
+def db(database: str) -> Iterator[Database]:
+    db = Database(database, source="the test")
+    set_database(db)
+    yield db
+    set_database(None)
+    db.run(db.close())  # the background loop's pool; a test's own loop closes its own
