@@ -148,7 +148,7 @@ declare
   v_idkey boolean := w.key_kind = 'id';
   v_keycol text := case when w.key_kind = 'id' then 'ids' else 'keys' end;
   v_join text; v_from text; v_key text; v_keys text; v_filter text := ''; v_keysize text; v_jobs text;
-  v_cols text[]; v_texts text; v_sizes text; v_news text := 'null'; v_olds text := 'null'; v_width int;
+  v_cols text[]; v_texts text; v_sizes text; v_rawsize text; v_news text := 'null'; v_olds text := 'null'; v_keyrows int := 1000; v_wide text;
   v_small text; v_plain text; v_grouped text; v_bare text; v_evaluate text; v_store text; v_columns text;
 begin
   select string_agg(format('new.%1$I = old.%1$I', c), ' and ') into v_join from unnest(w.key_columns) c;
@@ -162,12 +162,16 @@ begin
            string_agg(format('coalesce(octet_length(%s.%I::text), 0) + 6', v_row, c), ' + ')
       into v_key, v_keysize from unnest(w.key_columns) with ordinality x (c, o);
     v_keys := 'jsonb_agg(key)';
+    if not exists (select from table_columns(w.relid) t where t.name = any (w.key_columns) and not t.fixed) then
+      v_keysize := null;                                 -- no key is longer than any other: cut by count
+      v_keyrows := 8192 / (cardinality(w.key_columns) * 40);
+    end if;
   else
     v_key := 'null';
     v_keys := 'null::jsonb';
   end if;
   if p_images then
-    select array_agg(name), count(*),
+    select array_agg(name), string_agg(case when fixed then '16' else format('coalesce(octet_length(%I::text), 0)', name) end, ' + '),
            string_agg(case when p_event = 'deleted' then '' else format(', new.%I::text as n%s', name, o) end
                    || case when p_event = 'new' then '' else format(', old.%I::text as o%s', name, o) end, ''),
            string_agg(case when fixed then '16' else concat_ws(' + ',
@@ -175,7 +179,7 @@ begin
                         case when p_event <> 'new' then format('coalesce(octet_length(o%s), 0)', o) end) end, ' + '),
            case when p_event <> 'deleted' then format('array[%s]', string_agg(format('array_agg(n%s)', o), ', ' order by o)) else 'null::text[]' end,
            case when p_event <> 'new' then format('array[%s]', string_agg(format('array_agg(o%s)', o), ', ' order by o)) else 'null::text[]' end
-      into v_cols, v_width, v_texts, v_sizes, v_news, v_olds
+      into v_cols, v_rawsize, v_texts, v_sizes, v_news, v_olds
       from (select *, row_number() over () as o from table_columns(w.relid)) c;
   end if;
   v_columns := quote_nullable(v_cols::text) || '::text[]';
@@ -211,26 +215,30 @@ begin
     case when p_images then format('v_ids, v_keys, %s, v_news, v_olds', v_columns)
          when v_idkey then 'v_ids[s:s + 999], null, null, null, null' else 'null, v_keys, null, null, null' end,
     $i$nextval('change_seq')$i$);
+  -- cut by count, and by bytes where one record is larger than 1/1000 of a chunk
   v_grouped := $f$
     with r as (select %1$s as key, row_number() over () as rn%2$s from %3$s %4$s),
     sized as (select *%5$s from r),
     c as (
       insert into change (id, slot, at, xid, table_id, op, n, %6$s, cols, news, olds, degraded, cause, depth, trace, tenant)
       select nextval('change_seq'), slot($1), $1, pg_current_xact_id(), %7$s, '%8$s', count(*), %9$s, %10$s, $2, $3, $4, $5, $6
-        from sized group by (rn - 1) / 1000%11$s
+        from sized group by (rn - 1) / %11$s
       returning id, n)
     insert into job (handler_id, change_id, at, cause, trace, lo, hi, depth, op, tenant)
     select h.id, c.id, $1, $3, coalesce($5, c.id), s, least(s + h.b - 1, c.n), $4, '%8$s', $6
       from c, %12$s, generate_series(1, c.n, h.b) s$f$;
+  v_sizes := case when v_keysize is not null then ', sum(keysize) over (order by rn rows unbounded preceding) as keybytes' else '' end
+    || coalesce(format(', sum(%s) over (order by rn rows unbounded preceding) as bytes', v_sizes), '');
   v_bare := format(v_grouped, v_key, coalesce(', ' || v_keysize || ' as keysize', ''), v_from, '',
     case when v_keysize is not null then ', sum(keysize) over (order by rn rows unbounded preceding) as keybytes' else '' end,
-    v_keycol, w.id, v_op, v_keys, 'null, null, null',
-    case when v_keysize is not null then ', keybytes / 8192' else '' end, v_jobs);
-  v_grouped := format(v_grouped, v_key, coalesce(', ' || v_keysize || ' as keysize', '') || coalesce(v_texts, ''), v_from, v_filter,
-    case when v_keysize is not null then ', sum(keysize) over (order by rn rows unbounded preceding) as keybytes' else '' end
-      || case when p_images then format(', sum(%s) over (order by rn rows unbounded preceding) as bytes', v_sizes) else '' end,
+    v_keycol, w.id, v_op, v_keys, 'null, null, null', v_keyrows || case when v_keysize is not null then ', keybytes / 8192' else '' end, v_jobs);
+  v_wide := format(v_grouped, v_key, coalesce(', ' || v_keysize || ' as keysize', '') || coalesce(v_texts, ''), v_from, v_filter, v_sizes,
     v_keycol, w.id, v_op, v_keys, format('%s, %s, %s', v_columns, v_news, v_olds),
-    case when v_keysize is not null then ', keybytes / 8192' else '' end || case when p_images then ', bytes / 262144' else '' end, v_jobs);
+    v_keyrows || case when v_keysize is not null then ', keybytes / 8192' else '' end || case when p_images then ', bytes / 262144' else '' end, v_jobs);
+  v_grouped := format(v_grouped, v_key, coalesce(', ' || v_keysize || ' as keysize', '') || coalesce(v_texts, ''), v_from, v_filter,
+    case when v_keysize is not null then ', sum(keysize) over (order by rn rows unbounded preceding) as keybytes' else '' end,
+    v_keycol, w.id, v_op, v_keys, format('%s, %s, %s', v_columns, v_news, v_olds),
+    v_keyrows || case when v_keysize is not null then ', keybytes / 8192' else '' end, v_jobs);
 
   -- reading runs in exception blocks and, for small statements, writes nothing there: a subtransaction that writes
   -- costs a transaction id. Large statements are planned anew, with their real row counts.
@@ -252,7 +260,7 @@ begin
     if %2$s then
       %3$s
     else
-      execute %4$L using v_now, v_degraded, v_cause, v_depth, v_trace, v_tenant;
+      %4$s
     end if;
   exception when others then
     v_degraded := sqlerrm;
@@ -270,7 +278,17 @@ begin
   end if;$f$,
     array_to_string(p_ids, ', '),
     case when v_idkey and not p_images and p_event <> 'updated' then 'true' else 'v_n <= 16' end,
-    replace(v_evaluate, '@filter@', v_filter), v_grouped, v_store,
+    replace(v_evaluate, '@filter@', v_filter),
+    case when not p_images then format('execute %L using v_now, v_degraded, v_cause, v_depth, v_trace, v_tenant;', v_grouped)
+         else format($k$
+      select max(%1$s) into v_size from %2$s;
+      if v_size <= 262 then
+        execute %3$L using v_now, v_degraded, v_cause, v_depth, v_trace, v_tenant;
+      else
+        execute %4$L using v_now, v_degraded, v_cause, v_depth, v_trace, v_tenant;
+      end if;$k$, v_rawsize,
+           case p_event when 'updated' then '(select * from new_records union all select * from old_records) x' when 'new' then 'new_records' else 'old_records' end,
+           v_grouped, v_wide) end, v_store,
     case when w.key_kind = 'none' then 'raise exception using message = v_degraded;'
          else format('execute %L using v_now, v_degraded, v_cause, v_depth, v_trace, v_tenant;', v_bare) end,
     w.id);
@@ -300,7 +318,7 @@ begin
   end if;
   return format($f$#variable_conflict use_column
 declare
-  v_now timestamptz; v_change bigint; v_n int; v_k int; v_ids bigint[]; v_keys jsonb; v_news text[]; v_olds text[];
+  v_now timestamptz; v_change bigint; v_n int; v_k int; v_size bigint; v_ids bigint[]; v_keys jsonb; v_news text[]; v_olds text[];
   v_context text := current_setting('anton.context', true);
   v_tenant text := nullif(current_setting('anton.tenant', true), '');
   v_cause bigint; v_depth smallint := 0; v_trace bigint; v_degraded text;
@@ -409,7 +427,7 @@ begin
     raise exception using errcode = 'NT004', message = format('table %I.%I has no primary key: its updated and deleted records cannot be handled', w.schema_name, w.table_name),
       hint = format('alter table %I.%I add primary key (…)', w.schema_name, w.table_name);
   end if;
-  v_settings := image_settings(w.relid);
+  v_settings := image_settings(w.relid) || ' set work_mem = ''128MB''';   -- chunks are built in memory: 3 times faster than spilled
   foreach v_event in array array['new', 'updated', 'deleted', 'moved', 'truncate'] loop
     v_name := format('t%s_%s', p_table, v_event);
     v_body := case when v_event = 'moved' then capture_moved(p_table) when v_event = 'truncate' then capture_truncate(p_table)
@@ -486,14 +504,16 @@ declare
   v_changes bigint[]; v_los int[]; v_his int[]; v_ids bigint[]; v_keys jsonb; v_columns text; v_nulls text;
 begin
   select x.* into h from lease l join handler x on x.id = l.handler_id where l.token = p_token and l.id = any (p_ids) limit 1;
-  perform fence(p_token, (select count(*) from lease l where l.token = p_token and l.id = any (p_ids)), cardinality(p_ids));
+  perform fence(p_token, (select count(*) from lease l where l.token = p_token and l.id = any (p_ids)), coalesce(cardinality(p_ids), 0));
   select * into w from watched where id = h.table_id;
-  select array_agg(l.change_id order by l.id), array_agg(l.lo order by l.id), array_agg(l.hi order by l.id),
-         min(c.cols), (select array_agg(k) from leased(p_token) x, unnest(x.ids) k where x.id = any (p_ids)),
-         (select jsonb_agg(k) from leased(p_token) x, jsonb_array_elements(x.keys) k where x.id = any (p_ids))
-    into v_changes, v_los, v_his, v_cols, v_ids, v_keys
+  select array_agg(l.change_id order by l.id), array_agg(l.lo order by l.id), array_agg(l.hi order by l.id), min(c.cols)
+    into v_changes, v_los, v_his, v_cols
     from lease l left join change c on c.id = l.change_id where l.token = p_token and l.id = any (p_ids);
   select string_agg(quote_ident(name), ', '), string_agg(format('null::%s as %I', type, name), ', ') into v_columns, v_nulls from table_columns(w.relid);
+  if v_cols is null then
+    select array_agg(k) into v_ids from leased(p_token, p_ids) x, unnest(x.ids) k;
+    select jsonb_agg(k) into v_keys from leased(p_token, p_ids) x, jsonb_array_elements(x.keys) k;
+  end if;
   v_receipt := ack(p_token, p_ids, p_worker, 0, 0);
   v_body := bind(h.body, h.params);
   if v_cols is not null then

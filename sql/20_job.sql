@@ -3,11 +3,11 @@
 -- job holds what is ready, delayed what waits for its time, lease what is being worked. A claim moves rows
 -- from job to lease, so paused, delayed and leased work never lies in the claim's way.
 
--- job_rows(...): the columns a worker needs, keys resolved from the change when the job does not hold them
-create or replace function leased(p_token bigint) returns table (
+-- leased(token, ids) -> leased jobs with what a worker needs; keys come from the change when the job does not hold them
+create or replace function leased(p_token bigint, p_ids bigint[] default null) returns table (
   handler_id int, id bigint, change_id bigint, at timestamptz, cause bigint, trace bigint, lo int, hi int,
   attempt smallint, crashes smallint, depth smallint, op "char", tenant text, origin text, settled int[],
-  ids bigint[], keys jsonb, cols text[], degraded text, table_id int, ms_waiting real)
+  ids bigint[], keys jsonb, cols text[], degraded text, table_id int, ms_waiting real, probe boolean)
 language plpgsql volatile set search_path from current
 set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
 declare v_now timestamptz := now();
@@ -19,9 +19,10 @@ begin
            case when l.keys is not null then l.keys when l.lo = 1 and l.hi = c.n then c.keys
                 when c.keys is not null then jsonb_path_query_array(c.keys, '$[$lo to $hi]',
                        jsonb_build_object('lo', l.lo - 1, 'hi', l.hi - 1)) end,
-           c.cols, c.degraded, h.table_id, (extract(epoch from v_now - l.at) * 1000)::real
+           c.cols, c.degraded, h.table_id, (extract(epoch from v_now - l.at) * 1000)::real,
+           h.failing_since is not null
       from lease l join handler h on h.id = l.handler_id left join change c on c.id = l.change_id
-     where l.token = p_token
+     where l.token = p_token and (p_ids is null or l.id = any (p_ids))
      order by l.handler_id, l.id;
 end $$;
 
@@ -35,7 +36,7 @@ create or replace function claim(p_worker int, p_token bigint, p_handlers int[],
 returns table (
   handler_id int, id bigint, change_id bigint, at timestamptz, cause bigint, trace bigint, lo int, hi int,
   attempt smallint, crashes smallint, depth smallint, op "char", tenant text, origin text, settled int[],
-  ids bigint[], keys jsonb, cols text[], degraded text, table_id int, ms_waiting real)
+  ids bigint[], keys jsonb, cols text[], degraded text, table_id int, ms_waiting real, probe boolean)
 language plpgsql volatile set search_path from current
 set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
 #variable_conflict use_column
@@ -82,7 +83,7 @@ create or replace function reclaim(p_worker int, p_token bigint, p_handlers int[
 returns table (
   handler_id int, id bigint, change_id bigint, at timestamptz, cause bigint, trace bigint, lo int, hi int,
   attempt smallint, crashes smallint, depth smallint, op "char", tenant text, origin text, settled int[],
-  ids bigint[], keys jsonb, cols text[], degraded text, table_id int, ms_waiting real)
+  ids bigint[], keys jsonb, cols text[], degraded text, table_id int, ms_waiting real, probe boolean)
 language plpgsql volatile set search_path from current as $$
 #variable_conflict use_column
 declare v_now timestamptz := now(); v_until timestamptz := v_now + p_lease; v_rows tid[];

@@ -1,0 +1,53 @@
+-- What a worker asks about itself and its handlers.
+
+-- catalogue(app) -> the handlers of an app and all SQL handlers of psql's app 'sql', with the table each listens to
+create or replace function catalogue(p_app text) returns table (
+  id int, app text, name text, kind text, ops text[], each_record boolean, read text, where_sql text, into_tables text[], batch int,
+  max_wait interval, concurrency int, timeout interval, attempts int, backoff interval, feeding boolean,
+  table_id int, schema_name text, table_name text, key_columns text[], key_kind text, fetch_sql text, wide boolean)
+language sql stable set search_path from current as $$
+  select h.id, h.app, h.name, h.kind, h.ops, h.each_record, h.read, h.where_sql, h.into_tables, h.batch,
+         h.max_wait, h.concurrency, h.timeout, h.attempts, h.backoff, h.feeding,
+         w.id, w.schema_name, w.table_name, w.key_columns, w.key_kind, w.fetch_sql, coalesce(pg_relation_size(c.reltoastrelid) > 0, false)
+    from handler h join watched w on w.id = h.table_id left join pg_class c on c.oid = w.relid
+   where h.app = p_app or (h.app = 'sql' and h.kind = 'sql')
+   order by h.id
+$$;
+
+-- table_ids() -> what each watched table is called in receipts
+create or replace function table_ids() returns table (id int, schema_name text, table_name text)
+language sql stable set search_path from current as $$
+  select id, schema_name, table_name from watched
+$$;
+
+-- worker_died(worker) -> leases freed
+-- For whoever saw the process die (its parent): its leases end now instead of later. Its jobs come back as suspects.
+create or replace function worker_died(p_worker int) returns bigint language plpgsql volatile set search_path from current as $$
+declare v_n bigint;
+begin
+  update worker set stopped_at = now() where id = p_worker and stopped_at is null;
+  update lease set lease_until = '-infinity' where worker_id = p_worker;
+  get diagnostics v_n = row_count;
+  perform ring();
+  return v_n;
+end $$;
+
+-- chain(receipt) -> the last handlers and tables that led to what this receipt wrote, oldest first, for errors
+create or replace function chain(p_receipt bigint, p_steps int default 6) returns text language sql stable set search_path from current as $$
+  with recursive step (n, receipt_id, handler_id, cause) as (
+    select 1, r.id, r.handler_id, r.causes[1] from receipt r where r.id = p_receipt
+    union all
+    select s.n + 1, r.id, r.handler_id, r.causes[1] from step s join receipt r on r.id = s.cause where s.n < p_steps
+  )
+  select string_agg(w.table_name || ' -> ' || h.name, ' -> ' order by s.n desc)
+    from step s join handler h on h.id = s.handler_id join watched w on w.id = h.table_id
+$$;
+
+-- bell_holder() -> (pid, since): whose idle worker keeps every writer ringing, and when its backend last did anything
+create or replace function bell_holder(out pid int, out since timestamptz) returns record language sql volatile set search_path from current as $$
+  select l.pid, a.state_change
+    from doorbell() d join pg_locks l on l.locktype = 'advisory' and l.classid = d.k1::oid and l.objid = d.k2::oid and l.objsubid = 2
+      and l.mode = 'ExclusiveLock' and l.granted and l.database = (select oid from pg_database where datname = current_database())
+    left join pg_stat_activity a on a.pid = l.pid
+   limit 1
+$$;
