@@ -1,0 +1,83 @@
+"""Proc: CPU and memory of process trees, read from /proc. Where there is no /proc the answer is None."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_TICK = os.sysconf("SC_CLK_TCK")
+_PROC = Path("/proc")
+
+
+def _stats() -> dict[int, list[str]]:
+    """pid -> the fields of /proc/<pid>/stat from the state on (field 3 of proc(5) is index 0)."""
+    found = {}
+    for entry in _PROC.iterdir():
+        if entry.name.isdigit():
+            try:
+                found[int(entry.name)] = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+    return found
+
+
+def _tree(roots: Iterable[int], stats: dict[int, list[str]]) -> set[int]:
+    children: dict[int, list[int]] = {}
+    for pid, fields in stats.items():
+        children.setdefault(int(fields[1]), []).append(pid)
+    found: set[int] = set()
+    left = [pid for pid in roots if pid in stats]
+    while left:
+        pid = left.pop()
+        if pid not in found:
+            found.add(pid)
+            left += children.get(pid, [])
+    return found
+
+
+def cpu_seconds(*roots: int | None) -> float | None:
+    """CPU seconds that these processes, their descendants and those they have reaped have used so far."""
+    known = [root for root in roots if root is not None]
+    if len(known) < len(roots) or not (_PROC / "self").is_dir():
+        return None
+    stats = _stats()
+    ticks = sum(int(stats[pid][i]) for pid in _tree(known, stats) for i in (11, 12, 13, 14))
+    return ticks / _TICK
+
+
+def rss_mb(*roots: int) -> float | None:
+    """Resident memory of these processes and their descendants; pages that forks share count once each (PSS)."""
+    if not (_PROC / "self").is_dir():
+        return None
+    total = 0
+    for pid in _tree(roots, _stats()):
+        try:
+            rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+        except OSError:
+            continue
+        total += sum(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:"))
+    return total / 1024
+
+
+@contextmanager
+def peak_rss(*roots: int) -> Iterator[list[float]]:
+    """While open, samples the memory of these trees 20 times a second; the list then holds the peak in MB."""
+    peak: list[float] = []
+    ended = threading.Event()
+
+    def sample() -> None:
+        while not ended.wait(0.05):
+            now = rss_mb(*roots)
+            if now is not None and (not peak or now > peak[0]):
+                peak[:] = [now]
+
+    thread = threading.Thread(target=sample, daemon=True)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        ended.set()
+        thread.join()

@@ -1,0 +1,97 @@
+"""The benches' own checks: a wrong output, left-over work or a missing peer never yields a figure."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.harness import (
+    Bench,
+    MissingPeer,
+    Row,
+    Rows,
+    Run,
+    WrongResult,
+    at_least,
+    at_most,
+    measure,
+    percentile,
+    save,
+)
+from benchmarks.server import connect
+from benchmarks.subject import check, same_rows, wait_idle
+
+EXPECTED = "select n, s from (values (1, 'a'), (2, 'b'), (2, 'b')) x (n, s)"
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        "(1, 'a'), (2, 'b')",
+        "(1, 'a'), (2, 'b'), (2, 'b'), (2, 'b')",
+        "(1, 'a'), (1, 'a'), (2, 'b')",
+        "(1, 'a'), (2, 'b'), (2, null)",
+    ],
+)
+def test_an_output_with_other_rows_or_other_counts_is_wrong(database: str, found: str) -> None:
+    with connect(database) as conn, pytest.raises(WrongResult, match="expected rows"):
+        same_rows(conn, EXPECTED, f"select n, s from (values {found}) x (n, s)")
+
+
+def test_an_equal_output_with_nothing_left_passes(database: str) -> None:
+    with connect(database) as conn:
+        check(conn, EXPECTED, "select n, s from (values (2, 'b'), (1, 'a'), (2, 'b')) x (n, s)")
+
+
+@pytest.mark.parametrize("table", ["job", "delayed", "lease"])
+def test_work_that_is_left_over_is_wrong(database: str, table: str) -> None:
+    more: dict[str, dict[str, object]] = {
+        "lease": {"token": 1, "lease_until": "now()", "worker_id": 1},
+        "delayed": {"run_at": "now()"},
+    }
+    row: dict[str, object] = {"handler_id": 1, "id": 1, "change_id": 1, "at": "now()", "lo": 1, "hi": 1, "op": "'n'"}
+    row |= {"attempt": 0, "crashes": 0, "depth": 0, **more.get(table, {})}
+    with connect(database) as conn:
+        conn.execute(f"insert into anton.{table} ({', '.join(row)}) values ({', '.join(map(str, row.values()))})")
+        with pytest.raises(WrongResult, match=f"anton.{table} holds 1 rows"):
+            check(conn, EXPECTED, EXPECTED)
+        with pytest.raises(WrongResult, match=f"still work in anton.{table}"):
+            wait_idle(conn, seconds=0)
+
+
+@pytest.mark.parametrize("problem", [WrongResult("lost 1"), MissingPeer("no npm"), RuntimeError("work ended with 1")])
+def test_a_bench_that_cannot_end_well_reports_null_and_not_ok(problem: Exception) -> None:
+    def broken(run: Run) -> Rows:
+        raise problem
+
+    for row in measure(Bench("broken", (at_least("a", 1), at_most("b", 1)), broken), None):  # type: ignore[arg-type]
+        assert row["value"] is None
+        assert row["ok"] is False
+        assert str(problem) in row["detail"]["error"]
+
+
+def test_the_report_has_the_five_keys_and_keeps_rows_that_were_not_measured_again(tmp_path: Path) -> None:
+    def fine(run: Run) -> Rows:
+        return {"python_batch_vs_floor": Row(0.5, 3.0), "peak_rss_mb": Row(251.0)}
+
+    bars = at_least("python_batch_vs_floor", 0.4), at_most("peak_rss_mb", 250, "MB")
+    save(measure(Bench("fine", bars, fine), None), tmp_path)  # type: ignore[arg-type]
+    save(measure(Bench("fine", bars[:1], fine), None), tmp_path)  # type: ignore[arg-type]
+    first, second = json.loads((tmp_path / "latest.json").read_text())
+    assert list(first.items())[:5] == [
+        ("name", "python_batch_vs_floor"),
+        ("value", 0.5),
+        ("unit", "ratio"),
+        ("bar", 0.4),
+        ("ok", True),
+    ]
+    assert first["cpu_s_per_1m"] == 3.0
+    assert second == {"name": "peak_rss_mb", "value": 251.0, "unit": "MB", "bar": 250, "ok": False}
+
+
+def test_a_percentile_is_a_value_that_was_measured() -> None:
+    assert percentile(range(1, 101), 99) == 99
+    assert percentile([5.0], 50) == 5.0
+    assert percentile([1.0, 2.0, 3.0], 50) == 2.0
