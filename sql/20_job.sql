@@ -347,13 +347,14 @@ begin
   return v_n;
 end $$;
 
--- poll(worker, handlers) -> (ready, suspects, wake_at)
+-- poll(worker, handlers) -> (ready, suspects, wake_at, at)
 -- The look of an idle worker: promotes what is due; which handlers have ready jobs; how many of their leases have
 -- run out; and when there will be something to do if nobody writes.
-create or replace function poll(p_worker int, p_handlers int[], out ready int[], out suspects int, out wake_at timestamptz)
+create or replace function poll(p_worker int, p_handlers int[], out ready int[], out suspects int, out wake_at timestamptz, out at timestamptz)
 language plpgsql volatile set search_path from current as $$
 declare v_now timestamptz := now();
 begin
+  at := v_now;
   perform promote();
   select array_agg(h.id) into ready from handler h
    where h.id = any (p_handlers) and not h.paused and (h.probe_at is null or h.probe_at <= v_now)

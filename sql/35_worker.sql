@@ -51,3 +51,37 @@ create or replace function bell_holder(out pid int, out since timestamptz) retur
     left join pg_stat_activity a on a.pid = l.pid
    limit 1
 $$;
+
+-- announce(elected) -> (elected, bell)
+-- An idle worker says so on its listening connection: elected, when it is the one that may; bell, when every writer
+-- now rings. Only ever tries: an open writer holds the bell shared, then poll and try again. Session locks: not
+-- behind a transaction pooler.
+--   elected  whether this session was elected before
+create or replace function announce(p_elected boolean, out elected boolean, out bell boolean) returns record
+language plpgsql volatile set search_path from current as $$
+declare d record := doorbell();
+begin
+  elected := d.enabled and (p_elected or pg_try_advisory_lock(d.k1 + 1, d.k2));
+  bell := elected and pg_try_advisory_lock(d.k1, d.k2);
+  if elected and not p_elected then
+    execute format('listen %I', d.channel);
+  end if;
+end $$;
+
+-- hush(): the bell is free again; call it before claiming
+create or replace function hush() returns boolean language sql volatile set search_path from current as $$
+  select pg_advisory_unlock(k1, k2) from doorbell()
+$$;
+
+-- step_down(): another worker may announce itself
+create or replace function step_down() returns void language plpgsql volatile set search_path from current as $$
+declare d record := doorbell();
+begin
+  perform pg_advisory_unlock(d.k1 + 1, d.k2);
+  execute format('unlisten %I', d.channel);
+end $$;
+
+-- call_help(): wakes the workers that wait without the bell, off the write path
+create or replace function call_help() returns void language sql volatile set search_path from current as $$
+  select pg_notify(channel || '_help', '') from doorbell()
+$$;

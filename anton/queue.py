@@ -1,0 +1,206 @@
+"""Queue: the Python names of the SQL functions in sql/20_job.sql and sql/35_worker.sql.
+
+    claim -> (handler) -> ack | ack_part | retry | bury | give_back | world_failed
+
+One call each, no policy: what to do with a failure is in settle.py, the loop is in worker.py. A lease
+token is 64 random bits, new for each claim; a call with one that is no longer held raises LeaseLost and changes
+nothing. Durations are timedelta, times aware UTC. Ordinals count the records of a change from 1.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Any
+
+import asyncpg
+
+from anton.db import Conn, Database
+
+_random = random.SystemRandom()
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """A leased job: records lo..hi of one change, for one handler.
+
+    ids, keys: their keys in that order (one of the two; both None for table events and tables without a key).
+    cols: columns of the images, None when there are none. degraded: why images or filter are missing.
+    attempt: runs that failed; crashes: runs alone that killed their process. probe: its handler is failing.
+    left: ordinals that are not settled yet. waited: milliseconds since the change.
+    """
+
+    token: int
+    handler_id: int
+    id: int
+    change_id: int
+    at: datetime
+    cause: int | None
+    trace: int | None
+    lo: int
+    hi: int
+    attempt: int
+    crashes: int
+    depth: int
+    op: str
+    tenant: str | None
+    origin: str | None
+    ids: list[int] | None
+    keys: list[Any] | None
+    cols: list[str] | None
+    degraded: str | None
+    waited: float
+    probe: bool
+    left: Sequence[int] = field(default=())
+
+    @property
+    def size(self) -> int:
+        """Records of the job, settled or not."""
+        return self.hi - self.lo + 1
+
+    def key(self, ordinal: int) -> Any:
+        """The key of one record: an integer, a list of key columns, or None."""
+        if self.ids is not None:
+            return self.ids[ordinal - self.lo]
+        return self.keys[ordinal - self.lo] if self.keys is not None else None
+
+
+def token() -> int:
+    """64 random bits as a signed integer."""
+    return _random.getrandbits(64) - 2**63
+
+
+def _jobs(lease: int, rows: list[asyncpg.Record]) -> list[Job]:
+    jobs = []
+    for row in rows:
+        (handler_id, id, change_id, at, cause, trace, lo, hi, attempt, crashes, depth, op, tenant, origin, settled,
+         ids, keys, cols, degraded, _, waited, probe) = row
+        left: Sequence[int] = range(lo, hi + 1)
+        if settled:
+            done = set(settled)
+            left = [ordinal for ordinal in left if ordinal not in done]
+        jobs.append(Job(lease, handler_id, id, change_id, at, cause, trace, lo, hi, attempt, crashes, depth, op.decode(),
+                        tenant, origin, ids, keys, cols, degraded, waited, probe, left))
+    return jobs
+
+
+async def claim(db: Database, conn: Conn, worker: int, lease: timedelta, handlers: list[int], jobs: list[int],
+                records: list[int], after: list[int]) -> list[Job]:
+    """Leases up to jobs[i] jobs of about records[i] records with id > after[i] for each handlers[i], by (handler, id)."""
+    mine = token()
+    return _jobs(mine, await db.call(conn, "claim", worker, mine, handlers, jobs, records, after, lease))
+
+
+async def reclaim(db: Database, conn: Conn, worker: int, lease: timedelta, handlers: list[int], jobs: int = 1) -> list[Job]:
+    """Leases suspects: jobs whose worker died with them. Run each alone."""
+    mine = token()
+    return _jobs(mine, await db.call(conn, "reclaim", worker, mine, handlers, lease, jobs))
+
+
+async def heartbeat(db: Database, conn: Conn, worker: int, tokens: list[int], lease: timedelta) -> set[int]:
+    """Makes the leases last `lease` from now; the tokens that still hold any."""
+    return {row[0] for row in await db.call(conn, "heartbeat", worker, tokens, lease)}
+
+
+async def ack(db: Database, conn: Conn, lease: int, ids: list[int], worker: int, ms: float, gone: int) -> int:
+    """Settles whole jobs of one handler; the receipt's id. What the transaction writes next is caused by it."""
+    return int(await db.call_value(conn, "ack", lease, ids, worker, ms, gone))
+
+
+async def ack_part(db: Database, conn: Conn, lease: int, id: int, ordinals: Sequence[int], worker: int, ms: float,
+                   gone: int) -> int:
+    """Settles some records of one job; the receipt's id."""
+    return int(await db.call_value(conn, "ack_part", lease, id, ordinals, worker, ms, gone))
+
+
+async def put_output(db: Database, conn: Conn, receipt: int, table: int, ids: list[int] | None, keys: list[Any] | None,
+                     owners: list[int]) -> None:
+    """Notes what was written: keys, and the position (from 1; 0: the whole batch) of the input each belongs to."""
+    await db.call(conn, "put_output", receipt, table, ids, keys, owners)
+
+
+async def retry(db: Database, conn: Conn, lease: int, id: int, ordinals: Sequence[int], after: timedelta, error: str,
+                burn: bool) -> None:
+    """Queues records of one job anew, each alone, after a wait. burn: this run counts as an attempt."""
+    await db.call(conn, "retry", lease, id, ordinals, after, error, burn)
+
+
+async def bury(db: Database, conn: Conn, lease: int, id: int, ordinal: int, reason: str, error: str,
+               traceback: str | None) -> int:
+    """Makes one record a dead letter. reason: failed | discarded | crashed | depth."""
+    return int(await db.call_value(conn, "bury", lease, id, ordinal, reason, error, traceback))
+
+
+async def give_back(db: Database, conn: Conn, lease: int, ids: list[int]) -> None:
+    """The jobs are ready again at once; nothing counts against them."""
+    await db.call(conn, "give_back", lease, ids)
+
+
+async def world_failed(db: Database, conn: Conn, lease: int, ids: list[int], error: str) -> datetime:
+    """Gives the jobs back and makes their handler wait; when one of them may probe."""
+    when: datetime = await db.call_value(conn, "world_failed", lease, ids, error)
+    return when
+
+
+async def split(db: Database, conn: Conn, job: Job, parts: int) -> list[Job]:
+    """Cuts what is left of a leased job into leases of their own, under the same token."""
+    rows = {row["id"] for row in await db.call(conn, "split", job.token, job.id, parts)}
+    return [part for part in _jobs(job.token, await db.call(conn, "leased", job.token)) if part.id in rows]
+
+
+async def split_crashed(db: Database, conn: Conn, job: Job) -> int:
+    """Cuts a suspect that killed its process into parts that are suspects; how many."""
+    return int(await db.call_value(conn, "split_crashed", job.token, job.id))
+
+
+@dataclass(slots=True)
+class Look:
+    """What poll saw. ready: handlers with jobs; suspects: leases that ran out; wake_at: when there will be something."""
+
+    ready: list[int]
+    suspects: int
+    wake_at: datetime | None
+
+
+async def poll(db: Database, conn: Conn, worker: int, handlers: list[int]) -> Look:
+    """Readies delayed jobs that are due, and looks what there is to do."""
+    row = (await db.call(conn, "poll", worker, handlers))[0]
+    return Look(row["ready"] or [], row["suspects"], row["wake_at"])
+
+
+async def passes(db: Database, conn: Conn, handler: int, job: Job) -> set[int]:
+    """Ordinals of a degraded job whose records are there and pass the handler's filter."""
+    found = await db.call_value(conn, "passes", handler, job.ids, job.keys)
+    return {job.lo + position - 1 for position in found}
+
+
+async def images_sql(db: Database, conn: Conn, table: int, cols: list[str]) -> str:
+    """The SELECT of images by ($1 change ids, $2 los, $3 his)."""
+    return str(await db.call_value(conn, "images_sql", table, cols))
+
+
+async def run_sql(db: Database, conn: Conn, lease: int, ids: list[int], worker: int) -> int:
+    """Runs a SQL handler over whole jobs and settles them; the receipt's id."""
+    return int(await db.call_value(conn, "run_sql", lease, ids, worker))
+
+
+async def chain(db: Database, conn: Conn, receipt: int) -> str:
+    """The handlers and tables that led to what a receipt wrote, oldest first."""
+    return str(await db.call_value(conn, "chain", receipt) or "")
+
+
+async def register_worker(db: Database, conn: Conn, app: str, host: str, pid: int, version: str) -> int:
+    """Makes this process known; its worker id."""
+    return int(await db.call_value(conn, "register_worker", app, host, pid, version))
+
+
+async def stop_worker(db: Database, conn: Conn, worker: int) -> None:
+    """This worker has ended well."""
+    await db.call(conn, "stop_worker", worker)
+
+
+async def worker_died(db: Database, conn: Conn, worker: int) -> int:
+    """Ends the leases of a worker whose process is known to be dead; how many."""
+    return int(await db.call_value(conn, "worker_died", worker))
