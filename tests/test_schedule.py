@@ -1,0 +1,255 @@
+"""Schedule: due times, each fired once, whoever ticks; planned anew only when they changed."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import UTC, datetime, timedelta
+from zoneinfo import ZoneInfo
+
+import pytest
+
+from anton.app import App, declaring
+from anton.db import Database
+from anton.errors import BadOption, BadSignature, DuplicateName, UnknownHandler, UnknownOption
+from anton.schedule import cron, fire, next_due, normal
+
+
+def utc(text: str) -> datetime:
+    return datetime.fromisoformat(text).replace(tzinfo=UTC)
+
+
+def all_due(expression: str, tz: str, start: datetime, end: datetime) -> list[datetime]:
+    found, at = [], start
+    while (due := next_due(expression, tz, at)) and due < end:
+        found.append(due)
+        at = due
+    return found
+
+
+@pytest.mark.parametrize("expression, after, due", [
+    ("0 0 * * *", "2026-11-22 10:00", "2026-11-23 00:00"),
+    ("0 0 * * *", "2026-11-23 00:00", "2026-11-24 00:00"),              # strictly later
+    ("*/5 9-17 * * MON-FRI", "2026-11-20 17:55", "2026-11-23 09:00"),
+    ("*/5 9-17 * * mon-fri", "2026-11-23 09:01:30.5", "2026-11-23 09:05"),
+    ("0 0 29 2 *", "2026-11-22", "2028-02-29"),
+    ("0 0 L * *", "2026-02-01", "2026-02-28"),
+    ("@daily", "2026-11-22 10:00", "2026-11-23 00:00"),
+    ("@every 30", "2026-11-22 10:00:29.9", "2026-11-22 10:00:30"),
+    ("@every 30", "2026-11-22 10:00:30", "2026-11-22 10:01:00"),
+])
+def test_the_next_due_time(expression, after, due):
+    assert next_due(expression, "UTC", utc(after)) == utc(due)
+
+
+def test_a_time_the_clocks_skip_runs_right_after_the_gap():
+    due = all_due("30 2 * * *", "Europe/Berlin", utc("2026-03-28 12:00"), utc("2026-03-31"))
+    assert due == [utc("2026-03-29 01:00"), utc("2026-03-30 00:30")]
+
+
+def test_a_time_that_comes_twice_runs_once():
+    due = all_due("30 2 * * *", "Europe/Berlin", utc("2026-10-24 12:00"), utc("2026-10-27"))
+    assert due == [utc("2026-10-25 00:30"), utc("2026-10-26 01:30")]
+
+
+@pytest.mark.parametrize("seconds", range(0, 3 * 3600, 600))
+def test_what_is_next_is_never_in_the_past_while_an_hour_repeats(seconds):
+    after = utc("2026-10-24 23:30") + timedelta(seconds=seconds)
+    for expression in ("30 2 * * *", "*/20 * * * *", "15 * * * *", "@every 600"):
+        due = next_due(expression, "Europe/Berlin", after)
+        assert due is not None and due > after
+
+
+@pytest.mark.parametrize("tz", ["Europe/Berlin", "America/New_York", "Australia/Lord_Howe", "Asia/Kathmandu"])
+def test_what_runs_by_the_minute_keeps_its_pace_while_clocks_change(tz):
+    due = all_due("*/15 * * * *", tz, utc("2026-03-01"), utc("2026-04-10"))
+    zone = ZoneInfo(tz)
+    assert {due.astimezone(zone).minute % 15 for due in due} == {0}
+    assert {later - earlier for earlier, later in zip(due, due[1:], strict=False)} == {timedelta(minutes=15)}
+
+
+@pytest.mark.parametrize("tz", ["Europe/Berlin", "America/New_York", "Australia/Sydney", "Pacific/Chatham"])
+def test_a_daily_time_runs_once_on_each_local_day(tz):
+    zone = ZoneInfo(tz)
+    due = all_due("30 3 * * *", tz, datetime(2026, 1, 1, tzinfo=zone), datetime(2027, 1, 1, tzinfo=zone))
+    days = [due.astimezone(zone).date() for due in due]
+    assert len(days) == len(set(days)) == 365
+
+
+@pytest.mark.parametrize("wrong", [
+    "60 * * * *", "0 0 31 2 *", "0 0 * * MOO", "@fortnightly", "@every 0", "@every 1 moon", "*/0 * * * *",
+    "", "* * * *", "5-1 * * * *", "* * * * * *"])
+def test_what_is_no_cron_expression_is_refused(wrong):
+    with pytest.raises(BadOption):
+        normal(wrong)
+
+
+def test_a_zone_that_is_not_known_is_refused():
+    with pytest.raises(BadOption, match="Europe/Belin"):
+        next_due("0 0 * * *", "Europe/Belin", utc("2026-01-01"))
+
+
+def test_the_decorators_say_what_they_mean():
+    with declaring(App("clock")) as app:
+        @cron.daily
+        def nightly(): ...
+        @cron.daily(at="03:05", tz="Europe/Berlin")
+        def early(ctx): ...
+        @cron.every("90s")
+        async def often(): ...
+        @cron.weekly(on="mon", at="9:30")
+        def mondays(): ...
+        @cron.monthly(day="last")
+        def closing(): ...
+        @cron.hourly(minute=15)
+        def quarter(): ...
+        @cron("*/5 9-17 * * mon-fri", name="office")
+        def work(): ...
+    assert {name: (s.cron, s.tz, s.title, s.wants_ctx) for name, s in app.schedules.items()} == {
+        "nightly": ("0 0 * * *", "UTC", "Daily", False),
+        "early": ("5 3 * * *", "Europe/Berlin", "Daily, at 03:05 (Europe/Berlin)", True),
+        "often": ("@every 90", "UTC", "Every 1m30s", False),
+        "mondays": ("30 9 * * 1", "UTC", "Weekly, Monday, at 9:30", False),
+        "closing": ("0 0 L * *", "UTC", "Monthly, day last", False),
+        "quarter": ("15 * * * *", "UTC", "Hourly, at :15", False),
+        "office": ("*/5 9-17 * * MON-FRI", "UTC", "*/5 9-17 * * mon-fri", False)}
+    assert nightly() is None                                           # still a function
+
+
+def test_a_wrong_declaration_names_what_is_allowed():
+    with declaring(App("clock")):
+        with pytest.raises(UnknownOption, match='"att".*"at"'):
+            cron.daily(att="03:00")  # type: ignore[call-overload]
+        with pytest.raises(BadOption, match='at=\'25:00\''):
+            cron.daily(at="25:00")
+        with pytest.raises(BadOption, match="monday"):
+            cron.weekly(on="caturday")
+        with pytest.raises(BadSignature, match="@cron.daily"):
+            cron(lambda: None)  # type: ignore[arg-type]
+        with pytest.raises(BadSignature, match="a, b"):
+            @cron.daily
+            def two(a, b): ...
+        @cron.daily
+        def once(): ...
+        with pytest.raises(DuplicateName, match="test_schedule.py:"):
+            cron.daily(once)
+
+
+async def put(db: Database, **definition: object) -> int:
+    async with db.tx() as conn:
+        definition = {"app": "a", "name": "s", "cron": "0 3 * * *", **definition}
+        value: int = await db.call_value(conn, "put_schedule", definition)
+        return value
+
+
+async def rows(db: Database, query: str) -> list[tuple[object, ...]]:
+    async with db.conn() as conn:
+        return [tuple(row) for row in await conn.fetch(query)]
+
+
+async def look(db: Database) -> datetime | None:
+    async with db.tx() as conn:
+        return await fire(db, conn)
+
+
+async def test_a_due_schedule_fires_once_and_is_planned_again(db):
+    await put(db, tz="Europe/Berlin")
+    due = await look(db)
+    assert due and due > datetime.now(UTC) and due.astimezone(ZoneInfo("Europe/Berlin")).hour == 3
+    assert await rows(db, "select planned_at from anton.tick") == []
+    late = utc("2026-11-22 02:00")
+    async with db.conn() as conn:
+        await conn.execute("update anton.schedule set next_at = $1", late)
+    await asyncio.gather(*(look(db) for _ in range(8)))
+    assert await rows(db, "select planned_at, state from anton.tick") == [(late, "planned")]
+    jobs = "select h.name, jsonb_array_length(j.keys) from anton.job j join anton.handler h on h.id = handler_id"
+    assert await rows(db, jobs) == [("s", 1)]
+    assert await rows(db, "select last_at, next_at > now() from anton.schedule") == [(late, True)]
+
+
+async def test_the_same_time_never_fires_twice_even_when_planned_twice(db):
+    late = utc("2026-11-22 02:00")
+    await put(db)
+    for _ in range(2):
+        async with db.conn() as conn:
+            await conn.execute("update anton.schedule set next_at = $1", late)
+        await look(db)
+    assert await rows(db, "select count(*) from anton.job") == [(1,)]
+
+
+async def test_a_changed_time_is_planned_anew_and_an_unchanged_one_is_kept(db):
+    await put(db)
+    first = await look(db)
+    await put(db, title="other words")
+    assert await look(db) == first
+    await put(db, cron="0 4 * * *")
+    assert await rows(db, "select next_at from anton.schedule") == [(None,)]
+    assert await look(db) != first
+
+
+async def test_a_paused_schedule_lets_its_time_pass(db):
+    await put(db)
+    async with db.conn() as conn:
+        await db.call(conn, "pause_schedule", "s")
+        await conn.execute("update anton.schedule set next_at = '2026-11-22 02:00Z'")
+    assert (await look(db) or utc("2000-01-01")) > datetime.now(UTC)
+    assert await rows(db, "select count(*) from anton.tick") == [(0,)]
+    async with db.conn() as conn:
+        await db.call(conn, "resume_schedule", "s")
+        await db.call(conn, "run_schedule", "a.s")
+    assert await rows(db, "select count(*) from anton.tick") == [(1,)]
+
+
+async def test_psql_can_schedule_and_every_needs_no_python(db):
+    async with db.conn() as conn:
+        await db.call(conn, "schedule", "often", "@every 60", "select 1")
+        await conn.execute("update anton.schedule set next_at = anton.now()")
+        assert await db.call_value(conn, "tick") == 1
+        assert await db.call_value(conn, "tick") == 0
+    planned = "select next_at > anton.now(), extract(epoch from next_at)::int % 60 from anton.schedule"
+    assert await rows(db, planned) == [(True, 0)]
+
+
+@pytest.mark.parametrize("cron, tz, what", [
+    ("0 3 * *", "UTC", "five fields"), ("nightly", "UTC", "no cron"), ("0 3 * * *", "Mars/Base", "Mars/Base")])
+async def test_psql_is_told_what_is_wrong(db, cron, tz, what):
+    with pytest.raises(BadOption, match=what):
+        async with db.conn() as conn:
+            await db.call(conn, "schedule", "nightly", cron, "select 1", tz)
+
+
+async def test_an_impossible_time_from_psql_is_disabled_and_not_retried(db):
+    async with db.conn() as conn:
+        await db.call(conn, "schedule", "never", "0 0 31 2 *", "select 1")
+    assert await look(db) is None
+    assert await rows(db, "select enabled from anton.schedule") == [(False,)]
+
+
+async def test_a_schedule_does_not_take_a_handlers_name(db):
+    async with db.conn() as conn:
+        await conn.execute("create table t (id int primary key)")
+        await db.call(conn, "handler", "flag", "public.t", "new", "select 1")
+        with pytest.raises(BadOption, match="flag.*public.t"):
+            await db.call(conn, "schedule", "flag", "@daily", "select 1")
+        with pytest.raises(UnknownHandler, match="no schedule"):
+            await db.call(conn, "pause_schedule", "flag")
+
+
+async def test_what_vanished_from_the_code_fires_no_more(db):
+    await put(db)
+    async with db.conn() as conn:
+        assert await db.call_value(conn, "retire_schedules", "a", ["other"]) == "s"
+    assert await look(db) is None
+    await put(db)
+    assert await look(db)
+
+
+async def test_a_tick_in_a_transaction_that_is_rolled_back_fires_again(db):
+    await put(db)
+    async with db.conn() as conn:
+        await conn.execute("update anton.schedule set next_at = '2026-11-22 02:00Z'")
+        tx = conn.transaction()
+        await tx.start()
+        await fire(db, conn)
+        await tx.rollback()
+    await look(db)
+    assert await rows(db, "select count(*) from anton.job") == [(1,)]
