@@ -195,13 +195,20 @@ begin
   v_filter := coalesce('where true' || nullif(v_filter, ''), '');
   v_jobs := format('unnest(%L::int[], %L::int[]) h (id, b)', p_ids, p_batches);
 
+  -- one record is the commonest statement of all: no set functions, and one number for change and job
   v_small := format($f$
+    if v_k = 1 then
+      insert into job (handler_id, id, change_id, at, cause, trace, lo, hi, depth, op, tenant, %1$s) values %5$s;
+    else
     insert into job (handler_id, change_id, at, cause, trace, lo, hi, depth, op, tenant, %1$s)
     select h.id, v_change, v_now, v_cause, v_trace, s, least(s + h.b - 1, v_k), v_depth, '%2$s', v_tenant, %3$s
-      from %4$s, generate_series(1, v_k, h.b) s;$f$, v_keycol, v_op,
+      from %4$s, generate_series(1, v_k, h.b) s;
+    end if;$f$, v_keycol, v_op,
     case when v_idkey then 'v_ids[s:s + h.b - 1]'
          else $k$case when h.b >= v_k then v_keys else jsonb_path_query_array(v_keys, '$[$a to $b]', jsonb_build_object('a', s - 1, 'b', least(s + h.b, v_k + 1) - 2)) end$k$ end,
-    v_jobs);
+    v_jobs,
+    (select string_agg(format('(%s, v_change, v_change, v_now, v_cause, v_trace, 1, 1, v_depth, ''%s'', v_tenant, %s)', i, v_op, case when v_idkey then 'v_ids' else 'v_keys' end), ', ')
+       from unnest(p_ids) i));
   v_plain := format($f$
     with c as (
       insert into change (id, slot, at, xid, table_id, op, n, ids, keys, cols, news, olds, degraded, cause, depth, trace, tenant)
@@ -242,12 +249,12 @@ begin
 
   -- reading runs in exception blocks and, for small statements, writes nothing there: a subtransaction that writes
   -- costs a transaction id. Large statements are planned anew, with their real row counts.
-  v_evaluate := format($f$select %1$s, count(*)%2$s from (select %3$s as key%4$s from %5$s @filter@) r$f$,
-    case when v_idkey then 'array_agg(key), null::jsonb' else format('null::bigint[], %s', v_keys) end,
-    case when p_images then format(', %s, %s', v_news, v_olds) else ', null::text[], null::text[]' end,
-    v_key, coalesce(v_texts, ''), v_from) || ' into v_ids, v_keys, v_k, v_news, v_olds;';
-  v_evaluate := replace(v_evaluate, ' from (select', ' into v_ids, v_keys, v_k, v_news, v_olds from (select');
-  v_evaluate := replace(v_evaluate, 'r into v_ids, v_keys, v_k, v_news, v_olds;', 'r;');
+  v_evaluate := case when v_idkey and not p_images
+    then format('v_ids := array(select %s from %s @filter@); v_k := cardinality(v_ids);', v_key, v_from)
+    else format('select count(*), %s%s into v_k, %s%s from (select %s as key%s from %s @filter@) r;',
+      case when v_idkey then 'array_agg(key)' else v_keys end, case when p_images then format(', %s, %s', v_news, v_olds) else '' end,
+      case when v_idkey then 'v_ids' else 'v_keys' end, case when p_images then ', v_news, v_olds' else '' end,
+      v_key, coalesce(v_texts, ''), v_from) end;
   v_store := case
     when p_images then format('if v_k > 0 then %s end if;', v_plain)
     when v_idkey then format('if v_k > 16 or (v_k > 0 and v_degraded is not null) then %s elsif v_k > 0 then %s end if;', v_plain, v_small)
@@ -260,7 +267,10 @@ begin
     if %2$s then
       %3$s
     else
+      v_memory := current_setting('work_mem');
+      perform set_config('work_mem', '128MB', true);   -- chunks are built in memory: 3 times faster than spilled
       %4$s
+      perform set_config('work_mem', v_memory, true);
     end if;
   exception when others then
     v_degraded := sqlerrm;
@@ -277,7 +287,7 @@ begin
     end;
   end if;$f$,
     array_to_string(p_ids, ', '),
-    case when v_idkey and not p_images and p_event <> 'updated' then 'true' else 'v_n <= 16' end,
+    case when v_idkey and not p_images and p_event <> 'updated' then 'true' else '(select count(*) from (select from ' || case p_event when 'deleted' then 'old_records' else 'new_records' end || ' limit 17) x) <= 16' end,
     replace(v_evaluate, '@filter@', v_filter),
     case when not p_images then format('execute %L using v_now, v_degraded, v_cause, v_depth, v_trace, v_tenant;', v_grouped)
          else format($k$
@@ -318,15 +328,11 @@ begin
   end if;
   return format($f$#variable_conflict use_column
 declare
-  v_now timestamptz; v_change bigint; v_n int; v_k int; v_size bigint; v_ids bigint[]; v_keys jsonb; v_news text[]; v_olds text[];
+  v_now timestamptz; v_change bigint; v_k int; v_size bigint; v_memory text; v_ids bigint[]; v_keys jsonb; v_news text[]; v_olds text[];
   v_context text := current_setting('anton.context', true);
   v_tenant text := nullif(current_setting('anton.tenant', true), '');
   v_cause bigint; v_depth smallint := 0; v_trace bigint; v_degraded text;
 begin
-  select count(*) into v_n from (select from %s limit 17) x;
-  if v_n = 0 then
-    return null;
-  end if;
   v_now := now();
   v_change := nextval('change_seq');
   v_trace := v_change;
@@ -336,7 +342,7 @@ begin
     v_trace := nullif(split_part(v_context, ',', 3), '')::bigint;
   end if;%s%s%s
   return null;
-end$f$, case p_event when 'deleted' then 'old_records' else 'new_records' end, v_groups, v_fed,
+end$f$, v_groups, v_fed,
     case when d.enabled then format($f$
   if not pg_try_advisory_xact_lock_shared(%s, %s) then
     perform pg_notify(%L, '');
@@ -427,7 +433,8 @@ begin
     raise exception using errcode = 'NT004', message = format('table %I.%I has no primary key: its updated and deleted records cannot be handled', w.schema_name, w.table_name),
       hint = format('alter table %I.%I add primary key (…)', w.schema_name, w.table_name);
   end if;
-  v_settings := image_settings(w.relid) || ' set work_mem = ''128MB''';   -- chunks are built in memory: 3 times faster than spilled
+  v_settings := case when w.key_kind = 'none' or exists (select from handler where table_id = p_table and enabled and read = 'change')
+    then image_settings(w.relid) else '' end;
   foreach v_event in array array['new', 'updated', 'deleted', 'moved', 'truncate'] loop
     v_name := format('t%s_%s', p_table, v_event);
     v_body := case when v_event = 'moved' then capture_moved(p_table) when v_event = 'truncate' then capture_truncate(p_table)

@@ -63,9 +63,6 @@ declare d record := doorbell();
 begin
   elected := d.enabled and (p_elected or pg_try_advisory_lock(d.k1 + 1, d.k2));
   bell := elected and pg_try_advisory_lock(d.k1, d.k2);
-  if elected and not p_elected then
-    execute format('listen %I', d.channel);
-  end if;
 end $$;
 
 -- hush(): the bell is free again; call it before claiming
@@ -74,14 +71,32 @@ create or replace function hush() returns boolean language sql volatile set sear
 $$;
 
 -- step_down(): another worker may announce itself
-create or replace function step_down() returns void language plpgsql volatile set search_path from current as $$
-declare d record := doorbell();
-begin
-  perform pg_advisory_unlock(d.k1 + 1, d.k2);
-  execute format('unlisten %I', d.channel);
-end $$;
+create or replace function step_down() returns boolean language sql volatile set search_path from current as $$
+  select pg_advisory_unlock(k1 + 1, k2) from doorbell()
+$$;
 
 -- call_help(): wakes the workers that wait without the bell, off the write path
 create or replace function call_help() returns void language sql volatile set search_path from current as $$
   select pg_notify(channel || '_help', '') from doorbell()
 $$;
+
+-- ring_at() -> when: rings as a writer would, whoever holds the bell
+create or replace function ring_at() returns timestamptz language sql volatile set search_path from current as $$
+  select pg_notify(channel, '') from doorbell();
+  select pg_catalog.clock_timestamp()
+$$;
+
+-- unfreeze(pid, rung) -> whether its session was ended
+-- Ends an announcer that has not moved since it was rung: until then it makes every insert pay for a NOTIFY.
+create or replace function unfreeze(p_pid int, p_rung timestamptz) returns boolean language sql volatile set search_path from current as $$
+  select coalesce((select pg_terminate_backend(h.pid) from bell_holder() h where h.pid = p_pid and h.since < p_rung), false)
+$$;
+
+-- keep_alive(): this session ends within 10 s of its peer's vanishing, and its locks with it; where the server can
+create or replace function keep_alive() returns void language plpgsql volatile set search_path from current as $$
+begin
+  perform set_config('tcp_keepalives_idle', '5', false), set_config('tcp_keepalives_interval', '2', false),
+          set_config('tcp_keepalives_count', '2', false), set_config('tcp_user_timeout', '10000', false);
+exception when others then
+  null;                                                    -- a platform without one of them
+end $$;
