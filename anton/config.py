@@ -27,6 +27,7 @@ from anton.errors import ConfigError, did_you_mean
 
 FILE = "autonomous.json"
 _NAME = r"^[a-z][a-z0-9_-]{0,62}$"
+_SCHEMA = r"^[a-z_][a-z0-9_]{0,62}$"
 Name = Annotated[str, Field(pattern=_NAME, description="lower-case letters, digits, - and _; at most 63")]
 
 
@@ -41,7 +42,7 @@ class Storage(_Section):
     type: Literal["database"]
     url: str = Field(default="embedded", description='"embedded", postgresql://user@host:5432/name, or "env:NAME"')
     pooled: bool = Field(default=False, description="true: the URL is a pooler in transaction mode (PgBouncer)")
-    schema_: str = Field(default="anton", alias="schema", pattern=r"^[a-z_][a-z0-9_]{0,62}$", description="of the runtime")
+    schema_: str = Field(default="anton", alias="schema", pattern=_SCHEMA, description="the runtime's")
 
 
 class Runtime(_Section):
@@ -50,7 +51,7 @@ class Runtime(_Section):
     name: Name
     type: Literal["python"] = "python"
     processes: int = Field(default=1, ge=1, le=256, description="worker processes")
-    slots: int | None = Field(default=None, ge=1, description="batches in flight in each process; default: the worker's")
+    slots: int | None = Field(default=None, ge=1, description="batches in flight in each process")
 
 
 class Deployment(_Section):

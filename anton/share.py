@@ -5,6 +5,8 @@ A wheel carries them under anton/_share; in a checkout they stand beside the pac
 
 from __future__ import annotations
 
+import importlib.metadata
+import tomllib
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -20,3 +22,12 @@ def share(name: str) -> Path:
         if place.exists():
             return place
     raise FileNotFoundError(f"{name!r} is in neither {places[0]} nor {places[1]}; reinstall anton-framework")
+
+
+def version() -> str:
+    """Anton's own version."""
+    try:
+        return importlib.metadata.version("anton-framework")
+    except importlib.metadata.PackageNotFoundError:  # a bare checkout
+        with (_PACKAGE.parent / "pyproject.toml").open("rb") as file:
+            return str(tomllib.load(file)["project"]["version"])

@@ -1,0 +1,35 @@
+# Needs python >= 3.11, make and git; installs the rest into .venv (and Postgres by apt, when root, for the tests).
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test bench lint types lock clean
+.DEFAULT_GOAL := demo
+
+$(READY): requirements.lock pyproject.toml .ci/venv
+	@.ci/venv $(VENV)
+
+demo: $(READY)        ## watch the quick start work, from nothing to a captured reply
+	@$(BIN)/python -m examples.demo
+
+test: $(READY)        ## the whole suite, on the embedded Postgres and on the system's
+	@.ci/test $(BIN)/python $(ARGS)
+
+bench: $(READY)       ## all benchmarks, or one: make bench BENCH=name
+	@.ci/postgres
+	@$(BIN)/python -m benchmarks $(BENCH)
+
+lint: $(READY)
+	@$(BIN)/ruff check .
+
+types: $(READY)
+	@$(BIN)/mypy -p anton -p anton_components
+
+lock: $(READY)        ## pins every dependency anew; needs python 3.11, see CONTRIBUTING
+	@$(BIN)/pip-compile --quiet --upgrade --generate-hashes --allow-unsafe --strip-extras --no-header \
+	  --no-emit-index-url --no-emit-trusted-host --no-emit-find-links --no-emit-options \
+	  --extra web --extra embedded --extra test --extra dev --output-file requirements.lock pyproject.toml
+
+clean:                ## what make and the tools made; the embedded database in .anton stays
+	@rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@find . -name __pycache__ -prune -exec rm -rf {} +
