@@ -186,6 +186,12 @@ def median(values: Iterable[float]) -> float:
     return statistics.median(values)
 
 
+def middle(values: Iterable[float | None]) -> float | None:
+    """The median of the known values, None when none is."""
+    known = [value for value in values if value is not None]
+    return median(known) if known else None
+
+
 def percentile(values: Sequence[float], q: float) -> float:
     """The smallest value that at least q of 100 values do not exceed."""
     ordered = sorted(values)

@@ -81,3 +81,19 @@ def peak_rss(*roots: int) -> Iterator[list[float]]:
     finally:
         ended.set()
         thread.join()
+
+
+class Meter:
+    """CPU of these process trees from its making on."""
+
+    def __init__(self, *roots: int | None) -> None:
+        self._roots = roots
+        self._began = cpu_seconds(*roots)
+
+    def seconds(self) -> float | None:
+        now = cpu_seconds(*self._roots)
+        return None if now is None or self._began is None else now - self._began
+
+    def per_million(self, records: int) -> float | None:
+        used = self.seconds()
+        return None if used is None else used * 1e6 / records

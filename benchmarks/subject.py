@@ -27,7 +27,8 @@ select coalesce((select 'job' from anton.job order by handler_id desc, id desc l
 """
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
+    """Of a process that imports Anton from this repository."""
     return {**os.environ, "PYTHONPATH": str(_REPO), "PYTHONUNBUFFERED": "1"}
 
 
@@ -38,7 +39,7 @@ def _command(url: str, app: str, *words: str) -> list[str]:
 def migrate(url: str, app: str) -> None:
     """Runs `anton migrate` for the app module benchmarks/<app>.py."""
     done = subprocess.run(
-        _command(url, app, "migrate"), env=_environment(), cwd=_REPO, capture_output=True, text=True, check=False
+        _command(url, app, "migrate"), env=environment(), cwd=_REPO, capture_output=True, text=True, check=False
     )
     if done.returncode:
         raise RuntimeError(f"anton migrate ended with {done.returncode}: {done.stdout}{done.stderr}")
@@ -51,7 +52,7 @@ def worker(conn: Conn, url: str, app: str, *words: str) -> Iterator[int]:
     log: IO[str]
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
-            _command(url, app, "work", *words), env=_environment(), cwd=_REPO, stdout=log, stderr=log
+            _command(url, app, "work", *words), env=environment(), cwd=_REPO, stdout=log, stderr=log
         )
         try:
             wait_for(lambda: workers(conn) > before, 20, "a worker to register", process, log)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 
 from benchmarks import proc
-from benchmarks.harness import Row, Rows, Run, at_least, at_most, bench, median
+from benchmarks.harness import Row, Rows, Run, at_least, at_most, bench, median, middle
 from benchmarks.server import Conn, connect
 from benchmarks.subject import check, migrate, plain_table, source_table, wait_idle, worker
 
@@ -45,13 +45,11 @@ def against_floor(run: Run, app: str, rows: int, words: tuple[str, ...] = ()) ->
                 conn.execute("truncate bench_in, bench_out")
                 wait_idle(conn)
                 conn.execute("checkpoint")
-                used = proc.cpu_seconds(run.server.postmaster, pid)
+                meter = proc.Meter(run.server.postmaster, pid)
                 began = time.perf_counter()
                 _fill(conn, "bench_in")
                 antons.append(wait_idle(conn) - began)
-                now = proc.cpu_seconds(run.server.postmaster, pid)
-                if used is not None and now is not None:
-                    cpus.append((now - used) * 1e6 / rows)
+                cpus.append(meter.per_million(rows))
                 check(conn, "select n, s from source", "select n, s from bench_out")
     seconds = median(antons)
     detail = {
@@ -60,7 +58,7 @@ def against_floor(run: Run, app: str, rows: int, words: tuple[str, ...] = ()) ->
         "records_per_s": round(rows / seconds),
         "peak_rss_mb": round(peak[0], 1) if peak else None,
     }
-    return Row(median(floors) / seconds, median(cpus) if cpus else None, detail), seconds
+    return Row(median(floors) / seconds, middle(cpus), detail), seconds
 
 
 @bench(at_least("python_batch_vs_floor", 0.40), at_most("peak_rss_mb", 250, "MB"))
