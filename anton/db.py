@@ -96,11 +96,19 @@ def identifier(name: str) -> str:
     return ".".join(quote(part) for part in split_name(name) if part is not None)
 
 
+class Json(bytes):
+    """JSON text that is sent to a json or jsonb column as it is."""
+
+    __slots__ = ()
+
+
 def to_json(value: Any) -> bytes:
     """A value as JSON: datetimes, UUIDs, Decimals (as text), models and the like included.
 
     Raises TypeError for what JSON cannot hold, an integer beyond 64 bits included.
     """
+    if isinstance(value, Json):
+        return value
     return orjson.dumps(value, to_jsonable_python, orjson.OPT_NON_STR_KEYS)
 
 
