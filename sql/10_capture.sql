@@ -215,13 +215,13 @@ begin
       select %5$s, slot(v_now), v_now, pg_current_xact_id(), %1$s, '%2$s', least(1000, v_k - s + 1), %4$s,
              v_degraded, v_cause, v_depth, v_trace, v_tenant
         from generate_series(1, v_k, 1000) s
-      returning id, n)
-    insert into job (handler_id, change_id, at, cause, trace, lo, hi, depth, op, tenant)
-    select h.id, c.id, v_now, v_cause, coalesce(v_trace, c.id), s, least(s + h.b - 1, c.n), v_depth, '%2$s', v_tenant
+      returning id, n, ids)
+    insert into job (handler_id, change_id, at, cause, trace, lo, hi, depth, op, tenant, ids)
+    select h.id, c.id, v_now, v_cause, coalesce(v_trace, c.id), s, least(s + h.b - 1, c.n), v_depth, '%2$s', v_tenant, %6$s
       from c, %3$s, generate_series(1, c.n, h.b) s;$f$, w.id, v_op, v_jobs,
     case when p_images then format('v_ids, v_keys, %s, v_news, v_olds', v_columns)
          when v_idkey then 'v_ids[s:s + 999], null, null, null, null' else 'null, v_keys, null, null, null' end,
-    $i$nextval('change_seq')$i$);
+    $i$nextval('change_seq')$i$, case when p_images then 'null' else 'case when h.b <= 16 then c.ids[s:s + h.b - 1] end' end);
   -- cut by count, and by bytes where one record is larger than 1/1000 of a chunk
   v_grouped := $f$
     with r as (select %1$s as key, row_number() over () as rn%2$s from %3$s %4$s),

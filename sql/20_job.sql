@@ -21,7 +21,8 @@ begin
                        jsonb_build_object('lo', l.lo - 1, 'hi', l.hi - 1)) end,
            c.cols, c.degraded, h.table_id, (extract(epoch from v_now - l.at) * 1000)::real,
            h.failing_since is not null
-      from lease l join handler h on h.id = l.handler_id left join change c on c.id = l.change_id
+      from lease l join handler h on h.id = l.handler_id
+      left join change c on c.id = case when l.ids is null and l.keys is null then l.change_id end and c.slot = slot(l.at)
      where l.token = p_token and (p_ids is null or l.id = any (p_ids))
      order by l.handler_id, l.id;
 end $$;
@@ -38,42 +39,62 @@ returns table (
   attempt smallint, crashes smallint, depth smallint, op "char", tenant text, origin text, settled int[],
   ids bigint[], keys jsonb, cols text[], degraded text, table_id int, ms_waiting real, probe boolean)
 language plpgsql volatile set search_path from current
-set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
+set enable_seqscan = off as $$
 #variable_conflict use_column
 declare
   v_now timestamptz := now();
   v_until timestamptz := v_now + p_lease;
   v_rows tid[];
-  v_n int;
+  v_failing boolean;
 begin
   with wanted as materialized (
-    select w.handler_id, case when h.failing_since is null then w.jobs else least(w.jobs, 1) end as jobs, w.records, w.after
+    select w.handler_id, case when h.failing_since is null then w.jobs else least(w.jobs, 1) end as jobs, w.records, w.after,
+           h.failing_since is not null as failing
       from unnest(p_handlers, p_jobs, p_records, p_after) as w (handler_id, jobs, records, after)
       join handler h on h.id = w.handler_id
      where not h.paused and (h.probe_at is null or h.probe_at <= v_now)
   ), locked as materialized (
-    select j.row, j.n, j.id, w.handler_id, w.records
+    select j.row, j.n, j.id, w.handler_id, w.records, w.failing
       from wanted w cross join lateral (
         select job.ctid as row, job.id, job.hi - job.lo + 1 as n from job
          where job.handler_id = w.handler_id and job.id > w.after
          order by job.id limit w.jobs for update skip locked) j
   )
-  select array_agg(x.row) into v_rows
-    from (select row, records, sum(n) over (partition by handler_id order by id) - n as before from locked) x
+  select array_agg(x.row), bool_or(x.failing) into v_rows, v_failing
+    from (select row, records, failing, sum(n) over (partition by handler_id order by id) - n as before from locked) x
    where x.before < x.records;
   if v_rows is null then
     return;
   end if;
-  with taken as (delete from job where ctid = any (v_rows) returning *)
-  insert into lease (handler_id, id, change_id, at, cause, trace, lo, hi, attempt, crashes, depth, op, tenant, origin,
-                     settled, ids, keys, token, lease_until, worker_id)
-  select t.handler_id, t.id, t.change_id, t.at, t.cause, t.trace, t.lo, t.hi, t.attempt, t.crashes, t.depth, t.op, t.tenant,
-         t.origin, t.settled, t.ids, t.keys, p_token, v_until, p_worker from taken t;
-  -- only the worker that got the probe probes
-  update handler h set probe_at = v_until
-   where h.id = any (p_handlers) and h.failing_since is not null and h.probe_at <= v_now
-     and exists (select from lease l where l.token = p_token and l.handler_id = h.id);
-  return query select * from leased(p_token);
+  return query
+    with taken as (
+      delete from job where ctid = any (v_rows) returning *
+    ), held as (
+      insert into lease as l (handler_id, id, change_id, at, cause, trace, lo, hi, attempt, crashes, depth, op, tenant, origin,
+                              settled, ids, keys, token, lease_until, worker_id)
+      select t.handler_id, t.id, t.change_id, t.at, t.cause, t.trace, t.lo, t.hi, t.attempt, t.crashes, t.depth, t.op, t.tenant,
+             t.origin, t.settled, t.ids, t.keys, p_token, v_until, p_worker from taken t
+      returning l.*
+    ), missing as materialized (                            -- small jobs hold their keys, the others' are in their change
+      select distinct change_id, at from held where ids is null and keys is null
+    ), found as materialized (
+      select m.change_id, x.* from missing m cross join lateral (
+        select c.n, c.ids, c.keys, c.cols, c.degraded from change c where c.id = m.change_id and c.slot = slot(m.at) limit 1) x
+    )
+    select l.handler_id, l.id, l.change_id, l.at, l.cause, l.trace, l.lo, l.hi,
+           l.attempt, l.crashes, l.depth, l.op, l.tenant, l.origin, l.settled,
+           case when l.ids is not null then l.ids when l.lo = 1 and l.hi = c.n then c.ids else c.ids[l.lo:l.hi] end,
+           case when l.keys is not null then l.keys when l.lo = 1 and l.hi = c.n then c.keys
+                when c.keys is not null then jsonb_path_query_array(c.keys, '$[$lo to $hi]',
+                       jsonb_build_object('lo', l.lo - 1, 'hi', l.hi - 1)) end,
+           c.cols, c.degraded, h.table_id, (extract(epoch from v_now - l.at) * 1000)::real, h.failing_since is not null
+      from held l join handler h on h.id = l.handler_id left join found c on c.change_id = l.change_id and l.ids is null
+     order by l.handler_id, l.id;
+  if v_failing then                                       -- only the worker that got the probe probes
+    update handler h set probe_at = v_until
+     where h.id = any (p_handlers) and h.failing_since is not null and h.probe_at <= v_now
+       and exists (select from lease l where l.token = p_token and l.handler_id = h.id);
+  end if;
 end $$;
 
 -- reclaim(worker, token, handlers, lease, jobs) -> leased jobs
@@ -155,10 +176,9 @@ declare
 begin
   with done as materialized (
     delete from lease where token = p_token and id = any (p_ids) returning *
-  ), ranked as (select *, row_number() over (order by id) as part from done)
+  ), ranked as (select *, row_number() over () as part from (select * from done order by id) d)
   select count(*), min(handler_id), max(depth), min(trace), count(distinct coalesce(trace, 0)), min(tenant), min(settled),
-         array_agg(change_id order by part), array_agg(lo order by part), array_agg(hi order by part),
-         array_agg(cause order by part), sum(hi - lo + 1),
+         array_agg(change_id), array_agg(lo), array_agg(hi), array_agg(cause), sum(hi - lo + 1),
          (select array_agg(k order by r.part, o) from ranked r, unnest(r.ids) with ordinality x (k, o)),
          (select jsonb_agg(k order by r.part, o) from ranked r, jsonb_array_elements(r.keys) with ordinality x (k, o))
     into v_held, v_handler, v_depth, v_trace, v_traces, v_tenant, v_settled, v_changes, v_los, v_his, v_causes, v_n, v_ids, v_keys
