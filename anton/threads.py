@@ -1,0 +1,73 @@
+"""Threads: where sync handlers run.
+
+The threads are daemons: one that is stuck in user code is given up, and never keeps its process from ending
+(those of concurrent.futures would).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+from collections.abc import Callable
+from typing import Any
+
+IDLE = 30.0  # seconds after which a thread without work ends
+
+
+class Threads:
+    """Runs functions in threads for one event loop. Makes a thread whenever none is free: callers bound their number."""
+
+    def __init__(self, name: str = "anton-handler") -> None:
+        self._name = name
+        self._tasks: queue.SimpleQueue[tuple[Callable[[], Any], asyncio.Future[Any]]] = queue.SimpleQueue()
+        self._free = 0
+        self._lock = threading.Lock()
+
+    def submit(self, fn: Callable[[], Any]) -> asyncio.Future[Any]:
+        """Starts fn in a thread. Cancelling the future gives the thread up; what fn then returns is dropped."""
+        future = asyncio.get_running_loop().create_future()
+        with self._lock:
+            spare = self._free > self._tasks.qsize()
+            self._tasks.put((fn, future))
+        if not spare:
+            threading.Thread(target=self._work, name=self._name, daemon=True).start()
+        return future
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                self._free += 1
+            try:
+                fn, future = self._tasks.get(timeout=IDLE)
+            except queue.Empty:
+                with self._lock:
+                    self._free -= 1
+                    if self._tasks.empty() or self._free:
+                        return
+                continue
+            with self._lock:
+                self._free -= 1
+            self._run(fn, future)
+            del fn, future
+
+    def _run(self, fn: Callable[[], Any], future: asyncio.Future[Any]) -> None:
+        try:
+            result, error = fn(), None
+        except BaseException as raised:
+            result, error = None, raised
+        try:
+            future.get_loop().call_soon_threadsafe(_settle, future, result, error)
+        except RuntimeError:                                           # the loop has ended: nobody waits
+            pass
+
+
+def _settle(future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
+    if future.done():
+        return
+    if error is None:
+        future.set_result(result)
+    elif isinstance(error, StopIteration):                             # a future cannot carry it
+        future.set_exception(RuntimeError(f"StopIteration: {error}"))
+    else:
+        future.set_exception(error)
