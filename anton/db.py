@@ -25,7 +25,7 @@ import threading
 import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import asyncpg
@@ -38,9 +38,8 @@ from anton.errors import AntonError, DatabaseTooOld, DatabaseUnreachable, from_s
 if TYPE_CHECKING:
     from asyncpg.pool import PoolConnectionProxy
 
-    Conn = asyncpg.Connection[asyncpg.Record] | PoolConnectionProxy[asyncpg.Record]
-
 T = TypeVar("T")
+Conn: TypeAlias = "asyncpg.Connection[asyncpg.Record] | PoolConnectionProxy[asyncpg.Record]"
 
 CONNECT_SECONDS = 10.0
 OLDEST = 15  # Postgres
@@ -118,6 +117,13 @@ def translated(error: BaseException) -> AntonError | None:
         return None
     hint = getattr(error, "hint", None)
     return from_sqlstate(error.sqlstate, f"{error.args[0]}. {hint}" if hint else str(error.args[0]))
+
+
+def is_away(error: BaseException) -> bool:
+    """Whether this says that the database is away: not reachable, starting, stopping, full, or the connection broke."""
+    if isinstance(error, (DatabaseUnreachable, asyncpg.InterfaceError)):
+        return not isinstance(error, asyncpg.DataError)
+    return isinstance(error, asyncpg.PostgresError) and str(error.sqlstate)[:2] in ("08", "53", "57")
 
 
 @contextmanager
