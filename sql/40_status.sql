@@ -1,0 +1,330 @@
+-- What is going on: the view status, and why a record is what it is.
+
+-- status: a row for each handler. Records, not jobs; rate over the last minute; why says what holds it up.
+drop view if exists status;
+create view status as
+with clock as (select now() as at),
+recent as (                                               -- the newest receipts, by primary key: cheap however many there are
+  select r.handler_id, r.n, r.at from clock, lateral (
+    (select handler_id, n, at from receipt where slot = slot(clock.at) order by id desc limit 5000)
+    union all
+    (select handler_id, n, at from receipt where slot = slot(clock.at - interval '1 minute') and slot(clock.at) <> slot(clock.at - interval '1 minute')
+      order by id desc limit 5000)) r
+), span as (
+  select case when count(*) >= 5000 then least(60, greatest(1, extract(epoch from max(clock.at) - min(recent.at)))) else 60 end as seconds
+    from recent, clock
+), rate as (
+  select recent.handler_id, sum(recent.n) as n from recent, clock where recent.at > clock.at - interval '1 minute' group by 1
+), live as (
+  select worker.app, nullif(count(*), 0)::int as workers, array_agg(distinct worker.version) as versions from worker, clock
+   where worker.stopped_at is null and worker.seen_at > clock.at - greatest(interval '1 minute', 2 * setting('lease')::interval)
+   group by rollup (worker.app)
+)
+select h.app, h.name as handler,
+       case when w.schema_name = 'public' then w.table_name else w.schema_name || '.' || w.table_name end as "table",
+       h.ops, h.kind,
+       case when h.missing_at is not null then 'missing'
+            when not h.enabled then 'disabled'
+            when h.paused then 'paused'
+            when h.failing_since is not null then 'failing'
+            when j.n > 0 and l.workers is null then 'idle'
+            when lag.is_behind then 'behind'
+            when h.feeding then 'feeding'
+            else 'ok' end as state,
+       coalesce(j.n, 0) as ready, coalesce(d.n, 0) as delayed, coalesce(f.n, 0) as in_flight,
+       (select count(*) from dead where dead.handler_id = h.id) as dead,
+       lag.age as oldest,
+       round(coalesce(rate.n, 0) / span.seconds, 1) as per_second,
+       h.failures,
+       case when h.missing_at is not null then format('not in the code of app %s since %s; its jobs are kept', h.app, date_trunc('second', h.missing_at))
+            when not h.enabled then 'takes no new records'
+            when h.paused then format('paused; anton handlers resume %s', h.name)
+            when h.failing_since is not null then format('failing since %s: %s; probes again %s', date_trunc('second', h.failing_since), h.failing_error,
+                   coalesce(date_trunc('second', h.probe_at)::text, 'now'))
+            when j.n > 0 and l.workers is null then format('records wait and no worker of app %s lives; anton work', h.app)
+            when lag.is_behind then format('the oldest record waits %s, max_lag is %s', date_trunc('second', lag.age), h.max_lag)
+            when h.feeding then format('existing rows are being fed: %s so far', b.fed) end as why,
+       h.max_lag, coalesce(lag.is_behind, false) as behind, coalesce(l.workers, 0) as workers, coalesce(l.versions, '{}') as versions
+  from handler h join watched w on w.id = h.table_id cross join span
+  left join rate on rate.handler_id = h.id
+  left join live l on l.app is not distinct from case when h.kind = 'sql' and h.app = 'sql' then null else h.app end
+  left join backfill b on b.handler_id = h.id
+  left join lateral (select sum(hi - lo + 1) as n, min(at) as at from job where job.handler_id = h.id) j on true
+  left join lateral (select sum(hi - lo + 1 - coalesce(cardinality(settled), 0)) as n from delayed where delayed.handler_id = h.id) d on true
+  left join lateral (select sum(hi - lo + 1 - coalesce(cardinality(settled), 0)) as n, min(at) as at from lease where lease.handler_id = h.id) f on true
+  left join lateral (select c.at - least(j.at, f.at) as age, c.at - least(j.at, f.at) > h.max_lag as is_behind from clock c) lag on true
+ order by h.app, h.name;
+
+-- findings() -> what anton doctor reports: one row for each thing that is wrong, and what to do
+create or replace function findings() returns table (kind text, subject text, problem text, remedy text)
+language plpgsql stable set search_path from current as $$
+begin
+  return query
+    select 'handler', s.app || '.' || s.handler, coalesce(s.why, s.state),
+           case s.state when 'missing' then 'deploy its code again, or let its jobs be worked and drop it' when 'paused' then format('anton handlers resume %s', s.handler)
+                        when 'failing' then 'mend what it calls; it resumes by itself' when 'idle' then 'anton work' when 'behind' then 'anton work --processes N' end
+      from status s where s.state not in ('ok', 'feeding');
+  return query
+    select 'dead', s.app || '.' || s.handler, format('%s dead letters', s.dead), format('anton dead list %1$s; fix, then: anton dead replay %1$s', s.handler)
+      from status s where s.dead > 0;
+  return query
+    select 'table', format('%I.%I', w.schema_name, w.table_name), 'is gone', 'bring it back, or take its handlers out of the code and migrate'
+      from watched w where not exists (select from pg_class c where c.oid = w.relid);
+  return query
+    select 'table', format('%I.%I', w.schema_name, w.table_name), format('a change at %s could not be captured: %s', date_trunc('second', x.at), x.degraded), 'anton doctor --reconcile'
+      from watched w join (select distinct on (table_id) table_id, c.at, degraded from change c where op = 'x' order by table_id, id desc) x on x.table_id = w.id;
+  return query
+    select 'trigger', format('%I.%I', w.schema_name, w.table_name), format('trigger %s is disabled: changes are not seen', t.tgname), 'anton doctor --fix'
+      from watched w join pg_trigger t on t.tgrelid = w.relid join pg_proc p on p.oid = t.tgfoid join pg_namespace n on n.oid = p.pronamespace
+     where n.nspname = current_schema() and t.tgenabled = 'D';
+  return query
+    select 'trigger', format('%I.%I', w.schema_name, w.table_name), format('handler %s listens and no trigger does', string_agg(distinct h.name, ', ')), 'anton doctor --fix'
+      from watched w join pg_class c on c.oid = w.relid join handler h on h.table_id = w.id and h.enabled and h.ops <> '{}'
+      left join pg_trigger t on t.tgrelid = w.relid and t.tgfoid in (select p.oid from pg_proc p where p.pronamespace = current_schema()::regnamespace)
+     group by w.id having count(t.oid) = 0;
+  return query
+    select 'database', a.pid::text, format('a transaction of %s is open since %s and keeps dead rows', coalesce(a.usename, '?'), date_trunc('second', a.xact_start)),
+           format('end it: select pg_terminate_backend(%s)', a.pid)
+      from pg_stat_activity a where a.datname = current_database() and a.backend_xmin is not null and a.pid <> pg_backend_pid()
+       and a.xact_start < pg_catalog.clock_timestamp() - interval '1 hour';
+end $$;
+
+-- repair() -> what was done: triggers written anew where findings() misses them
+create or replace function repair() returns setof text language plpgsql volatile set search_path from current as $$
+declare f record; t record; v_table int;
+begin
+  for f in select distinct subject from findings() where kind = 'trigger' loop
+    select w.id into v_table from watched w where format('%I.%I', w.schema_name, w.table_name) = f.subject;
+    for t in select g.tgname from watched w join pg_trigger g on g.tgrelid = w.relid join pg_proc p on p.oid = g.tgfoid
+              where w.id = v_table and p.pronamespace = current_schema()::regnamespace and g.tgenabled = 'D' loop
+      execute format('alter table %s enable trigger %I', f.subject, t.tgname);
+    end loop;
+    perform sync_triggers(v_table);
+    return next format('triggers of %s', f.subject);
+  end loop;
+end $$;
+
+-- inputs(receipt) -> position, change_id, ordinal, key: the records a receipt settled, in the order its outputs count
+create or replace function inputs(p_receipt bigint) returns table ("position" int, change_id bigint, ordinal int, key jsonb)
+language plpgsql stable set search_path from current as $$
+declare
+  r receipt; c change; v_offset int := 0; v_position int := 0; v_size int; v_ordinals int[]; v_inline boolean; v_key jsonb;
+  v_keys jsonb;                                            -- the receipt's inline keys, one array element each
+begin
+  select * into r from receipt where id = p_receipt;
+  v_keys := coalesce(r.keys, (select jsonb_agg(jsonb_build_array(k) order by o) from unnest(r.ids) with ordinality x (k, o)), '[]');
+  for part in 1..coalesce(cardinality(r.change_ids), 0) loop
+    v_ordinals := coalesce(r.ordinals, array(select generate_series(r.los[part], r.his[part])));
+    select * into c from change where id = r.change_ids[part];
+    v_size := least(r.his[part] - r.los[part] + 1, jsonb_array_length(v_keys) - v_offset);
+    -- a part that a change row holds too is inline when the next inline keys are its own
+    v_inline := v_size > 0 and (c.id is null or v_keys -> v_offset = change_key(c, v_ordinals[1]) or v_keys -> v_offset = change_key(c, r.los[part]));
+    foreach ordinal in array v_ordinals loop
+      v_position := v_position + 1;
+      position := v_position;
+      change_id := r.change_ids[part];
+      key := case when not v_inline then change_key(c, ordinal)
+                  when r.ordinals is not null and v_size = cardinality(r.ordinals) then v_keys -> (v_offset + v_position - 1)
+                  else v_keys -> (v_offset + ordinal - r.los[part]) end;
+      return next;
+    end loop;
+    if v_inline then
+      v_offset := v_offset + v_size;
+    end if;
+  end loop;
+end $$;
+
+-- change_key(change, ordinal) -> [k1, k2, ...] of one record of a change
+create or replace function change_key(c change, p_ordinal int) returns jsonb language sql immutable set search_path from current as $$
+  select case when c.ids is not null then jsonb_build_array(c.ids[p_ordinal]) else c.keys -> (p_ordinal - 1) end
+$$;
+
+-- parse_key(table id, text) -> [k1, k2, ...]: "7", "a,b" for two key columns, or JSON: ["a", "b"]
+create or replace function parse_key(p_table int, p_key text) returns jsonb language plpgsql stable set search_path from current as $$
+declare w watched; v_parts text[]; v_key jsonb;
+begin
+  select * into w from watched where id = p_table;
+  v_parts := case when p_key like '[%' then array(select jsonb_array_elements_text(p_key::jsonb))
+                  when cardinality(w.key_columns) = 1 then array[p_key] else string_to_array(p_key, ',') end;
+  if cardinality(v_parts) <> cardinality(w.key_columns) then
+    raise exception using errcode = 'NT004', message = format('"%s" is no key of %I.%I', p_key, w.schema_name, w.table_name),
+      hint = format('its key is %s; write %1$s with commas', array_to_string(w.key_columns, ', '));
+  end if;
+  execute format('select jsonb_build_array(%s)', (select string_agg(format('($1[%s])::%s', o, t), ', ' order by o) from unnest(w.key_types) with ordinality x (t, o)))
+    into v_key using v_parts;
+  return v_key;
+end $$;
+
+-- as_ids(key) -> the key as it stands in columns named ids, null when it is no single integer
+create or replace function as_ids(p_key jsonb) returns bigint[] language sql immutable set search_path from current as $$
+  select case when jsonb_array_length(p_key) = 1 and jsonb_typeof(p_key -> 0) = 'number' and p_key ->> 0 ~ '^-?\d{1,18}$'
+              then array[(p_key ->> 0)::bigint] end
+$$;
+
+-- mentions(table id, key) -> where the runtime knows a record from: the change or job, its cause, and its place in it
+create or replace function mentions(p_table int, p_key jsonb) returns table (change_id bigint, ordinal int, cause bigint)
+language sql stable set search_path from current as $$
+  with wanted as (select p_key as key, jsonb_build_array(p_key) as keys, as_ids(p_key) as ids)
+  select c.id, x.p::int, c.cause from change c, wanted, lateral (
+    select p from unnest(c.ids) with ordinality u (k, p) where array[k] = wanted.ids
+    union all select p from jsonb_array_elements(c.keys) with ordinality u (k, p) where k = wanted.key) x
+   where c.table_id = p_table and (c.ids @> wanted.ids or c.keys @> wanted.keys)
+  union
+  select q.change_id, null, q.cause from wanted, (
+    select handler_id, change_id, cause, ids, keys from job union all select handler_id, change_id, cause, ids, keys from lease
+    union all select handler_id, change_id, cause, ids, keys from delayed) q join handler h on h.id = q.handler_id
+   where h.table_id = p_table and (q.ids @> wanted.ids or q.keys @> wanted.keys)
+  union
+  select i.change_id, i.ordinal, r.causes[array_position(r.change_ids, i.change_id)]
+    from wanted, receipt r join handler h on h.id = r.handler_id, lateral inputs(r.id) i
+   where h.table_id = p_table and (r.ids @> wanted.ids or r.keys @> wanted.keys) and i.key = wanted.key
+$$;
+
+-- made_by(table id, key) -> the receipts that wrote a record, with the record each was handling
+--   owner  its position among the receipt's inputs; 0: written for the whole batch, or by SQL over several records
+create or replace function made_by(p_table int, p_key jsonb) returns table (
+  receipt_id bigint, handler_id int, at timestamptz, ms real, owner int, from_table int, from_key jsonb, "of" int)
+language sql stable set search_path from current as $$
+  with noted as (
+    select o.receipt_id, x.owner from output o cross join lateral (
+      select o.owners[p] as owner from unnest(o.ids) with ordinality u (k, p) where array[k] = as_ids(p_key)
+      union all select o.owners[p] from jsonb_array_elements(o.keys) with ordinality u (k, p) where k = p_key) x
+     where o.table_id = p_table and (o.ids @> as_ids(p_key) or o.keys @> jsonb_build_array(p_key))
+  ), makers as (
+    select * from noted
+    union
+    select m.cause, case when r.n = 1 then 1 else 0 end from mentions(p_table, p_key) m join receipt r on r.id = m.cause
+     where m.cause not in (select receipt_id from noted))
+  select r.id, r.handler_id, r.at, r.ms, m.owner, h.table_id, (select key from inputs(r.id) where position = m.owner), r.n
+    from makers m join receipt r on r.id = m.receipt_id join handler h on h.id = r.handler_id
+   order by r.id
+$$;
+
+-- caused(receipt) -> the records of watched tables that a receipt's handler wrote, where nobody noted which input they are of
+create or replace function caused(p_receipt bigint) returns table (table_id int, key jsonb)
+language sql stable set search_path from current as $$
+  select c.table_id, k from change c, lateral (select jsonb_build_array(x) from unnest(c.ids) x union all select x from jsonb_array_elements(c.keys) x) y (k)
+   where c.cause = p_receipt
+  union
+  select h.table_id, k from (
+    select handler_id, ids, keys from job where cause = p_receipt union all select handler_id, ids, keys from lease where cause = p_receipt
+    union all select handler_id, ids, keys from delayed where cause = p_receipt) q join handler h on h.id = q.handler_id,
+    lateral (select jsonb_build_array(x) from unnest(q.ids) x union all select x from jsonb_array_elements(q.keys) x) y (k)
+  union
+  select h.table_id, i.key from receipt r join handler h on h.id = r.handler_id, lateral inputs(r.id) i
+   where p_receipt = any (r.causes) and r.causes[array_position(r.change_ids, i.change_id)] = p_receipt and i.key is not null
+$$;
+
+-- handled(table id, key) -> what became of a record: for each handler's run its receipt and each record it wrote
+--   state   done | ready | in flight | delayed | dead
+--   to_key  null with a to_table: written for the whole batch
+create or replace function handled(p_table int, p_key jsonb) returns table (
+  state text, handler_id int, at timestamptz, ms real, error text, receipt_id bigint, job_id bigint, to_table int, to_key jsonb)
+language plpgsql stable set search_path from current as $$
+#variable_conflict use_column
+declare
+  v_id bigint[] := as_ids(p_key);
+  v_in jsonb := jsonb_build_array(p_key);
+  v_handlers int[] := array(select id from handler where table_id = p_table);
+  v_changes bigint[]; v_ordinals int[];
+begin
+  select array_agg(change_id), array_agg(ordinal) into v_changes, v_ordinals from mentions(p_table, p_key) where ordinal is not null;
+  return query
+    select 'done', r.handler_id, r.at, r.ms, null::text, r.id, null::bigint, o.table_id, o.key
+      from receipt r join lateral (select position from inputs(r.id) where key = p_key) i on true
+      left join lateral (
+        select table_id, jsonb_build_array(k) as key from output, unnest(ids) with ordinality u (k, p) where receipt_id = r.id and owners[p] in (0, i.position)
+        union all
+        select table_id, k from output, jsonb_array_elements(keys) with ordinality u (k, p) where receipt_id = r.id and owners[p] in (0, i.position)
+        union
+        select table_id, case when r.n = 1 then key end from caused(r.id) where not exists (select from output where receipt_id = r.id)) o on true
+     where r.handler_id = any (v_handlers) and (r.ids @> v_id or r.keys @> v_in or r.change_ids && v_changes)
+     order by r.id;
+  return query
+    with waiting as (
+      select 'ready' as state, handler_id, id, at, null::text as error, ids, keys, change_id, lo, hi, settled from job where handler_id = any (v_handlers)
+      union all
+      select 'delayed', handler_id, id, run_at, error, ids, keys, change_id, lo, hi, settled from delayed where handler_id = any (v_handlers)
+      union all
+      select 'in flight', handler_id, id, at, null, ids, keys, change_id, lo, hi, settled from lease where handler_id = any (v_handlers))
+    select q.state, q.handler_id, q.at, null::real, q.error, null::bigint, q.id, null::int, null::jsonb
+      from waiting q
+     where (q.ids @> v_id and (settled is null or q.lo + array_position(q.ids, v_id[1]) - 1 <> all (settled)))
+        or exists (select from jsonb_array_elements(q.keys) with ordinality u (k, p) where k = p_key and (settled is null or q.lo + p::int - 1 <> all (settled)))
+        or (q.ids is null and q.keys is null and exists (
+              select from unnest(v_changes, v_ordinals) u (c, p) where c = q.change_id and p between q.lo and q.hi and (settled is null or p <> all (settled))));
+  return query
+    select 'dead', d.handler_id, d.died_at, null::real, d.error, null::bigint, d.id, null::int, null::jsonb
+      from dead d where d.handler_id = any (v_handlers) and d.key = p_key;
+end $$;
+
+-- why(table, key) -> the chain a record is part of, oldest first
+--   level    below 0: what led to it; 0: the record itself; above 0: what came of it
+--   handler  who wrote the record (level <= 0; state origin: no handler did), or handled the one above (level > 0)
+--   record   null: that run wrote nothing
+-- Reads the days that are kept; a record older than that stands alone.
+create or replace function why(p_table text, p_key text) returns table (
+  level int, record text, handler text, state text, at timestamptz, ms real, error text, receipt_id bigint, job_id bigint)
+language plpgsql stable set search_path from current as $$
+#variable_conflict use_column
+declare
+  v_table int := (select id from watched where relid = resolve(p_table)); v_key jsonb; m record; v_seen bigint[] := '{}';
+  v_names text[] := '{}'; v_handlers text[] := '{}'; v_receipts bigint[] := '{}'; v_ats timestamptz[] := '{}'; v_mss real[] := '{}';
+  v_at_table int; v_at_key jsonb; v_n int := 0;
+begin
+  if v_table is null then
+    raise exception using errcode = 'NT002', message = format('table "%s" is not watched', p_table),
+      hint = 'watched: ' || coalesce((select string_agg(table_name, ', ' order by table_name) from watched), 'none');
+  end if;
+  v_key := parse_key(v_table, p_key);
+  v_at_table := v_table;
+  v_at_key := v_key;
+  while v_n < 32 loop                                      -- up to the origin: each record has one first maker
+    select * into m from made_by(v_at_table, v_at_key) x where x.receipt_id <> all (v_seen) order by x.receipt_id limit 1;
+    v_names := v_names || record_name(v_at_table, v_at_key);
+    v_handlers := v_handlers || (select name from handler where id = m.handler_id);
+    v_receipts := v_receipts || m.receipt_id;
+    v_ats := v_ats || m.at;
+    v_mss := v_mss || m.ms;
+    exit when m.receipt_id is null or (m.from_key is null and m.owner is distinct from 0);
+    v_seen := v_seen || m.receipt_id;
+    v_n := v_n + 1;
+    if m.owner = 0 then                                    -- written for a whole batch: its inputs have no one name
+      v_names := v_names || format('%s (a batch of %s)', record_name(m.from_table, null), m.of);
+      v_handlers := v_handlers || null::text;
+      v_receipts := v_receipts || null::bigint;
+      v_ats := v_ats || null::timestamptz;
+      v_mss := v_mss || null::real;
+      exit;
+    end if;
+    v_at_table := m.from_table;
+    v_at_key := m.from_key;
+  end loop;
+  for i in reverse cardinality(v_names)..1 loop
+    return query select 1 - i, v_names[i], v_handlers[i], case when v_handlers[i] is null then 'origin' else 'written' end,
+                        v_ats[i], v_mss[i], null::text, v_receipts[i], null::bigint;
+  end loop;
+  return query select * from why_down(v_table, v_key, 1);
+end $$;
+
+-- record_name(table id, key) -> orders/7, shop.orders/a,b
+create or replace function record_name(p_table int, p_key jsonb) returns text language sql stable set search_path from current as $$
+  select case when w.schema_name = 'public' then '' else w.schema_name || '.' end || w.table_name
+         || coalesce('/' || (select string_agg(k, ',' order by o) from jsonb_array_elements_text(p_key) with ordinality x (k, o)), '')
+    from watched w where w.id = p_table
+$$;
+
+-- why_down(table id, key, level): what came of a record, each line followed by what came of what it wrote
+create or replace function why_down(p_table int, p_key jsonb, p_level int) returns table (
+  level int, record text, handler text, state text, at timestamptz, ms real, error text, receipt_id bigint, job_id bigint)
+language plpgsql stable set search_path from current as $$
+#variable_conflict use_column
+declare m record;
+begin
+  for m in select x.*, h.name from handled(p_table, p_key) x join handler h on h.id = x.handler_id order by coalesce(x.receipt_id, x.job_id), x.to_table, x.to_key limit 100 loop
+    return query select p_level, record_name(m.to_table, m.to_key) || case when m.to_key is null then ' (for the batch)' else '' end, m.name, m.state, m.at, m.ms, m.error, m.receipt_id, m.job_id;
+    if m.to_key is not null and p_level < 32 and (m.to_table, m.to_key) is distinct from (p_table, p_key) then
+      return query select * from why_down(m.to_table, m.to_key, p_level + 1);
+    end if;
+  end loop;
+end $$;
