@@ -104,7 +104,7 @@ class Target:
     @property
     def loopback(self) -> bool:
         """True when the database is on this machine: a unix socket, localhost, 127.0.0.0/8 or ::1."""
-        return all(_is_loopback(host) for host in _hosts(self.url))
+        return all(is_loopback(host) for host in _hosts(self.url))
 
     def __repr__(self) -> str:
         return f"Target({hide_password(self.url)!r}, {self.source!r})"
@@ -220,7 +220,8 @@ def _without_port(host: str) -> str:
     return host if host.count(":") > 1 else host.partition(":")[0]
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """True for an address of this machine: a unix socket, localhost, 127.0.0.0/8 or ::1."""
     if host in ("", "localhost") or host.startswith(("/", "%2F", "%2f", "@")):
         return True
     try:

@@ -121,8 +121,10 @@ def translated(error: BaseException) -> AntonError | None:
 
 def is_away(error: BaseException) -> bool:
     """Whether this says that the database is away: not reachable, starting, stopping, full, or the connection broke."""
-    if isinstance(error, (DatabaseUnreachable, asyncpg.InterfaceError)):
-        return not isinstance(error, asyncpg.DataError)
+    if isinstance(error, asyncpg.InterfaceError):                      # asyncpg's own; also raised for wrong arguments
+        return not isinstance(error, ValueError) and "connection" in str(error)
+    if isinstance(error, (DatabaseUnreachable, ConnectionError)):
+        return True
     return isinstance(error, asyncpg.PostgresError) and str(error.sqlstate)[:2] in ("08", "53", "57")
 
 

@@ -143,6 +143,11 @@ class Verifier:
         """Whether anything is checked at all."""
         return self.scheme is not None or self.check is not None
 
+    @property
+    def timed(self) -> bool:
+        """Whether refusal() looks at the time."""
+        return self.scheme is not None and self.scheme.timestamp is not None
+
     def unset(self) -> str | None:
         """The secret to set, when none of them is set: every request is refused until then."""
         if self.scheme is None or any(map(reveal, self.secrets)):

@@ -1,0 +1,362 @@
+"""Web: serves what sense.py declares.
+
+    request -> size -> signature (401) -> parameters (422) -> your function -> commit -> reply
+
+A 2xx leaves only after the writes of its route have committed, all in one transaction; what a route returns is
+written out after that. When the database is away the sender is told 503 and Retry-After, and may send again.
+No traceback ever reaches a body. /health says that the process lives, /ready that it can commit.
+
+FastAPI and uvicorn are imported here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import time
+import typing
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from typing import Annotated, Any
+from urllib.parse import parse_qsl
+
+import uvicorn
+from fastapi import Depends, FastAPI
+from fastapi.exceptions import FastAPIError, RequestValidationError
+from fastapi.exception_handlers import request_validation_exception_handler
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from fastapi.routing import APIRoute
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request as Incoming
+from starlette.types import ASGIApp
+
+from anton import sense, write
+from anton.app import App, load_app
+from anton.config import is_loopback
+from anton.db import current_database, is_away
+from anton.errors import ConfigError, InvalidRecord, RowChanged, WriteRefused
+from anton.record import Record
+from anton.verify import Verifier
+
+log = logging.getLogger("anton.web")
+
+MAX_BODY = 10_000_000                                                  # bytes; more gets 413
+AWAY = "the database is away; nothing was kept, send it again"
+RETRY_AFTER = 2                                                        # seconds, said with a 503
+_SECRET_HEADERS = {"authorization", "proxy-authorization", "cookie"}   # never kept in a record
+_CLOCK_SECONDS = 30.0
+
+
+class BadBody(ValueError):
+    """The body is not what the route reads it as; the sender gets 400 with this text."""
+
+
+class Refused(Exception):
+    """The request is answered with this status and text, and nothing is written."""
+
+    def __init__(self, status: int, detail: str) -> None:
+        super().__init__(detail)
+        self.status = status
+        self.detail = detail
+
+
+class Request(sense.Request):
+    """The request that routes get: as declared, and a body that is no JSON answers 400 by itself."""
+
+    def json(self) -> Any:
+        return _json(self.body)
+
+
+class Clock:
+    """The database's time, asked for every 30 s and counted on from there."""
+
+    def __init__(self) -> None:
+        self._ahead = 0.0
+        self._asked: float | None = None
+
+    async def now(self) -> float:
+        """Unix seconds."""
+        if self._asked is None or time.monotonic() - self._asked > _CLOCK_SECONDS:
+            db = current_database()
+            async with db.conn() as conn:
+                at: datetime = await db.call_value(conn, "now")
+            self._ahead, self._asked = at.timestamp() - time.time(), time.monotonic()
+        return time.time() + self._ahead
+
+    def forget(self) -> None:
+        """Asks again next time: the clock was moved."""
+        self._asked = None
+
+
+def asgi(app: App) -> ASGIApp:
+    """The ASGI app of what was declared; made once, and anew when main.py was loaded again."""
+    if app.settings is None and not (app.routes or app.webhooks):
+        app = load_app()                                               # uvicorn anton:app, in the app's folder
+    made = _made.get(id(app))
+    if made is None or made[0] is not app.routes:
+        made = _made[id(app)] = app.routes, build(app)
+    return made[1]
+
+
+_made: dict[int, tuple[Any, FastAPI]] = {}
+
+
+def build(app: App) -> FastAPI:
+    """A FastAPI app with the routes and webhooks of `app`. Raises what FastAPI finds wrong with a signature."""
+    clock = Clock()
+    served = FastAPI(title=app.name, lifespan=_lifespan, exception_handlers=_handlers())
+    served.state.clock = clock
+    for route in app.routes:
+        verifier = Verifier(route.verify, route.secrets or None, of=f"{route.method} {route.path}")
+        _add(served, route, _guarded(verifier, clock))
+    for webhook in app.webhooks:
+        verifier = Verifier(webhook.verify, webhook.secrets or None, of=webhook.path)
+        served.router.add_api_route(webhook.path, _receiver(webhook, clock), methods=["POST"], response_model=None,
+                                    route_class_override=_guarded(verifier, clock), name=webhook.path)
+    served.add_api_route("/health", _health, include_in_schema=False)
+    served.add_api_route("/ready", _ready, include_in_schema=False)
+    for verifier in _unset(app):
+        log.warning("%s answers 401 to everybody: set %s", verifier.of, verifier.unset())
+    return served
+
+
+def check_public(app: App, host: str) -> None:
+    """Raises ConfigError when `host` is public and a Webhook would take anything, or a secret is missing."""
+    if is_loopback(host):
+        return
+    open_ = [f"{w.path} ({w.place})" for w in app.webhooks if w.verify is None]
+    if open_:
+        raise ConfigError(f"{', '.join(open_)} would take requests from anybody on {host}. Say who signs them: verify=\"slack\", "
+                          "secret=env(…); or verify=False when that is meant.", host=host)
+    missing = [f"{verifier.of} needs {verifier.unset()}" for verifier in _unset(app)]
+    if missing:
+        raise ConfigError(f"not set: {'; '.join(missing)}. Without it every request gets 401.", host=host)
+
+
+def server(app: App, host: str = "127.0.0.1", port: int = 3000, **options: Any) -> uvicorn.Server:
+    """A uvicorn server to await (`await server(app).serve()`). port 0: any free one. options: uvicorn's.
+
+    Raises ConfigError for an open Webhook on a public address. SIGTERM finishes the requests in flight.
+    """
+    check_public(app, host)
+    options = {"timeout_graceful_shutdown": 30, "access_log": False, "log_level": "warning", **options}
+    return uvicorn.Server(uvicorn.Config(asgi(app), host=host, port=port, **options))
+
+
+def port_of(server: uvicorn.Server) -> int:
+    """The port a started server listens on."""
+    port: int = server.servers[0].sockets[0].getsockname()[1]
+    return port
+
+
+def _unset(app: App) -> list[Verifier]:
+    all_ = [Verifier(route.verify, route.secrets or None, of=f"{route.method} {route.path}") for route in app.routes]
+    all_ += [Verifier(webhook.verify, webhook.secrets or None, of=f"POST {webhook.path}") for webhook in app.webhooks]
+    return [verifier for verifier in all_ if verifier.unset()]
+
+
+@asynccontextmanager
+async def _lifespan(served: FastAPI) -> AsyncIterator[None]:
+    yield
+    await current_database().close()
+
+
+# A request on its way in
+
+
+def _guarded(verifier: Verifier, clock: Clock) -> type[APIRoute]:
+    """A route class that reads the body, checks who sent it, and holds the scope its writes are recorded in."""
+
+    class Guarded(APIRoute):
+        def get_route_handler(self) -> Callable[[Incoming], Coroutine[Any, Any, Response]]:
+            handle = super().get_route_handler()
+
+            async def answer(request: Incoming) -> Response:
+                try:
+                    with write.Scope("route"):
+                        return await _checked(request, verifier, clock) or await handle(request)
+                except Exception as error:
+                    if is_away(error):
+                        log.warning("503 for %s %s: %s", request.method, request.url.path, error)
+                        raise Refused(503, AWAY) from error
+                    raise
+
+            return answer
+
+    return Guarded
+
+
+async def _checked(request: Incoming, verifier: Verifier, clock: Clock) -> Response | None:
+    """Reads the body and checks who sent it. Returns the answer to a handshake, None for what the route must see."""
+    body = await _read(request)
+    if not verifier.active:
+        return None
+    why = verifier.refusal(body, request.headers.raw, await clock.now() if verifier.timed else 0.0)
+    if why is not None:
+        log.info("401 for %s: %s", verifier.of, why)
+        raise Refused(401, why)
+    challenge = verifier.handshake(body)
+    return None if challenge is None else PlainTextResponse(challenge)
+
+
+async def _read(request: Incoming) -> bytes:
+    """The raw body, kept on the request for FastAPI to parse."""
+    parts, size = [], 0
+    async for part in request.stream():
+        size += len(part)
+        if size > MAX_BODY:
+            raise Refused(413, f"the body is larger than {MAX_BODY:,} bytes")
+        parts.append(part)
+    request._body = body = b"".join(parts)
+    return body
+
+
+async def _request(incoming: Incoming) -> Request:
+    return Request(
+        method=incoming.method, path=incoming.url.path, headers=dict(incoming.headers), query=dict(incoming.query_params),
+        body=await incoming.body(), path_params=incoming.path_params, client=incoming.client.host if incoming.client else "")
+
+
+def _json(body: bytes) -> Any:
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise BadBody(f"the body is not JSON: {error}") from None
+
+
+# Routes
+
+
+def _add(served: FastAPI, route: sense.Route, kind: type[APIRoute]) -> None:
+    options: dict[str, Any] = {"methods": [route.method], "name": route.fn.__name__, **route.options}
+    endpoint, returned = _endpoint(route.fn)
+    if "response_model" not in options and returned in (int, None, Record, inspect.Signature.empty):
+        options["response_model"] = None
+    try:
+        served.router.add_api_route(route.path, endpoint, route_class_override=kind, **options)
+    except FastAPIError:
+        if "response_model" in options:
+            raise
+        served.router.add_api_route(route.path, endpoint, route_class_override=kind, response_model=None, **options)
+
+
+def _endpoint(fn: Callable[..., Any]) -> tuple[Callable[..., Any], Any]:
+    """The function as FastAPI calls it: anton.Request filled in, its writes committed before it returns."""
+    hints = typing.get_type_hints(fn, include_extras=True)
+    signature = inspect.signature(fn)
+    parameters = []
+    for parameter in signature.parameters.values():
+        hint = hints.get(parameter.name, parameter.annotation)
+        if hint is sense.Request or (hint is parameter.empty and parameter.name == "request"):
+            hint = Annotated[Request, Depends(_request)]
+        parameters.append(parameter.replace(annotation=hint))
+    returned = hints.get("return", signature.return_annotation)
+
+    async def endpoint(**values: Any) -> Any:
+        if inspect.iscoroutinefunction(fn):
+            result = await fn(**values)
+        else:
+            result = await run_in_threadpool(fn, **values)
+        await _commit()
+        if isinstance(result, int) and not isinstance(result, bool):
+            return Response(status_code=result)
+        return result
+
+    endpoint.__name__, endpoint.__doc__, endpoint.__module__ = fn.__name__, fn.__doc__, fn.__module__
+    endpoint.__signature__ = inspect.Signature(parameters, return_annotation=returned)  # type: ignore[attr-defined]
+    return endpoint, returned
+
+
+async def _commit() -> None:
+    """Commits what the route around has written, in one transaction, and closes it for more."""
+    around = write.scope.get()
+    assert around is not None
+    around.close()
+    if around.ops:
+        await write.commit(around.db, around.ops)
+
+
+# Webhooks
+
+
+def _receiver(webhook: sense.Webhook, clock: Clock) -> Callable[[Incoming], Coroutine[Any, Any, Response]]:
+    table = webhook.table
+
+    async def receive(request: Incoming) -> Response:
+        payload = _payload(request.headers.get("content-type", ""), await request.body())
+        if table.model is None:
+            headers = {name: value for name, value in request.headers.items() if name not in _SECRET_HEADERS}
+            table.append({"timestamp": datetime.fromtimestamp(await clock.now(), UTC), "payload": payload, "headers": headers})
+        else:
+            table.append(payload)
+        await _commit()
+        return Response(status_code=200)
+
+    return receive
+
+
+def _payload(content_type: str, body: bytes) -> Any:
+    if content_type.partition(";")[0].strip().lower() != "application/x-www-form-urlencoded":
+        return _json(body)
+    try:
+        return dict(parse_qsl(body.decode(), keep_blank_values=True, strict_parsing=bool(body), max_num_fields=1000))
+    except ValueError as error:
+        raise BadBody(f"the body is no form: {error}") from None
+
+
+# Answers when something is wrong
+
+
+def _handlers() -> dict[Any, Any]:
+    return {Refused: _refused, BadBody: _bad_body, RequestValidationError: _invalid_request, Exception: _failed,
+            InvalidRecord: _invalid, WriteRefused: _write_refused, RowChanged: _changed}
+
+
+async def _refused(request: Incoming, error: Refused) -> Response:
+    headers = {"Retry-After": str(RETRY_AFTER)} if error.status == 503 else None
+    return JSONResponse({"detail": error.detail}, error.status, headers)
+
+
+async def _bad_body(request: Incoming, error: BadBody) -> Response:
+    return JSONResponse({"detail": str(error)}, 400)
+
+
+async def _invalid_request(request: Incoming, error: RequestValidationError) -> Response:
+    if any(detail["type"] == "json_invalid" for detail in error.errors()):
+        return JSONResponse({"detail": "the body is not JSON"}, 400)
+    return await request_validation_exception_handler(request, error)
+
+
+async def _invalid(request: Incoming, error: InvalidRecord) -> Response:
+    return JSONResponse({"detail": list(error.reasons)}, 422)
+
+
+async def _write_refused(request: Incoming, error: WriteRefused) -> Response:
+    """SQLSTATE class 22: the data cannot be stored at all; 23: it is against a constraint."""
+    kind = str(getattr(error.error, "sqlstate", ""))[:2]
+    if kind not in ("22", "23"):
+        raise error
+    return JSONResponse({"detail": str(error.error.args[0])}, 409 if kind == "23" else 400)
+
+
+async def _changed(request: Incoming, error: RowChanged) -> Response:
+    return JSONResponse({"detail": "a record changed meanwhile; read it and try again"}, 409)
+
+
+async def _failed(request: Incoming, error: BaseException) -> Response:
+    return JSONResponse({"detail": "Internal Server Error"}, 500)     # the server logs it, the sender need not know
+
+
+async def _health() -> Response:
+    return JSONResponse({"status": "ok"})
+
+
+async def _ready() -> Response:
+    db = current_database()
+    async with db.conn() as conn:
+        there = await conn.fetchval("select to_regclass($1) is not null", f"{db.schema}.setting")
+    if not there:
+        raise Refused(503, f'no runtime in schema "{db.schema}"; run: anton migrate')
+    return JSONResponse({"status": "ready"})
