@@ -250,6 +250,9 @@ create table action (                             -- effects in outside systems
   state text not null check (state in ('captured', 'ready', 'sent', 'failed', 'unknown')),
   result jsonb,
   idempotency_key text,
-  cause bigint,
+  -- the receipt and the trace of the handler that asked for it, as its ack set them
+  cause bigint default nullif(split_part(current_setting('anton.context', true), ',', 1), '')::bigint,
+  trace bigint default nullif(split_part(current_setting('anton.context', true), ',', 3), '')::bigint,
   at timestamptz not null default clock_timestamp()
 );
+create index on action (cause);
