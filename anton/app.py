@@ -125,7 +125,7 @@ def place_of_caller() -> str:
 
 def shown(file: str, line: int) -> str:
     """ "file:line", the file relative to the current folder where it lies inside."""
-    short = os.path.relpath(file) if os.path.isabs(file) else file
+    short = os.path.relpath(file)
     return f"{file if short.startswith('..') else short}:{line}"
 
 

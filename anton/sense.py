@@ -115,9 +115,11 @@ def _method(method: str) -> Callable[..., Callable[[F], F]]:
         return declare
 
     route.__name__ = route.__qualname__ = method.lower()
-    route.__doc__ = (f"@{method.lower()}(path): the function answers {method} on path; writes commit before the reply.\n\n"
-                     "    verify: scheme name, Hmac(…), callable(body, headers) -> bool, or False. secret: env(…) or several.\n"
-                     "    The rest is FastAPI's: status_code, response_model, tags, summary, …\n    ")
+    route.__doc__ = f"""@{method.lower()}(path): the function answers {method}; its writes commit before the reply.
+
+    verify: a scheme's name, Hmac(…), callable(body, headers) -> bool, or False. secret: env(…), one or several.
+    The rest is FastAPI's: status_code, response_model, tags, summary, …
+    """
     return route
 
 
