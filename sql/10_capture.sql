@@ -139,9 +139,9 @@ create or replace function image_settings(p_rel oid) returns text language sql s
     from table_columns(p_rel)
 $$;
 
--- capture_group(table, event, handlers, batches, images, where, params, columns) -> plpgsql that captures for one group
+-- capture_group(table, event, handlers, batches, images, where, params, columns, first) -> plpgsql that captures for one group
 create or replace function capture_group(w watched, p_event text, p_ids int[], p_batches int[], p_images boolean,
-  p_where text, p_params jsonb, p_columns text[]) returns text language plpgsql stable set search_path from current as $$
+  p_where text, p_params jsonb, p_columns text[], p_first boolean) returns text language plpgsql stable set search_path from current as $$
 declare
   v_op text := case p_event when 'new' then 'n' when 'updated' then 'u' else 'd' end;
   v_row text := case p_event when 'deleted' then 'old' else 'new' end;   -- whose columns the filter sees
@@ -195,7 +195,7 @@ begin
   v_filter := coalesce('where true' || nullif(v_filter, ''), '');
   v_jobs := format('unnest(%L::int[], %L::int[]) h (id, b)', p_ids, p_batches);
 
-  -- one record is the commonest statement of all: no set functions, and one number for change and job
+  -- one record is the commonest statement of all: no set functions, and one number for the change and the first job
   v_small := format($f$
     if v_k = 1 then
       insert into job (handler_id, id, change_id, at, cause, trace, lo, hi, depth, op, tenant, %1$s) values %5$s;
@@ -207,8 +207,10 @@ begin
     case when v_idkey then 'v_ids[s:s + h.b - 1]'
          else $k$case when h.b >= v_k then v_keys else jsonb_path_query_array(v_keys, '$[$a to $b]', jsonb_build_object('a', s - 1, 'b', least(s + h.b, v_k + 1) - 2)) end$k$ end,
     v_jobs,
-    (select string_agg(format('(%s, v_change, v_change, v_now, v_cause, v_trace, 1, 1, v_depth, ''%s'', v_tenant, %s)', i, v_op, case when v_idkey then 'v_ids' else 'v_keys' end), ', ')
-       from unnest(p_ids) i));
+    (select string_agg(format('(%s, %s, v_change, v_now, v_cause, v_trace, 1, 1, v_depth, ''%s'', v_tenant, %s)',
+                              i, case when p_first and o = 1 then 'v_change' else $n$nextval('change_seq')$n$ end, v_op,
+                              case when v_idkey then 'v_ids' else 'v_keys' end), ', ' order by o)
+       from unnest(p_ids) with ordinality x (i, o)));
   v_plain := format($f$
     with c as (
       insert into change (id, slot, at, xid, table_id, op, n, ids, keys, cols, news, olds, degraded, cause, depth, trace, tenant)
@@ -309,8 +311,8 @@ create or replace function capture_body(p_table int, p_event text) returns text 
 declare w watched; d record := doorbell(); v_groups text; v_fed text; v_key text;
 begin
   select * into w from watched where id = p_table;
-  select string_agg(capture_group(w, p_event, g.ids, g.batches, g.images, g.where_sql, g.params, g.columns), '' order by g.ids[1]) into v_groups
-    from (select array_agg(h.id order by h.id) as ids, array_agg(least(h.batch, 1000) order by h.id) as batches,
+  select string_agg(capture_group(w, p_event, g.ids, g.batches, g.images, g.where_sql, g.params, g.columns, g.first), '' order by g.ids[1]) into v_groups
+    from (select row_number() over (order by min(h.id)) = 1 as first, array_agg(h.id order by h.id) as ids, array_agg(least(h.batch, 1000) order by h.id) as batches,
                  bool_or(h.read = 'change' or w.key_kind = 'none') as images, h.where_sql, h.params, h.columns
             from handler h where h.table_id = p_table and h.enabled and p_event = any (h.ops)
            group by h.where_sql, h.params, h.columns) g;

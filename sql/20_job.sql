@@ -171,19 +171,24 @@ returns bigint language plpgsql volatile set search_path from current as $$
 declare
   v_now timestamptz := now();
   v_receipt bigint := nextval('change_seq');
-  v_held bigint; v_handler int; v_depth int; v_trace bigint; v_traces bigint; v_tenant text; v_settled int[]; v_rest int[];
+  v_held bigint; v_handler int; v_mixed boolean; v_depth int; v_trace bigint; v_traces bigint; v_tenant text; v_settled int[]; v_rest int[];
   v_ids bigint[]; v_keys jsonb; v_changes bigint[]; v_los int[]; v_his int[]; v_causes bigint[]; v_n bigint;
 begin
   with done as materialized (
     delete from lease where token = p_token and id = any (p_ids) returning *
   ), ranked as (select *, row_number() over () as part from (select * from done order by id) d)
-  select count(*), min(handler_id), max(depth), min(trace), count(distinct coalesce(trace, 0)), min(tenant), min(settled),
+  select count(*), min(handler_id), min(handler_id) <> max(handler_id) or min(coalesce(tenant, '')) <> max(coalesce(tenant, '')),
+         max(depth), min(trace), count(distinct coalesce(trace, 0)), min(tenant), min(settled),
          array_agg(change_id), array_agg(lo), array_agg(hi), array_agg(cause), sum(hi - lo + 1),
          (select array_agg(k order by r.part, o) from ranked r, unnest(r.ids) with ordinality x (k, o)),
          (select jsonb_agg(k order by r.part, o) from ranked r, jsonb_array_elements(r.keys) with ordinality x (k, o))
-    into v_held, v_handler, v_depth, v_trace, v_traces, v_tenant, v_settled, v_changes, v_los, v_his, v_causes, v_n, v_ids, v_keys
+    into v_held, v_handler, v_mixed, v_depth, v_trace, v_traces, v_tenant, v_settled, v_changes, v_los, v_his, v_causes, v_n, v_ids, v_keys
     from ranked;
   perform fence(p_token, v_held, cardinality(p_ids));
+  if v_mixed then
+    raise exception using errcode = 'NT004', message = 'ack: jobs of more than one handler or tenant must be acked apart',
+      hint = 'call it once for each, in the same transaction';
+  end if;
   if v_settled is not null then
     if v_held > 1 then
       raise exception using errcode = 'NT004', message = 'ack: a job settled in part must be acked alone';
@@ -208,8 +213,9 @@ declare v lease;
 begin
   select * into v from lease where token = p_token and id = p_id for update;
   perform fence(p_token, case when v.id is null then 0 else 1 end, 1);
-  if v.settled && p_ordinals or exists (select from unnest(p_ordinals) o where o not between v.lo and v.hi) then
-    raise exception using errcode = 'NT004', message = format('job %s: records %s are settled already or not its own (%s..%s)',
+  if v.settled && p_ordinals or exists (select from unnest(p_ordinals) o where o not between v.lo and v.hi)
+     or (select count(distinct o) from unnest(p_ordinals) o) <> coalesce(cardinality(p_ordinals), 0) or cardinality(p_ordinals) = 0 then
+    raise exception using errcode = 'NT004', message = format('job %s: records %s are settled already, named twice or not its own (%s..%s)',
       p_id, p_ordinals, v.lo, v.hi);
   end if;
   if coalesce(cardinality(v.settled), 0) + cardinality(p_ordinals) = v.hi - v.lo + 1 then
