@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test bench lint types lock clean
+.PHONY: demo test bench lint types lock schema clean
 .DEFAULT_GOAL := demo
 
 $(READY): requirements.lock pyproject.toml .ci/venv
@@ -29,6 +29,10 @@ lock: $(READY)        ## pins every dependency anew; needs python 3.11, see CONT
 	@$(BIN)/pip-compile --quiet --upgrade --generate-hashes --allow-unsafe --strip-extras --no-header \
 	  --no-emit-index-url --no-emit-trusted-host --no-emit-find-links --no-emit-options \
 	  --extra web --extra embedded --extra test --extra dev --output-file requirements.lock pyproject.toml
+
+schema: $(READY)      ## anton/autonomous.schema.json, from anton/config.py
+	@$(BIN)/python -c "import json; from anton import config; print(json.dumps(config.json_schema(), indent=2))" > schema.tmp
+	@mv schema.tmp anton/autonomous.schema.json
 
 clean:                ## what make and the tools made; the embedded database in .anton stays
 	@rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

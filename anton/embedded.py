@@ -84,6 +84,13 @@ def start(folder: Path | str, database: str = DATABASE) -> str:
         ) from error
 
 
+def leave(folder: Path | str) -> None:
+    """Gives the server back before the process ends; the last to leave stops it."""
+    server = _servers.get(Path(folder).resolve())
+    if server:
+        server.leave()
+
+
 class _Server:
     def __init__(self, folder: Path) -> None:
         self.home = folder / ".anton"
@@ -132,6 +139,8 @@ class _Server:
         else:
             if (self.data / "postmaster.pid").exists():
                 self._pg_ctl("stop")
+            if self._socket_folder() != self.data:
+                shutil.rmtree(self._socket_folder(), ignore_errors=True)
         finally:
             os.close(use)
 
