@@ -2,7 +2,7 @@
 
     AntonError
       DeclarationError      what the code says cannot be: found when it is declared, or by migrate
-        UnknownOption BadOption DuplicateName BadSignature LoopFound
+        UnknownOption BadOption DuplicateName BadSignature NearName LoopFound
       ConfigError           autonomous.json, a flag or an environment variable
       DatabaseError
         DatabaseUnreachable DatabaseTooOld MissingPrivilege NotMigrated EmbeddedError
@@ -127,6 +127,16 @@ class BadSignature(DeclarationError):
                          name=name, found=found, allowed=allowed, place=place)
 
 
+class NearName(DeclarationError):
+    """A new Table without a model that is almost one that exists: most likely a slip. table, near, place."""
+
+    def __init__(self, table: str, near: str, place: str = "") -> None:
+        at = f" ({place})" if place else ""
+        super().__init__(f'table "{table}"{at} does not exist, and "{near}" does. Did you mean "{near}"? '
+                         "If it is to be another table, give it a model, or create it in a migration.",
+                         table=table, near=near, place=place)
+
+
 class LoopFound(DeclarationError):
     """Handlers that feed each other for ever. chain: table, handler, table, handler, … table."""
 
@@ -170,6 +180,8 @@ class DatabaseTooOld(DatabaseError):
 class MissingPrivilege(DatabaseError):
     """A right the role does not have. sql: what someone who has it must run."""
 
+    sql: tuple[str, ...]
+
     def __init__(self, what: str, role: str, sql: Sequence[str]) -> None:
         super().__init__(f'role "{role}" may not {what}. Let someone who may run:\n' + "\n".join(sql),
                          what=what, role=role, sql=tuple(sql))
@@ -209,6 +221,9 @@ class FrozenChanged(MigrationError):
 
 class Destructive(MigrationError):
     """A declared difference would lose data. table, differences, sql: the statements it would take."""
+
+    differences: tuple[str, ...]
+    sql: tuple[str, ...]
 
     def __init__(self, table: str, differences: Sequence[str], sql: Sequence[str]) -> None:
         super().__init__(f'table "{table}" differs from its model in a way that may lose data: '

@@ -1,0 +1,316 @@
+"""Declared: an app's tables, handlers and schedules against the database, for migrate.
+
+    examine()         looks, and refuses: Destructive, ModelMismatch, NearName, KeyNeeded, UnknownTable; changes nothing
+    make_tables()     makes what is missing
+    make_handlers()   the catalogue, then the triggers of every table whose handlers changed
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from anton import sqlfile
+from anton.columns import MODELLESS, Shape
+from anton.db import literal, quote, split_name
+from anton.ddl import Difference, Found, Spec, check_adopted, compare, create_sql, inspect, key_advice
+from anton.errors import (
+    AntonError,
+    DatabaseError,
+    Destructive,
+    KeyNeeded,
+    ModelMismatch,
+    NearName,
+    UnknownTable,
+    distance,
+    near,
+)
+from anton.plan import LOCK_TIMEOUT, Step
+
+if TYPE_CHECKING:
+    from anton.plan import Runner
+    from anton.table import Table
+
+LOCK = (f"lock_timeout = '{LOCK_TIMEOUT}'",)
+
+
+@dataclass
+class Wanted:
+    """A table that the app uses. found: None when it is to be made. spec: None when it is not ours to alter."""
+
+    schema: str
+    name: str
+    found: Found | None
+    spec: Spec | None = None
+    difference: Difference = field(default_factory=Difference)
+    rows: bool = False                                                 # it existed before this migrate
+    can_work: bool = True                                              # False: it could not be made
+
+    @property
+    def sql(self) -> str:
+        """Its name for SQL."""
+        return f"{quote(self.schema)}.{quote(self.name)}"
+
+    @property
+    def shown(self) -> str:
+        """Its name for people."""
+        return f"{self.schema}.{self.name}"
+
+
+class Declared:
+    """One app's declarations. app_schema: where unqualified names point."""
+
+    def __init__(self, run: Runner, app_schema: str) -> None:
+        self.run, self.conn, self.app, self.plan = run, run.conn, run.app, run.plan
+        self.app_schema = app_schema
+        self.handlers: list[dict[str, Any]] = []                       # what put_handler takes, and "since"
+        self.schedules: list[dict[str, Any]] = []                      # what put_schedule takes
+
+    def place(self, name: str) -> tuple[str, str]:
+        """Schema and name of a table as users write it."""
+        schema, table = split_name(name)
+        return schema or self.app_schema, table
+
+    async def examine(self) -> list[Wanted]:
+        """All tables the app uses, compared with the database."""
+        self._collect()
+        rows = await self.conn.fetch(f"select name, app, model from {self.run.schema}.watched_tables()")
+        watched = {row["name"]: row for row in rows}
+        wanted = {}
+        for table in self.app.tables.values():
+            one = await self._table(table, watched)
+            if one is not None:
+                wanted[one.sql] = one
+        for definition in self.handlers:
+            one = await self._of_handler(definition, wanted)
+            if one is not None:
+                wanted.setdefault(one.sql, one)
+                definition["table"] = one.sql
+        self.handlers = [d for d in self.handlers if d["table"] in wanted]
+        return list(wanted.values())
+
+    def _collect(self) -> None:
+        app = self.app.name
+        for handler in self.app.handlers.values():
+            self.handlers.append({"since": handler.since, **handler.definition(), "app": app})
+        self.schedules = [schedule.definition(app) for schedule in self.app.schedules.values()]
+        for file in self.run.files:
+            if file.kind == "handler":
+                self.handlers.append(sqlfile.handler(file, app))
+            else:
+                self.schedules.append(sqlfile.schedule(file, app))
+
+    async def _table(self, table: Table[Any], watched: Mapping[str, Any]) -> Wanted | None:
+        schema, name = self.place(table.name)
+        shape: Shape[Any] | None = table.shape
+        spec = Spec(schema, name, shape.table_columns if shape else MODELLESS, shape.key if shape else ("id",),
+                    table.unique, table.index, shape.model.__name__ if shape else "")
+        oid = await self._oid(schema, name)
+        if oid is None:
+            await self._check_new(table, schema, name)
+            return Wanted(schema, name, None, spec)
+        found = await inspect(self.conn, oid)
+        one = Wanted(schema, name, found, rows=True)
+        row = watched.get(one.sql)
+        if row is not None and row["app"] == self.app.name:
+            one.spec = spec
+            one.difference = await compare(self.conn, spec, oid, row["model"] or {})
+            if one.difference.refused:
+                whys, sql = zip(*one.difference.refused, strict=True)
+                self.plan.refused.append(Destructive(one.shown, whys, [line for lines in sql for line in lines]))
+            self.plan.notes += one.difference.notes
+        elif shape is not None:
+            wrong, notes = check_adopted(shape, found)
+            if wrong:
+                self.plan.refused.append(ModelMismatch(one.shown, wrong, table.place))
+            self.plan.notes += [f"{one.shown}: {note}" for note in notes]
+        return one
+
+    async def _oid(self, schema: str, name: str) -> int | None:
+        row = await self.conn.fetchrow(
+            "select c.oid, c.relkind::text as kind from pg_class c join pg_namespace n on n.oid = c.relnamespace "
+            "where n.nspname = $1 and c.relname = $2 and c.relkind in ('r', 'p', 'v', 'm', 'f')", schema, name)
+        if row is not None and row["kind"] not in ("r", "p"):
+            what = {"v": "a view", "m": "a materialized view", "f": "a foreign table"}[row["kind"]]
+            self.plan.refused.append(DatabaseError(f'"{schema}.{name}" is {what}: only ordinary and partitioned tables '
+                                                   "fire events. Name the table it reads from.", table=name))
+        return row["oid"] if row else None
+
+    async def _check_new(self, table: Table[Any], schema: str, name: str) -> None:
+        if not await self.conn.fetchval("select to_regnamespace($1) is not null", quote(schema)):
+            known = await self.conn.fetch(
+                "select nspname::text from pg_namespace where nspname !~ '^(pg|information)_'")
+            close = near(schema, [row[0] for row in known])
+            hint = f' Did you mean "{close}"?' if close else ""
+            self.plan.refused.append(DatabaseError(
+                f'table "{table.name}" ({table.place}): there is no schema "{schema}".{hint} Create it in a migration: '
+                f"create schema {quote(schema)};", table=table.name))
+        elif table.shape is None:
+            close = slip(name, await self._names(schema))
+            if close is not None:
+                self.plan.refused.append(NearName(table.name, close, table.place))
+
+    async def _names(self, schema: str) -> list[str]:
+        rows = await self.conn.fetch("select relname::text from pg_class where relnamespace = to_regnamespace($1) "
+                                     "and relkind in ('r', 'p', 'v', 'm', 'f') order by 1", quote(schema))
+        return [row[0] for row in rows]
+
+    async def _of_handler(self, definition: dict[str, Any], wanted: dict[str, Wanted]) -> Wanted | None:
+        schema, name = self.place(definition["table"])
+        one = wanted.get(f"{quote(schema)}.{quote(name)}")
+        if one is None:                                                # of a SQL file: nothing declares its table
+            oid = await self._oid(schema, name)
+            if oid is None:
+                known = [*await self._names(schema), *(table.name for table in wanted.values())]
+                self.plan.refused.append(UnknownTable(definition["table"], known, self.plan.database))
+                return None
+            one = Wanted(schema, name, await inspect(self.conn, oid), rows=True)
+        if one.found is not None and not one.found.key and {"updated", "deleted"} & set(definition["ops"]):
+            self.plan.refused.append(KeyNeeded(one.shown, definition["name"], key_advice(schema, name, one.found)))
+        return one
+
+    # Tables
+
+    async def make_tables(self, wanted: Sequence[Wanted]) -> None:
+        """Makes missing tables, alters those that are ours, watches the others."""
+        for one in wanted:
+            same = f"select {self.run.schema}.table_state({literal(one.sql)})"
+            if one.spec is None:
+                await self.run.step(Step(f"watch {one.shown}", self._call("watch", one.sql)), table=one.sql,
+                                    unless_same=same)
+                continue
+            put = self._call("put_table", {"table": one.sql, "app": self.app.name, "model": one.spec.declared()})
+            if one.found is None:
+                body = f"{create_sql(one.spec)};\n{put}"
+                one.can_work = await self.run.step(Step(f"table {one.shown}", body), table=one.sql)
+                continue
+            for alter in one.difference.alters:
+                index = re.match(r"create (?:unique )?index concurrently (\S+)", alter)
+                step = Step(f"table {one.shown}", alter, LOCK, transaction=index is None)
+                await self.run.step(step, table=one.sql, only_plan=True,
+                                    cleanup=f"drop index if exists {quote(one.schema)}.{index[1]}" if index else "")
+            await self.run.step(Step(f"what is declared of {one.shown}", put), unless_same=same)
+
+    def _call(self, function: str, argument: Any) -> str:
+        if isinstance(argument, str):
+            return f"select {self.run.schema}.{function}({literal(argument)})"
+        text = json.dumps(argument, ensure_ascii=False, sort_keys=True)
+        return f"select {self.run.schema}.{function}({literal(text)}::jsonb)"
+
+    # Handlers
+
+    async def make_handlers(self, wanted: Sequence[Wanted]) -> None:
+        """Puts handlers and schedules into the catalogue, retires the vanished, brings all triggers up to date."""
+        tables = {one.sql: one for one in wanted}
+        for definition in self.handlers:
+            one = tables[definition["table"]]
+            if one.can_work:
+                await self._handler(definition, one)
+        for definition in self.schedules:
+            await self._put("schedule", "put_schedule", definition, None)
+        if self.app.name != "sql":                                     # psql's own are nobody's code
+            await self._retire()
+        self._loops()
+        for row in await self.conn.fetch(f"select name, partitioned from {self.run.schema}.watched_tables()"):
+            await self._sync(row["name"], row["partitioned"], tables.get(row["name"]))
+
+    async def _handler(self, definition: dict[str, Any], one: Wanted) -> None:
+        since = definition.pop("since")
+        app, name = definition["app"], definition["name"]
+        state = f"select {self.run.schema}.handler_state($1, $2)"
+        known = any([await self.conn.fetchval(state, app, n) for n in (name, definition.get("was"))])
+        handles_new = "new" in definition["ops"]
+        backfill = f";\n{self._call('backfill', f'{app}.{name}')}" if not known and since == "beginning" else ""
+        await self._put("handler", "put_handler", definition, one, backfill)
+        if not known and handles_new and since == "now" and one.rows:
+            rows = await self.conn.fetchval(f"select count(*) from (select from {one.sql} limit 1000001) r")
+            if rows:
+                some = "more than 1,000,000" if rows > 1_000_000 else f"{rows:,}"
+                self.plan.notes.append(f"{some} existing rows not handled: anton handlers backfill {name}")
+
+    async def _put(self, noun: str, function: str, definition: dict[str, Any], one: Wanted | None,
+                   more: str = "") -> None:
+        step = Step(f"{noun} {definition['name']}", self._call(function, definition) + more)
+        same = f"select {self.run.schema}.handler_state({literal(definition['app'])}, {literal(definition['name'])})"
+        try:
+            await self.run.step(step, unless_same=same, table=one.sql if one else "")
+        except AntonError as error:
+            if self.run.dry and one is not None and (one.difference.alters or one.rows):
+                self.plan.steps.append(step)                           # it may need what a step before it makes
+            else:
+                self.plan.refused.append(error)
+
+    async def _retire(self) -> None:
+        names = sorted(definition["name"] for definition in (*self.handlers, *self.schedules))
+        rows = await self.conn.fetch(f"select * from {self.run.schema}.vanished($1, $2)", self.app.name, names)
+        for row in rows:
+            jobs = f"its {row['jobs']:,} jobs are kept" if row["jobs"] else "it has no jobs"
+            self.plan.notes.append(f"handler {row['name']} is not in the code any more: it gets no new jobs, {jobs}")
+        if rows:
+            kept = f"array[{', '.join(literal(name) for name in names)}]::text[]"
+            await self.run.step(Step("retire " + ", ".join(row["name"] for row in rows),
+                                     f"select {self.run.schema}.retire({literal(self.app.name)}, {kept})"))
+
+    def _loops(self) -> None:
+        edges: dict[str, list[tuple[str, str]]] = {}
+        for definition in self.handlers:
+            for table in definition.get("into_tables") or ():
+                schema, name = self.place(table)
+                edges.setdefault(definition["table"], []).append((definition["name"], f"{quote(schema)}.{quote(name)}"))
+        for chain in cycles(edges):
+            places = [self.app.place("handler", name) for name in chain[1::2]]
+            at = ", ".join(place for place in places if place)
+            self.plan.notes.append(f"a loop: {' -> '.join(chain)}{f' ({at})' if at else ''}. Unless a handler stops "
+                                   "it, its records become dead letters when 32 have led to each other")
+
+    async def _sync(self, name: str, partitioned: bool, one: Wanted | None) -> None:
+        if one is not None and not one.can_work:
+            return
+        settings: tuple[str, ...] = LOCK
+        lock = ""
+        if partitioned and await self.conn.fetchval("select has_table_privilege($1, 'update, delete, truncate')", name):
+            settings = (*LOCK, f"statement_timeout = '{LOCK_TIMEOUT}'")  # for all partitions together
+            lock = f"lock table {name} in share row exclusive mode;\nset local statement_timeout = 0;\n"
+        body = f"{lock}select {self.run.schema}.sync_triggers({self.run.schema}.watch({literal(name)}))"
+        altered = one is not None and bool(one.difference.alters)
+        same = f"select {self.run.schema}.table_state({literal(name)})"
+        try:
+            await self.run.step(Step(f"triggers of {name}", body, settings), table=name, release=True,
+                                only_plan=altered, unless_same="" if altered else same)
+        except AntonError as error:
+            if one is None:
+                self.plan.notes.append(f"triggers of {name}: {error}")  # another app's: not ours to mend
+            else:
+                self.plan.refused.append(error)
+
+
+def slip(name: str, known: Sequence[str]) -> str | None:
+    """The known name that `name` is most likely a slip of: two letters away at most; digits, short names are meant."""
+    def letters(text: str) -> str:
+        return re.sub(r"\d+", "", text)
+
+    close = [other for other in known if letters(other) != letters(name) and 0 < distance(name, other) <= 2
+             and len(name) > 3 and len(other) > 3]
+    return min(close, key=lambda other: distance(name, other), default=None)
+
+
+def cycles(edges: Mapping[str, Sequence[tuple[str, str]]]) -> list[list[str]]:
+    """Ways that lead back to where they begin: [table, handler, table, …]; at least one of every loop."""
+    found: list[list[str]] = []
+    done: set[str] = set()
+
+    def walk(path: list[str]) -> None:
+        for handler, table in edges.get(path[-1], ()):
+            if table in path[::2]:
+                found.append([*path[path.index(table):], handler, table])
+            elif table not in done:
+                walk([*path, handler, table])
+        done.add(path[-1])
+
+    for start in sorted(edges):
+        if start not in done:
+            walk([start])
+    return found

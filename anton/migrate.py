@@ -1,0 +1,471 @@
+"""Migrate: brings a database to what Anton and an app declare. `await migrate(db, app)`, and again at any time.
+
+    Anton's migrations/ and sql/  ->  the app's migrations/ and sql/  ->  its tables  ->  its handlers, schedules
+
+A migration runs once, in a transaction with the row that records it; what ran is frozen by its sha256. A sql/ folder
+runs whole, in one transaction, whenever a file of it changed. Declared tables get what they lack when that loses
+nothing; the rest is refused with the SQL it would take (`anton makemigration` writes that down). Tables that existed
+before Anton are compared with their model and never altered.
+
+One migrate runs at a time, the next waits. Each step is a transaction of its own, or one statement: killed anywhere,
+run it again. DDL on tables in use asks for its lock for 200 ms at most, lets go, and tries again. What the role may
+not do is collected as SQL for someone who may, and the rest goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import re
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import asyncpg
+
+from anton import relation, sqlfile
+from anton.app import App
+from anton.db import Database, literal, quote, translated
+from anton.declared import Declared, Wanted
+from anton.errors import (
+    AntonError,
+    Destructive,
+    FrozenChanged,
+    LockNotGained,
+    MigrationError,
+    MigrationFailed,
+    MissingPrivilege,
+)
+from anton.plan import LOCK_TIMEOUT, Plan, Step
+from anton.share import share
+from anton.sqlfile import SqlFile
+
+if TYPE_CHECKING:
+    from anton.db import Conn
+
+PATIENCE = 600.0                                                       # seconds for one step to get its lock
+_ONE_AT_A_TIME = 0x616E7472                                            # first key of the advisory lock
+_BUSY = (asyncpg.LockNotAvailableError, asyncpg.DeadlockDetectedError, asyncpg.SerializationError)
+_NOT_YET = (asyncpg.UndefinedTableError, asyncpg.UndefinedColumnError, asyncpg.UndefinedFunctionError,
+            asyncpg.UndefinedObjectError)
+_TRY_SECONDS = 0.2                                                     # how long a plan may hold locks on tables in use
+
+
+async def migrate(db: Database, app: App, *, plan: bool = False, check: bool = False,
+                  patience: float = PATIENCE) -> Plan:
+    """Brings the database to what Anton and the app declare.
+
+    plan, check: change nothing; the Plan's steps are exactly what would be run.
+    patience: seconds for each step to get its lock.
+    Raises what was refused (Destructive, ModelMismatch, KeyNeeded, …) before any declared table is touched,
+    MigrationFailed, FrozenChanged, LockNotGained, MissingPrivilege; after each of them it can be run again.
+    """
+    async with _alone(db):
+        conn = await db.connect()
+        try:
+            run = Run(db, app, conn, dry=plan or check, patience=patience)
+            await run.all()
+        finally:
+            await conn.close()
+    relation.forget(db)
+    return run.plan
+
+
+async def makemigration(db: Database, app: App, name: str) -> Path:
+    """Writes what migrate refuses as the app's next migration, for its author to look at; empty when there is nothing.
+
+    name: verb_noun, "drop_legacy_total". Returns the new file.
+    """
+    if not re.fullmatch(r"[a-z0-9_]+", name):
+        raise MigrationError(f'"{name}" is no name for a migration. Allowed: lower-case letters, digits and _, '
+                             "such as drop_legacy_total.", name=name)
+    found = await migrate(db, app, plan=True)
+    folder = app.folder / "migrations"
+    folder.mkdir(exist_ok=True)
+    last = max((int(path.name[:4]) for path in folder.glob("[0-9][0-9][0-9][0-9]_*.sql")), default=0)
+    lines = []
+    for error in found.refused:
+        if isinstance(error, Destructive):
+            lines += [*(f"-- {difference}" for difference in error.differences), *error.sql, ""]
+    path = folder / f"{last + 1:04}_{name}.sql"
+    path.write_text("\n".join(lines) or f"-- {name.replace('_', ' ')}\n-- The models and the tables agree.\n")
+    return path
+
+
+@asynccontextmanager
+async def _alone(db: Database) -> AsyncIterator[None]:
+    """Waits for other migrates of this schema. A transaction's lock, so that it holds behind a pooler too."""
+    conn = await db.connect()
+    try:
+        while True:                                                    # waiting inside the lock would hold a snapshot
+            turn = conn.transaction(isolation="read_committed")
+            await turn.start()
+            await conn.execute("set local idle_in_transaction_session_timeout = 0")
+            if await conn.fetchval("select pg_try_advisory_xact_lock($1, hashtext($2))", _ONE_AT_A_TIME, db.schema):
+                break
+            await turn.rollback()
+            await asyncio.sleep(0.1)
+        yield
+        if not conn.is_closed():
+            await turn.rollback()
+    finally:
+        await conn.close()
+
+
+class Run:
+    """One migrate. dry: everything happens in one transaction that is rolled back; tables in use are not altered."""
+
+    def __init__(self, db: Database, app: App, conn: Conn, *, dry: bool, patience: float) -> None:
+        self.db, self.app, self.conn, self.dry, self.patience = db, app, conn, dry, patience
+        self.schema = quote(db.schema)
+        self.plan = Plan(db.name)
+        self.me = ""
+        self.owner: tuple[str, ...] = ()                               # the setting that acts as the runtime's owner
+        self.files: list[SqlFile] = []
+
+    async def all(self) -> None:
+        if not self.dry:
+            await self._all()
+            return
+        undo = self.conn.transaction(isolation="read_committed")
+        await undo.start()
+        try:
+            await self._all()
+        finally:
+            await undo.rollback()
+
+    async def _all(self) -> None:
+        self.me = await self.conn.fetchval("select current_user")
+        if not await self._framework():
+            self.plan.notes.append("What the app needs is found when these have run.")
+            return
+        app_schema = await self.conn.fetchval(f"select {self.schema}.setting('app_schema')")
+        declared = Declared(self, app_schema)
+        late = None
+        try:
+            async with self._trial():
+                late = await self._app_files()
+                wanted = await declared.examine()
+        except (TimeoutError, *_BUSY, asyncpg.QueryCanceledError):
+            if not self.dry:
+                raise
+            self.plan.notes.append("The app's files were not tried: they take longer than 200 ms on tables in use. "
+                                   "What its tables then need is found when they have run.")
+            return
+        if self.plan.refused and not self.dry:
+            raise _together(self.plan.refused)
+        await self._declared(declared, wanted, late)
+
+    async def _declared(self, declared: Declared, wanted: Sequence[Wanted], late: Step | None) -> None:
+        await declared.make_tables(wanted)
+        if late is not None:
+            await self.step(late, "sql/")
+        await declared.make_handlers(wanted)
+        if self.plan.refused and not self.dry:
+            raise _together(self.plan.refused)
+
+    @asynccontextmanager
+    async def _trial(self) -> AsyncIterator[None]:
+        """In a plan, the locks that an app's files take on its tables are held for 200 ms at most."""
+        if not self.dry or not await self.conn.fetchval(
+                f"select exists (select from {self.schema}.watched_tables() where app = $1)", self.app.name):
+            yield
+            return
+        trial = self.conn.transaction()
+        await trial.start()
+        try:
+            async with asyncio.timeout(_TRY_SECONDS):
+                yield
+        finally:
+            await trial.rollback()
+
+    # Anton's own
+
+    async def _framework(self) -> bool:
+        """False when a plan has to end here."""
+        fresh = await self.conn.fetchval("select to_regnamespace($1) is null", self.schema)
+        if fresh:
+            await self._make_schema()
+        else:
+            owner = await self.conn.fetchval(
+                "select pg_get_userbyid(nspowner) from pg_namespace where oid = to_regnamespace($1) "
+                "and pg_has_role(current_user, nspowner, 'member') and nspowner::regrole::text <> current_user",
+                self.schema)
+            self.owner = (f"role {quote(owner)}",) if owner else ()
+        settings = (f"lock_timeout = '{LOCK_TIMEOUT}'", *self.owner,
+                    f"search_path = {self.schema}, pg_catalog, pg_temp")
+        if await self.conn.fetchval("select to_regclass($1) is null", f"{self.schema}.migration"):
+            await self.step(Step("the record of what was run", _MIGRATION_TABLE, settings), vital=True)
+        done = await self._done("anton")
+        files = sqlfile.read(share("migrations"))
+        unknown = sorted(name for name in done if name.startswith("migrations/"))
+        unknown = [name for name in unknown if name not in {file.name for file in files}]
+        if unknown:
+            raise MigrationError(f'database "{self.db.name}" was migrated by a newer Anton: this one does not have '
+                                 f'{", ".join(unknown)}. Upgrade anton-framework, and run again: anton migrate')
+        pending = self._pending(files, done)
+        if pending and self.dry and done:                              # tried here, they would lock the queue in use
+            for file in pending:
+                self.plan.steps.append(self._migration(file, "anton", settings))
+            self.plan.steps.append(self._folder("anton", sqlfile.read(share("sql")), settings))
+            return False
+        for file in pending:
+            await self.step(self._migration(file, "anton", settings), file.name, vital=True)
+        if pending and not done:
+            place = await self.conn.fetchval("select current_schema()")
+            if place not in (None, "public", self.db.schema):
+                await self.step(Step("where unqualified table names point", "update setting set value = "
+                                     f"{literal(place)} where name = 'app_schema'", settings), vital=True)
+        again = sqlfile.read(share("sql"))
+        if pending or self._changed(again, done):
+            await self.step(self._folder("anton", again, settings), "sql/", vital=True)
+        return True
+
+    async def _make_schema(self) -> None:
+        """The schema, owned by a role that nobody logs in as when one can be made."""
+        owner = f"{self.db.schema}_owner"
+        row = await self.conn.fetchrow(
+            "select (select rolcreaterole or rolsuper from pg_roles where rolname = current_user) as may, "
+            "exists (select from pg_roles where rolname = $1) as there, "
+            "exists (select from pg_roles where rolname = $1 and not rolsuper and not rolcanlogin "
+            "        and pg_has_role(current_user, oid, 'member')) as mine", owner)
+        assert row is not None
+        body = []
+        if not row["there"] and row["may"]:
+            body = [f"create role {quote(owner)} nologin",
+                    *([] if await self._superuser() else [f"grant {quote(owner)} to {quote(self.me)}"])]
+        if body:
+            try:
+                await self.step(Step("the role that owns the runtime", ";\n".join(body)), vital=True)
+            except MigrationFailed as error:
+                if not isinstance(error.__cause__, (asyncpg.DuplicateObjectError, asyncpg.UniqueViolationError)):
+                    raise                                              # else another database's migrate was quicker
+        elif not row["mine"]:
+            self.plan.dba += [*([] if row["there"] else [f"create role {quote(owner)} nologin;"]),
+                              f"grant {quote(owner)} to {quote(self.me)};"]
+        mine = row["mine"] or bool(body)
+        self.owner = (f"role {quote(owner)}",) if mine else ()
+        authorization = f" authorization {quote(owner)}" if mine else ""
+        await self.step(Step("the schema of the runtime", f"create schema {self.schema}{authorization}"), vital=True)
+
+    async def _superuser(self) -> bool:
+        return bool(await self.conn.fetchval("select rolsuper from pg_roles where rolname = current_user"))
+
+    # An app's files
+
+    async def _app_files(self) -> Step | None:
+        """Runs them. Returns the sql/ folder when it needs the declared tables first."""
+        name = f"app:{self.app.name}"
+        settings = (f"lock_timeout = '{LOCK_TIMEOUT}'",)
+        done = await self._done(name)
+        files = self._read("migrations")
+        pending = self._pending(files, done)
+        for file in pending:
+            if file.transaction:
+                await self.step(self._migration(file, name, settings), file.name)
+            else:
+                await self.step(Step(file.name, file.text, settings, transaction=False), file.name)
+                await self.step(Step(f"{file.name} was run", self._record(name, [file])))
+        again = self._read("sql")
+        self.files = [file for file in again if file.kind in ("handler", "schedule")]
+        for file in again:
+            if file.kind == "model":
+                raise MigrationError(f'{file.name}: "-- anton: model" is not known yet. Make it a model in '
+                                     "dbt_project/, or a view.")
+        again = [file for file in again if not file.kind]
+        if not self._changed(again, done) and not (pending and again):
+            return None
+        folder = self._folder(name, again, settings)
+        try:
+            await self.step(folder, "sql/")
+        except _NOT_YET:
+            return folder
+        return None
+
+    def _read(self, folder: str) -> list[SqlFile]:
+        path = self.app.folder / folder
+        own = path.resolve() == share(folder).resolve()                # in a checkout of Anton these are not the app's
+        return [] if own else sqlfile.read(path)
+
+    async def _done(self, set_name: str) -> dict[str, str]:
+        """What of a set was run: name to sha256."""
+        if await self.conn.fetchval("select to_regclass($1) is null", f"{self.schema}.migration"):
+            return {}
+        rows = await self.conn.fetch(f"select name, sha256 from {self.schema}.migration where set_name = $1", set_name)
+        return {row["name"]: row["sha256"] for row in rows}
+
+    def _pending(self, files: Sequence[SqlFile], done: dict[str, str]) -> list[SqlFile]:
+        for file in files:
+            if done.get(file.name, file.sha256) != file.sha256:
+                raise FrozenChanged(file.name)
+        return [file for file in files if file.name not in done]
+
+    def _changed(self, files: Sequence[SqlFile], done: dict[str, str]) -> bool:
+        before = {name: sha for name, sha in done.items() if name.startswith("sql/")}
+        return before != {file.name: file.sha256 for file in files}
+
+    def _migration(self, file: SqlFile, set_name: str, settings: tuple[str, ...]) -> Step:
+        return Step(file.name, f"{file.text.rstrip()}\n{self._record(set_name, [file])}", settings)
+
+    def _folder(self, set_name: str, files: Sequence[SqlFile], settings: tuple[str, ...]) -> Step:
+        texts = [f"-- {file.name}\n{file.text.rstrip()}" for file in files]
+        forget = f"delete from {self.schema}.migration where set_name = {literal(set_name)} and name like 'sql/%';"
+        return Step("sql/, all of it", "\n\n".join((*texts, forget + "\n" + self._record(set_name, files))), settings)
+
+    def _record(self, set_name: str, files: Sequence[SqlFile]) -> str:
+        if not files:
+            return ""
+        rows = ",\n  ".join(f"({literal(set_name)}, {literal(file.name)}, '{file.sha256}')" for file in files)
+        return f"insert into {self.schema}.migration (set_name, name, sha256) values\n  {rows};"
+
+    # Running a step
+
+    async def step(self, step: Step, file: str = "", *, vital: bool = False, table: str = "", unless_same: str = "",
+                   only_plan: bool = False, release: bool = False, cleanup: str = "") -> bool:
+        """Runs a step, or tries it in a plan, and notes it. Returns whether it changed, or would change, anything.
+
+        vital: without it nothing else can be done. table: whose lock or rights it needs, quoted.
+        unless_same: a query; when its answer stays the same the step is undone and not noted.
+        only_plan: not tried in a plan; release: undone at once there. cleanup: SQL to run before a second try.
+        """
+        if self.dry and (only_plan or not step.transaction):
+            self.plan.steps.append(step)
+            return True
+        started, tried = time.monotonic(), False
+        while True:
+            try:
+                if tried and cleanup:
+                    await self.conn.execute(f"begin; set local lock_timeout = '{LOCK_TIMEOUT}'; {cleanup}; commit")
+                changed = await (self._try(step, unless_same, release) if self.dry else self._run(step, unless_same))
+                break
+            except asyncpg.InsufficientPrivilegeError as error:
+                await self._undo()
+                await self._not_allowed(step, table, vital, error)
+                return False
+            except asyncpg.PostgresError as error:
+                await self._undo()
+                if self.dry or not _busy(error, step):
+                    raise self._explained(error, step, file) from error
+                if time.monotonic() - started > self.patience:
+                    raise LockNotGained(step.body, self.patience, await self._holders(table)) from error
+                tried = True
+            await asyncio.sleep(random.uniform(0.05, 0.5))
+        if changed:
+            self.plan.steps.append(step)
+        return changed
+
+    async def _run(self, step: Step, unless_same: str) -> bool:
+        if not step.transaction:
+            settings = () if self.db.pooled else step.settings         # a pooler would give them to strangers
+            try:
+                for setting in settings:
+                    await self.conn.execute(f"set {setting}")
+                await self.conn.execute(step.body)
+            finally:
+                for setting in settings:
+                    await self.conn.execute(f"reset {setting.partition(' ')[0]}")
+            return True
+        if not unless_same:
+            await self.conn.execute(step.sql)
+            return True
+        await self.conn.execute("\n".join(("begin;", *(f"set local {setting};" for setting in step.settings))))
+        before = await self.conn.fetchval(unless_same)
+        await self.conn.execute(step.body)
+        same: bool = before == await self.conn.fetchval(unless_same)
+        await self.conn.execute("rollback" if same else "commit")
+        return not same
+
+    async def _try(self, step: Step, unless_same: str, release: bool) -> bool:
+        before = await self.conn.fetchval(unless_same) if unless_same else None
+        trial = self.conn.transaction()
+        await trial.start()
+        try:
+            for setting in step.settings:
+                await self.conn.execute(f"set local {setting}")
+            await self.conn.execute(step.body)
+            for setting in step.settings:
+                await self.conn.execute(f"reset {re.split(r'[ =]', setting)[0]}")
+            changed = not unless_same or before != await self.conn.fetchval(unless_same)
+        except BaseException:
+            await trial.rollback()
+            raise
+        await (trial.rollback() if release else trial.commit())
+        return changed
+
+    async def _undo(self) -> None:
+        if not self.dry and self.conn.is_in_transaction():
+            await self.conn.execute("rollback")
+
+    def _explained(self, error: asyncpg.PostgresError, step: Step, file: str) -> BaseException:
+        mine = translated(error)
+        known = (*_BUSY, asyncpg.QueryCanceledError, *(_NOT_YET if file == "sql/" else ()))
+        if mine is not None or isinstance(error, known):
+            return mine or error
+        if not file:
+            return MigrationFailed(step.title, 1, step.body.strip().splitlines()[0], error)
+        sent = step.body if self.dry else step.sql
+        line = sent.count("\n", 0, int(getattr(error, "position", None) or 1) - 1)
+        text = sent.splitlines()[line]
+        line -= 0 if self.dry else len(step.sql.partition("begin;\n")[0].splitlines()) + 1 + len(step.settings)
+        for number in range(line, -1, -1) if file == "sql/" else ():   # a folder: which of its files
+            heading = step.body.splitlines()[number]
+            if heading.startswith("-- sql/"):
+                return MigrationFailed(heading[3:], line - number, text.strip(), error)
+        return MigrationFailed(file, line + 1, text.strip(), error)
+
+    async def _not_allowed(self, step: Step, table: str, vital: bool, error: BaseException) -> None:
+        sql = await self._grants(table) or [step.body.rstrip().removesuffix(";") + ";"]
+        if vital:
+            if step.body.startswith("create schema"):
+                sql = [f"grant create on database {quote(self.db.name)} to {quote(self.me)};"]
+            raise MissingPrivilege(f"make {step.title}", self.me, sql) from error
+        self.plan.dba += [line for line in sql if line not in self.plan.dba]
+        self.plan.notes.append(f"{step.title}: {error}. Not done; after the SQL for the DBA, run again: anton migrate")
+
+    async def _grants(self, table: str) -> list[str]:
+        """The GRANTs without which this role cannot listen to a table."""
+        if not table or table.startswith(f"{self.schema}."):
+            return []
+        schema = table.partition(".")[0]
+        me = quote(self.me)
+        rows = await self.conn.fetch(
+            "select format('grant %s on table %I.%I to %s;', string_agg(p, ', ' order by p), "
+            "              n.nspname, c.relname, $2::text) "
+            "  from pg_class c join pg_namespace n on n.oid = c.relnamespace, unnest(array['select', 'trigger']) p "
+            " where format('%I.%I', n.nspname, c.relname) = $1 and not has_table_privilege(c.oid, p) "
+            " group by n.nspname, c.relname", table, me)
+        usage, create = await self.conn.fetchrow(
+            "select not has_schema_privilege(n.oid, 'usage'), not has_schema_privilege(n.oid, 'create') "
+            "  and not exists (select from pg_class c where c.relnamespace = n.oid and format('%I.%I', n.nspname, c.relname) = $2) "
+            "  from pg_namespace n where quote_ident(n.nspname) = $1", schema, table) or (False, False)
+        return [*([f"grant usage on schema {schema} to {me};"] if usage else []),
+                *([f"grant create on schema {schema} to {me};"] if create else []), *(row[0] for row in rows)]
+
+    async def _holders(self, table: str) -> str:
+        rows = await self.conn.fetch(
+            "select distinct format('pid %s, %s, since %s', a.pid, "
+            "       coalesce(nullif(a.application_name, ''), a.usename), date_trunc('second', a.xact_start)) "
+            "  from pg_locks l join pg_stat_activity a on a.pid = l.pid "
+            " where l.relation = to_regclass($1)::oid and l.granted and a.pid <> pg_backend_pid()", table or "-")
+        return "; ".join(row[0] for row in rows)
+
+
+_MIGRATION_TABLE = """create table if not exists migration (
+  set_name text not null,
+  name text not null,
+  sha256 text not null,
+  at timestamptz not null default clock_timestamp(),
+  primary key (set_name, name)
+)"""
+
+
+def _busy(error: asyncpg.PostgresError, step: Step) -> bool:
+    limited = any(setting.startswith("statement_timeout") for setting in step.settings)
+    return (isinstance(error, _BUSY) or (limited and isinstance(error, asyncpg.QueryCanceledError))
+            or "concurrently updated" in str(error))
+
+
+def _together(errors: Sequence[AntonError]) -> AntonError:
+    return errors[0] if len(errors) == 1 else MigrationError("\n\n".join(str(error) for error in errors), errors=errors)

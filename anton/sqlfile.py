@@ -1,0 +1,129 @@
+"""Sqlfile: the .sql files of migrations/ and sql/, with what their headers say.
+
+    -- anton: no-transaction         one statement that cannot run in a transaction and may be run again
+
+    -- anton: handler                a file of an app's sql/ that is a handler; its name is the file's
+    -- on: orders new
+    -- where: total > 100
+    insert into big_orders (id) select id from new_records
+
+A header is the comment lines a file begins with; their keys are the options of api.md.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from anton.duration import duration
+from anton.errors import BadOption, DeclarationError, UnknownOption, one_of
+
+OPS = ("new", "updated", "deleted", "truncate", "rebuilt", "failed")
+_HANDLER = ("on", "where", "columns", "read", "since", "batch", "max_wait", "timeout", "attempts", "backoff", "max_lag",
+            "into", "was", "concurrency")
+_SCHEDULE = ("cron", "tz", "title")
+_NUMBERS = ("batch", "attempts", "concurrency")
+_DURATIONS = ("max_wait", "timeout", "backoff", "max_lag")
+
+
+@dataclass(frozen=True)
+class SqlFile:
+    """A file. name: its path inside the app or Anton, "sql/flag_big.sql". kind: what "-- anton:" says, or ""."""
+
+    name: str
+    text: str
+    kind: str
+    header: dict[str, str]
+
+    @property
+    def stem(self) -> str:
+        """The file's name without folder and ending."""
+        return Path(self.name).stem
+
+    @property
+    def sha256(self) -> str:
+        """Of its text."""
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+    @property
+    def transaction(self) -> bool:
+        """False when it must run outside one."""
+        return self.kind != "no-transaction"
+
+
+def read(folder: Path) -> list[SqlFile]:
+    """The .sql files of a folder in the order of their names; none when there is no such folder."""
+    return [_file(path, f"{folder.name}/{path.name}") for path in sorted(folder.glob("*.sql"))]
+
+
+def _file(path: Path, name: str) -> SqlFile:
+    text = path.read_text(encoding="utf-8")
+    header = dict(_header(text))
+    kind = header.pop("anton", "")
+    known = ("", "no-transaction", "handler", "model", "schedule")
+    if kind not in known:
+        raise DeclarationError(f'{name}: "-- anton: {kind}" means nothing. Allowed: {one_of(known[1:])}.')
+    return SqlFile(name, text, kind, header if kind in ("handler", "model", "schedule") else {})
+
+
+def _header(text: str) -> Iterator[tuple[str, str]]:
+    for line in text.splitlines():
+        if line.strip() and not line.startswith("--"):
+            return
+        found = re.fullmatch(r"--\s*([a-z_]+)\s*:\s*(.*?)\s*", line)
+        if found:
+            yield found[1], found[2]
+
+
+def handler(file: SqlFile, app: str) -> dict[str, Any]:
+    """What put_handler() takes, with "since", for a file of kind handler. Raises UnknownOption, BadOption."""
+    of = file.name
+    _known(file, _HANDLER)
+    on = file.header.get("on", "").split()
+    if len(on) < 2:
+        raise BadOption("on", file.header.get("on", ""), of, 'a table and what happens to it: "orders new updated"')
+    table, ops = on[0], on[1:]
+    ops = ["new", "updated", "deleted"] if ops == ["changes"] else ops
+    if not set(ops) <= set(OPS):
+        raise BadOption("on", file.header["on"], of, f'a table and {one_of((*OPS, "changes"))}')
+    found: dict[str, Any] = {"app": app, "name": file.stem, "table": table, "kind": "sql", "ops": ops,
+                             "body": file.text, "since": file.header.get("since", "now")}
+    for key, value in file.header.items():
+        if key in _NUMBERS:
+            if not value.isdigit() or not int(value):
+                raise BadOption(key, value, of, "a whole number from 1")
+            found[key] = int(value)
+        elif key in _DURATIONS:
+            found[key] = f"{duration(value, key, of).total_seconds()} s"
+        elif key == "columns":
+            found[key] = re.split(r"[\s,]+", value)
+        elif key == "into":
+            found["into_tables"] = re.split(r"[\s,]+", value)
+        elif key == "where":
+            found["where_sql"] = value
+        elif key in ("read", "was"):
+            found[key] = value
+    for key, allowed in (("read", ("now", "change")), ("since", ("now", "beginning"))):
+        if found.get(key) not in (None, *allowed):
+            raise BadOption(key, found[key], of, one_of(allowed))
+    return found
+
+
+def schedule(file: SqlFile, app: str) -> dict[str, Any]:
+    """What put_schedule() takes, for a file of kind schedule. Raises UnknownOption, BadOption."""
+    _known(file, _SCHEDULE)
+    if "cron" not in file.header:
+        raise BadOption("cron", "", file.name, 'five cron fields, such as "0 3 * * *"')
+    cron = file.header["cron"]
+    return {"app": app, "name": file.stem, "cron": cron, "tz": file.header.get("tz", "UTC"),
+            "title": file.header.get("title", cron), "kind": "sql", "body": file.text}
+
+
+def _known(file: SqlFile, known: tuple[str, ...]) -> None:
+    for key in file.header:
+        if key not in known:
+            raise UnknownOption(key, file.name, known)
