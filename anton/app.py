@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anton import config
+from anton.db import Database, set_resolver
 from anton.errors import ConfigError, DuplicateName, did_you_mean
 
 if TYPE_CHECKING:
@@ -113,6 +114,18 @@ def load_app(target: str | None = None, folder: Path | str = ".") -> App:
     with declaring(app):
         importlib.import_module(module)
     return app
+
+
+def open_database(settings: config.Config | None = None, database: str | None = None) -> Database:
+    """The database of an app: --database, the environment, autonomous.json, else the embedded one, which is started.
+
+    settings: None is those of the current folder. Nothing is connected yet.
+    """
+    target = config.find_target(settings or config.load(), database)
+    return Database(target.url, target.schema, target.pooled, source=target.source)
+
+
+set_resolver(open_database)
 
 
 def place_of_caller() -> str:

@@ -328,3 +328,124 @@ begin
     end if;
   end loop;
 end $$;
+
+-- workers() -> who works: live when it was seen within a minute
+create or replace function workers() returns table (id int, app text, host text, pid int, version text, state text, started_at timestamptz, seen_at timestamptz, leases bigint)
+language sql stable set search_path from current as $$
+  select w.id, w.app, w.host, w.pid, w.version,
+         case when w.stopped_at is not null then 'stopped' when w.seen_at > t.at - greatest(interval '1 minute', 2 * setting('lease')::interval) then 'live' else 'lost' end,
+         w.started_at, w.seen_at, (select count(*) from lease l where l.worker_id = w.id)
+    from worker w, (select now() as at) t order by w.id
+$$;
+
+-- list_jobs(handler or null, limit) -> jobs that are not done, oldest first
+--   state  ready | delayed | in flight | suspect (its worker died)
+create or replace function list_jobs(p_handler text default null, p_limit int default 50) returns table (
+  id bigint, handler text, state text, records int, op text, attempt int, waiting_since timestamptz, run_at timestamptz, worker int, error text, trace bigint)
+language plpgsql stable set search_path from current as $$
+#variable_conflict use_column
+declare v_handler int := case when p_handler is not null then find_handler(p_handler) end; v_now timestamptz := now();
+begin
+  return query
+    select q.id, h.name, q.state, q.hi - q.lo + 1 - coalesce(cardinality(q.settled), 0), op_name(q.op), q.attempt::int, q.at, q.run_at, q.worker_id, q.error, q.trace
+      from handler x cross join lateral (
+           (select job.id, handler_id, 'ready' as state, lo, hi, settled, op, job.attempt, at, null::timestamptz as run_at, null::int as worker_id, null::text as error, trace
+              from job where handler_id = x.id order by job.id limit p_limit)
+           union all
+           (select delayed.id, handler_id, 'delayed', lo, hi, settled, op, delayed.attempt, at, delayed.run_at, null, delayed.error, trace
+              from delayed where handler_id = x.id order by delayed.id limit p_limit)
+           union all
+           (select lease.id, handler_id, case when lease_until < v_now then 'suspect' else 'in flight' end, lo, hi, settled, op, lease.attempt, at, lease_until, worker_id, null, trace
+              from lease where handler_id = x.id limit p_limit)) q
+      join handler h on h.id = q.handler_id
+     where v_handler is null or x.id = v_handler
+     order by q.at, q.id limit p_limit;
+end $$;
+
+-- op_name(op) -> the event as handlers name it
+create or replace function op_name(p_op "char") returns text language sql immutable set search_path from current as $$
+  select case p_op when 'n' then 'new' when 'u' then 'updated' when 'd' then 'deleted' when 't' then 'truncate' when 'r' then 'rebuilt' when 'f' then 'failed' else p_op::text end
+$$;
+
+-- show_job(id) -> the job as JSON, with its records' keys; null when it is done or never was
+create or replace function show_job(p_job bigint) returns jsonb language sql stable set search_path from current as $$
+  select jsonb_build_object('id', q.id, 'handler', h.name, 'app', h.app, 'state', q.state, 'table', record_name(h.table_id, null), 'op', op_name(q.op),
+                            'records', q.hi - q.lo + 1, 'settled', coalesce(cardinality(q.settled), 0), 'attempt', q.attempt, 'crashes', q.crashes,
+                            'waiting_since', q.at, 'run_at', q.run_at, 'worker', q.worker_id, 'error', q.error, 'trace', q.trace, 'cause', q.cause,
+                            'depth', q.depth, 'tenant', q.tenant, 'change', q.change_id, 'degraded', c.degraded,
+                            'keys', coalesce(q.keys, (select jsonb_agg(jsonb_build_array(k) order by o) from unnest(q.ids) with ordinality x (k, o)),
+                                             (select jsonb_agg(change_key(c, o) order by o) from generate_series(q.lo, q.hi) o)))
+    from (select job.*, 'ready' as state, null::timestamptz as run_at, null::int as worker_id, null::text as error from job where id = p_job
+          union all
+          select handler_id, id, change_id, at, cause, trace, lo, hi, attempt, crashes, depth, op, tenant, origin, settled, ids, keys,
+                 'delayed', run_at, null, error from delayed where id = p_job
+          union all
+          select handler_id, id, change_id, at, cause, trace, lo, hi, attempt, crashes, depth, op, tenant, origin, settled, ids, keys,
+                 'in flight', lease_until, worker_id, null from lease where id = p_job) q
+    join handler h on h.id = q.handler_id left join change c on c.id = q.change_id and c.slot = slot(q.at)
+   limit 1
+$$;
+
+-- list_dead(handler or null, limit) -> dead letters, newest first
+create or replace function list_dead(p_handler text default null, p_limit int default 50) returns table (
+  id bigint, handler text, record text, op text, reason text, error text, attempt int, died_at timestamptz)
+language plpgsql stable set search_path from current as $$
+declare v_handler int := case when p_handler is not null then find_handler(p_handler) end;
+begin
+  return query
+    select d.id, h.name, record_name(h.table_id, d.key), op_name(d.op), d.reason, d.error, d.attempt::int, d.died_at
+      from dead d join handler h on h.id = d.handler_id
+     where v_handler is null or d.handler_id = v_handler order by d.id desc limit p_limit;
+end $$;
+
+-- image(names, values) -> {name: value} of one record, whichever way its values are nested; null without an image
+create or replace function image(p_cols text[], p_values text[]) returns jsonb language sql immutable set search_path from current as $$
+  select jsonb_object_agg(p_cols[o], v) from unnest(p_values) with ordinality x (v, o) where p_cols is not null
+$$;
+
+-- show_dead(id) -> the dead letter as JSON, with its image and traceback; null when there is none
+create or replace function show_dead(p_dead bigint) returns jsonb language sql stable set search_path from current as $$
+  select jsonb_build_object('id', d.id, 'handler', h.name, 'app', h.app, 'record', record_name(h.table_id, d.key), 'op', op_name(d.op), 'reason', d.reason,
+                            'error', d.error, 'traceback', d.traceback, 'attempt', d.attempt, 'died_at', d.died_at, 'trace', d.trace, 'cause', d.cause,
+                            'depth', d.depth, 'tenant', d.tenant, 'idempotency_key', coalesce(d.origin, d.handler_id || ':' || d.change_id || ':' || d.ordinal),
+                            'new', image(d.cols, d.news), 'old', image(d.cols, d.olds))
+    from dead d join handler h on h.id = d.handler_id where d.id = p_dead
+$$;
+
+-- show_handler(name) -> all that is known of a handler, as JSON
+create or replace function show_handler(p_handler text) returns jsonb language sql stable set search_path from current as $$
+  select (to_jsonb(h) - 'table_id' - 'enabled_xid') || jsonb_build_object('table', record_name(h.table_id, null), 'state', s.state, 'why', s.why, 'ready', s.ready,
+         'delayed', s.delayed, 'in_flight', s.in_flight, 'dead', s.dead, 'oldest', s.oldest, 'per_second', s.per_second, 'workers', s.workers)
+    from handler h join status s on s.app = h.app and s.handler = h.name where h.id = find_handler(p_handler)
+$$;
+
+-- list_schedules() -> by what is due next; firings that failed lately are told with their error
+create or replace function list_schedules() returns table (
+  name text, app text, title text, cron text, tz text, state text, next_at timestamptz, last_at timestamptz, last_state text, error text)
+language sql stable set search_path from current as $$
+  select s.name, s.app, s.title, s.cron, s.tz, case when not s.enabled then 'disabled' when s.paused then 'paused' else 'live' end,
+         s.next_at, coalesce(t.planned_at, s.last_at), t.state, t.error
+    from schedule s left join lateral (select * from tick where schedule_id = s.id order by planned_at desc limit 1) t on true
+   order by s.next_at nulls last, s.app, s.name
+$$;
+
+-- show_schedule(name) -> the schedule and its last ten firings, as JSON
+create or replace function show_schedule(p_name text) returns jsonb language plpgsql stable set search_path from current as $$
+begin
+  return (select to_jsonb(s) || jsonb_build_object('ticks', (
+            select coalesce(jsonb_agg(jsonb_build_object('planned_at', t.planned_at, 'state', t.state, 'error', t.error, 'fired_at', t.fired_at) order by t.planned_at desc), '[]')
+              from (select * from tick where schedule_id = s.id order by planned_at desc limit 10) t))
+     from schedule s where s.id = find_schedule(p_name));
+end $$;
+
+-- list_actions(name or null, limit) -> effects in outside systems, newest first
+create or replace function list_actions(p_name text default null, p_limit int default 50) returns table (
+  id bigint, name text, app text, state text, args jsonb, at timestamptz)
+language sql stable set search_path from current as $$
+  select id, name, app, state, args, at from action where p_name is null or name = p_name order by id desc limit p_limit
+$$;
+
+-- show_action(id) -> the effect and what came back, as JSON
+create or replace function show_action(p_action bigint) returns jsonb language sql stable set search_path from current as $$
+  select to_jsonb(a) from action a where id = p_action
+$$;

@@ -9,6 +9,7 @@ and are stopped and removed at the end. What a killed run leaves behind, the nex
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import os
 import re
@@ -23,8 +24,10 @@ from typing import Any
 
 import psycopg
 
+import anton.migrate
 from anton import embedded
-from anton.share import share
+from anton.app import App
+from anton.db import Database
 
 PREFIX = "anton-test-"
 FAST = {"fsync": "off", "synchronous_commit": "on", "full_page_writes": "off", "max_connections": "200"}
@@ -52,7 +55,7 @@ class Server:
         """Runs each statement by itself; returns the rows of the last."""
         with psycopg.connect(self.url(database), autocommit=True) as conn:
             for statement in statements:
-                done = conn.execute(statement)  # type: ignore[arg-type]
+                done = conn.execute(statement)
             return done.fetchall() if done.description else []
 
     @property
@@ -204,9 +207,10 @@ def _clear_leftovers() -> None:
 
 def migrate(url: str) -> None:
     """Makes Anton's runtime in a database."""
-    with psycopg.connect(url, autocommit=True) as conn:
-        conn.execute("create schema anton")
-        for folder in ("migrations", "sql"):
-            for file in sorted(share(folder).glob("*.sql")):
-                path = "set local search_path = anton, pg_catalog, pg_temp;"
-                conn.execute(f"begin; {path} {file.read_text()}; commit")  # type: ignore[arg-type]
+
+    async def run() -> None:
+        db = Database(url, source="the tests")
+        with tempfile.TemporaryDirectory() as folder:
+            await anton.migrate.migrate(db, App("nothing", folder))
+
+    asyncio.run(run())

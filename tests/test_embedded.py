@@ -87,8 +87,9 @@ def test_two_processes_share_it_and_the_last_one_stops_it(folder: Path) -> None:
 
 def test_two_first_starts_at_once_make_one_cluster(folder: Path) -> None:
     words = [sys.executable, "-c", USE, str(folder)]
+    pipe = subprocess.PIPE
     env = {**os.environ, "PYTHONPATH": str(REPO)}
-    users = [subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env) for _ in range(2)]
+    users = [subprocess.Popen(words, stdin=pipe, stdout=pipe, text=True, env=env) for _ in range(2)]
     assert len({user.communicate("\n")[0] for user in users}) == 1
     assert [user.returncode for user in users] == [0, 0]
 
