@@ -11,7 +11,7 @@
       UnknownTable UnknownHandler
       WriteError            a write that was not, or could not be, made
         InvalidRecord WriteRefused RowChanged NoScope ScopeClosed ValueWithoutInto
-      SyncInLoop LeaseLost HandlerTimeout WorldError
+      QueryError SyncInLoop LeaseLost HandlerTimeout WorldError
     Outcome                 what a handler raises to settle its record; not errors
       Retry Discard
 
@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import copyreg
 import difflib
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from datetime import timedelta
 from typing import Any, ClassVar
 
@@ -337,6 +337,10 @@ class ValueWithoutInto(WriteError):
                          handler=handler, value=value)
 
 
+class QueryError(AntonError):
+    """A read that cannot be: a name or a value that does not fit, or SQL that Postgres refuses. sql: the text."""
+
+
 class SyncInLoop(AntonError):
     """A sync read inside a running event loop. name, twin."""
 
@@ -362,7 +366,13 @@ class HandlerTimeout(AntonError):
 
 
 class Outcome(Exception):
-    """What a handler raises to settle the record at hand. Not an error."""
+    """What a handler raises to settle the record at hand. Not an error. item: its position in the batch, -1: none is."""
+
+    at: ClassVar[Callable[[], int]] = staticmethod(lambda: -1)  # which record is at hand: write.py knows
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.item = Outcome.at()
 
 
 class Retry(Outcome):
