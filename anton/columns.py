@@ -36,7 +36,7 @@ import annotated_types as at
 import pydantic
 from pydantic import BaseModel, TypeAdapter
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined, to_json
+from pydantic_core import PydanticUndefined, to_json, to_jsonable_python
 
 from anton.db import Json, literal, quote
 from anton.errors import BadOption, InvalidRecord, near, one_of
@@ -122,7 +122,7 @@ def _value(member: Any) -> Any:
 
 def to_jsonb(value: Any) -> Json:
     """A value as the JSON of a jsonb column, as it is now. Raises ValueError for what JSON cannot hold."""
-    return Json(to_json(value, by_alias=False, inf_nan_mode="strings"))
+    return Json(to_json(to_jsonable_python(value, by_alias=False, inf_nan_mode="constants"), inf_nan_mode="strings"))
 
 
 _JSONB = Kind("jsonb", to_jsonb)
@@ -387,8 +387,8 @@ class Shape(Generic[M]):
                     raise self._invalid(record, i, str(error)) from error
         return tuple(values)
 
-    def from_row(self, row: Mapping[str, Any]) -> M:
-        """The model of a row that has at least the fields' columns. Raises pydantic.ValidationError."""
+    def from_row(self, row: Any) -> M:
+        """The model of a row, or mapping, that has at least the fields' columns. Raises pydantic.ValidationError."""
         fields = {name: row[name] for name in self.names}
         return self.model.model_validate(fields, strict=False, by_alias=False, by_name=True)
 
