@@ -1,10 +1,20 @@
-"""Anton: autonomous apps on plain Postgres. Sense, think, act."""
+"""Anton: autonomous apps on plain Postgres. Sense, think, act.
+
+    from anton import Records, Table, app, cron, post
+
+Everything users type is here; the modules behind it say more: table.py, handler.py, write.py, query.py, sense.py.
+"""
 
 from anton.app import app
 from anton.errors import Discard, Retry
-from anton.record import Records
+from anton.handler import Ctx
+from anton.query import sql
+from anton.record import Record, Records
 from anton.schedule import cron
 from anton.secret import env
+from anton.sense import Request, Webhook, delete, get, patch, post, put
+from anton.table import Table
 from anton.write import transaction
 
-__all__ = ["Discard", "Records", "Retry", "app", "cron", "env", "transaction"]
+__all__ = ["Ctx", "Discard", "Record", "Records", "Request", "Retry", "Table", "Webhook", "app", "cron", "delete", "env",
+           "get", "patch", "post", "put", "sql", "transaction"]

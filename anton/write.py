@@ -21,7 +21,7 @@ from typing import Any, Literal, Protocol, Self
 import asyncpg
 
 from anton.db import Conn, Database, current_database, quote
-from anton.errors import NoScope, RowChanged, ScopeClosed, SyncInLoop, WriteError, WriteRefused
+from anton.errors import NoScope, Outcome, RowChanged, ScopeClosed, SyncInLoop, WriteError, WriteRefused
 from anton.relation import Relation, columns_sql, value
 
 WHOLE = -1  # owner of what belongs to the batch as a whole
@@ -33,6 +33,8 @@ OnConflict = Literal["rerun", "overwrite"]
 
 owner: ContextVar[int] = ContextVar("anton_owner", default=WHOLE)
 scope: ContextVar[Scope | None] = ContextVar("anton_scope", default=None)
+
+Outcome.at = staticmethod(owner.get)  # Retry and Discard remember which record raised them
 
 _live: set[Scope] = set()  # handlers that run now, for of= in a thread started by hand
 _worker = 0
