@@ -17,6 +17,7 @@ from anton import sqlfile
 from anton.columns import MODELLESS, Shape
 from anton.db import literal, quote, split_name
 from anton.ddl import Difference, Found, Spec, check_adopted, compare, create_sql, inspect, key_advice
+from anton.edges import sql_writes, writes
 from anton.errors import (
     AntonError,
     DatabaseError,
@@ -255,11 +256,16 @@ class Declared:
                                      f"select {self.run.schema}.retire({literal(self.app.name)}, {kept})"))
 
     def _loops(self) -> None:
+        """Handlers that can feed each other without end: said, not refused, for a handler may well stop by itself."""
         edges: dict[str, list[tuple[str, str]]] = {}
         for definition in self.handlers:
-            for table in definition.get("into_tables") or ():
-                schema, name = self.place(table)
-                edges.setdefault(definition["table"], []).append((definition["name"], f"{quote(schema)}.{quote(name)}"))
+            handler = self.app.handlers.get(definition["name"])
+            written = writes(handler) if handler else set(sql_writes(definition["body"]))
+            for name, op in sorted(written):
+                for heard in definition["ops"]:
+                    schema, table = self.place(name)
+                    edges.setdefault(f"{definition['table']} {heard}", []).append(
+                        (definition["name"], f"{quote(schema)}.{quote(table)} {op}"))
         for chain in cycles(edges):
             places = [self.app.place("handler", name) for name in chain[1::2]]
             at = ", ".join(place for place in places if place)
@@ -298,7 +304,7 @@ def slip(name: str, known: Sequence[str]) -> str | None:
 
 
 def cycles(edges: Mapping[str, Sequence[tuple[str, str]]]) -> list[list[str]]:
-    """Ways that lead back to where they begin: [table, handler, table, …]; at least one of every loop."""
+    """Ways that lead back to where they begin: ["orders new", handler, …, "orders new"]; one of every loop at least."""
     found: list[list[str]] = []
     done: set[str] = set()
 

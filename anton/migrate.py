@@ -243,8 +243,10 @@ class Run:
                 if not isinstance(error.__cause__, (asyncpg.DuplicateObjectError, asyncpg.UniqueViolationError)):
                     raise                                              # else another database's migrate was quicker
         elif not row["mine"]:
-            self.plan.dba += [*([] if row["there"] else [f"create role {quote(owner)} nologin;"]),
-                              f"grant {quote(owner)} to {quote(self.me)};"]
+            make = "" if row["there"] else f"create role {quote(owner)} nologin; "
+            self.plan.notes.append(
+                f'the runtime belongs to "{self.me}". For an owner that nobody logs in as, let someone who may run, '
+                f"before the first migrate: {make}grant {quote(owner)} to {quote(self.me)};")
         mine = row["mine"] or bool(body)
         self.owner = (f"role {quote(owner)}",) if mine else ()
         authorization = f" authorization {quote(owner)}" if mine else ""
@@ -438,7 +440,8 @@ class Run:
             " group by n.nspname, c.relname", table, me)
         usage, create = await self.conn.fetchrow(
             "select not has_schema_privilege(n.oid, 'usage'), not has_schema_privilege(n.oid, 'create') "
-            "  and not exists (select from pg_class c where c.relnamespace = n.oid and format('%I.%I', n.nspname, c.relname) = $2) "
+            "  and not exists (select from pg_class c "
+            "                   where c.relnamespace = n.oid and format('%I.%I', n.nspname, c.relname) = $2) "
             "  from pg_namespace n where quote_ident(n.nspname) = $1", schema, table) or (False, False)
         return [*([f"grant usage on schema {schema} to {me};"] if usage else []),
                 *([f"grant create on schema {schema} to {me};"] if create else []), *(row[0] for row in rows)]
