@@ -414,7 +414,7 @@ $$;
 
 -- show_handler(name) -> all that is known of a handler, as JSON
 create or replace function show_handler(p_handler text) returns jsonb language sql stable set search_path from current as $$
-  select (to_jsonb(h) - 'table_id' - 'enabled_xid') || jsonb_build_object('table', record_name(h.table_id, null), 'state', s.state, 'why', s.why, 'ready', s.ready,
+  select (to_jsonb(h) - array['table_id', 'enabled_snapshot', 'enabled_key']) || jsonb_build_object('table', record_name(h.table_id, null), 'state', s.state, 'why', s.why, 'ready', s.ready,
          'delayed', s.delayed, 'in_flight', s.in_flight, 'dead', s.dead, 'oldest', s.oldest, 'per_second', s.per_second, 'workers', s.workers)
     from handler h join status s on s.app = h.app and s.handler = h.name where h.id = find_handler(p_handler)
 $$;
@@ -448,4 +448,28 @@ $$;
 -- show_action(id) -> the effect and what came back, as JSON
 create or replace function show_action(p_action bigint) returns jsonb language sql stable set search_path from current as $$
   select to_jsonb(a) from action a where id = p_action
+$$;
+
+-- flow_from() -> the numbers to begin flow() with, to see only what happens from now on
+create or replace function flow_from(out after bigint, out after_action bigint) returns record
+language sql stable set search_path from current as $$
+  select last_value, (select coalesce(max(id), 0) from action) from change_seq
+$$;
+
+-- flow(after, after action, limit) -> what happened since an id, for people who watch: receipts, dead letters, effects, by id
+--   kind  done | dead | act. name: the handler or the action. input, outputs: records, the first three of them
+create or replace function flow(p_after bigint, p_after_action bigint, p_limit int default 50) returns table (
+  id bigint, kind text, at timestamptz, name text, input text, n int, outputs text[], written bigint, ms real, detail text)
+language sql stable set search_path from current as $$
+  (select r.id, 'done', r.at, h.name, record_name(h.table_id, (select i.key from inputs(r.id) i limit 1)), r.n,
+          array(select record_name(o.table_id, coalesce(jsonb_build_array(o.ids[k]), o.keys -> (k - 1)))
+                  from output o, generate_series(1, 3) k
+                 where o.receipt_id = r.id and k <= greatest(cardinality(o.ids), jsonb_array_length(o.keys)) limit 3),
+          (select sum(cardinality(o.owners)) from output o where o.receipt_id = r.id), r.ms, case when r.gone > 0 then r.gone || ' gone' end
+     from receipt r join handler h on h.id = r.handler_id where r.id > p_after order by r.id limit p_limit)
+  union all
+  (select d.id, 'dead', d.died_at, h.name, record_name(h.table_id, d.key), 1, '{}', 0, null, d.error
+     from dead d join handler h on h.id = d.handler_id where d.id > p_after order by d.id limit p_limit)
+  union all
+  (select a.id, 'act', a.at, a.name, null, 1, array[a.state], 0, null, a.args::text from action a where a.id > p_after_action order by a.id limit p_limit)
 $$;

