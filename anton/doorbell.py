@@ -48,6 +48,7 @@ class Doorbell:
         self._failures = 0
         self.elected = False
         self.held = False
+        self.others = False  # another worker was announced lately
 
     async def announce(self) -> Answer:
         """Says that this worker is idle. BELL: look once more, then wait. Never waits for a lock."""
@@ -61,7 +62,7 @@ class Doorbell:
         except BROKEN:
             await self._drop()
             return Answer.OFF
-        self.elected, self.held = row["elected"], row["bell"]
+        self.elected, self.held, self.others = row["elected"], row["bell"], not row["elected"]
         return Answer.BELL if self.held else Answer.WRITER if self.elected else Answer.OTHER
 
     async def hush(self) -> None:

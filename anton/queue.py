@@ -157,17 +157,21 @@ async def split_crashed(db: Database, conn: Conn, job: Job) -> int:
 
 @dataclass(slots=True)
 class Look:
-    """What poll saw. ready: handlers with jobs; suspects: leases that ran out; wake_at: when there will be something."""
+    """What poll saw. ready: handlers with jobs; suspects: leases that ran out; wake_at: when there will be something.
+
+    at: the database's time.
+    """
 
     ready: list[int]
     suspects: int
     wake_at: datetime | None
+    at: datetime
 
 
 async def poll(db: Database, conn: Conn, worker: int, handlers: list[int]) -> Look:
     """Readies delayed jobs that are due, and looks what there is to do."""
     row = (await db.call(conn, "poll", worker, handlers))[0]
-    return Look(row["ready"] or [], row["suspects"], row["wake_at"])
+    return Look(row["ready"] or [], row["suspects"], row["wake_at"], row["at"])
 
 
 async def passes(db: Database, conn: Conn, handler: int, job: Job) -> set[int]:

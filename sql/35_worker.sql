@@ -100,3 +100,36 @@ begin
 exception when others then
   null;                                                    -- a platform without one of them
 end $$;
+
+-- limit_statement(milliseconds): for the rest of this transaction
+create or replace function limit_statement(p_ms int) returns void language sql volatile set search_path from current as $$
+  select set_config('statement_timeout', p_ms::text, true)
+$$;
+
+-- origin(table id, key, cause) -> the record that a chain of handlers began with, and how to read it; itself without a cause
+create or replace function origin(p_table int, p_key jsonb, p_cause bigint)
+returns table (schema_name text, table_name text, key_kind text, fetch_sql text, key jsonb)
+language plpgsql stable set search_path from current as $$
+#variable_conflict use_column
+declare v_table int := p_table; v_key jsonb := p_key; v_cause bigint := p_cause; v_owner int; r record;
+begin
+  for v_step in 1..64 loop
+    exit when v_cause is null;
+    select x.n, x.causes, x.change_ids, h.table_id into r from receipt x join handler h on h.id = x.handler_id where x.id = v_cause;
+    exit when not found;
+    select o.owners[coalesce(array_position(o.ids, (v_key ->> 0)::bigint),
+             (select k.p::int from jsonb_array_elements(o.keys) with ordinality k (v, p) where k.v = v_key))]
+      into v_owner from output o where o.receipt_id = v_cause and o.table_id = v_table;
+    v_owner := case when r.n = 1 then 1 else v_owner end;
+    exit when coalesce(v_owner, 0) = 0;                    -- written for a whole batch
+    v_table := r.table_id;
+    select i.key, r.causes[array_position(r.change_ids, i.change_id)] into v_key, v_cause from inputs(v_cause) i where i.position = v_owner;
+    exit when v_key is null;
+  end loop;
+  return query select w.schema_name, w.table_name, w.key_kind, w.fetch_sql, v_key from watched w where w.id = v_table;
+end $$;
+
+-- worker_settings() -> what a worker reads when it starts
+create or replace function worker_settings() returns table (name text, value text) language sql stable set search_path from current as $$
+  select name, value from setting
+$$;

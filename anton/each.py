@@ -1,0 +1,332 @@
+"""Each: runs handlers of single records, and settles what is finished while the rest runs.
+
+    lane.items --taken one by one by pullers (coroutines, or threads)--> chunks --flush--> settled in parts
+
+A puller takes the next record as soon as it is done with one, across batches. Coroutines: up to `concurrency`. Threads:
+one, and more only while records are slow. Finished records are settled within a second, or by 100.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import itertools
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from anton.db import Database
+from anton.errors import HandlerTimeout, Outcome
+from anton.lane import Lane
+from anton.read import Inputs
+from anton.settle import Fate, failed, fate_of, is_world
+from anton.threads import Threads
+from anton.write import WHOLE, Op, Scope, owner, pick
+
+FLUSH = 100  # finished records
+GATHER = 0.1  # seconds that fewer wait for more
+AT_LATEST = 1.0  # seconds
+SLOW = 0.01  # seconds in one record after which more threads help
+SLICE = 0.002  # seconds after which a coroutine that never waits lets others run
+
+
+class Chunk:
+    """Records that one puller worked in turn, and what they wrote. taken: how many of them are flushed already."""
+
+    __slots__ = ("done", "fates", "since", "scope", "taken")
+
+    def __init__(self, scope: Scope, now: float) -> None:
+        self.scope = scope
+        self.done: list[int] = []
+        self.fates: dict[int, Fate] = {}
+        self.since = now
+        self.taken = 0
+
+    def cut(self) -> tuple[list[int], list[Op], dict[int, Fate]]:
+        """What is finished and was not taken yet: items, their writes, their fates. Another thread may be adding more."""
+        end = len(self.done)
+        items = self.done[self.taken:end]
+        fates = {item: self.fates[item] for item in items if item in self.fates}
+        good = {item for item in items if item not in fates}
+        ops = self.scope.ops
+        if self.taken or fates or not self.scope.closed:
+            ops = pick(list(ops), good)
+        self.taken = end
+        return items, ops, fates
+
+
+class Each:
+    """One batch of a lane with each=True on its way.
+
+    changed: set when there is something to take. finished, ops, fates: taken and not settled yet. over: all is settled
+    or skipped. world: what the world raised; then what was not started is skipped.
+    """
+
+    def __init__(self, db: Database, lane: Lane, inputs: Inputs, ctx: Any) -> None:
+        self.db = db
+        self.lane = lane
+        self.inputs = inputs
+        self.ctx = ctx
+        self.count = len(inputs.items)
+        self.chunks: deque[Chunk] = deque()
+        self.skipped: deque[int] = deque()
+        self.world: BaseException | None = None
+        self.changed = asyncio.Event()
+        self.loop = asyncio.get_running_loop()
+        self.finished: list[int] = []
+        self.ops: list[Op] = []
+        self.fates: dict[int, Fate] = {}
+        self.settled = 0
+        self._unsent = iter(range(self.count))
+        self._flushed_at = time.monotonic()
+        self._find: dict[int, int] | None = None
+
+    def send(self, most: int | None = None) -> None:
+        """Puts items where pullers find them; `most` of them, or all that are left."""
+        self.lane.items.extend((self, item) for item in itertools.islice(self._unsent, most))
+
+    def position(self, of: object) -> int | None:
+        """For of=: which item this is."""
+        if self._find is None:
+            self._find = {id(item): at for at, item in enumerate(self.inputs.items)}
+        return self._find.get(id(of))
+
+    def chunk(self, now: float) -> Chunk:
+        """A new chunk with a scope of its own."""
+        code = self.lane.handler
+        scope = Scope("handler", self, self.db, code.on_conflict)
+        if self.inputs.rows and code.relation is not None:
+            scope.saw(code.relation, self.inputs.rows)
+        return Chunk(scope, now)
+
+    def hand_over(self, chunk: Chunk) -> None:
+        """Takes a chunk that ended, from any thread."""
+        chunk.scope.close()
+        self.chunks.append(chunk)
+        self.loop.call_soon_threadsafe(self.changed.set)
+
+    def stop(self, error: BaseException) -> None:
+        """The world fails. Called from any thread."""
+        self.world = error
+        self.loop.call_soon_threadsafe(self.changed.set)
+
+    def drop(self) -> None:
+        """Skips what was not started."""
+        self.skipped.extend(self._unsent)
+        lane = self.lane
+        for _ in range(len(lane.items)):
+            try:
+                each, item = lane.items.popleft()
+            except IndexError:
+                break
+            if each is self:
+                self.skipped.append(item)
+            else:
+                lane.items.append((each, item))
+
+    async def wait(self, seconds: float) -> None:
+        """Until something changed, at most so long."""
+        if self.finished:
+            seconds = min(seconds, max(0.0, self._flushed_at + GATHER - time.monotonic()))
+        if not self.changed.is_set():
+            timer = self.loop.call_later(seconds, self.changed.set)
+            await self.changed.wait()
+            timer.cancel()
+        self.changed.clear()
+
+    def gather(self, open_chunks: Callable[[Each], list[Chunk]]) -> bool:
+        """Takes what is finished. Whether it is time to settle it."""
+        chunks = [self.chunks.popleft() for _ in range(len(self.chunks))]
+        waited = time.monotonic() - self._flushed_at
+        if waited > AT_LATEST:
+            chunks += open_chunks(self)
+        for chunk in chunks:
+            done, ops, fates = chunk.cut()
+            self.finished += done
+            self.ops += ops
+            self.fates |= fates
+        return bool(self.finished) and (len(self.finished) >= FLUSH or waited >= GATHER or self._all())
+
+    def flushed(self) -> None:
+        """What was taken is settled."""
+        self.settled += len(self.finished)
+        self.finished, self.ops, self.fates = [], [], {}
+        self._flushed_at = time.monotonic()
+
+    @property
+    def over(self) -> bool:
+        """Nothing is to come."""
+        return not self.finished and self._all()
+
+    def _all(self) -> bool:
+        return self.settled + len(self.finished) + len(self.skipped) >= self.count
+
+
+class Puller:
+    """Works items of one lane in turn. started: when the current one was begun, 0 between them."""
+
+    def __init__(self, lane: Lane) -> None:
+        self.lane = lane
+        self.each: Each | None = None
+        self.chunk: Chunk | None = None
+        self.item = WHOLE
+        self.started = 0.0
+        self.given_up = False
+        self.task: asyncio.Future[Any] | None = None
+
+    def next(self) -> bool:
+        """Goes to the next item; False when there is none. Hands a chunk over that is full, old, or another batch's."""
+        chunk, now = self.chunk, time.perf_counter()
+        try:
+            each, self.item = self.lane.items.popleft()
+        except IndexError:
+            self.release()
+            return False
+        if chunk is not None and (each is not self.each or len(chunk.done) >= FLUSH or now - chunk.since > SLOW):
+            self.release()
+            chunk = None
+        if chunk is None:
+            self.each = each
+            self.chunk = each.chunk(now)
+            self.chunk.scope.__enter__()
+        self.started = now
+        return True
+
+    def release(self) -> None:
+        """Hands over what is done."""
+        self.started = 0.0
+        if self.chunk is not None and self.each is not None and not self.given_up:
+            self.each.hand_over(self.chunk)
+        self.chunk = None
+
+    def end(self, error: BaseException | None) -> None:
+        """The item is finished, well or not."""
+        chunk, each = self.chunk, self.each
+        assert chunk is not None and each is not None
+        if error is None and each.ctx is not None:
+            error = each.ctx.outcomes.pop(self.item, None)
+        if error is not None:
+            if isinstance(error, Outcome):
+                chunk.fates[self.item] = fate_of(error)
+            elif is_world(error):
+                chunk.fates[self.item] = AGAIN
+                each.stop(error)
+            else:
+                chunk.fates[self.item] = failed(error)
+        chunk.done.append(self.item)
+
+
+AGAIN = Fate("retry", "the world fails")
+
+
+class Pullers:
+    """All pullers of one worker, by lane."""
+
+    def __init__(self, threads: Threads, stuck: Callable[[], None]) -> None:
+        self._threads = threads
+        self._stuck = stuck
+        self._of: dict[int, set[Puller]] = {}
+
+    def pull(self, lane: Lane) -> None:
+        """Sees to it that what the lane holds is worked."""
+        mine = self._of.setdefault(lane.id, set())
+        wanted = min(lane.concurrency, len(lane.items) + len(mine))
+        if not lane.handler.is_async:
+            wanted = min(wanted, max(1, len(mine)))
+        while len(mine) < wanted:
+            self._start(lane, mine)
+
+    def more(self, lane: Lane) -> None:
+        """Doubles the threads of a lane whose records are slow, gives up those that are stuck."""
+        mine = self._of.get(lane.id, set())
+        now, limit = time.perf_counter(), lane.timeout.total_seconds()
+        slow = 0
+        for puller in list(mine):
+            started = puller.started
+            if not started or lane.handler.is_async:
+                continue
+            slow += now - started > SLOW
+            if now - started > limit:
+                self._give_up(puller, mine)
+        if slow and lane.items and slow >= len(mine):
+            for _ in range(min(len(mine) or 1, lane.concurrency - len(mine), len(lane.items))):
+                self._start(lane, mine)
+
+    def _start(self, lane: Lane, mine: set[Puller]) -> None:
+        puller = Puller(lane)
+        mine.add(puller)
+        lane.running += 1
+        if lane.handler.is_async:
+            puller.task = asyncio.create_task(_pull_async(puller))
+        else:
+            context = contextvars.copy_context()
+            puller.task = self._threads.submit(lambda: context.run(_pull_sync, puller))
+        puller.task.add_done_callback(lambda _: self._ended(puller, mine))
+
+    def _ended(self, puller: Puller, mine: set[Puller]) -> None:
+        if puller in mine:
+            mine.discard(puller)
+            puller.lane.running -= 1
+            if puller.lane.items:                                      # put there just as it went home
+                self.pull(puller.lane)
+
+    def _give_up(self, puller: Puller, mine: set[Puller]) -> None:
+        chunk, each, item = puller.chunk, puller.each, puller.item
+        if chunk is None or each is None or not puller.started:
+            return
+        puller.given_up = True
+        mine.discard(puller)
+        puller.lane.running -= 1
+        chunk.scope.closed = True
+        chunk.fates[item] = failed(HandlerTimeout(puller.lane.name, puller.lane.timeout.total_seconds()))
+        chunk.done.append(item)
+        each.chunks.append(chunk)
+        each.changed.set()
+        self._stuck()
+        if puller.lane.items:
+            self._start(puller.lane, mine)
+
+    def open_chunks(self, each: Each) -> list[Chunk]:
+        """What pullers are still adding to."""
+        return [puller.chunk for puller in list(self._of.get(each.lane.id, ())) if puller.each is each and puller.chunk is not None]
+
+
+def _pull_sync(puller: Puller) -> None:
+    mark, fn = owner.set, puller.lane.handler.run
+    while not puller.given_up and puller.next():
+        each, chunk, item = puller.each, puller.chunk, puller.item
+        assert each is not None and chunk is not None
+        mark(item)
+        error: BaseException | None = None
+        try:
+            fn(each.inputs.items[item], each.ctx)
+        except BaseException as raised:
+            error = raised
+        if puller.given_up:
+            return
+        puller.end(error)
+
+
+async def _pull_async(puller: Puller) -> None:
+    mark, fn, seconds = owner.set, puller.lane.handler.run, puller.lane.timeout.total_seconds()
+    slice_ends = time.perf_counter() + SLICE
+    while puller.next():
+        each, chunk, item = puller.each, puller.chunk, puller.item
+        assert each is not None and chunk is not None
+        mark(item)
+        error: BaseException | None = None
+        limit = asyncio.timeout(seconds)
+        try:
+            async with limit:
+                await fn(each.inputs.items[item], each.ctx)
+        except TimeoutError as raised:
+            error = HandlerTimeout(puller.lane.name, seconds) if limit.expired() else raised
+        except asyncio.CancelledError:
+            raise
+        except BaseException as raised:
+            error = raised
+        puller.end(error)
+        if puller.started > slice_ends:
+            await asyncio.sleep(0)
+            slice_ends = time.perf_counter() + SLICE

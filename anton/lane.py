@@ -1,0 +1,245 @@
+"""Lane: one handler as one worker works it. What is claimed and waits, what runs, how much more to claim.
+
+    claim -> lane.waiting -> Batch (one tenant, up to `batch` records) -> a call of the handler
+
+Pure bookkeeping: no database, no clock of its own; `now` is the event loop's time in seconds.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from itertools import accumulate
+from typing import Any
+
+from anton.queue import Job
+
+FAST = 0.5  # seconds: a lane whose calls are quicker claims a batch ahead
+SKIP = 256  # jobs of other tenants that a batch looks past
+MOST_JOBS = 4000  # jobs of one claim
+
+
+class Batch:
+    """Records that one call is made with: parts of leased jobs, in the order of their changes.
+
+    parts: (job, ordinals). A position counts the records of all parts from 0.
+    """
+
+    __slots__ = ("_starts", "parts", "size")
+
+    def __init__(self, parts: list[tuple[Job, Sequence[int]]]) -> None:
+        self.parts = parts
+        self._starts = list(accumulate((len(ordinals) for _, ordinals in parts), initial=0))
+        self.size = self._starts[-1]
+
+    @classmethod
+    def of(cls, jobs: Iterable[Job]) -> Batch:
+        """All that is left of these jobs."""
+        return cls([(job, job.left) for job in sorted(jobs, key=lambda job: job.id)])
+
+    def at(self, position: int) -> tuple[Job, int]:
+        """The job and the ordinal at a position."""
+        part = bisect_right(self._starts, position) - 1
+        job, ordinals = self.parts[part]
+        return job, ordinals[position - self._starts[part]]
+
+    def __iter__(self) -> Iterator[tuple[Job, int]]:
+        return ((job, ordinal) for job, ordinals in self.parts for ordinal in ordinals)
+
+    def pick(self, positions: Iterable[int]) -> Batch:
+        """The records at these positions, which are given in rising order."""
+        parts: list[tuple[Job, list[int]]] = []
+        for position in positions:
+            job, ordinal = self.at(position)
+            if parts and parts[-1][0] is job:
+                parts[-1][1].append(ordinal)
+            else:
+                parts.append((job, [ordinal]))
+        return Batch([*parts])
+
+    def without(self, positions: Iterable[int]) -> Batch:
+        """The records at all other positions."""
+        out = set(positions)
+        return self.pick(position for position in range(self.size) if position not in out)
+
+    def split(self, ways: int) -> list[Batch]:
+        """Up to `ways` batches of about the same size, of at least one record each."""
+        step = math.ceil(self.size / ways)
+        return [self.pick(range(at, min(at + step, self.size))) for at in range(0, self.size, step)]
+
+    @property
+    def jobs(self) -> list[Job]:
+        """Its jobs, in order."""
+        return [job for job, _ in self.parts]
+
+    @property
+    def retried(self) -> bool:
+        """True when its records have failed before."""
+        return self.parts[0][0].attempt > 0
+
+
+@dataclass(eq=False)
+class Lane:
+    """A handler's state in this worker.
+
+    items: (Each, item) that wait for a puller. handler: what runs it: a Handler, a Schedule, or None for SQL. concurrency: calls (records, with each) at a time.
+    ready: the queue may hold more of it. after: the last job id claimed. limit: records of one call by bytes, or None.
+    rate: records/s settled lately; seconds: of a call lately. document: the table has no model and was made by Anton.
+    make: an instance of the table's model from a row.
+    """
+
+    id: int
+    name: str
+    handler: Any
+    kind: str
+    each: bool
+    read: str
+    where: bool
+    batch: int
+    max_wait: timedelta
+    concurrency: int
+    timeout: timedelta
+    attempts: int
+    backoff: timedelta
+    table_id: int
+    table: str
+    key_columns: tuple[str, ...]
+    key_kind: str
+    fetch_sql: str | None
+    wide: bool
+    feeding: bool = False
+    document: bool = False
+    make: Callable[[Mapping[str, Any]], Any] | None = None
+    waiting: deque[Job] = field(default_factory=deque)
+    waiting_records: int = 0
+    items: deque[Any] = field(default_factory=deque)
+    calls: int = 0
+    running: int = 0
+    ready: bool = True
+    after: int = 0
+    from_start_at: float = 0.0
+    from_start_took: float = 0.0
+    per_job: float = 0.0
+    seconds: float = 1.0
+    rate: float = 0.0
+    width: float = 0.0
+    held_until: float | None = None
+    since: float = 0.0
+
+    @property
+    def idle(self) -> bool:
+        """Nothing claimed waits or runs."""
+        return not (self.calls or self.waiting)
+
+    def free(self) -> bool:
+        """Another batch may start: a slot is free, or with each, pullers would soon have nothing."""
+        if self.each:
+            return bool(self.waiting) and (not self.items or len(self.items) < self.concurrency)
+        return bool(self.waiting) and self.calls < self.concurrency
+
+    def wants(self) -> int:
+        """How many records to claim now, 0 for none."""
+        have = self.waiting_records + len(self.items)
+        if self.each:
+            free = self.concurrency - self.running
+            ahead = min(8192, max(self.batch, int(self.rate / 8))) if self.rate * FAST > self.concurrency else 0
+            return max(0, free + ahead - have) if have <= ahead // 2 or have < free else 0
+        free = self.concurrency - self.calls
+        ahead = 1 if self.seconds < FAST else 0
+        return max(0, (free + ahead) * self.batch - have)
+
+    def jobs_for(self, records: int) -> int:
+        """How many jobs to ask for, to get that many records."""
+        return max(1, min(MOST_JOBS, math.ceil(records / max(1.0, self.per_job or self.batch / 16))))
+
+    def start_from(self, now: float) -> int:
+        """The id to claim after. Now and then 0: a job with a smaller id may have been committed later."""
+        if self.after and now - self.from_start_at < max(1.0, 20 * self.from_start_took):
+            return self.after
+        self.from_start_at = now
+        return 0
+
+    def claimed(self, jobs: list[Job], asked_jobs: int, asked_records: int, after: int, now: float, took: float) -> None:
+        """Takes what a claim brought that was asked for so many jobs and records after an id."""
+        records = sum(len(job.left) for job in jobs)
+        full = len(jobs) >= asked_jobs or records >= asked_records
+        self.ready = full or after > 0                                 # only the tail was looked at: look from the start
+        self.after = jobs[-1].id if full and jobs else 0
+        if not after:
+            self.from_start_took = took
+        if jobs:
+            self.per_job = records / len(jobs)
+            if not self.waiting:
+                self.since = now
+            self.waiting.extend(jobs)
+            self.waiting_records += records
+
+    def take(self, now: float, hold: bool = True) -> Batch | None:
+        """The next batch to run; None when none is full and the oldest may still wait (then held_until says how long).
+
+        One tenant; what failed before stays apart from what is new, and a probe of a failing handler alone.
+        """
+        self.held_until = None
+        if not self.waiting:
+            return None
+        first = self.waiting[0]
+        if hold and self.max_wait and self.waiting_records < self.batch and not first.probe:
+            until = self.since + self.max_wait.total_seconds() - first.waited / 1000
+            if until > now:
+                self.held_until = until
+                return None
+        taken, passed, size = [], [], 0
+        while self.waiting and size < self.batch and len(passed) < SKIP:
+            job = self.waiting.popleft()
+            fits = not taken or (size + len(job.left) <= self.batch and not job.probe)
+            if fits and job.tenant == first.tenant and (job.attempt > 0) == (first.attempt > 0):
+                taken.append(job)
+                size += len(job.left)
+                if job.probe:
+                    break
+            else:
+                passed.append(job)
+                if not fits:
+                    break
+        self.waiting.extendleft(reversed(passed))
+        self.waiting_records -= size
+        return Batch.of(taken)
+
+    def drop(self, tokens: set[int]) -> None:
+        """Forgets jobs that wait and whose lease is lost."""
+        kept = [job for job in self.waiting if job.token not in tokens]
+        self.waiting = deque(kept)
+        self.waiting_records = sum(len(job.left) for job in kept)
+
+    def turn_into(self, new: Lane) -> None:
+        """Takes over what the catalogue says now; what is claimed and runs goes on."""
+        for name in ("name", "handler", "kind", "each", "read", "where", "batch", "max_wait", "concurrency", "timeout", "attempts", "backoff",
+                     "table_id", "table", "key_columns", "key_kind", "fetch_sql", "wide", "feeding", "document", "make"):
+            setattr(self, name, getattr(new, name))
+
+    def put_back(self) -> list[Job]:
+        """All that waits and was not started, for giving back."""
+        jobs, self.waiting_records = list(self.waiting), 0
+        self.waiting.clear()
+        return jobs
+
+    def took(self, seconds: float, records: int) -> None:
+        """A call ended well."""
+        self.seconds += (seconds - self.seconds) * (0.3 if self.seconds < 1 or seconds > self.seconds else 0.6)
+        now_rate = records / max(seconds, 1e-6)
+        self.rate += (now_rate - self.rate) * 0.3
+
+
+def lane_of(row: Any, handler: Any) -> Lane:
+    """A lane from a row of catalogue(). handler: the code that runs it; its own options win over the row's."""
+    each = bool(getattr(handler, "each", row["each_record"])) and row["kind"] != "sql"
+    concurrency = getattr(handler, "concurrency", None) or row["concurrency"] or (50 if each else 4)
+    return Lane(
+        row["id"], row["name"], handler, row["kind"], each, row["read"], row["where_sql"] is not None,
+        row["batch"], row["max_wait"], concurrency, row["timeout"], row["attempts"],
+        row["backoff"], row["table_id"], f"{row['schema_name']}.{row['table_name']}", tuple(row["key_columns"]),
+        row["key_kind"], row["fetch_sql"], row["wide"], row["feeding"])

@@ -1,0 +1,505 @@
+"""Run: makes the calls of one batch, and answers each kind of failure.
+
+    a record fails     the batch is split by 8 down to single records; those that are done are settled on the way, so
+                       an innocent runs again at most 4 times and never after it was settled
+    the world fails    what is left goes back, the handler waits (one record probes)
+    the lease is lost  everything is dropped; another worker has it
+    a thread is stuck  its record failed; the thread is given up
+
+Handlers of single records (each=True) settle in parts: each.py. SQL handlers run inside their own ack.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import logging
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from functools import partial
+from inspect import iscoroutinefunction
+from typing import Any
+
+import asyncpg
+
+from anton import queue
+from anton.app import App
+from anton.db import Database, quote
+from anton.each import AGAIN, SLOW, Each, Pullers
+from anton.errors import HandlerTimeout, LeaseLost, Outcome, RowChanged, WriteRefused
+from anton.handler import Ctx, Origin
+from anton.lane import Batch, Lane
+from anton.read import Inputs, Reader
+from anton.record import Change, Document, Records, Row
+from anton.relation import Relation, describe
+from anton.settle import Doing, Fate, Settler, World, failed, fate_of, is_world
+from anton.threads import Threads
+from anton.write import WHOLE, OnConflict, Op, Scope, owner, pick
+
+log = logging.getLogger("anton.worker")
+
+WAYS = 8  # a failed batch is cut into so many
+CONFLICTS = 20  # runs of one record whose row keeps changing, before it waits a moment
+MARGIN = 10.0  # seconds that a call may outlast its timeout before its lease is left to end
+
+
+@dataclass(eq=False)
+class Run:
+    """One batch on its way. overdue_at: loop time after which its leases are not kept alive, None while no call runs."""
+
+    lane: Lane
+    batch: Batch
+    overdue_at: float | None = None
+    stuck: list[int] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> set[int]:
+        """Of the jobs that are not settled."""
+        return {job.token for job in self.batch.jobs if job.left}
+
+
+@dataclass(eq=False)
+class Code:
+    """What a lane runs: a handler of Python, or a schedule's function. relation: the table it listens to.
+
+    run: called with records (or one, with each) and a Ctx.
+    """
+
+    name: str
+    is_async: bool
+    each: bool
+    on_conflict: OnConflict
+    run: Callable[[Any, Ctx | None], Any]
+    relation: Relation | None = None
+    wants_ctx: bool = False
+    planned: bool = False
+
+    def context(self, runner: Runner, inputs: Inputs, records: Records[Any] | None = None) -> Ctx | None:
+        """What the call may know besides its records; None for one that does not ask."""
+        if not self.wants_ctx:
+            return None
+        job, ordinal = inputs.batch.at(0)
+        now = job.at + timedelta(milliseconds=job.waited)
+        if self.planned:
+            return Ctx(self.name, now, Records(()), datetime.fromisoformat(job.key(ordinal)[1]))
+        if records is None:
+            records = Records(inputs.items, inputs.changes)
+        return Ctx(self.name, now, records, None, partial(runner.origin, inputs))
+
+
+def code_of(app: App, name: str) -> Code | None:
+    """The code of an app's handler or schedule, None when it has none by this name."""
+    handler, planned = app.handlers.get(name), app.schedules.get(name)
+    if handler is not None and handler.fn is not None:
+        return Code(name, handler.is_async, handler.each, handler.on_conflict,
+                    handler.acall if handler.is_async else handler.call, wants_ctx=handler.wants_ctx)
+    if planned is not None:
+        fn, wants = planned.fn, planned.wants_ctx
+        return Code(name, iscoroutinefunction(fn), True, "rerun", lambda _, ctx: fn(ctx) if wants else fn(),
+                    wants_ctx=wants, planned=True)
+    return None
+
+
+@dataclass(slots=True)
+class Called:
+    """What a call brought: its writes, and the fates of items it settled itself."""
+
+    ops: list[Op]
+    fates: dict[int, Fate]
+
+
+class Stuck(Exception):
+    """A thread did not come back. item: the one it was at, WHOLE when that is not known."""
+
+    def __init__(self, item: int, error: HandlerTimeout) -> None:
+        super().__init__(str(error))
+        self.item = item
+        self.error = error
+
+
+class Interrupted(Exception):
+    """A batch handler raised Retry or Discard: at one item when it was iterating, else for all."""
+
+    def __init__(self, item: int, outcome: Outcome) -> None:
+        super().__init__(str(outcome))
+        self.item = item
+        self.outcome = outcome
+
+
+class Runner:
+    """Runs batches for one worker. wrote: told the tables a commit wrote to; stuck: told of a thread that was given up."""
+
+    def __init__(self, db: Database, app: App, threads: Threads, *,
+                 wrote: Callable[[set[int] | None], None] = lambda tables: None,
+                 stuck: Callable[[], None] = lambda: None, alive: Callable[[], bool] = lambda: True) -> None:
+        self.db = db
+        self.app = app
+        self.threads = threads
+        self.settler = Settler(db, wrote, alive)
+        self.reader = Reader(db)
+        self.stuck = stuck
+        self.pullers = Pullers(threads, stuck)
+        self.depth_limit = 32
+        self.tables: dict[int, int] = {}  # by handler
+
+    async def run(self, run: Run) -> None:
+        """Settles every record of the batch, or gives it back. Raises only CancelledError, after giving back."""
+        lane = run.lane
+        try:
+            batch = await self._sift(run)
+            if batch.size and lane.kind == "sql":
+                await self._sql(run, batch)
+            elif batch.size and lane.each:
+                await self._each(run, batch)
+            elif batch.size:
+                first, rest = (batch.pick([0]), batch.pick(range(1, batch.size))) if batch.parts[0][0].probe else (batch, None)
+                await self.attempt(run, first)
+                if rest is not None and rest.size:                     # the probe went well
+                    await self.attempt(run, rest)
+        except World as world:
+            await self._leave(run, world.error)
+        except LeaseLost:
+            log.warning("worker: %s: the lease was lost; another worker has these records", lane.name)
+        except asyncio.CancelledError:
+            await asyncio.shield(self._leave(run, None))
+            raise
+        except Exception as error:                                     # ours, not the handler's: the jobs must not be lost
+            log.exception("worker: %s", lane.name)
+            await self._leave(run, error)
+
+    async def attempt(self, run: Run, batch: Batch, conflicts: int = 0) -> None:
+        """Reads, calls and settles; again for those that must run again. Raises World, LeaseLost."""
+        lane = run.lane
+        started = time.perf_counter()
+        try:
+            inputs = await self.read(lane, batch)
+            called = await self._call(run, inputs) if inputs.items else Called([], {})
+        except Interrupted as stop:
+            await self._interrupted(run, inputs, stop)
+            return
+        except Stuck as stuck:
+            self.stuck()
+            await self._blame(run, inputs, stuck.item, stuck.error)
+            return
+        except (World, LeaseLost):
+            raise
+        except Exception as error:
+            if is_world(error):
+                raise World(error) from error
+            await self._split(run, batch, error)
+            return
+        seconds = time.perf_counter() - started
+        await self.finish(run, inputs, called, seconds * 1000, conflicts)
+        lane.took(seconds, batch.size)
+
+    async def read(self, lane: Lane, batch: Batch) -> Inputs:
+        """The records of a batch. A table that is not as it was noted makes the handler wait, not its records fail."""
+        try:
+            return await self.settler.lend(lambda conn: self.reader.read(conn, lane, batch))
+        except asyncpg.SyntaxOrAccessError as error:
+            raise World(error) from error
+
+    async def finish(self, run: Run, inputs: Inputs, called: Called, ms: float, conflicts: int = 0,
+                     items: list[int] | None = None, first: bool = True) -> None:
+        """Settles a call that came back. Refused writes fail their records, changed rows run theirs again.
+
+        items: those that it was about, None for all. first: also settle what had vanished or does not fit the model.
+        """
+        lane, batch, ops, fates = run.lane, inputs.batch, called.ops, dict(called.fates)
+        again: set[int] = set()
+        while True:
+            doing = _doing(inputs, ops, fates, again, ms, items, first)
+            try:
+                if doing.done is None or doing.done or doing.fates:
+                    await self.settler.settle(lane, batch, doing)
+                break
+            except RowChanged as error:
+                bad = error.owners
+                whole: BaseException = error
+            except WriteRefused as error:
+                whole = error.error
+                bad = error.owners if error.owners is not None else await self.settler.blame(ops)
+                if WHOLE not in bad:
+                    fates |= dict.fromkeys(bad, failed(whole))
+            if WHOLE in bad or not bad:
+                if isinstance(whole, RowChanged):
+                    await self._again(run, batch, conflicts)
+                else:
+                    await self._split(run, batch, whole)
+                return
+            if isinstance(whole, RowChanged):
+                again |= bad
+            ops = pick(ops, bad, keep=False)
+        for item in sorted(again):
+            await self._again(run, batch.pick(inputs.positions([item])), conflicts if batch.size == 1 else 0)
+
+    async def _again(self, run: Run, batch: Batch, conflicts: int) -> None:
+        """A row changed under a recorded update: the same once more, with the row as it is now."""
+        if conflicts < CONFLICTS:
+            if conflicts > 2:
+                await asyncio.sleep(random.uniform(0, 0.001) * 2 ** min(conflicts, 7))
+            await self.attempt(run, batch, conflicts + 1)
+            return
+        wait = Fate("retry", "its rows keep changing", timedelta(seconds=random.uniform(0.1, 1.0)))
+        await self.settler.fail(run.lane, batch, wait)
+
+    async def _split(self, run: Run, batch: Batch, error: BaseException) -> None:
+        """The call failed as a whole: find the record."""
+        if batch.size == 1:
+            await self.settler.fail(run.lane, batch, failed(error))
+            return
+        for part in batch.split(batch.size if batch.retried or run.lane.each else WAYS):
+            await self.attempt(run, part)
+
+    async def _blame(self, run: Run, inputs: Inputs, item: int, error: BaseException) -> None:
+        """The call failed at this item for sure: fail it, and run the others."""
+        if item == WHOLE:
+            await self._split(run, inputs.batch, error)
+            return
+        positions = inputs.positions([item])
+        await self.settler.fail(run.lane, inputs.batch.pick(positions), failed(error))
+        rest = inputs.batch.without(positions)
+        if rest.size:
+            await self._rest(run, rest)
+
+    async def _interrupted(self, run: Run, inputs: Inputs, stop: Interrupted) -> None:
+        batch = inputs.batch
+        positions = inputs.positions([stop.item]) if stop.item != WHOLE else list(range(batch.size))
+        await self.settler.fail(run.lane, batch.pick(positions), fate_of(stop.outcome))
+        rest = batch.without(positions)
+        if rest.size:
+            await self._rest(run, rest)
+
+    async def _rest(self, run: Run, batch: Batch) -> None:
+        """What was not at fault, in parts: it may hold more that is."""
+        for part in batch.split(WAYS):
+            await self.attempt(run, part)
+
+    # --- calls
+
+    async def _each(self, run: Run, batch: Batch) -> None:
+        """One call for each record; settles what is finished while the rest runs."""
+        lane, started = run.lane, time.perf_counter()
+        try:
+            inputs = await self.read(lane, batch)
+        except Exception as error:
+            if isinstance(error, (World, LeaseLost)) or is_world(error):
+                raise
+            await self._split(run, batch, error)
+            return
+        each = Each(self.db, lane, inputs, lane.handler.context(self, inputs))
+        if not each.count or inputs.gone or inputs.broken:
+            await self.finish(run, inputs, Called([], {}), 0.0, 0, [])
+        each.send(1 if batch.parts[0][0].probe else None)
+        quiet = min(1.0, max(SLOW, lane.timeout.total_seconds() / 4))
+        try:
+            while not each.over:
+                self.pullers.pull(lane)
+                await each.wait(SLOW if lane.items and not lane.handler.is_async else quiet)
+                self.pullers.more(lane)
+                run.overdue_at = time.monotonic() + lane.timeout.total_seconds() + MARGIN
+                if each.world is not None:
+                    each.drop()
+                if each.gather(self.pullers.open_chunks):
+                    await self._flush(run, each, (time.perf_counter() - started) * 1000)
+                    if each.world is None:
+                        each.send()                                    # the probe, if it was one, went well
+        finally:
+            each.drop()
+        if each.world is not None:
+            raise World(each.world)
+        lane.took(time.perf_counter() - started, batch.size)
+
+    async def _flush(self, run: Run, each: Each, ms: float) -> None:
+        again = {item for item, fate in each.fates.items() if fate is AGAIN}
+        items = [item for item in each.finished if item not in again] if again else each.finished
+        fates = {item: fate for item, fate in each.fates.items() if item not in again}
+        inputs = each.inputs
+        plain = len(items) == each.count and not inputs.gone and not inputs.broken
+        await self.finish(run, inputs, Called(each.ops, fates), ms, 0, None if plain else items, first=False)
+        each.flushed()
+
+    async def _call(self, run: Run, inputs: Inputs) -> Called:
+        """One call with all items. Raises what the handler raises; Interrupted, Stuck."""
+        lane = run.lane
+        code = lane.handler
+        records: Records[Any] = Records([item for item in inputs.items if item is not None] if inputs.events else inputs.items,
+                                        inputs.changes)
+        scope = Scope("handler", records, self.db, code.on_conflict)
+        if inputs.rows and code.relation is not None:
+            scope.saw(code.relation, inputs.rows)
+        ctx = code.context(self, inputs, records)
+        seconds = lane.timeout.total_seconds()
+        run.overdue_at = time.monotonic() + seconds + MARGIN
+        try:
+            if code.is_async:
+                await self._call_async(code, scope, records, ctx, seconds)
+            else:
+                await self._call_thread(code, scope, records, ctx, seconds)
+        finally:
+            run.overdue_at = None
+            scope.close()
+        if ctx is None or not ctx.outcomes:
+            return Called(scope.ops, {})
+        return Called(pick(scope.ops, ctx.outcomes, keep=False), {item: fate_of(outcome) for item, outcome in ctx.outcomes.items()})
+
+    async def _call_async(self, code: Code, scope: Scope, records: Records[Any], ctx: Ctx | None, seconds: float) -> None:
+        task = asyncio.create_task(_coroutine(code, scope, records, ctx))
+        try:
+            done, _ = await asyncio.wait({task}, timeout=seconds)
+        except asyncio.CancelledError:
+            task.cancel()
+            raise
+        if done:
+            task.result()
+            return
+        task.cancel()
+        await asyncio.wait({task}, timeout=MARGIN / 2)                 # one that will not end is left alone
+        raise HandlerTimeout(code.name, seconds)
+
+    async def _call_thread(self, code: Code, scope: Scope, records: Records[Any], ctx: Ctx | None, seconds: float) -> None:
+        context = contextvars.copy_context()
+        future = self.threads.submit(lambda: context.run(_plain, code, scope, records, ctx))
+        try:
+            await asyncio.wait_for(future, seconds)
+        except TimeoutError:
+            if future.done() and not future.cancelled():               # the handler's own
+                future.result()
+            raise Stuck(context.get(owner, WHOLE), HandlerTimeout(code.name, seconds)) from None
+
+    async def _sql(self, run: Run, batch: Batch) -> None:
+        """A SQL handler over whole jobs, token by token."""
+        by_token: dict[int, list[queue.Job]] = {}
+        for job in batch.jobs:
+            by_token.setdefault(job.token, []).append(job)
+        for jobs in by_token.values():
+            await self._sql_jobs(run, jobs)
+
+    async def _sql_jobs(self, run: Run, jobs: list[queue.Job]) -> None:
+        lane = run.lane
+        started = time.perf_counter()
+        try:
+            await self.settler.run_sql(lane, jobs)
+        except (World, LeaseLost):
+            raise
+        except Exception as error:
+            cause: BaseException = error.error if isinstance(error, WriteRefused) else error
+            if isinstance(cause, asyncpg.QueryCanceledError):
+                cause = HandlerTimeout(lane.name, lane.timeout.total_seconds())
+            if is_world(cause):
+                raise World(cause) from error
+            if len(jobs) > 1:
+                step = -(-len(jobs) // WAYS)
+                for at in range(0, len(jobs), step):
+                    await self._sql_jobs(run, jobs[at:at + step])
+            elif jobs[0].size > 1 and len(jobs[0].left) > 1:
+                parts = await self.settler.transact(lambda conn: queue.split(self.db, conn, jobs[0], WAYS))
+                jobs[0].left = ()
+                run.batch = Batch([*run.batch.parts, *((part, part.left) for part in parts)])
+                for part in parts:
+                    await self._sql_jobs(run, [part])
+            else:
+                await self.settler.fail(lane, Batch.of(jobs), failed(cause))
+            return
+        lane.took(time.perf_counter() - started, sum(job.size for job in jobs))
+
+    async def origin(self, inputs: Inputs, change: Change[Any]) -> Origin:
+        """The record that a chain of handlers began with. In any loop."""
+        job = next(job for job in inputs.batch.jobs if job.change_id == change.id and job.lo <= change.ordinal <= job.hi)
+        key = list(change.key) if isinstance(change.key, tuple) else [change.key]
+        table = self.tables[job.handler_id]
+        async with self.db.conn() as conn:
+            found = (await self.db.call(conn, "origin", table, key, job.cause))[0]
+            keys = found["key"]
+            name = f"{quote(found['schema_name'])}.{quote(found['table_name'])}"
+            relation = await describe(self.db, name)
+            make = await self._maker(relation)
+            kind = Document if relation.document and make is None else Row
+            rows = [] if found["fetch_sql"] is None else await conn.fetch(
+                found["fetch_sql"], keys if found["key_kind"] == "id" else [keys], record_class=kind)
+        record = None if not rows else rows[0] if make is None else make(rows[0])
+        return Origin(found["table_name"], tuple(keys) if len(keys) > 1 else keys[0], record)
+
+    async def _maker(self, relation: Relation) -> Callable[[Any], Any] | None:
+        for table in self.app.tables.values():
+            if table.make is not None and (await describe(self.db, table.name)).oid == relation.oid:
+                return table.make
+        return None
+
+    # --- before and after
+
+    async def _sift(self, run: Run) -> Batch:
+        """Buries what is too deep in a chain, settles what a filter that had failed does not let pass."""
+        batch = run.batch
+        deep = [job for job in batch.jobs if job.depth >= self.depth_limit]
+        unsure = [job for job in batch.jobs if job.degraded is not None and run.lane.where and job not in deep]
+        if not deep and not unsure:
+            return batch
+        for job in deep:
+            path = await self.settler.lend(partial(queue.chain, self.db, receipt=job.cause)) if job.cause else ""
+            text = (f"{job.depth} handlers deep, and the limit is {self.depth_limit}: … -> {path} -> {run.lane.table} -> "
+                    f"{run.lane.name}. These handlers feed each other; stop the loop with where=, or write to another Table")
+            await self.settler.bury(Batch.of([job]), "depth", text)
+        for job in unsure:
+            passing = await self.settler.lend(partial(queue.passes, self.db, handler=run.lane.id, job=job))
+            out = [ordinal for ordinal in job.left if ordinal not in passing]
+            if out:
+                part = Batch([(job, out)])
+                await self.settler.settle(run.lane, part, Doing(gone=range(part.size)))
+        return Batch.of(job for job in batch.jobs if job.left)
+
+    async def _leave(self, run: Run, error: BaseException | None) -> None:
+        """Gives back what is not settled; with an error its handler waits for the world."""
+        left = [job for job in run.batch.jobs if job.left]
+        for token in {job.token for job in left}:
+            mine = [job for job in left if job.token == token]
+            try:
+                if error is None:
+                    await self.settler.give_back(mine)
+                else:
+                    await self.settler.world_failed(mine, error)
+            except LeaseLost:
+                log.warning("worker: %s: the lease was lost; another worker has these records", run.lane.name)
+            except World:                                              # no database: their lease will end
+                log.warning("worker: %s: could not give records back; they come back when their lease ends", run.lane.name)
+
+
+def _doing(inputs: Inputs, ops: list[Op], fates: dict[int, Fate], again: set[int], ms: float, items: list[int] | None,
+           first: bool) -> Doing:
+    if items is None and not (fates or again or inputs.broken):
+        return Doing(ops, None, {}, inputs.first, inputs.gone, ms)                     # all of it
+    ends = {position: fate for item, fate in fates.items() for position in inputs.positions([item])}
+    if first:
+        ends |= {position: failed(error) for position, error in inputs.broken.items()}
+    good = (item for item in (range(len(inputs.items)) if items is None else items) if item not in fates and item not in again)
+    gone = inputs.gone if first else []
+    return Doing(ops, sorted([*inputs.positions(good), *gone]), ends, inputs.first, gone, ms)
+
+
+async def _coroutine(code: Code, scope: Scope, records: Records[Any], ctx: Ctx | None) -> None:
+    with scope:
+        try:
+            if not code.each:
+                await code.run(records, ctx)
+            else:
+                for at, record in enumerate(records._items):
+                    owner.set(at)
+                    await code.run(record, ctx)
+        except Outcome as outcome:
+            raise Interrupted(outcome.item, outcome) from outcome
+
+
+def _plain(code: Code, scope: Scope, records: Records[Any], ctx: Ctx | None) -> None:
+    with scope:
+        try:
+            if not code.each:
+                code.run(records, ctx)
+            else:
+                for at, record in enumerate(records._items):
+                    owner.set(at)
+                    code.run(record, ctx)
+        except Outcome as outcome:
+            raise Interrupted(outcome.item, outcome) from outcome

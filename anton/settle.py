@@ -1,0 +1,422 @@
+"""Settle: how what a call did becomes committed, and what is done about each kind of failure.
+
+    records done -> ack + their writes + receipt            }
+    record failed -> retry later, or dead letter            } one transaction
+    the world failed -> give back, the handler waits
+
+A write that the database refuses is blamed on its owner record alone; a lost lease drops everything. When the
+connection breaks, even at COMMIT, the same transaction is tried anew: the fence tells whether it had been committed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import random
+import socket
+import traceback
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, Literal, TypeVar
+
+import asyncpg
+
+from anton import queue
+from anton.db import Conn, Database, translating
+from anton.duration import duration
+from anton.errors import DatabaseUnreachable, Discard, Outcome, Retry, WorldError, WriteRefused
+from anton.lane import Batch, Lane
+from anton.queue import Job
+from anton.relation import Relation
+from anton.write import WHOLE, Op, Output, Rows, apply, pick
+
+T = TypeVar("T")
+
+TRIES = 6  # of a transaction that another one got in the way of
+LONGEST = timedelta(hours=6)  # of a backoff
+TEXT = 8000  # characters kept of an error and of a traceback
+
+BLOCKED = (asyncpg.SerializationError, asyncpg.DeadlockDetectedError, asyncpg.LockNotAvailableError,
+           asyncpg.InsufficientResourcesError, asyncpg.PostgresSystemError)
+IN_THE_WAY = (*BLOCKED, asyncpg.QueryCanceledError)
+_GONE = (OSError, asyncpg.PostgresConnectionError, asyncpg.AdminShutdownError, asyncpg.CrashShutdownError,
+         asyncpg.CannotConnectNowError, asyncpg.IdleSessionTimeoutError, asyncpg.TooManyConnectionsError,
+         asyncpg.InternalClientError, DatabaseUnreachable)
+_NETWORK = {errno.ENETDOWN, errno.ENETUNREACH, errno.ENETRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ETIMEDOUT,
+            errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED, errno.EPIPE}
+_CLIENTS = {"httpx": {"TransportError"}, "httpcore": {"NetworkError", "TimeoutException", "ProtocolError"},
+            "requests": {"ConnectionError", "Timeout", "ChunkedEncodingError"}, "aiohttp": {"ClientConnectionError"},
+            "openai": {"APIConnectionError"}, "anthropic": {"APIConnectionError"}, "grpc": {"UnavailableError"}}
+
+
+def disconnected(error: BaseException) -> bool:
+    """True when the connection to Postgres broke, or none is to be had."""
+    if isinstance(error, asyncpg.InterfaceError):                      # asyncpg's own; also raised for wrong arguments
+        return not isinstance(error, ValueError) and "connection" in str(error)
+    return isinstance(error, _GONE)
+
+
+class World(Exception):
+    """Carries what the outside world raised up to where the jobs are given back."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+@dataclass(frozen=True, slots=True)
+class Fate:
+    """What becomes of a record that is not done. after: None: the backoff."""
+
+    kind: Literal["retry", "discarded", "failed"]
+    error: str
+    after: timedelta | None = None
+    traceback: str | None = None
+
+
+@dataclass(slots=True)
+class Doing:
+    """What one transaction settles of a batch.
+
+    done: positions that are done, rising; None: all that have no fate. first: position of each owner, None: its own
+    number. gone: positions among done whose records had vanished. ms: how long the handler took.
+    """
+
+    ops: list[Op] = field(default_factory=list)
+    done: Sequence[int] | None = None
+    fates: dict[int, Fate] = field(default_factory=dict)
+    first: list[int] | None = None
+    gone: Sequence[int] = ()
+    ms: float = 0.0
+
+
+@dataclass(slots=True)
+class _Unit:
+    """One receipt: whole jobs of one token, or ordinals of one job. places: receipt position from 1, by batch position."""
+
+    jobs: list[Job]
+    ordinals: list[int] | None
+    places: dict[int, int]
+    gone: int = 0
+
+
+class Settler:
+    """Makes the transactions of one worker. wrote: told the tables that a commit wrote to, None when it may be
+    any. alive: False to give up on a database that is away."""
+
+    def __init__(self, db: Database, wrote: Callable[[set[int] | None], None] = lambda tables: None,
+                 alive: Callable[[], bool] = lambda: True) -> None:
+        self.db = db
+        self.worker = 0
+        self._wrote = wrote
+        self._alive = alive
+        self._tables: dict[int, int] = {}
+
+    async def settle(self, lane: Lane, batch: Batch, doing: Doing) -> None:
+        """Commits all of it. Raises WriteRefused, RowChanged, LeaseLost, World."""
+        outputs: list[Output] = []
+        for relation in {op.relation.oid: op.relation for op in doing.ops}.values():
+            await self._table(relation)
+
+        async def work(conn: Conn) -> None:
+            outputs.clear()
+            outputs.extend(await self._write(conn, lane, batch, doing))
+
+        await self.transact(work)
+        _forget(batch, doing)
+        if outputs:
+            self._wrote({self._tables[output.relation.oid] for output in outputs if output.keys})
+
+    async def blame(self, ops: list[Op]) -> set[int]:
+        """The owners of writes that the database refuses, found by halves, in a transaction that is rolled back.
+
+        Handlers are not run again. WHOLE among them: what belongs to the batch is refused.
+        """
+        owners = sorted(_owners(ops))
+        found: set[int] = set()
+
+        async def search(conn: Conn, some: list[int]) -> None:
+            try:
+                async with conn.transaction():
+                    await apply(conn, pick(ops, set(some)))
+                    await conn.execute("set constraints all immediate")
+            except (WriteRefused, asyncpg.IntegrityConstraintViolationError):
+                if len(some) == 1:
+                    found.update(some)
+                    return
+                await search(conn, some[:len(some) // 2])
+                await search(conn, some[len(some) // 2:])
+
+        async def work(conn: Conn) -> None:
+            found.clear()
+            await search(conn, owners)
+            raise _Undo
+
+        try:
+            await self.transact(work)
+        except _Undo:
+            pass
+        return found
+
+    async def fail(self, lane: Lane, batch: Batch, fate: Fate) -> None:
+        """Settles every record of the batch by one fate."""
+        await self.settle(lane, batch, Doing(done=(), fates=dict.fromkeys(range(batch.size), fate)))
+
+    async def bury(self, batch: Batch, reason: str, error: str) -> None:
+        """Makes dead letters of all records of the batch, whatever attempts they have left."""
+        async def work(conn: Conn) -> None:
+            for job, ordinal in batch:
+                await queue.bury(self.db, conn, job.token, job.id, ordinal, reason, error[:TEXT], None)
+
+        await self.transact(work)
+        _forget(batch, Doing())
+
+    async def give_back(self, jobs: Iterable[Job]) -> None:
+        """Jobs that were not finished are ready again; nothing counts against them."""
+        for token, ids in _by_token(jobs).items():
+            await self.transact(lambda conn, token=token, ids=ids: queue.give_back(self.db, conn, token, ids))
+
+    async def world_failed(self, jobs: Iterable[Job], error: BaseException) -> None:
+        """Gives the jobs back and lets their handler wait for the world."""
+        text = say(error)
+        for token, ids in _by_token(jobs).items():
+            await self.transact(lambda conn, token=token, ids=ids: queue.world_failed(self.db, conn, token, ids, text))
+
+    async def run_sql(self, lane: Lane, jobs: list[Job]) -> None:
+        """Runs a SQL handler over whole jobs of one token, which are settled in the same transaction."""
+        async def work(conn: Conn) -> None:
+            await self.db.call(conn, "limit_statement", max(1, round(lane.timeout.total_seconds() * 1000)))
+            await queue.run_sql(self.db, conn, jobs[0].token, [job.id for job in jobs], self.worker)
+
+        await self.transact(work, BLOCKED)
+        for job in jobs:
+            job.left = ()
+        self._wrote(None)
+
+    async def lend(self, work: Callable[[Conn], Awaitable[T]]) -> T:
+        """Runs work that only reads, outside a transaction; anew when the connection broke."""
+        lost = 0
+        while True:
+            try:
+                with translating():
+                    async with self.db.conn() as conn:
+                        return await work(conn)
+            except Exception as error:
+                if not disconnected(error) or not self._alive():
+                    raise
+                lost += 1
+                await asyncio.sleep(random.uniform(0.5, 1.0) * min(2.0, 0.05 * 2**lost))
+
+    async def transact(self, work: Callable[[Conn], Awaitable[T]], again: tuple[type[Exception], ...] = IN_THE_WAY) -> T:
+        """Runs work in a transaction, anew when another one was in its way or the connection broke."""
+        lost, tries = 0, 0
+        while True:
+            try:
+                with translating():
+                    async with self.db.tx() as conn:
+                        return await work(conn)
+            except asyncpg.IntegrityConstraintViolationError as error:  # deferred, so COMMIT said it
+                raise WriteRefused(None, error) from error
+            except Exception as error:
+                if disconnected(error):
+                    lost += 1
+                    if not self._alive():
+                        raise World(error) from error
+                    pause = min(2.0, 0.05 * 2**lost)
+                elif isinstance(error, again):
+                    tries += 1
+                    if tries >= TRIES:
+                        raise World(error) from error
+                    pause = 0.02 * 2**tries
+                else:
+                    raise
+            await asyncio.sleep(random.uniform(0.5, 1.0) * pause)
+
+    async def _write(self, conn: Conn, lane: Lane, batch: Batch, doing: Doing) -> list[Output]:
+        units = _units(batch, doing)
+        outputs: list[Output] = []
+        if len(units) == 1:
+            outputs = await self._unit(conn, units[0], doing.ops, doing)
+        else:
+            where = {position: n for n, unit in enumerate(units) for position in unit.places}
+            first = doing.first
+            for n, unit in enumerate(units):
+                owners = {who for who in _owners(doing.ops)
+                          if (0 if who == WHOLE else where[who if first is None else first[who]]) == n}
+                outputs += await self._unit(conn, unit, pick(doing.ops, owners), doing)
+        for (job, fate), ordinals in _by_fate(batch, doing.fates).items():
+            await self._fate(conn, lane, job, ordinals, fate)
+        return outputs
+
+    async def _unit(self, conn: Conn, unit: _Unit, ops: list[Op], doing: Doing) -> list[Output]:
+        job = unit.jobs[0]
+        if unit.ordinals is None:
+            receipt = await queue.ack(self.db, conn, job.token, [job.id for job in unit.jobs], self.worker, doing.ms, unit.gone)
+        else:
+            receipt = await queue.ack_part(self.db, conn, job.token, job.id, unit.ordinals, self.worker, doing.ms, unit.gone)
+        if not ops:
+            return []
+        outputs = await apply(conn, ops)
+        first, places = doing.first, unit.places
+        for output in outputs:
+            if not output.keys:
+                continue
+            if first is None and not places:                           # all of whole jobs: positions are the receipt's
+                owners = [who + 1 for who in output.owners]
+            else:
+                owners = [0 if who == WHOLE else places[who if first is None else first[who]] for who in output.owners]
+            table = self._tables[output.relation.oid]
+            if isinstance(output.keys[0], int):
+                await queue.put_output(self.db, conn, receipt, table, output.keys, None, owners)
+            else:
+                keys = [key if isinstance(key, list) else [key] for key in output.keys]
+                await queue.put_output(self.db, conn, receipt, table, None, keys, owners)
+        return outputs
+
+    async def _fate(self, conn: Conn, lane: Lane, job: Job, ordinals: list[int], fate: Fate) -> None:
+        last = fate.kind == "failed" and job.attempt + 1 >= lane.attempts
+        if fate.kind == "discarded" or last:
+            for ordinal in ordinals:
+                await queue.bury(self.db, conn, job.token, job.id, ordinal, fate.kind, fate.error, fate.traceback)
+            return
+        after = fate.after if fate.after is not None else backoff(lane, job.attempt)
+        await queue.retry(self.db, conn, job.token, job.id, ordinals, after, fate.error, fate.kind == "failed")
+
+    async def _table(self, relation: Relation) -> None:
+        if relation.oid in self._tables:
+            return
+        table = relation.table_id
+        if table is None:                                              # written to, and not yet noted as a table of ours
+            table = await self.transact(lambda conn: self.db.call_value(conn, "watch", relation.sql))
+        self._tables[relation.oid] = table
+
+
+class _Undo(Exception):
+    """Rolls a trial back."""
+
+
+def backoff(lane: Lane, attempt: int) -> timedelta:
+    """How long a record waits that has failed attempt + 1 times: doubling, with jitter, at most 6 hours."""
+    return min(lane.backoff * 2**min(attempt, 30), LONGEST) * random.uniform(0.75, 1.25)
+
+
+def say(error: BaseException) -> str:
+    """ "ValueError: bad total", short enough to keep."""
+    return (f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)[:TEXT]
+
+
+def failed(error: BaseException) -> Fate:
+    """The fate of a record whose run raised this."""
+    lines = traceback.format_exception(error)
+    return Fate("failed", say(error), None, "".join(lines)[-TEXT:])
+
+
+def fate_of(outcome: Outcome) -> Fate:
+    """What Retry or Discard means. Retry() without a time is like a failure: the backoff, and it counts."""
+    if isinstance(outcome, Discard):
+        return Fate("discarded", outcome.why or "discarded")
+    why, after = (outcome.why, outcome.after) if isinstance(outcome, Retry) else (str(outcome), None)
+    if after is None:
+        return Fate("failed", why or "retry")
+    return Fate("retry", why or "retry", duration(after, "after", "Retry"))
+
+
+def is_world(error: BaseException) -> bool:
+    """True when not the record but something outside fails: no connection, a timeout, 429, 5xx."""
+    if isinstance(error, BaseExceptionGroup):
+        return all(is_world(one) for one in error.exceptions)
+    if isinstance(error, (WorldError, ConnectionError, TimeoutError, socket.gaierror, socket.herror)):
+        return True
+    if error.errno in _NETWORK if isinstance(error, OSError) else disconnected(error):
+        return True
+    for cls in type(error).__mro__:
+        if cls.__name__ in _CLIENTS.get(cls.__module__.partition(".")[0], ()):
+            return True
+    if _status(error) in (408, 429) or 500 <= _status(error) <= 599:
+        return True
+    inner = error.__cause__ or getattr(error, "reason", None)          # urllib keeps its reason there
+    return isinstance(inner, BaseException) and is_world(inner)
+
+
+def _status(error: BaseException) -> int:
+    response = getattr(error, "response", None)
+    for holder, name in ((error, "status_code"), (response, "status_code"), (response, "status"), (error, "status"), (error, "code")):
+        status = getattr(holder, name, None)
+        if isinstance(status, int):
+            return status
+    return 0
+
+
+def _units(batch: Batch, doing: Doing) -> list[_Unit]:
+    """The receipts that this takes, one for whole jobs of each token and one for each job that is settled in part."""
+    whole_batch = doing.done is None and not doing.fates
+    if whole_batch and all(len(ordinals) == job.size and job.token == batch.parts[0][0].token for job, ordinals in batch.parts):
+        return [_Unit(batch.jobs, None, {} if doing.first is None else _places(range(batch.size)), len(doing.gone))]
+    done = doing.done if doing.done is not None else [n for n in range(batch.size) if n not in doing.fates]
+    gone, by_job, jobs = set(doing.gone), dict[int, list[tuple[int, int]]](), dict[int, Job]()
+    for position in done:
+        job, ordinal = batch.at(position)
+        jobs[job.id] = job
+        by_job.setdefault(job.id, []).append((position, ordinal))
+    whole: dict[int, _Unit] = {}
+    units: list[_Unit] = []
+    for id, found in by_job.items():
+        job = jobs[id]
+        positions = [position for position, _ in found]
+        lost = sum(position in gone for position in positions)
+        if len(found) == job.size:
+            if job.token not in whole:
+                units.append(whole.setdefault(job.token, _Unit([], None, {})))
+            unit = whole[job.token]
+            unit.jobs.append(job)
+            unit.places |= {position: n for n, position in enumerate(positions, len(unit.places) + 1)}
+            unit.gone += lost
+        else:
+            units.append(_Unit([job], [ordinal for _, ordinal in found], _places(positions), lost))
+    if not units and doing.ops:                                        # only writes of the whole: a receipt to hang them on
+        units.append(_Unit([batch.parts[0][0]], [], {}))
+    return units
+
+
+def _owners(ops: Iterable[Op]) -> set[int]:
+    return {who for op in ops for who in (op.owners if isinstance(op, Rows) else (op.owner,))}
+
+
+def _places(positions: Iterable[int]) -> dict[int, int]:
+    return {position: n for n, position in enumerate(positions, 1)}
+
+
+def _by_fate(batch: Batch, fates: dict[int, Fate]) -> dict[tuple[Job, Fate], list[int]]:
+    grouped: dict[tuple[Job, Fate], list[int]] = {}
+    for position in sorted(fates):
+        job, ordinal = batch.at(position)
+        grouped.setdefault((job, fates[position]), []).append(ordinal)
+    return grouped
+
+
+def _by_token(jobs: Iterable[Job]) -> dict[int, list[int]]:
+    tokens: dict[int, list[int]] = {}
+    for job in jobs:
+        if job.left:
+            tokens.setdefault(job.token, []).append(job.id)
+    return tokens
+
+
+def _forget(batch: Batch, doing: Doing) -> None:
+    """What is settled is no longer left of its job."""
+    if doing.done is None:                                             # all of the batch, one way or the other
+        for job, ordinals in batch.parts:
+            _done(job, ordinals)
+        return
+    for position in (*doing.done, *doing.fates):
+        job, ordinal = batch.at(position)
+        _done(job, (ordinal,))
+
+
+def _done(job: Job, ordinals: Sequence[int]) -> None:
+    if len(ordinals) == len(job.left):
+        job.left = ()
+    else:
+        out = set(ordinals)
+        job.left = [ordinal for ordinal in job.left if ordinal not in out]

@@ -1,0 +1,480 @@
+"""Worker: one process's loop from claimed jobs to settled ones.
+
+    look -> claim -> lanes -> batches in slots -> Runner -> settled        nothing there: the doorbell, or a poll
+
+One event loop. Each lane (a handler) has slots of its own and the worker a total, filled in turn, so that a deep
+handler starves nobody; a slot is refilled as soon as it is free, and the next claim overlaps with what runs.
+Leases are kept alive from a thread (heartbeat.py). Jobs whose worker died are suspects: they run alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import random
+import socket
+import time
+from collections import deque
+from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
+from importlib import metadata
+
+from anton import action, queue, schedule
+from anton.app import App
+from anton.db import Database, quote
+from anton.doorbell import Answer, Doorbell
+from anton.heartbeat import Heartbeat
+from anton.lane import Batch, Lane, lane_of
+from anton.queue import Job, Look
+from anton.relation import describe
+from anton.run import Run, Runner, code_of
+from anton.settle import disconnected
+from anton.threads import Threads
+from anton.write import as_worker
+
+log = logging.getLogger("anton.worker")
+
+SLOTS = 32  # calls at a time, of all handlers together
+POLL = 0.05  # seconds between looks without a bell
+BUSY_POLL = 0.025  # while an open writer holds the bell back, or it rings all the time
+OTHERS = (1.0, 2.0)  # while another worker is announced
+REFRESH = 5.0  # seconds between readings of the handler catalogue, while there is a reason to look
+HOUSEKEEPING = 60.0
+RINGS = 30  # in a second; above that polling is cheaper for the writers
+MANY = 64  # lanes; with more, a look tells which are worth a claim
+GRACE = 30.0  # seconds that a drain waits for what runs
+
+
+class Worker:
+    """Works an app's jobs until it is stopped.
+
+    slots: calls at a time. lease: how long a claim lasts without a heartbeat; default the setting "lease" (30 s).
+    capture: effects are kept instead of sent. grace: what a drain waits for running calls before it gives their
+    jobs back, in seconds. on_suspects: told when jobs of dead workers are there, to run them elsewhere; None: here,
+    with nothing beside them. on_stuck: told when a thread does not come back from its handler; None: go on with
+    another thread. started: told the worker's id.
+
+        worker = Worker(db, app); await worker.run()      # until drain() or stop()
+        await worker.run_until_idle()                     # everything that is due, then return
+    """
+
+    def __init__(self, db: Database, app: App, *, slots: int = SLOTS, lease: timedelta | None = None, capture: bool = False,
+                 grace: float = GRACE, on_suspects: Callable[[], None] | None = None,
+                 on_stuck: Callable[[], None] | None = None, started: Callable[[int], None] | None = None) -> None:
+        self.db = db
+        self.app = app
+        self.slots = slots
+        self.id = 0
+        self.draining = False
+        self._lease = lease
+        self._grace = grace
+        self._on_suspects = on_suspects
+        self._started = started
+        self._lanes: dict[int, Lane] = {}
+        self._order: deque[Lane] = deque()
+        self._active: dict[asyncio.Task[None], Run] = {}
+        self._rung = False
+        self._rings: deque[float] = deque(maxlen=RINGS)
+        self._quiet = False                                            # suspects wait for an empty process
+        self._hold = True
+        self._refreshed = 0.0
+        self._helped = 0.0
+        self._wake = asyncio.Event()
+        self._errand = asyncio.Event()
+        self._bell = Doorbell(db, self._ring)
+        self._runner = Runner(db, app, Threads(), wrote=self._wrote, stuck=on_stuck or (lambda: None),
+                              alive=lambda: not self.draining or self._grace > 0)
+        if capture:
+            action.set_effects("capture")
+
+    async def run(self) -> None:
+        """Works until drain() or stop(); then what runs is finished within the grace, and the rest given back."""
+        failures = 0
+        while not self.draining and not await self._begin():
+            failures += 1
+            await self._nap(min(5.0, 0.1 * 2**failures) * random.uniform(0.5, 1.0))
+        chores = asyncio.create_task(self._chores())
+        try:
+            while not self.draining:
+                try:
+                    self._wake.clear()
+                    if not await self._claim():
+                        await self._rest()
+                    failures = 0
+                except Exception as error:                             # the database is away, or we are wrong: go on
+                    failures += 1
+                    if disconnected(error):
+                        log.warning("worker: %s; trying again", error)
+                    else:
+                        log.exception("worker: trying again")
+                    await self._nap(min(5.0, 0.1 * 2**failures) * random.uniform(0.5, 1.0))
+        finally:
+            chores.cancel()
+            await self._end()
+
+    async def run_until_idle(self) -> None:
+        """Works everything that is ready or due by anton.now(), and returns when nothing runs and nothing is due."""
+        self._hold = False
+        await self._begin(patient=False)
+        try:
+            while True:
+                self._wake.clear()
+                if await self._claim():
+                    continue
+                if self._active:
+                    await self._wake.wait()
+                elif not await self._more():
+                    return
+        finally:
+            await self._end()
+
+    async def run_suspects(self) -> int:
+        """Runs the jobs of dead workers, one after the other with nothing beside them; how many records were settled."""
+        await self._begin(patient=False)
+        try:
+            return await self._suspects()
+        finally:
+            await self._end()
+
+    def drain(self) -> None:
+        """Claims nothing more; run() returns when what runs is done, or after the grace. Call it in the worker's loop."""
+        self.draining = True
+        self._wake.set()
+
+    def stop(self) -> None:
+        """Stops now: what runs is cancelled and given back. Call it in the worker's loop."""
+        self._grace = 0.0
+        self.drain()
+        for task in self._active:
+            task.cancel()
+
+    # Beginning and end
+
+    async def _begin(self, patient: bool = True) -> bool:
+        """Registers this worker and reads its handlers; False when the database is away."""
+        try:
+            async with self.db.conn() as conn:
+                settings = {row["name"]: row["value"] for row in await self.db.call(conn, "worker_settings")}
+                self._length = self._lease or await conn.fetchval("select $1::text::interval", settings["lease"])
+                self.id = await queue.register_worker(self.db, conn, self.app.name, socket.gethostname(), os.getpid(), _version())
+            self._runner.settler.worker = self.id
+            self._runner.depth_limit = int(settings["depth_limit"])
+            await self._refresh()
+        except Exception as error:
+            if patient and disconnected(error):
+                log.warning("worker: %s; trying again", error)
+                return False
+            raise
+        as_worker(+1)
+        self._loop = asyncio.get_running_loop()
+        self._heart = Heartbeat(self.db, self.id, self._length, self._tokens, self._lost)
+        if self._started is not None:
+            self._started(self.id)
+        return True
+
+    async def _end(self) -> None:
+        self.draining = True
+        if not self.id:
+            return
+        with contextlib.suppress(Exception):
+            await self._runner.settler.give_back([job for lane in self._order for job in lane.put_back()])
+        if self._active:
+            await asyncio.wait(self._active, timeout=self._grace)
+        for task in self._active:
+            task.cancel()
+        if self._active:
+            await asyncio.wait(self._active, timeout=5)
+        self._heart.stop()
+        await self._bell.close()
+        with contextlib.suppress(Exception):
+            async with self.db.conn() as conn:
+                await queue.stop_worker(self.db, conn, self.id)
+        as_worker(-1)
+
+    async def _refresh(self) -> None:
+        """Reads the catalogue: handlers of this app that the code still has, and SQL handlers made from psql."""
+        async with self.db.conn() as conn:
+            rows = await self.db.call(conn, "catalogue", self.app.name)
+        self._refreshed = time.monotonic()
+        makers = {table.name: table.make for table in self.app.tables.values() if table.make is not None}
+        lanes: dict[int, Lane] = {}
+        for row in rows:
+            code = code_of(self.app, row["name"]) if row["kind"] == "python" else None
+            if row["kind"] == "python" and (code is None or row["app"] != self.app.name):
+                continue                                               # no code for it here: its jobs wait
+            lane = lane_of(row, code)
+            self._runner.tables[lane.id] = lane.table_id
+            if code is not None:
+                code.relation = await describe(self.db, f"{quote(row['schema_name'])}.{quote(row['table_name'])}")
+                handler = self.app.handlers.get(row["name"])
+                lane.make = makers.get(handler.table.name) if handler is not None else None
+                lane.document = code.relation.document and lane.make is None
+            old = self._lanes.get(lane.id)
+            if old is not None:
+                old.turn_into(lane)
+            lanes[lane.id] = old or lane
+        for id, lane in self._lanes.items():
+            if id not in lanes and not lane.idle:                      # dropped while at work: let it finish
+                lanes[id] = lane
+        self._lanes = lanes
+        self._order = deque(lanes.values())
+        self._runner.reader.forget()
+
+    # Claiming
+
+    async def _claim(self) -> bool:
+        """Starts what waits, claims for lanes with room that may have jobs. Whether it got any."""
+        self._dispatch()
+        wanted = [] if self._quiet or self.draining else self._wanted()
+        if not wanted:
+            return False
+        now = time.monotonic()
+        records = [lane.wants() for lane in wanted]
+        jobs = [lane.jobs_for(n) for lane, n in zip(wanted, records, strict=True)]
+        after = [lane.start_from(now) for lane in wanted]
+        async with self.db.conn() as conn:
+            claimed = await queue.claim(self.db, conn, self.id, self._length, [lane.id for lane in wanted], jobs, records, after)
+        took = time.monotonic() - now
+        mine: dict[int, list[Job]] = {lane.id: [] for lane in wanted}
+        for job in claimed:
+            mine[job.handler_id].append(job)
+        for lane, asked_jobs, asked, start in zip(wanted, jobs, records, after, strict=True):
+            lane.claimed(mine[lane.id], asked_jobs, asked, start, now, took)
+        self._dispatch()
+        if any(lane.ready and not lane.wants() for lane in wanted):
+            await self._help()
+        if self._bell.others and any(job.waited > 1500 and not job.attempt for job in claimed):
+            self._errand.set()                                         # is the announcer asleep?
+        return bool(claimed)
+
+    def _wanted(self) -> list[Lane]:
+        """Lanes to claim for, in turn: about as many as there are free slots."""
+        most = 2 * (self.slots - len(self._active))
+        found: list[Lane] = []
+        for lane in self._order:
+            if len(found) >= most:
+                break
+            if lane.ready and lane.wants():
+                found.append(lane)
+        return found
+
+    def _dispatch(self) -> None:
+        """Starts batches in free slots, one lane after the other."""
+        now, until = time.monotonic(), float("inf")
+        for _ in range(len(self._order)):
+            if len(self._active) >= self.slots or self.draining:
+                return
+            lane = self._order[0]
+            self._order.rotate(-1)
+            while len(self._active) < self.slots and lane.free():
+                batch = lane.take(now, self._hold)
+                if batch is None:
+                    until = min(until, lane.held_until or until)
+                    break
+                self._start(Run(lane, batch))
+        if until < float("inf"):
+            self._loop.call_later(max(0.001, until - now), self._wake.set)
+
+    def _start(self, run: Run) -> asyncio.Task[None]:
+        lane = run.lane
+        task = asyncio.create_task(self._runner.run(run), name=lane.name)
+        self._active[task] = run
+        lane.calls += 1
+
+        def ended(task: asyncio.Task[None]) -> None:
+            del self._active[task]
+            lane.calls -= 1
+            if not task.cancelled() and task.exception() is not None:
+                log.error("worker: %s", lane.name, exc_info=task.exception())
+            self._wake.set()
+
+        task.add_done_callback(ended)
+        return task
+
+    # Waiting
+
+    async def _rest(self) -> None:
+        """Nothing to claim: look, announce, look once more, wait."""
+        if len(self._active) >= self.slots or self._quiet:
+            await self._bell.step_down()
+            await self._nap(1.0)
+            if not self._quiet or not self._active:
+                await self._look()
+            return
+        look = await self._look()
+        if self._wanted():
+            return
+        answer = Answer.WRITER if self._flapping() else await self._bell.announce()
+        if answer is Answer.BELL:
+            look = await self._look()
+        longest = {Answer.BELL: self._length.total_seconds(), Answer.WRITER: BUSY_POLL, Answer.OFF: POLL,
+                   Answer.OTHER: random.uniform(*OTHERS)}[answer]
+        if look.wake_at is not None:
+            longest = min(longest, max(0.001, (look.wake_at - look.at).total_seconds()))
+        deadline = time.monotonic() + longest
+        while not (self.draining or self._quiet or self._rung or self._wanted()):
+            left = deadline - time.monotonic()
+            if left <= 0:
+                break
+            await self._nap(left)
+            self._dispatch()
+        await self._bell.hush()
+        if self._rung:
+            self._rung = False
+            if len(self._lanes) <= MANY:
+                self._all_ready()
+            if answer is Answer.BELL and time.monotonic() - self._refreshed > REFRESH:
+                self._errand.set()
+
+    async def _look(self) -> Look:
+        async with self.db.conn() as conn:
+            look = await queue.poll(self.db, conn, self.id, list(self._lanes))
+        for id in look.ready:
+            self._lanes[id].ready = True
+        if look.suspects:
+            if self._on_suspects is not None:
+                self._on_suspects()
+            else:
+                self._quiet = True
+                if not self._active:
+                    await self._suspects()
+                    self._quiet = False
+        return look
+
+    def _ring(self) -> None:
+        self._rung = True
+        self._rings.append(time.monotonic())
+        self._wake.set()
+
+    def _flapping(self) -> bool:
+        """The bell rings all the time: writers pay for each ring."""
+        return len(self._rings) == RINGS and time.monotonic() - self._rings[0] < 1.0
+
+    async def _help(self) -> None:
+        """There is more than this worker takes: the others may look, once a second."""
+        if time.monotonic() - self._helped > 1.0:
+            self._helped = time.monotonic()
+            await self._bell.call_help()
+
+    async def _nap(self, seconds: float) -> None:
+        """Until something wakes the worker, at most so long."""
+        if self._wake.is_set():
+            self._wake.clear()
+            return
+        timer = asyncio.get_running_loop().call_later(seconds, self._wake.set)
+        await self._wake.wait()
+        timer.cancel()
+        self._wake.clear()
+
+    # What happens around it
+
+    def _wrote(self, tables: set[int] | None) -> None:
+        """Our own commit made work for these tables' handlers: no bell is needed."""
+        for lane in self._order:
+            if tables is None or lane.table_id in tables:
+                lane.ready = True
+
+    def _all_ready(self) -> None:
+        for lane in self._order:
+            lane.ready = True
+
+    def _tokens(self) -> list[int]:
+        """Leases to keep alive, asked by the heartbeat's thread: all but those of a call that is long overdue."""
+        now = time.monotonic()
+        tokens = {job.token for lane in list(self._lanes.values()) for job in list(lane.waiting)}
+        overdue = set[int]()
+        for run in list(self._active.values()):
+            (overdue if run.overdue_at is not None and now > run.overdue_at else tokens).update(run.tokens)
+        return list(tokens - overdue)
+
+    def _lost(self, tokens: set[int]) -> None:
+        """These leases went to somebody else. Called in the heartbeat's thread."""
+        def cancel() -> None:
+            for task, run in self._active.items():
+                if run.tokens & tokens:
+                    task.cancel()
+            for lane in self._order:
+                lane.drop(tokens)
+
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(cancel)
+
+    async def _suspects(self) -> int:
+        """Jobs whose worker died, each with nothing beside it. One that kills its process alone is cut, then buried."""
+        settler, done = self._runner.settler, 0
+        while not self.draining:
+            async with self.db.conn() as conn:
+                jobs = await queue.reclaim(self.db, conn, self.id, self._length, list(self._lanes))
+            if not jobs:
+                break
+            job = jobs[0]
+            if job.crashes and len(job.left) > 1:
+                await settler.transact(partial(queue.split_crashed, self.db, job=job))
+            elif job.crashes >= self._lanes[job.handler_id].attempts:
+                await settler.bury(Batch.of(jobs), "crashed", f"its process died {job.crashes} times while this record ran alone")
+            else:
+                left = len(job.left)
+                await asyncio.wait({self._start(Run(self._lanes[job.handler_id], Batch.of(jobs)))})
+                done += left - len(job.left)
+        return done
+
+    async def _more(self) -> bool:
+        """Nothing runs and nothing is claimed: whether something is due all the same."""
+        async with self.db.conn() as conn:
+            await schedule.fire(self.db, conn)
+        self._refreshed = 0.0
+        look = await self._look()
+        fed = await self._feed()
+        return bool(look.ready or look.suspects or fed)
+
+    async def _feed(self) -> int:
+        """Feeds existing rows to handlers that are backfilled. How many; also more than 0 while it has to wait."""
+        fed = 0
+        for lane in list(self._lanes.values()):
+            if lane.feeding and not lane.waiting and not lane.ready:
+                async with self.db.conn() as conn:
+                    n = await self.db.call_value(conn, "feed", lane.id)
+                lane.feeding = n is not None
+                lane.ready = bool(n and n > 0)
+                fed += abs(n or 0)
+        return fed
+
+    async def _chores(self) -> None:
+        """Schedules, backfills, housekeeping, the catalogue: beside the loop, at their times or when called."""
+        kept = 0.0
+        while True:
+            pause = self._length.total_seconds()
+            try:
+                async with self.db.conn() as conn:
+                    due = await schedule.fire(self.db, conn)
+                    if due is not None:
+                        now = await self.db.call_value(conn, "now")
+                        pause = min(pause, max(0.0, (due - now).total_seconds()))
+                    if time.monotonic() - kept > HOUSEKEEPING:
+                        kept = time.monotonic()
+                        await self.db.call(conn, "maintain")
+                if time.monotonic() - self._refreshed > REFRESH:
+                    await self._refresh()
+                    self._all_ready()
+                if await self._feed():
+                    pause = min(pause, 0.2)
+                if self._bell.others:
+                    await self._bell.unfreeze()
+                self._wake.set()
+            except Exception as error:
+                if not disconnected(error):
+                    log.exception("worker: chores")
+                pause = 5.0
+            self._errand.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._errand.wait(), max(0.02, pause))
+
+
+def _version() -> str:
+    try:
+        return metadata.version("anton-framework")
+    except metadata.PackageNotFoundError:
+        return "0"
