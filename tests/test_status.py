@@ -35,8 +35,8 @@ def ready(db: Database) -> Database:
 
 async def claim(conn: Conn, handler: str) -> list[int]:
     rows = await conn.fetch(
-        "select id from anton.claim(1, 7, array[anton.find_handler($1)], array[99], array[9999], array[0::bigint], '30 s')",
-        handler)
+        "select id from anton.claim(1, 7, array[anton.find_handler($1)], array[99], array[9999], array[0::bigint], "
+        "'30 s')", handler)
     return [row["id"] for row in rows]
 
 
