@@ -46,7 +46,8 @@ OLDEST = 15  # Postgres
 _NEVER = 2**31 - 1
 _NO_CONNECTION = (OSError, TimeoutError, asyncpg.PostgresConnectionError, asyncpg.CannotConnectNowError,
                   asyncpg.TooManyConnectionsError, asyncpg.InvalidAuthorizationSpecificationError,
-                  asyncpg.InvalidCatalogNameError, asyncpg.ClientConfigurationError)
+                  asyncpg.InvalidCatalogNameError, asyncpg.ClientConfigurationError,
+                  asyncpg.ObjectNotInPrerequisiteStateError)          # the last: it lets nobody in at the moment
 
 # What Postgres 15-18 do not take as a bare name everywhere (pg_get_keywords, all but unreserved).
 _WORDS = """
@@ -123,8 +124,8 @@ def is_away(error: BaseException) -> bool:
     """Whether this says that the database is away: not reachable, starting, stopping, full, or the connection broke."""
     if isinstance(error, asyncpg.InterfaceError):                      # asyncpg's own; also raised for wrong arguments
         return not isinstance(error, ValueError) and "connection" in str(error)
-    if isinstance(error, (DatabaseUnreachable, ConnectionError)):
-        return True
+    if isinstance(error, (DatabaseUnreachable, ConnectionError, asyncpg.InternalClientError)):
+        return True                                                    # the last: it broke in the middle of a message
     return isinstance(error, asyncpg.PostgresError) and str(error.sqlstate)[:2] in ("08", "53", "57")
 
 

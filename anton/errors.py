@@ -293,6 +293,8 @@ class WriteError(AntonError):
 class InvalidRecord(WriteError):
     """A record that does not fit its Table; raised at append, nothing else is lost. table, value, reasons."""
 
+    reasons: tuple[str, ...]
+
     def __init__(self, table: str, value: Any, reasons: Sequence[str]) -> None:
         shown = repr(value)
         shown = shown if len(shown) <= 200 else shown[:200] + "…"

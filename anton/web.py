@@ -24,8 +24,8 @@ from urllib.parse import parse_qsl
 
 import uvicorn
 from fastapi import Depends, FastAPI
-from fastapi.exceptions import FastAPIError, RequestValidationError
 from fastapi.exception_handlers import request_validation_exception_handler
+from fastapi.exceptions import FastAPIError, RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from fastapi.routing import APIRoute
 from starlette.concurrency import run_in_threadpool
@@ -33,10 +33,10 @@ from starlette.requests import Request as Incoming
 from starlette.types import ASGIApp
 
 from anton import sense, write
-from anton.app import App, load_app
+from anton.app import App, load_app, shown
 from anton.config import is_loopback
 from anton.db import current_database, is_away
-from anton.errors import ConfigError, InvalidRecord, RowChanged, WriteRefused
+from anton.errors import BadSignature, ConfigError, InvalidRecord, RowChanged, WriteRefused
 from anton.record import Record
 from anton.verify import Verifier
 
@@ -100,6 +100,12 @@ def asgi(app: App) -> ASGIApp:
     return made[1]
 
 
+def forget_clocks() -> None:
+    """The database's clock was moved."""
+    for _, served in _made.values():
+        served.state.clock.forget()
+
+
 _made: dict[int, tuple[Any, FastAPI]] = {}
 
 
@@ -128,8 +134,8 @@ def check_public(app: App, host: str) -> None:
         return
     open_ = [f"{w.path} ({w.place})" for w in app.webhooks if w.verify is None]
     if open_:
-        raise ConfigError(f"{', '.join(open_)} would take requests from anybody on {host}. Say who signs them: verify=\"slack\", "
-                          "secret=env(…); or verify=False when that is meant.", host=host)
+        raise ConfigError(f"{', '.join(open_)} would take requests from anybody on {host}. Say who signs them: "
+                          'verify="slack", secret=env(…); or verify=False when that is meant.', host=host)
     missing = [f"{verifier.of} needs {verifier.unset()}" for verifier in _unset(app)]
     if missing:
         raise ConfigError(f"not set: {'; '.join(missing)}. Without it every request gets 401.", host=host)
@@ -215,8 +221,9 @@ async def _read(request: Incoming) -> bytes:
 
 async def _request(incoming: Incoming) -> Request:
     return Request(
-        method=incoming.method, path=incoming.url.path, headers=dict(incoming.headers), query=dict(incoming.query_params),
-        body=await incoming.body(), path_params=incoming.path_params, client=incoming.client.host if incoming.client else "")
+        method=incoming.method, path=incoming.url.path, headers=dict(incoming.headers),
+        query=dict(incoming.query_params), body=await incoming.body(), path_params=incoming.path_params,
+        client=incoming.client.host if incoming.client else "")
 
 
 def _json(body: bytes) -> Any:
@@ -244,7 +251,11 @@ def _add(served: FastAPI, route: sense.Route, kind: type[APIRoute]) -> None:
 
 def _endpoint(fn: Callable[..., Any]) -> tuple[Callable[..., Any], Any]:
     """The function as FastAPI calls it: anton.Request filled in, its writes committed before it returns."""
-    hints = typing.get_type_hints(fn, include_extras=True)
+    try:
+        hints = typing.get_type_hints(fn, include_extras=True)
+    except NameError as error:
+        raise BadSignature(fn.__name__, f'an annotation whose "{error.name}" cannot be found', "names of its module",
+                           shown(fn.__code__.co_filename, fn.__code__.co_firstlineno)) from error
     signature = inspect.signature(fn)
     parameters = []
     for parameter in signature.parameters.values():
@@ -262,11 +273,20 @@ def _endpoint(fn: Callable[..., Any]) -> tuple[Callable[..., Any], Any]:
         await _commit()
         if isinstance(result, int) and not isinstance(result, bool):
             return Response(status_code=result)
-        return result
+        return _plain(result)
 
     endpoint.__name__, endpoint.__doc__, endpoint.__module__ = fn.__name__, fn.__doc__, fn.__module__
     endpoint.__signature__ = inspect.Signature(parameters, return_annotation=returned)  # type: ignore[attr-defined]
     return endpoint, returned
+
+
+def _plain(value: Any) -> Any:
+    """Records of tables without a model as dicts, so that they can be written out."""
+    if isinstance(value, Record):
+        return dict(value)
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
+    return {name: _plain(one) for name, one in value.items()} if isinstance(value, dict) else value
 
 
 async def _commit() -> None:
@@ -286,9 +306,10 @@ def _receiver(webhook: sense.Webhook, clock: Clock) -> Callable[[Incoming], Coro
 
     async def receive(request: Incoming) -> Response:
         payload = _payload(request.headers.get("content-type", ""), await request.body())
-        if table.model is None:
+        if table.shape is None:
             headers = {name: value for name, value in request.headers.items() if name not in _SECRET_HEADERS}
-            table.append({"timestamp": datetime.fromtimestamp(await clock.now(), UTC), "payload": payload, "headers": headers})
+            at = datetime.fromtimestamp(await clock.now(), UTC)
+            table.append({"timestamp": at, "payload": payload, "headers": headers})
         else:
             table.append(payload)
         await _commit()

@@ -1,0 +1,351 @@
+"""Web: real requests to a real server; a 2xx means committed, and a body never tells too much."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from decimal import Decimal
+from typing import Annotated, Any
+
+import httpx
+import pytest
+from fastapi import Depends
+from pydantic import BaseModel, Field
+
+from anton import web
+from anton.app import App, declaring
+from anton.db import Database, set_database
+from anton.errors import ConfigError
+from anton.migrate import migrate
+from anton.secret import env
+from anton.sense import Request, Webhook, get, patch, post
+from anton.table import Table
+from anton.verify import SCHEMES, Hmac
+from anton.write import transaction
+
+
+class Order(BaseModel):
+    id: int | None = None
+    customer: str
+    total: Annotated[Decimal, Field(gt=0)] = Decimal(1)
+
+
+@asynccontextmanager
+async def serving(db: Database, declare: Callable[[], Any]) -> AsyncIterator[httpx.AsyncClient]:
+    """What `declare` declares, migrated and served on a port of this machine."""
+    with declaring(App("web")) as app:
+        declare()
+    app.settings = object()  # type: ignore[assignment]                # it was loaded
+    await migrate(db, app)
+    server = web.server(app, port=0)
+    task = asyncio.create_task(server.serve())
+    try:
+        while not server.started:
+            assert not task.done(), task.result()
+            await asyncio.sleep(0)
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{web.port_of(server)}") as client:
+            yield client
+    finally:
+        server.should_exit = True
+        await task
+
+
+async def count(db: Database, table: str) -> int:
+    async with db.conn() as conn:
+        found: int = await conn.fetchval(f"select count(*) from {table}")
+        return found
+
+
+def signed(body: bytes, secret: str = "s3cret", at: float | None = None) -> dict[str, str]:
+    return SCHEMES["slack"].sign(body, secret, str(int(time.time() if at is None else at)))
+
+
+async def test_what_a_route_wrote_is_there_when_the_answer_comes(db):
+    def declare() -> None:
+        events = Table("events")
+
+        @post("/sync")
+        def sync(request: Request) -> int:
+            events.append({"got": request.json()})
+            return 202
+
+        @post("/async")
+        async def soon(request: Request) -> int:
+            events.append({"got": request.json()})
+            return 201
+
+    async with serving(db, declare) as client:
+        for n in range(10):
+            assert (await client.post("/sync", json=n)).status_code == 202
+            assert (await client.post("/async", json=n)).status_code == 201
+            assert await count(db, "events") == 2 * (n + 1)
+
+
+async def test_parameters_bodies_and_returned_records_are_fastapis(db):
+    def declare() -> None:
+        orders = Table("orders", Order)
+
+        @post("/orders", status_code=201)
+        async def create(order: Order) -> Order:
+            return orders.append(order)
+
+        @get("/orders/{id}")
+        def read(id: int, shout: bool = False) -> dict[str, Any]:
+            order = orders.get(id)
+            assert order is not None
+            return {"customer": order.customer.upper() if shout else order.customer}
+
+        @get("/orders")
+        async def every() -> list[Order]:
+            return await orders.select().order_by("id")
+
+        @patch("/orders/{id}")
+        def change(id: int, total: Annotated[Decimal, Depends(lambda total: Decimal(total))]) -> None:
+            orders.select(id=id).update(total=total)
+
+    async with serving(db, declare) as client:
+        made = await client.post("/orders", json={"customer": "ann"})
+        assert (made.status_code, made.json()) == (201, {"id": 1, "customer": "ann", "total": "1"})
+        assert (await client.get("/orders/1", params={"shout": True})).json() == {"customer": "ANN"}
+        assert (await client.patch("/orders/1", params={"total": "7.5"})).status_code == 200
+        assert (await client.get("/orders")).json() == [{"id": 1, "customer": "ann", "total": "7.5"}]
+        assert (await client.post("/orders", json={"customer": 5})).status_code == 422
+        assert (await client.get("/orders/x")).status_code == 422
+        schema = (await client.get("/openapi.json")).json()
+        assert set(schema["paths"]) == {"/orders", "/orders/{id}"} and schema["openapi"].startswith("3.1")
+
+
+async def test_records_without_a_model_are_written_out(db):
+    def declare() -> None:
+        notes = Table("notes")
+
+        @post("/notes")
+        def create(request: Request):
+            return notes.append(request.json())
+
+        @get("/notes")
+        def every() -> list[Any]:
+            return list(notes.select())
+
+    async with serving(db, declare) as client:
+        assert (await client.post("/notes", json={"text": "hi"})).json() == {"id": 1, "text": "hi"}
+        assert (await client.get("/notes")).json()[0]["text"] == "hi"
+
+
+async def test_a_route_that_raises_keeps_nothing_and_tells_nothing(db):
+    def declare() -> None:
+        events = Table("events")
+
+        @post("/")
+        def fail(request: Request) -> int:
+            events.append({"a": 1})
+            raise RuntimeError("the secret plan")
+
+    async with serving(db, declare) as client:
+        answer = await client.post("/")
+        assert answer.status_code == 500 and answer.json() == {"detail": "Internal Server Error"}
+        assert await count(db, "events") == 0
+
+
+async def test_writes_of_one_route_are_one_transaction(db):
+    def declare() -> None:
+        orders = Table("orders", Order, unique=["customer"])
+        log = Table("log")
+
+        @post("/")
+        async def create(order: Order) -> int:
+            log.append({"about": order.customer})
+            async with transaction():
+                orders.append(order)
+            return 201
+
+    async with serving(db, declare) as client:
+        assert (await client.post("/", json={"customer": "ann"})).status_code == 201
+        again = await client.post("/", json={"customer": "ann"})
+        assert again.status_code == 409 and "unique" in again.json()["detail"]
+        assert (await client.post("/", json={"customer": "bob", "total": -1})).status_code == 422
+        assert (await count(db, "orders"), await count(db, "log")) == (1, 1)
+
+
+async def test_a_write_after_the_commit_is_an_error_and_not_lost_in_silence(db):
+    def declare() -> None:
+        events = Table("events")
+
+        def late():
+            yield
+            events.append({"late": True})
+
+        @post("/")
+        def create(_: None = Depends(late)) -> int:
+            events.append({"late": False})
+            return 200
+
+    async with serving(db, declare) as client:
+        await client.post("/")
+        assert await count(db, "events") == 1
+
+
+def webhooks() -> None:
+    Webhook("/slack", Table("mentions"), verify="slack", secret=[env("NEW_SECRET"), env("OLD_SECRET")])
+    Webhook("/orders", Table("orders", Order))
+    events = Table("events")
+
+    @post("/events", verify="slack", secret=env("NEW_SECRET"))
+    def keep(request: Request) -> int:
+        events.append({"payload": request.json()})
+        return 200
+
+    @post("/typed", verify=Hmac("X-Sig"), secret=env("NEW_SECRET"))
+    def typed(order: Order) -> int:
+        return 200
+
+
+@pytest.fixture
+def secrets(monkeypatch):
+    monkeypatch.setenv("NEW_SECRET", "s3cret")
+    monkeypatch.setenv("OLD_SECRET", "older")
+
+
+async def test_a_signed_request_becomes_a_record_and_a_forged_one_leaves_none(db, secrets):
+    async with serving(db, webhooks) as client:
+        body = json.dumps({"event": {"text": "hi"}}).encode()
+        for path in ("/slack", "/events"):
+            assert (await client.post(path, content=body, headers=signed(body))).status_code == 200
+            for forged in ({}, signed(body, "wrong"), signed(body + b" "), signed(body, at=time.time() - 400)):
+                assert (await client.post(path, content=body, headers=forged)).status_code == 401
+        assert (await client.post("/slack", content=body, headers=signed(body, "older"))).status_code == 200
+        assert (await client.post("/events", content=body, headers=signed(body, "older"))).status_code == 401
+        assert (await count(db, "mentions"), await count(db, "events")) == (2, 1)
+        async with db.conn() as conn:
+            row = await conn.fetchval("select data from mentions order by id limit 1")
+        assert row["payload"] == {"event": {"text": "hi"}} and set(row) == {"timestamp", "payload", "headers"}
+
+
+async def test_the_signature_is_looked_at_before_the_body(db, secrets):
+    async with serving(db, webhooks) as client:
+        assert (await client.post("/typed", content=b"{", headers={"X-Sig": "00"})).status_code == 401
+        good = Hmac("X-Sig").sign(b"{", "s3cret") | {"Content-Type": "application/json"}
+        assert (await client.post("/typed", content=b"{", headers=good)).status_code == 400
+
+
+async def test_a_handshake_is_answered_and_leaves_no_record(db, secrets):
+    async with serving(db, webhooks) as client:
+        asked = json.dumps({"type": "url_verification", "challenge": "3eZbrw1aB"}).encode()
+        for path in ("/slack", "/events"):
+            answer = await client.post(path, content=asked, headers=signed(asked))
+            assert (answer.status_code, answer.text) == (200, "3eZbrw1aB")
+            assert (await client.post(path, content=asked)).status_code == 401
+        assert (await count(db, "mentions"), await count(db, "events")) == (0, 0)
+
+
+async def test_secrets_are_not_kept_with_the_headers(db):
+    async with serving(db, lambda: Webhook("/hook", Table("hooks"), verify=False)) as client:
+        sent = {"Authorization": "Bearer x", "Cookie": "y", "X-GitHub-Event": "push"}
+        await client.post("/hook", json={}, headers=sent)
+        async with db.conn() as conn:
+            headers = (await conn.fetchval("select data from hooks"))["headers"]
+    assert headers["x-github-event"] == "push" and not {"authorization", "cookie"} & set(headers)
+
+
+@pytest.mark.parametrize("body", [
+    b"", b"{", b"\xff\xfe", b'{"a": "\x00"}', b"[" * 100_000, b'{"a": "\\ud800"}', b'{"a": "\\u0000"}'])
+async def test_a_broken_body_gets_400_and_leaves_nothing(db, body):
+    def declare() -> None:
+        Webhook("/hook", Table("hooks"))
+        events = Table("events")
+
+        @post("/route")
+        def keep(request: Request) -> int:
+            events.append({"payload": request.json()})
+            return 200
+
+    async with serving(db, declare) as client:
+        for path in ("/hook", "/route"):
+            answer = await client.post(path, content=body)
+            assert answer.status_code in (400, 422) and "Traceback" not in answer.text, (path, answer.text)
+        assert (await count(db, "hooks"), await count(db, "events")) == (0, 0)
+
+
+async def test_a_form_is_a_record_too_and_a_typed_webhook_is_its_model(db, secrets):
+    async with serving(db, webhooks) as client:
+        assert (await client.post("/orders", json={"customer": "ann"})).status_code == 200
+        wrong = await client.post("/orders", json={"customer": 7})
+        assert wrong.status_code == 422 and "customer" in str(wrong.json())
+        assert await count(db, "orders") == 1
+        form = b"command=%2Fask&text=hi+there"
+        headers = signed(form) | {"Content-Type": "application/x-www-form-urlencoded"}
+        assert (await client.post("/slack", content=form, headers=headers)).status_code == 200
+        async with db.conn() as conn:
+            payload = (await conn.fetchval("select data from mentions"))["payload"]
+        assert payload == {"command": "/ask", "text": "hi there"}
+
+
+async def test_too_large_a_body_gets_413(db, monkeypatch):
+    monkeypatch.setattr(web, "MAX_BODY", 1000)
+    async with serving(db, lambda: Webhook("/hook", Table("hooks"))) as client:
+        assert (await client.post("/hook", content=b"1" * 1001)).status_code == 413
+        assert (await client.post("/hook", content=b'"' + b"1" * 998 + b'"')).status_code == 200
+
+
+async def test_without_the_database_it_is_503_and_good_again_when_it_is_back(db, server):
+    async with serving(db, lambda: Webhook("/hook", Table("hooks"))) as client:
+        assert (await client.post("/hook", json=1)).status_code == 200
+        server.sql(f"alter database {db.name} allow_connections false",
+                   f"select pg_terminate_backend(pid) from pg_stat_activity where datname = '{db.name}'")
+        for path in ("/hook", "/ready"):
+            answer = await client.request("POST" if path == "/hook" else "GET", path, json=2)
+            assert answer.status_code == 503 and int(answer.headers["retry-after"]) > 0
+            assert "Traceback" not in answer.text
+        assert (await client.get("/health")).status_code == 200
+        server.sql(f"alter database {db.name} allow_connections true")
+        assert (await client.get("/ready")).status_code == 200
+        assert (await client.post("/hook", json=3)).status_code == 200
+        async with db.conn() as conn:
+            assert [row[0]["payload"] for row in await conn.fetch("select data from hooks order by id")] == [1, 3]
+
+
+async def test_a_database_without_the_runtime_is_not_ready(db, bare):
+    async with serving(db, lambda: None) as client:
+        empty = Database(bare)
+        set_database(empty)
+        answer = await client.get("/ready")
+        assert answer.status_code == 503 and "anton migrate" in answer.json()["detail"]
+        await empty.close()
+
+
+async def test_many_at_once_are_all_there(db):
+    async with serving(db, lambda: Webhook("/hook", Table("hooks"))) as client:
+        answers = await asyncio.gather(*(client.post("/hook", json=n) for n in range(200)))
+        assert {answer.status_code for answer in answers} == {200}
+        assert await count(db, "hooks") == 200
+
+
+async def test_an_open_webhook_is_refused_on_a_public_address(monkeypatch):
+    def app(**options: Any) -> App:
+        with declaring(App("web")) as made:
+            Webhook("/hook", Table("hooks"), **options)
+        return made
+
+    with pytest.raises(ConfigError, match=r"/hook \(tests/test_web.py:\d+\).*0\.0\.0\.0"):
+        web.check_public(app(), "0.0.0.0")
+    for host in ("127.0.0.1", "localhost", "::1"):
+        web.check_public(app(), host)
+    web.check_public(app(verify=False), "0.0.0.0")
+    monkeypatch.delenv("NO_SUCH", raising=False)
+    with pytest.raises(ConfigError, match=r'POST /hook needs env\("NO_SUCH"\)'):
+        web.check_public(app(verify="slack", secret=env("NO_SUCH")), "0.0.0.0")
+    web.check_public(app(verify="slack", secret="value"), "0.0.0.0")
+
+
+async def test_the_clock_of_the_signature_is_the_databases(db, secrets):
+    async with serving(db, webhooks) as client:
+        async with db.conn() as conn:
+            await conn.execute("create or replace function anton.now() returns timestamptz language sql volatile as "
+                               "$$select clock_timestamp() + interval '1 day'$$")
+        web.forget_clocks()
+        body = b"{}"
+        for at, status in ((time.time(), 401), (time.time() + 86400, 200)):
+            assert (await client.post("/slack", content=body, headers=signed(body, at=at))).status_code == status
