@@ -376,8 +376,13 @@ async def _health() -> Response:
 
 async def _ready() -> Response:
     db = current_database()
-    async with db.conn() as conn:
-        there = await conn.fetchval("select to_regclass($1) is not null", f"{db.schema}.setting")
+    try:
+        async with db.conn() as conn:
+            there = await conn.fetchval("select to_regclass($1) is not null", f"{db.schema}.setting")
+    except Exception as error:
+        if is_away(error):
+            raise Refused(503, AWAY) from error
+        raise
     if not there:
         raise Refused(503, f'no runtime in schema "{db.schema}"; run: anton migrate')
     return JSONResponse({"status": "ready"})
