@@ -9,12 +9,13 @@ from anton.app import app
 from anton.errors import Discard, Retry
 from anton.handler import Ctx
 from anton.query import sql
-from anton.record import Record, Records
+from anton.record import Record as Record
+from anton.record import Records
 from anton.schedule import cron
 from anton.secret import env
 from anton.sense import Request, Webhook, delete, get, patch, post, put
 from anton.table import Table
 from anton.write import transaction
 
-__all__ = ["Ctx", "Discard", "Record", "Records", "Request", "Retry", "Table", "Webhook", "app", "cron", "delete", "env",
-           "get", "patch", "post", "put", "sql", "transaction"]
+__all__ = ["Ctx", "Discard", "Records", "Request", "Retry", "Table", "Webhook", "app", "cron", "delete", "env", "get",
+           "patch", "post", "put", "sql", "transaction"]

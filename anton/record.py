@@ -71,7 +71,7 @@ class Record(Mapping[str, Any]):
             raise AttributeError(f"this record has no column id; it has: {', '.join(self)}") from None
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Record) and dict(self) == dict(other)
+        return isinstance(other, Mapping) and dict(self) == dict(other)
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -92,7 +92,7 @@ class Appended(Record):
         if name == "_row":
             value: Any = dict(zip(self._columns, self._values, strict=True))
         elif name == "_data":
-            value = orjson.loads(self._values[1]) if self._columns is DOCUMENT else None
+            value = orjson.loads(memoryview(self._values[1])) if self._columns is DOCUMENT else None
         else:
             raise AttributeError(name)
         setattr(self, name, value)
@@ -129,7 +129,7 @@ class Row(asyncpg.Record):
             raise AttributeError(f"this record has no column id; it has: {', '.join(self.keys())}") from None
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, (Record, Row)) and dict(self) == dict(other)
+        return isinstance(other, Mapping) and dict(self) == dict(other)
 
     __hash__ = None  # type: ignore[assignment]
 

@@ -13,7 +13,7 @@ import threading
 import weakref
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from operator import length_hint
 from typing import Any, TypeVar
 
 import asyncpg
@@ -163,9 +163,7 @@ class Keys:
 
     def give_back(self, left: Iterator[Any]) -> None:
         """Keys that were not used after all."""
-        first = list(islice(left, 1))
-        if first:
-            self._spare.append(iter(first))
+        if length_hint(left):
             self._spare.append(left)
 
     async def _fetch(self, size: int) -> Iterator[Any]:

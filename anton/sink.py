@@ -82,7 +82,7 @@ def encode(table: str, row: Any) -> Json:
             data = to_json(row)
         except (TypeError, ValueError) as error:
             raise InvalidRecord(table, row, [str(error)]) from error
-    if b"\\u0000" in data and _NUL.search(data):
+    if data.find(b"\\u0000") >= 0 and _NUL.search(data):
         raise InvalidRecord(table, row, ["a text holds the character NUL, which Postgres cannot store"])
     return Json(data)
 
@@ -326,4 +326,12 @@ def _set(record: BaseModel, name: str, value: Any) -> BaseModel:
 
 def _with(record: BaseModel, name: str, value: Any) -> BaseModel:
     """A copy with one field set; the user's own object stays as it is."""
-    return _set(record.__copy__(), name, value)
+    copy = object.__new__(type(record))
+    _put(copy, "__dict__", {**record.__dict__, name: value})
+    _put(copy, "__pydantic_fields_set__", {*record.__pydantic_fields_set__, name})
+    _put(copy, "__pydantic_extra__", record.__pydantic_extra__ and {**record.__pydantic_extra__})
+    _put(copy, "__pydantic_private__", record.__pydantic_private__ and {**record.__pydantic_private__})
+    return copy
+
+
+_put = object.__setattr__
