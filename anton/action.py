@@ -32,7 +32,7 @@ def set_effects(wanted: Effects) -> Effects:
     limit = os.environ.get("ANTON_EFFECTS", "live")
     if limit not in _ORDER:
         raise ConfigError(f"ANTON_EFFECTS={limit!r} is not possible. Allowed: {one_of(_ORDER)}.", value=limit)
-    _effects = max(wanted, limit, key=_ORDER.index)  # type: ignore[arg-type]
+    _effects = max(wanted, limit, key=_ORDER.index)
     return _effects
 
 
@@ -41,11 +41,11 @@ def effects() -> Effects:
     return _effects
 
 
-async def perform(name: str, args: Mapping[str, Any], key: str, send: Callable[[], Awaitable[Any]]) -> None:
+async def perform(name: str, args: Mapping[str, Any], key: str, send: Callable[[], Awaitable[Any]]) -> Any:
     """Carries out one effect of the record at hand: sends it, or captures it; either way a row of `action` says so.
 
     name: of the action. args: what it is called with, JSON. key: the record's idempotency key. send: does it, and
-    returns what came back; what it raises comes through.
+    returns what came back as JSON; what it raises comes through. Returns that, or None when it was captured.
     """
     result, state = None, "captured"
     if _effects == "live":
@@ -54,5 +54,6 @@ async def perform(name: str, args: Mapping[str, Any], key: str, send: Callable[[
     assert found is not None
     scope, owner = found
     relation = await describe(scope.db, f"{scope.db.schema}.action")
-    row = (current_app().name, name, dict(args), state, result, key)
-    scope.add(write.Rows("insert", relation, ("app", "name", "args", "state", "result", "idempotency_key"), [owner, row]))
+    scope.add(write.Rows("insert", relation, ("app", "name", "args", "state", "result", "idempotency_key"),
+                         [owner, (current_app().name, name, dict(args), state, result, key)]))
+    return result

@@ -22,6 +22,7 @@ create table watched (
   app text,                                       -- the app that made it; null: adopted
   model jsonb,                                    -- the declared columns, for drift and makemigration
   fetch_sql text,                                 -- rows by key, as of now; see sql/10_capture.sql
+  shape text,                                     -- what the trigger functions were written for; see mend()
   watched_at timestamptz not null default clock_timestamp(),
   unique (schema_name, table_name)
 );
@@ -58,7 +59,9 @@ create table handler (
   failed_at timestamptz,
   probe_at timestamptz,
   feeding boolean not null default false,         -- a backfill is running: keys pass through "fed"
-  enabled_xid xid8,                               -- writers older than this may have missed it
+  enabled_at timestamptz,                         -- null: not yet, see sync_triggers()
+  enabled_snapshot pg_snapshot,                   -- rows visible in it are older than the handler
+  enabled_key bigint,                             -- key_kind = id: the largest key then
   created_at timestamptz not null default clock_timestamp(),
   unique (app, name)
 );
@@ -199,7 +202,6 @@ create table fed (
 
 create table backfill (
   handler_id int primary key references handler (id),
-  since_xid xid8 not null,                        -- starts when every older transaction has ended
   after_key jsonb,                                -- last key fed
   fed bigint not null default 0,
   started_at timestamptz not null,

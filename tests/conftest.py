@@ -64,3 +64,9 @@ def db(database: str) -> Iterator[Database]:
     yield db
     set_database(None)
     db.run(db.close())  # the background loop's pool; a test's own loop closes its own
+
+
+@pytest.fixture(scope="session")
+def anton_server(server: Server) -> str:
+    """Where anton.testing makes the databases of its fixture `app`."""
+    return server.url()

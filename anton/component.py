@@ -1,0 +1,130 @@
+"""Component: a configured piece that handles a Table's records, such as OpenAiCompletion or SlackPostMessage.
+
+    prompts.on_new_records(OpenAiCompletion(completions, api_key=env("OPENAI_API_KEY")))
+
+A component is plain configuration until it is bound. It gives `bind(table)`, which returns what the decorator
+would have been given: a function and its options. Third parties write theirs the same way.
+
+Credentials, the same for all: what was given (a value or env(…)) > the service's usual variable > outside of live
+processes a stand-in that sends nothing. "xxxx" is not set. A live process refuses to start without them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+from anton.action import effects
+from anton.app import App, place_of_caller
+from anton.errors import ConfigError, did_you_mean
+from anton.secret import Env, env, mask, reveal
+
+_PLACEHOLDER = re.compile(r"\{([A-Za-z_]\w*)\}")
+_ADDRESSED = re.compile(r"^\s*(?:<@\w+>|@\w+)[\s,:]*")
+
+StandIn = Callable[["Component", str], Any]
+
+
+class Component:
+    """Base of components.
+
+    service: who it talks to. variable: the environment variable that usually holds its key. acts: it has effects out
+    there, which are captured unless the process is live; others only ask. place: "main.py:31".
+    """
+
+    service: ClassVar[str] = ""
+    variable: ClassVar[str] = ""
+    acts: ClassVar[bool] = False
+
+    def __init__(self, *, secret: Env | str | None = None, map: Mapping[str, str] | None = None) -> None:
+        self._secret = secret
+        self.map = dict(map or {})
+        self.place = place_of_caller()
+
+    @property
+    def name(self) -> str:
+        """What its handlers and effects are called."""
+        return type(self).__name__
+
+    def credential(self) -> str | None:
+        """Its key or token, read now; None when neither what was given nor the usual variable is set."""
+        return reveal(self._secret) or reveal(env(self.variable))
+
+    def unset(self) -> str | None:
+        """What to set, when there is no credential."""
+        if self.credential() is not None:
+            return None
+        return self._secret.name if isinstance(self._secret, Env) else self.variable
+
+    def read(self, record: Mapping[str, Any], field: str) -> Any:
+        """The value of an input field, under the name that map= gives it. Raises KeyError naming what there is."""
+        name = self.map.get(field, field)
+        value = record.get(name) if isinstance(record, Mapping) else getattr(record, name, None)
+        if value is None:
+            names = names_of(record)
+            raise KeyError(f'{self.name} reads "{name}", which this record has not.{did_you_mean(name, names)} '
+                           f'It has: {", ".join(names)}. map={{"{field}": …}} names another field')
+        return value
+
+    def __repr__(self) -> str:
+        shown = [f"{name}={value!r}" for name, value in vars(self).items()
+                 if not name.startswith("_") and name != "place" and value not in (None, {})]
+        if self._secret is not None:
+            shown.append(f"secret={mask(self._secret)}")
+        return f"{self.name}({', '.join(shown)})"
+
+
+def names_of(record: Any) -> list[str]:
+    """The names of a record's values."""
+    return list(record) if isinstance(record, Mapping) else list(type(record).model_fields)
+
+
+def fill(template: str, record: Any) -> str:
+    """The template with every {name} replaced by the record's value. Raises KeyError for a name it has not."""
+    def value(found: re.Match[str]) -> str:
+        name = found[1]
+        names = names_of(record)
+        if name not in names:
+            raise KeyError(f'{{{name}}} in "{template}" is no value of this record.{did_you_mean(name, names)} '
+                           f'It has: {", ".join(names)}')
+        return str(record[name] if isinstance(record, Mapping) else getattr(record, name))
+
+    return _PLACEHOLDER.sub(value, template)
+
+
+def echo(component: Component, prompt: str) -> str:
+    """What stands in for a model without a key: repeats the last part of the prompt, the same each time."""
+    line = prompt.strip().rpartition("\n")[2]
+    said = line.partition(": ")[2] or line
+    return f"Friendly echo: {_ADDRESSED.sub('', said)}"
+
+
+_stand_in: StandIn = echo
+
+
+def stand_in(component: Component, prompt: str) -> Any:
+    """The answer of the model that stands in where no key is set, or nothing may leave."""
+    return _stand_in(component, prompt)
+
+
+def set_stand_in(answer: StandIn | None) -> None:
+    """Another model to stand in, as tests do; None: echo."""
+    global _stand_in
+    _stand_in = answer or echo
+
+
+def components_of(app: App) -> dict[str, Component]:
+    """The app's components by the names of their handlers."""
+    handlers = app.handlers.values()
+    return {handler.name: handler.component for handler in handlers if isinstance(handler.component, Component)}
+
+
+def check_credentials(app: App) -> None:
+    """Raises ConfigError when this process is live and a component has no credential."""
+    if effects() != "live":
+        return
+    missing = [f"{name} ({component.place}) needs {component.unset()}"
+               for name, component in components_of(app).items() if component.unset()]
+    if missing:
+        raise ConfigError(f"not set: {'; '.join(missing)}. Set it, or try the app with: anton dev", missing=missing)

@@ -1,0 +1,108 @@
+"""Slack: posting messages.
+
+    completions.on_new_records(SlackPostMessage(oauth_token=env("SLACK_TOKEN"), message_template="{completion}"))
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import uuid
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+from anton.action import perform
+from anton.component import Component, fill
+from anton.errors import Discard, WorldError
+from anton.handler import Ctx, HandlerSpec
+from anton.secret import Env
+from anton.table import Table
+
+API = "https://slack.com/api"
+_NAMESPACE = uuid.UUID("2b1f4f0e-6c2f-4a52-9d43-5f0f7b1c3c55")
+# What says nothing about the message: Slack is busy, or the token is not what it was.
+_UNWELL = {"ratelimited", "rate_limited", "internal_error", "fatal_error", "service_unavailable", "request_timeout",
+           "invalid_auth", "not_authed", "account_inactive", "token_revoked", "token_expired", "missing_scope",
+           "org_login_required", "ekm_access_denied", "team_access_not_granted"}
+
+
+class SlackPostMessage(Component):
+    """Posts a message for each record: where its trace began (the channel and thread of the event), else to `channel`.
+
+    oauth_token: a value or env(…); default SLACK_TOKEN. message_template: {name} is the record's value. channel: an
+    id or "#name", for records that did not begin in Slack. into: a Table that gets {"channel", "thread_ts", "ts",
+    "text", "record_id"} for each message; ts is what reactions and replies refer to. A record whose message cannot
+    be posted at all (no channel, unknown channel, too long) is a dead letter.
+    """
+
+    service = "Slack"
+    variable = "SLACK_TOKEN"
+    acts = True
+
+    def __init__(self, *, oauth_token: Env | str | None = None, message_template: str = "{text}",
+                 channel: str | None = None, into: Table[Any] | None = None, api: str = API,
+                 timeout: float = 30.0) -> None:
+        super().__init__(secret=oauth_token)
+        self.message_template = message_template
+        self.channel = channel
+        self.into = into
+        self.api = api.rstrip("/")
+        self.timeout = timeout
+        self._clients: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()                # by event loop
+
+    def bind(self, table: Table[Any]) -> HandlerSpec:
+        """What handles the records of `table`."""
+        return HandlerSpec(fn=self.post, name=self.name, each=True, into=self.into, options={"concurrency": 20})
+
+    async def post(self, record: Any, ctx: Ctx) -> dict[str, Any] | None:
+        """Posts the message of one record."""
+        text = fill(self.message_template, record)
+        channel, thread = self.channel, None
+        began = await ctx.aorigin(record)
+        if began.record is not None:
+            channel, thread = _place(began.record) or (channel, thread)
+        if not channel:
+            raise Discard(f"no channel (set channel=, {self.place})")
+        message: dict[str, Any] = {"channel": channel, "text": text}
+        if thread is not None:
+            message["thread_ts"] = thread
+        reply = await perform(self.name, message, ctx.key, lambda: self._send(message, ctx.key))
+        if self.into is None:
+            return None
+        posted = {"ts": f"captured-{ctx.key}"} if reply is None else {"ts": reply["ts"], "channel": reply["channel"]}
+        return message | {"thread_ts": thread} | posted | {"record_id": getattr(record, "id", None)}
+
+    async def _send(self, message: Mapping[str, Any], key: str) -> dict[str, Any]:
+        """One chat.postMessage. Slack drops a second one with the same client_msg_id."""
+        body = {**message, "client_msg_id": str(uuid.uuid5(_NAMESPACE, key))}
+        response = await self._client().post(f"{self.api}/chat.postMessage", json=body,
+                                             headers={"Authorization": f"Bearer {self.credential()}"})
+        response.raise_for_status()
+        reply: dict[str, Any] = response.json()
+        if reply.get("ok"):
+            return {"ts": reply["ts"], "channel": reply["channel"]}
+        error = str(reply.get("error"))
+        if error in _UNWELL:
+            raise WorldError(f"Slack answered {error}")
+        raise Discard(f"Slack refused the message to {message['channel']}: {error}")
+
+    def _client(self) -> Any:
+        loop = asyncio.get_running_loop()
+        client = self._clients.get(loop)
+        if client is None:
+            client = self._clients[loop] = importlib.import_module("httpx").AsyncClient(timeout=self.timeout)
+        return client
+
+
+def _place(record: Any) -> tuple[str, str | None] | None:
+    """Channel and thread of a record that holds a Slack event or command; None for all others."""
+    payload = record.get("payload") if isinstance(record, Mapping) else getattr(record, "payload", None)
+    if not isinstance(payload, Mapping):
+        return None
+    event = payload.get("event")
+    if isinstance(event, Mapping) and isinstance(event.get("channel"), str):
+        return event["channel"], event.get("thread_ts") or event.get("ts")
+    if isinstance(payload.get("channel_id"), str):
+        return payload["channel_id"], None
+    return None
