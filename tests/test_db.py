@@ -1,0 +1,286 @@
+"""Db: pools per loop and process, the sync edge, SQLSTATEs as classes, a transaction pooler in between."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import pickle
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import asyncpg
+import pytest
+from servers import _free_port as free_port
+
+from anton.db import (
+    KEYWORDS,
+    Database,
+    Json,
+    current_database,
+    identifier,
+    literal,
+    quote,
+    set_database,
+    split_name,
+    translating,
+)
+from anton.errors import (
+    SQLSTATES,
+    BadOption,
+    DatabaseUnreachable,
+    LeaseLost,
+    UnknownHandler,
+    UnknownOption,
+    UnknownTable,
+    WorldError,
+    distance,
+    near,
+)
+
+
+async def value(db: Database, sql: str, *args: object) -> object:
+    async with db.conn() as conn:
+        return await conn.fetchval(sql, *args)
+
+
+async def test_json_comes_and_goes_as_python_values(db):
+    there = {"a": [1, None, "ü"], "b": {"c": 1.5}}
+    assert await value(db, "select $1::jsonb", there) == there
+    assert await value(db, "select $1::json", there) == there
+    assert await value(db, "select $1::jsonb", Json(b'{"ready": true}')) == {"ready": True}
+    assert await value(db, "select array[$1::jsonb]", [1]) == [[1]]
+    await db.close()
+
+
+async def test_a_transaction_commits_whole_or_not_at_all(db):
+    with pytest.raises(ZeroDivisionError):
+        async with db.tx() as conn:
+            await conn.execute("create table half (id int)")
+            raise ZeroDivisionError
+    async with db.tx() as conn:
+        assert await conn.fetchval("show transaction_isolation") == "read committed"
+        assert await conn.fetchval("select to_regclass('half')") is None
+    await db.close()
+
+
+async def test_sql_functions_are_called_by_name_and_their_errors_are_classes(db):
+    async with db.conn() as conn:
+        assert await db.call_value(conn, "setting", "lease") == "30 s"
+        assert await db.call_value(conn, "setting", name="depth_limit") == "32"
+        with pytest.raises(UnknownHandler, match='no handler "nobody"'):
+            await db.call(conn, "find_handler", "nobody")
+        with pytest.raises(UnknownTable, match='no table "nothing"'), translating():
+            await conn.execute("select anton.watch('nothing')")
+        with pytest.raises(asyncpg.UndefinedFunctionError):
+            await db.call(conn, "no_such_function")
+    await db.close()
+
+
+def test_sync_code_runs_coroutines_from_any_thread(db):
+    assert db.run(value(db, "select 1")) == 1
+    answers: list[object] = []
+    threads = [threading.Thread(target=lambda n=n: answers.append(db.run(value(db, "select $1::int", n))))
+               for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(answers) == list(range(8))  # type: ignore[type-var]
+
+
+def test_the_sync_edge_refuses_to_wait_for_itself(db):
+    async def inner() -> None:
+        db.run(value(db, "select 1"))
+
+    with pytest.raises(RuntimeError, match="await the coroutine"):
+        db.run(inner())
+
+
+def test_a_pool_closes_with_its_loop(db, server):
+    async def several() -> None:
+        await asyncio.gather(*(value(db, "select pg_backend_pid()") for _ in range(5)))
+
+    asyncio.run(several())
+    asyncio.run(several())
+    left = f"select count(*) from pg_stat_activity where datname = '{db.name}'"
+    wait_for(lambda: server.sql(left)[0][0] == 0)
+
+
+def test_a_forked_child_has_connections_of_its_own(db):
+    mine = db.run(value(db, "select pg_backend_pid()"))
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.write(writer, str(db.run(value(db, "select pg_backend_pid()"))).encode())
+        finally:
+            os._exit(0)
+    os.waitpid(pid, 0)
+    theirs = int(os.read(reader, 20))
+    os.close(reader)
+    os.close(writer)
+    assert theirs != mine
+    assert db.run(value(db, "select pg_backend_pid()")) == mine
+
+
+def test_a_script_ends_without_a_word_about_open_connections(database):
+    script = (f"import asyncio; from anton.db import Database; db = Database({database!r})\n"
+              "async def one():\n  async with db.conn() as conn: return await conn.fetchval('select 1')\n"
+              "print(db.run(one()), asyncio.run(one()))")
+    done = subprocess.run([sys.executable, "-X", "dev", "-c", script], capture_output=True, text=True, timeout=60,
+                          env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])})
+    assert (done.stdout, done.stderr) == ("1 1\n", "")
+
+
+@pytest.mark.parametrize("url, says", [
+    ("postgresql://u:hidden@127.0.0.1:1/shop", 'cannot reach database "shop" on 127.0.0.1:1 (from DATABASE_URL)'),
+    ("postgresql:///shop?host=/nowhere&port=5", 'database "shop" on /nowhere:5'),
+    ("mysql://x/shop", "invalid DSN"),
+])
+def test_an_unreachable_database_is_named_with_where_its_url_came_from(url, says):
+    db = Database(url, source="DATABASE_URL")
+    with pytest.raises(DatabaseUnreachable) as error:
+        db.run(value(db, "select 1"))
+    assert says in str(error.value) and "hidden" not in str(error.value) + repr(db)
+    assert isinstance(error.value, WorldError)
+
+
+def test_a_database_that_is_not_there_is_named(server):
+    db = Database(server.url("nothing_here"), source="--database")
+    with pytest.raises(DatabaseUnreachable, match='"nothing_here" does not exist'):
+        db.run(value(db, "select 1"))
+
+
+def test_the_process_database_is_the_one_that_was_set(db):
+    assert current_database() is db
+    other = Database("postgresql://elsewhere/x")
+    set_database(other)
+    assert current_database() is other
+
+
+# Names
+
+@pytest.mark.parametrize("name, parts, sql", [
+    ("orders", (None, "orders"), "orders"), ("shop.orders", ("shop", "orders"), "shop.orders"),
+    ("order", (None, "order"), '"order"'), ("Orders", (None, "Orders"), '"Orders"'),
+    ('"a.b"', (None, "a.b"), '"a.b"'), ('"S x"."t""q"', ("S x", 't"q'), '"S x"."t""q"'),
+    ("two words", (None, "two words"), '"two words"'),
+])
+def test_table_names_are_taken_as_written(name, parts, sql):
+    assert split_name(name) == parts and identifier(name) == sql
+
+
+@pytest.mark.parametrize("name", ["", "a.b.c", "a.", ".a", 'a"b'])
+def test_a_name_that_cannot_be_one_is_refused(name):
+    with pytest.raises(ValueError, match="is no table name"):
+        split_name(name)
+
+
+async def test_every_word_that_postgres_reserves_is_quoted(db):
+    async with db.conn() as conn:
+        words = [row[0] for row in await conn.fetch("select word from pg_get_keywords() where catcode <> 'U'")]
+        assert set(words) <= KEYWORDS
+        for text in ("plain", "Mixed", "order", "a b", 'q"q', "über", "1st"):
+            assert await conn.fetchval(f"select {literal(text)} as {quote(text)}") == text
+        assert await conn.fetchval("select " + literal("it's \\ 'quoted'")) == "it's \\ 'quoted'"
+    await db.close()
+
+
+# Errors
+
+def test_a_slip_finds_what_was_meant():
+    assert near("promtps", ["prompts", "orders"], 2) == "prompts"
+    assert near("xyz", ["prompts"], 2) is None
+    assert distance("ab", "ba") == 1 and distance("", "abc") == 3
+    assert 'Did you mean "batch"?' in str(UnknownOption("bacth", 'handler "x"', ["batch", "each"]))
+
+
+def test_errors_travel_between_processes_with_their_facts():
+    error = pickle.loads(pickle.dumps(BadOption("batch", 0, 'handler "x"', "1 to 4096")))
+    assert (error.option, error.value) == ("batch", 0)
+    assert str(error) == 'batch=0 of handler "x" is not possible. Allowed: 1 to 4096.'
+    assert SQLSTATES["NT001"] is LeaseLost
+
+
+# PgBouncer
+
+@pytest.fixture(scope="module")
+def bouncer(server, tmp_path_factory) -> Iterator[str]:
+    """A pgbouncer in transaction mode with one server connection; the URL of its database."""
+    binary = next((path for path in ("/usr/sbin/pgbouncer", "/usr/bin/pgbouncer") if Path(path).exists()), None)
+    if binary is None:
+        pytest.skip("no pgbouncer on this machine: apt-get install -y pgbouncer")
+    from urllib.parse import parse_qs, urlsplit
+
+    folder, port, name = tmp_path_factory.mktemp("bouncer"), free_port(), server.clone("template1")
+    parts = urlsplit(server.url(name))
+    query = {key: values[0] for key, values in parse_qs(parts.query).items()}
+    host, at = query.get("host") or parts.hostname, query.get("port") or parts.port or 5432
+    (folder / "users.txt").write_text('"postgres" ""\n')
+    (folder / "bouncer.ini").write_text(
+        f"[databases]\n{name} = host={host} port={at} user=postgres\n"
+        f"[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\nlogfile = {folder}/log\n"
+        f"auth_type = any\nauth_file = {folder}/users.txt\npool_mode = transaction\ndefault_pool_size = 2\n")
+    for path in (folder, *folder.iterdir()):
+        path.chmod(0o777)
+    for parent in folder.parents:
+        if parent.name.startswith("pytest-"):
+            parent.chmod(0o755)
+    socket = Path(host) / f".s.PGSQL.{at}"                             # only its owner may use it
+    account = socket.owner() if socket.exists() else "nobody"
+    user = ["-u", account] if os.geteuid() == 0 else []
+    process = subprocess.Popen([binary, "-q", *user, str(folder / "bouncer.ini")], stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
+    db = Database(f"postgresql://postgres@127.0.0.1:{port}/{name}", pooled=True)
+    try:
+        wait_for(lambda: reachable(db))
+        yield str(db.dsn)
+    finally:
+        db.run(db.close())
+        process.terminate()
+        process.wait(10)
+        server.drop(name)
+
+
+def test_every_call_works_through_a_transaction_pooler(bouncer):
+    db = Database(bouncer, pooled=True, size=4)
+
+    async def calls(n: int) -> None:
+        async with db.conn() as conn:
+            assert await conn.fetchval("select $1::int", n) == n
+            assert await conn.fetchrow("select $1::jsonb as a, $2::text[] as b", {"n": n}, ["x"]) == ({"n": n}, ["x"])
+            await conn.executemany("insert into passed values ($1, $2)", [(n, "many"), (n, "more")])
+            await conn.copy_records_to_table("passed", records=[(n, "copied")])
+            await conn.execute("update passed set s = s || '!' where n = $1", n)
+        async with db.tx() as conn:
+            await conn.execute("insert into passed values ($1, 'tx')", n)
+
+    async def all_calls() -> int:
+        async with db.conn() as conn:
+            await conn.execute("create table passed (n int, s text)")
+        await asyncio.gather(*(calls(n) for n in range(12)))
+        async with db.conn() as conn:
+            return int(await conn.fetchval("select count(*) from passed"))
+
+    assert db.run(all_calls()) == 48
+    db.run(db.close())
+
+
+def reachable(db: Database) -> bool:
+    try:
+        return db.run(value(db, "select 1")) == 1
+    except DatabaseUnreachable:
+        return False
+
+
+def wait_for(condition) -> None:
+    """Asks again until it holds, for 10 s at most."""
+    tick = threading.Event()
+    for _ in range(200):
+        if condition():
+            return
+        tick.wait(0.05)
+    raise AssertionError("it never came true")
