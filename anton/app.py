@@ -71,6 +71,7 @@ class App:
 
 app = App()
 _declaring = app
+_loaded_from: Path | None = None
 
 
 def current_app() -> App:
@@ -107,9 +108,13 @@ def load_app(target: str | None = None, folder: Path | str = ".") -> App:
             raise ConfigError(f'no module "{module}" in {settings.folder}.{near} Name it as Python imports it, '
                               "without .py: --app shop.main", module=module)
         return app
-    _forget(settings.folder)
-    if sys.path[0] != str(settings.folder):
-        sys.path.insert(0, str(settings.folder))
+    global _loaded_from
+    for old in {_loaded_from or settings.folder, settings.folder}:
+        _forget(old)
+    if _loaded_from is not None and str(_loaded_from) in sys.path:
+        sys.path.remove(str(_loaded_from))
+    _loaded_from = settings.folder
+    sys.path.insert(0, str(settings.folder))
     importlib.invalidate_caches()
     with declaring(app):
         importlib.import_module(module)

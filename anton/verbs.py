@@ -307,7 +307,7 @@ def _each_dead(args: Args, function: str, done: str) -> int:
             found = await ask(db, conn, "list_dead", handler, 2**31 - 1)
             ids += [row["id"] for row in found if args.error in row["error"]]
         async with conn.transaction():
-            return [id for id in sorted(set(ids)) if await db.call_value(conn, function, id)]
+            return [id for id in sorted(set(ids)) if await db.call_value(conn, function, dead=id)]
 
     ids = query(args, change)
     emit(args, {done: ids}, f"{len(ids)} {done}")

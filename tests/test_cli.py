@@ -1,0 +1,357 @@
+"""Every verb of the command line, against a database."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+from anton import cli, template
+from anton.app import app as implicit
+from anton.app import load_app
+from anton.db import Database, current_database, set_database
+from anton.worker import Worker
+
+REPO = Path(__file__).parent.parent
+
+
+class Shell:
+    """anton(…) runs a command in the app's folder. code, out, err: of the last one."""
+
+    def __init__(self, folder: Path, url: str, capfd: pytest.CaptureFixture[str]) -> None:
+        self.folder, self.url, self._capfd = folder, url, capfd
+
+    def __call__(self, *words: str) -> int:
+        self._capfd.readouterr()
+        try:
+            self.code = cli.main([*words, "--database", self.url])
+        except SystemExit as ended:
+            self.code = int(ended.code or 0)
+        if current_database_is_set():
+            current_database().run(current_database().close())
+        set_database(None)
+        self.out, self.err = self._capfd.readouterr()
+        return self.code
+
+    def json(self, *words: str) -> Any:
+        self(*words, "--json")
+        return json.loads(self.out)
+
+    def sql(self, sql: str) -> list[tuple[Any, ...]]:
+        with psycopg.connect(self.url, autocommit=True) as conn:
+            done = conn.execute(sql)
+            return done.fetchall() if done.description else []
+
+    def work(self) -> None:
+        """Works all that is due, as `anton work` would."""
+
+        async def run() -> None:
+            db = Database(self.url)
+            set_database(db)
+            await Worker(db, load_app(None, self.folder), capture=True).run_until_idle()
+            await db.close()
+
+        asyncio.run(run())
+        set_database(None)
+
+
+def current_database_is_set() -> bool:
+    from anton import db
+    return db._current is not None
+
+
+@pytest.fixture
+def anton(tmp_path: Path, bare: str, monkeypatch: pytest.MonkeyPatch,
+          capfd: pytest.CaptureFixture[str]) -> Iterator[Shell]:
+    """The app that `anton new` makes, on an empty database."""
+    folder = template.make(tmp_path / "my-bot")
+    monkeypatch.chdir(folder)
+    yield Shell(folder, bare, capfd)
+    implicit.clear()
+    set_database(None)
+
+
+@pytest.fixture
+def migrated(anton: Shell) -> Shell:
+    assert anton("migrate") == 0, anton.err
+    return anton
+
+
+BROKEN = """
+from anton import Discard, Records, Table, cron
+from pydantic import BaseModel
+
+class Order(BaseModel):
+    id: int | None = None
+    n: int
+
+orders = Table("orders", Order)
+
+@orders.on_new_records(attempts=1)
+def divide(records: Records[Order]) -> None:
+    for order in records:
+        print(1 / order.n)
+
+@cron.daily(at="03:00", tz="Europe/Berlin")
+def rebuild() -> None:
+    print("rebuilt")
+"""
+
+
+@pytest.fixture
+def broken(anton: Shell) -> Shell:
+    """An app whose handler fails for n = 0."""
+    (anton.folder / "main.py").write_text(BROKEN)
+    (anton.folder / "sql" / "flag_big.sql").unlink()
+    assert anton("migrate") == 0, anton.err
+    return anton
+
+
+def test_new_makes_an_app_whose_test_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                            capfd: pytest.CaptureFixture[str], bare: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["new", "my-bot"]) == 0
+    assert "cd my-bot" in capfd.readouterr().out
+    folder = tmp_path / "my-bot"
+    assert {path.name for path in folder.iterdir()} == {
+        "main.py", "autonomous.json", "migrations", "sql", "tests", ".gitignore"}
+    env = {**os.environ, "PYTHONPATH": f"{REPO}:{REPO / 'components'}", "ANTON_TEST_DATABASE": bare}
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "anton.testing", "-W", "error", "--rootdir", str(folder)]
+    done = subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 passed" in done.stdout
+
+
+def test_new_never_writes_over_what_is_there(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "bot").mkdir()
+    (tmp_path / "bot" / "precious").touch()
+    assert cli.main(["new", str(tmp_path / "bot")]) == 2
+    assert "is there already and is not empty" in capfd.readouterr().err
+    assert cli.main(["new", str(tmp_path / "My Bot")]) == 2
+    assert '"My Bot" is no name for an app' in capfd.readouterr().err
+
+
+def test_migrate_makes_what_its_plan_says_and_then_finds_no_drift(anton: Shell) -> None:
+    assert anton("migrate", "--check") == 1
+    assert anton.sql("select to_regclass('orders')") == [(None,)]
+    assert anton("migrate", "--plan") == 0
+    assert "create table" in anton.out
+    assert anton.sql("select to_regclass('orders')") == [(None,)]
+    assert anton("migrate") == 0, anton.err
+    assert anton.sql("select to_regclass('orders')::text") == [("orders",)]
+    assert anton("migrate", "--check") == 0
+    assert "is as declared" in anton.out
+
+
+def test_makemigration_writes_what_migrate_refuses(migrated: Shell) -> None:
+    main = migrated.folder / "main.py"
+    main.write_text(main.read_text().replace("    text: str\n", "    text: int\n"))
+    assert migrated("migrate") == 1
+    assert "makemigration" in migrated.err
+    assert migrated("makemigration", "letters_as_numbers") == 0
+    assert "text" in (migrated.folder / "migrations" / "0002_letters_as_numbers.sql").read_text()
+
+
+def test_psql_runs_sql_and_says_how_it_went(migrated: Shell) -> None:
+    insert = "insert into orders (customer, total) values ('Ann', 5)"
+    assert migrated("psql", "-c", insert, "-c", "table letters") == 0
+    assert "INSERT 0 1" in migrated.out
+    assert migrated.sql("select customer from orders") == [("Ann",)]
+    assert migrated("psql", "-c", "nonsense") == 1
+    assert "syntax error" in migrated.err
+
+
+def test_status_counts_what_waits_and_exits_1_beyond_max_lag(migrated: Shell) -> None:
+    migrated.sql("insert into orders (customer, total) values ('Ann', 5), ('Bob', 7)")
+    rows = {row["handler"]: row for row in migrated.json("status")}
+    assert rows["thank"]["ready"] == 2
+    assert rows["thank"]["table"] == "orders"
+    assert migrated.code == 0
+    migrated.sql("update anton.handler set max_lag = '0' where name = 'thank'")
+    assert migrated("status") == 1
+    assert re.search(r"my-bot +thank +orders +\w+ +2", migrated.out)
+
+
+def test_doctor_finds_and_mends_a_disabled_trigger(migrated: Shell) -> None:
+    assert migrated("doctor") == 0
+    assert migrated.out == "nothing is wrong\n"
+    migrated.sql("alter table orders disable trigger all")
+    assert migrated("doctor") == 1
+    assert "anton doctor --fix" in migrated.out
+    assert migrated("doctor", "--fix") == 0
+    migrated.sql("insert into orders (customer, total) values ('Ann', 5)")
+    assert migrated.sql("select count(*) from anton.job") == [(1,)]
+
+
+def test_why_prints_the_chain(migrated: Shell) -> None:
+    migrated.sql("insert into orders (customer, total) values ('Ann', 5)")
+    migrated.work()
+    assert migrated("why", "letters/1") == 0
+    lines = migrated.out.splitlines()
+    assert lines[0].startswith("  orders/1  written outside of handlers")
+    assert lines[1].startswith(">   letters/1  written by thank")
+    assert migrated("why", "orders") == 2
+    assert "names no record" in migrated.err
+
+
+def test_handlers_are_paused_resumed_shown_and_listed(migrated: Shell) -> None:
+    assert migrated("handlers", "pause", "thank") == 0
+    assert migrated.sql("select paused from anton.handler where name = 'thank'") == [(True,)]
+    assert {row["handler"]: row["state"] for row in migrated.json("handlers", "list")}["thank"] == "paused"
+    assert migrated("handlers", "resume", "thank") == 0
+    assert migrated.sql("select paused from anton.handler where name = 'thank'") == [(False,)]
+    assert migrated.json("handlers", "show", "thank")["table"] == "orders"
+    assert migrated("handlers", "pause", "thnk") == 2
+    assert 'no handler "thnk"' in migrated.err
+
+
+def test_handlers_backfill_feeds_the_rows_that_exist(anton: Shell) -> None:
+    main = anton.folder / "main.py"
+    whole = main.read_text()
+    main.write_text(whole.replace("@orders.on_new_records", ""))
+    assert anton("migrate") == 0, anton.err
+    anton.sql("insert into orders (customer, total) select 'c' || i, 1 from generate_series(1, 5) i")
+    main.write_text(whole)
+    assert anton("migrate") == 0
+    assert "anton handlers backfill thank" in anton.out
+    anton.work()
+    assert anton.sql("select count(*) from letters") == [(0,)]
+    assert anton("handlers", "backfill", "thank") == 0
+    anton.work()
+    assert anton.sql("select count(*) from letters") == [(5,)]
+
+
+def test_schedules_are_paused_resumed_run_shown_and_foretold(broken: Shell) -> None:
+    broken.work()
+    assert [row["name"] for row in broken.json("schedules", "list")] == ["rebuild"]
+    assert broken("schedules", "pause", "rebuild") == 0
+    assert broken.sql("select paused from anton.schedule") == [(True,)]
+    assert broken("schedules", "resume", "rebuild") == 0
+    assert broken.sql("select paused from anton.schedule") == [(False,)]
+    assert broken("schedules", "run", "rebuild") == 0
+    assert broken.sql("select count(*) from anton.tick") == [(1,)]
+    assert len(broken.json("schedules", "show", "rebuild")["ticks"]) == 1
+    due = broken.json("schedules", "next", "rebuild", "3")
+    assert len({row["due"] for row in due}) == 3
+    assert broken("schedules", "pause", "rebild") == 2
+
+
+def test_jobs_are_listed_shown_and_cancelled(migrated: Shell) -> None:
+    migrated.sql("insert into orders (customer, total) values ('Ann', 5), ('Bob', 7)")
+    [job] = migrated.json("jobs", "list", "--handler", "thank")
+    assert (job["records"], job["state"], job["op"]) == (2, "ready", "new")
+    assert migrated.json("jobs", "show", str(job["id"]))["keys"] == [[1], [2]]
+    assert migrated("jobs", "cancel", str(job["id"])) == 0
+    assert migrated.sql("select count(*) from anton.job") == [(0,)]
+    assert migrated("jobs", "cancel", str(job["id"])) == 1
+    assert migrated("jobs", "show", str(job["id"])) == 1
+    assert "no job" in migrated.out
+
+
+def test_dead_letters_are_listed_shown_replayed_and_dropped(broken: Shell) -> None:
+    broken.sql("insert into orders (n) values (1), (0), (0), (0)")
+    broken.work()
+    dead = broken.json("dead", "list", "--handler", "divide")
+    assert [row["record"] for row in dead] == ["orders/4", "orders/3", "orders/2"]
+    shown = broken.json("dead", "show", str(dead[0]["id"]))
+    assert "ZeroDivisionError" in shown["error"]
+    assert "divide" in shown["traceback"]
+    broken.sql("update orders set n = 5 where id = 4")
+    assert broken("dead", "replay", str(dead[0]["id"])) == 0
+    broken.work()
+    assert broken.sql("select count(*) from anton.dead") == [(2,)]
+    assert broken("dead", "replay", "divide", "--error", "no such text") == 1
+    assert broken("dead", "replay", "divide", "--error", "division") == 0
+    assert broken.sql("select count(*) from anton.dead") == [(0,)]
+    broken.work()
+    assert broken.sql("select count(*) from anton.dead") == [(2,)]
+    assert broken("dead", "drop", "divide") == 0
+    assert broken.sql("select count(*) from anton.dead") == [(0,)]
+    assert broken("dead", "show", "1") == 1
+
+
+def test_actions_are_listed_and_shown(migrated: Shell) -> None:
+    migrated.sql("insert into anton.action (app, name, args, state) "
+                 "values ('my-bot', 'Post', '{\"to\": \"ann\"}', 'captured')")
+    [row] = migrated.json("actions", "list", "--name", "Post")
+    assert (row["state"], row["args"]) == ("captured", {"to": "ann"})
+    assert migrated.json("actions", "show", str(row["id"]))["name"] == "Post"
+    assert migrated("actions", "show", "999") == 1
+
+
+def run(words: list[str], folder: Path, url: str) -> subprocess.Popen[str]:
+    env = {**os.environ, "PYTHONPATH": f"{REPO}:{REPO / 'components'}", "PYTHONUNBUFFERED": "1"}
+    code = "import sys; from anton.cli import main; sys.exit(main())"
+    return subprocess.Popen([sys.executable, "-W", "error", "-c", code, *words, "--database", url], cwd=folder, env=env,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for(check: Callable[[], Any], process: subprocess.Popen[str]) -> None:
+    """Asks the database until it is so; the suite's own timeout ends what never comes."""
+    while not check():
+        assert process.poll() is None, process.communicate()[0]
+
+
+def test_serve_takes_and_work_handles(migrated: Shell) -> None:
+    serving = run(["serve", "--port", "0"], migrated.folder, migrated.url)
+    working = run(["work"], migrated.folder, migrated.url)
+    try:
+        assert serving.stdout is not None
+        url = serving.stdout.readline().split()[0]
+        request = urllib.request.Request(f"{url}/orders", b'{"customer": "Ann", "total": 200}',
+                                         {"content-type": "application/json"})
+        with urllib.request.urlopen(request) as reply:
+            assert json.load(reply)["id"] == 1
+        wait_for(lambda: migrated.sql("select 1 from letters, big_orders"), working)
+    finally:
+        for process in (serving, working):
+            process.terminate()
+    outputs = [process.communicate()[0] for process in (serving, working)]
+    assert (serving.returncode, working.returncode) == (0, 0), outputs
+    assert migrated.sql("select count(*) from anton.worker where stopped_at is null") == [(0,)]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["migrat"], '"migrat" is not known. Did you mean "migrate"?'),
+        (["migrate", "--chek"], 'unrecognized arguments: --chek'),
+        (["jobs", "lst"], 'Did you mean "list"?'),
+        (["jobs", "list", "--limit", "0"], "allowed: 1 or more"),
+        ([], "the following arguments are required: VERB"),
+    ],
+)
+def test_what_is_mistyped_exits_2(words: list[str], message: str, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(words)
+    assert ended.value.code == 2
+    assert message in capfd.readouterr().err
+
+
+def test_an_unreachable_database_is_an_error_that_names_it(anton: Shell) -> None:
+    assert cli.main(["status", "--database", "postgresql://nobody@127.0.0.1:1/nowhere"]) == 1
+    set_database(None)
+
+
+def test_an_error_is_json_when_json_was_asked_for(anton: Shell) -> None:
+    assert anton.json("why", "orders")["kind"] == "ConfigError"
+    assert anton.code == 2
+
+
+def test_dev_leaves_other_machines_alone_unless_told(anton: Shell, monkeypatch: pytest.MonkeyPatch,
+                                                     capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("DATABASE_URL", "postgresql://ann:s3cret@db.example/prod")
+    assert cli.main(["dev"]) == 2
+    told = capfd.readouterr().err
+    assert "unless you say so: --database URL" in told
+    assert "s3cret" not in told
