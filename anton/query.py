@@ -246,10 +246,9 @@ class Query(Generic[T]):
                 raise QueryError(f'"{relation.name}" has the key ({", ".join(relation.key)}); get() was given '
                                  f"{len(self._key)} value(s)")
             equal = dict(zip(relation.key, self._key, strict=True))
-        for name, value in equal.items():
-            parts.append(_equals(relation, name, value, values))
         if self._where is not None:
             parts.append(f"({bind(self._where, self._args, values)})")
+        parts += [_equals(relation, name, value, values) for name, value in equal.items()]
         key = None
         if self._where is None and relation.key and equal.keys() == set(relation.key) and None not in equal.values():
             key = tuple(equal[name] for name in relation.key)
@@ -324,9 +323,11 @@ def _equals(relation: Relation, name: str, value: Any, values: list[Any]) -> str
     if column is None and not relation.document:
         raise QueryError(f'"{relation.name}" has no column "{name}".{did_you_mean(name, relation.columns)} '
                          f"It has: {', '.join(relation.columns)}")
+    if column is None and value is None:
+        return f"coalesce(data -> {literal(name)}, 'null'::jsonb) = 'null'::jsonb"
     if column is None:
         values.append(value)
-        return f"coalesce(data -> {literal(name)}, 'null'::jsonb) = ${len(values)}::jsonb"
+        return f"data -> {literal(name)} = ${len(values)}::jsonb"
     if value is None:
         return f"{quote(name)} is null"
     values.append(plain(value, column.type))

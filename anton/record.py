@@ -205,13 +205,14 @@ class _Owned(Sequence[T_co]):
         return len(self._items)
 
     def __iter__(self) -> Iterator[T_co]:
-        mark, before = owner.set, owner.get()
+        mark, before, at = owner.set, owner.get(), WHOLE
         try:
             for at, item in zip(self._at, self._items, strict=True):
                 mark(at)
                 yield item
         finally:
-            mark(before)
+            if owner.get() == at:                                      # else one that began before, in zip(), has ended
+                mark(before)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({list(self._items)!r})"
