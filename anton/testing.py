@@ -191,7 +191,7 @@ class TestApp:
         self._loop.run(self._advance(duration(length, "length", "app.advance")))
 
     async def _work(self) -> None:
-        await Worker(self.db, self.app, capture=True).run_until_idle()
+        await Worker(self.db, self.app).run_until_idle()
 
     async def _now(self) -> datetime:
         async with self.db.conn() as conn:

@@ -243,6 +243,7 @@ create table tick (                               -- a firing; the key makes it 
   fired_at timestamptz,
   primary key (schedule_id, planned_at)
 );
+create index on tick (planned_at) where state = 'planned';
 
 create table action (                             -- effects in outside systems
   id bigint generated always as identity primary key,

@@ -57,18 +57,32 @@ $$;
 -- fire(schedule, planned_at) -> whether this time had not fired before
 create or replace function fire(p_schedule int, p_planned_at timestamptz) returns boolean
 language plpgsql volatile set search_path from current as $$
-declare v_change bigint;
+declare v_change bigint; v_now timestamptz := now();
 begin
-  insert into tick (schedule_id, planned_at) values (p_schedule, p_planned_at) on conflict do nothing;
+  insert into tick (schedule_id, planned_at, fired_at) values (p_schedule, p_planned_at, v_now) on conflict do nothing;
   if not found then
     return false;
   end if;
   v_change := nextval('change_seq');
   insert into job (handler_id, change_id, at, trace, lo, hi, op, keys)
-  select h.id, v_change, n.at, v_change, 1, 1, 'n', jsonb_build_array(jsonb_build_array(p_schedule, p_planned_at))
-    from schedule s join handler h using (app, name), (select now() as at) n where s.id = p_schedule;
+  select h.id, v_change, v_now, v_change, 1, 1, 'n', jsonb_build_array(jsonb_build_array(p_schedule, p_planned_at))
+    from schedule s join handler h using (app, name) where s.id = p_schedule;
   return true;
 end $$;
+
+-- close_ticks(): firings whose job is settled are done, or failed with the error of their dead letter
+create or replace function close_ticks() returns void language sql volatile set search_path from current as $$
+  update tick t set state = case when d.id is null then 'done' else 'failed' end, error = d.error
+    from (
+      select t.schedule_id, t.planned_at, h.id as handler_id, jsonb_build_array(t.schedule_id, t.planned_at) as key
+        from tick t join schedule s on s.id = t.schedule_id join handler h using (app, name) where t.state = 'planned'
+    ) f left join lateral (
+      select id, error from dead where handler_id = f.handler_id and key = f.key order by id desc limit 1) d on true
+   where (t.schedule_id, t.planned_at) = (f.schedule_id, f.planned_at)
+     and not exists (select from job where handler_id = f.handler_id and keys = jsonb_build_array(f.key))
+     and not exists (select from lease where handler_id = f.handler_id and keys = jsonb_build_array(f.key))
+     and not exists (select from delayed where handler_id = f.handler_id and keys = jsonb_build_array(f.key))
+$$;
 
 -- tick() -> how many fired
 -- Fires each schedule that is due, once per due time. Plans the next time of "@every"; cron expressions with their
@@ -87,6 +101,7 @@ begin
   if v_n > 0 then
     perform ring();
   end if;
+  perform close_ticks();
   return v_n;
 end $$;
 

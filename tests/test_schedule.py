@@ -253,3 +253,23 @@ async def test_a_tick_in_a_transaction_that_is_rolled_back_fires_again(db):
         await tx.rollback()
     await look(db)
     assert await rows(db, "select count(*) from anton.job") == [(1,)]
+
+
+async def test_a_firing_is_done_when_its_job_is_and_failed_with_its_dead_letter(db):
+    await put(db)
+    async with db.conn() as conn:
+        for _ in range(2):
+            await db.call(conn, "run_schedule", "s")
+        await db.call(conn, "tick")
+        assert await rows(db, "select distinct state from anton.tick") == [("planned",)]
+        await conn.execute("with gone as (delete from anton.job where id = (select min(id) from anton.job)) "
+                           "insert into anton.dead (handler_id, change_id, ordinal, op, key, attempt, reason, error, "
+                           "died_at) select handler_id, change_id, 1, op, keys -> 0, 5, 'failed', 'no luck', now() "
+                           "from anton.job order by id limit 1")
+        await db.call(conn, "tick")
+    states = "select state, error from anton.tick order by planned_at"
+    assert await rows(db, states) == [("failed", "no luck"), ("planned", None)]
+    async with db.conn() as conn:
+        await conn.execute("delete from anton.job")
+        await db.call(conn, "tick")
+    assert await rows(db, states) == [("failed", "no luck"), ("done", None)]
