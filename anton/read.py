@@ -19,10 +19,11 @@ import asyncpg
 from anton import queue
 from anton.db import Conn, Database
 from anton.lane import Batch, Lane
-from anton.queue import Job
+from anton.queue import Job, array
 from anton.record import Change, ChangeOp, Document, Record, Row
 
 OPS: dict[str, ChangeOp] = {"n": "new", "u": "updated", "d": "deleted", "t": "truncate", "r": "rebuilt", "f": "failed"}
+_ANY = " = any ($1::bigint[])"
 EVENTS = frozenset("trf")  # of a table, not of a record
 
 
@@ -112,17 +113,13 @@ class Reader:
 
     async def _by_id(self, conn: Conn, lane: Lane, batch: Batch) -> Inputs:
         """The common case: rows of now by an integer key."""
-        if len(batch.parts) == 1 and len(batch.parts[0][1]) == batch.parts[0][0].size:
-            ids: list[int] = batch.parts[0][0].ids or []
-        else:
-            ids = []
-            for job, ordinals in batch.parts:
-                mine = job.ids or []
-                ids += mine if len(ordinals) == job.size else [mine[ordinal - job.lo] for ordinal in ordinals]
-        assert lane.fetch_sql is not None
-        rows: list[Any] = await conn.fetch(lane.fetch_sql, ids, record_class=Document if lane.document else Row)
+        ids: list[int] = []
+        for job, ordinals in batch.parts:
+            mine = job.ids or []
+            ids += mine if len(ordinals) == job.size else [mine[ordinal - job.lo] for ordinal in ordinals]
+        rows = await _rows(conn, lane, ids)
         column = itemgetter(lane.key_columns[0]) if not lane.document else _id_of
-        if len(rows) == len(ids) and [column(row) for row in rows] == ids:
+        if len(rows) == len(ids) and list(map(column, rows)) == ids:
             return Inputs(batch, rows, rows)
         by_id = {column(row): row for row in rows}
         items: list[Any] = []
@@ -157,7 +154,7 @@ class Reader:
         kind = Document if lane.document else Row
         if lane.key_kind == "id":
             ids = [job.key(ordinal) for job, ordinal in map(batch.at, asked)]
-            rows: list[Any] = await conn.fetch(lane.fetch_sql, ids, record_class=kind)
+            rows = await _rows(conn, lane, ids)
             column = _id_of if lane.document else itemgetter(lane.key_columns[0])
             found = {keys[column(row)]: row for row in rows}
         else:
@@ -225,6 +222,15 @@ def _made(lane: Lane, inputs: Inputs) -> Inputs:
 
 def _model(make: Callable[[Mapping[str, Any]], Any], image: Any) -> Any:
     return image if image is None else make(image)
+
+
+async def _rows(conn: Conn, lane: Lane, ids: list[int]) -> list[Any]:
+    """Rows of now by their integer keys, in any order. Keys in a row are asked for as a range: fewer steps on both sides."""
+    assert lane.fetch_sql is not None
+    kind, base = Document if lane.document else Row, lane.fetch_sql.removesuffix(_ANY)
+    if len(ids) > 1 and ids[-1] - ids[0] == len(ids) - 1 and ids == list(range(ids[0], ids[-1] + 1)):
+        return await conn.fetch(base + " between $1::bigint and $2::bigint", ids[0], ids[-1], record_class=kind)
+    return await conn.fetch(base + " = any ($1::text::bigint[])", array(ids), record_class=kind)
 
 
 def _id_of(row: Any) -> Any:

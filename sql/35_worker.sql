@@ -133,3 +133,9 @@ end $$;
 create or replace function worker_settings() returns table (name text, value text) language sql stable set search_path from current as $$
   select name, value from setting
 $$;
+
+-- put_output_text(receipt, table, ids, keys, owners): put_output() with its arrays as text, {1,2}, for drivers that are slow at arrays
+create or replace function put_output_text(p_receipt bigint, p_table int, p_ids text, p_keys jsonb, p_owners text)
+returns void language sql volatile set search_path from current as $$
+  select put_output(p_receipt, p_table, p_ids::bigint[], p_keys, p_owners::int[])
+$$;
