@@ -49,6 +49,7 @@ class Doorbell:
         self.elected = False
         self.held = False
         self.others = False  # another worker was announced lately
+        self._one = asyncio.Lock()
 
     async def announce(self) -> Answer:
         """Says that this worker is idle. BELL: look once more, then wait. Never waits for a lock."""
@@ -56,9 +57,10 @@ class Doorbell:
         if conn is None:
             return Answer.OFF
         try:
-            row = (await self._db.call(conn, "announce", self.elected))[0]
-            if row["elected"] and not self.elected:                    # what was rung before this, the next look sees
-                await conn.add_listener(self._channel, self._rung)
+            async with self._one:
+                row = (await self._db.call(conn, "announce", self.elected))[0]
+                if row["elected"] and not self.elected:                # what was rung before this, the next look sees
+                    await conn.add_listener(self._channel, self._rung)
         except BROKEN:
             await self._drop()
             return Answer.OFF
@@ -77,8 +79,9 @@ class Doorbell:
         if self.elected and self._conn is not None:
             self.elected = False
             await self._say("step_down")
-            with contextlib.suppress(*BROKEN):
-                await self._conn.remove_listener(self._channel, self._rung)
+            async with self._one:
+                with contextlib.suppress(*BROKEN, AttributeError):
+                    await self._conn.remove_listener(self._channel, self._rung)
 
     async def call_help(self) -> None:
         """There is more work than this worker takes: wakes the others."""
@@ -90,12 +93,14 @@ class Doorbell:
         if conn is None:
             return False
         try:
-            holder = (await self._db.call(conn, "bell_holder"))[0]
-            if holder["pid"] is None or self.held:
-                return False
-            rung: datetime = await self._db.call_value(conn, "ring_at")
+            async with self._one:
+                holder = (await self._db.call(conn, "bell_holder"))[0]
+                if holder["pid"] is None or self.held:
+                    return False
+                rung: datetime = await self._db.call_value(conn, "ring_at")
             await asyncio.sleep(FROZEN)
-            return bool(await self._db.call_value(conn, "unfreeze", holder["pid"], rung))
+            async with self._one:
+                return bool(await self._db.call_value(conn, "unfreeze", holder["pid"], rung))
         except BROKEN:
             await self._drop()
             return False
@@ -111,7 +116,8 @@ class Doorbell:
         if self._conn is None:
             return
         try:
-            await self._db.call(self._conn, function)
+            async with self._one:
+                await self._db.call(self._conn, function)
         except BROKEN:
             await self._drop()
 

@@ -38,7 +38,7 @@ from anton.write import as_worker
 log = logging.getLogger("anton.worker")
 
 SLOTS = 32  # calls at a time, of all handlers together
-POLL = 0.05  # seconds between looks without a bell
+POLL = 0.04  # seconds between looks without a bell
 BUSY_POLL = 0.025  # while an open writer holds the bell back, or it rings all the time
 OTHERS = (1.0, 2.0)  # while another worker is announced
 REFRESH = 5.0  # seconds between readings of the handler catalogue, while there is a reason to look
@@ -321,7 +321,7 @@ class Worker:
                 break
             await self._nap(left)
             self._dispatch()
-        await self._bell.hush()
+        self._hushing = asyncio.create_task(self._bell.hush())         # on its own connection, before the claim's
         if self._rung:
             self._rung = False
             if len(self._lanes) <= MANY:
