@@ -132,54 +132,172 @@ begin
   end if;
 end $$;
 
--- image_settings(relation): SET clauses that make text images independent of the writer's session, where its types need them
-create or replace function image_settings(p_rel oid) returns text language sql stable set search_path from current as $$
-  select case when bool_and(plain) then '' else
-    $s$ set datestyle = 'ISO, YMD' set intervalstyle = 'postgres' set extra_float_digits = '1' set bytea_output = 'hex' set timezone = 'UTC' set lc_monetary = 'C'$s$ end
-    from table_columns(p_rel)
+-- is_plain(type) -> whether JSON holds its values exactly, whatever the session's settings
+create or replace function is_plain(p_type text) returns boolean language sql stable strict set search_path from current as $$
+  select t.typtype = 'e' or (case when t.typtype = 'd' then t.typbasetype else t.oid end) in (
+           'int2'::regtype, 'int4'::regtype, 'int8'::regtype, 'numeric'::regtype, 'text'::regtype, 'varchar'::regtype, 'bpchar'::regtype,
+           'bool'::regtype, 'uuid'::regtype, 'date'::regtype, 'timestamp'::regtype, 'timestamptz'::regtype)
+    from pg_type t where t.oid = p_type::regtype
 $$;
 
--- capture_group(table, event, handlers, batches, images, where, params, columns, first) -> plpgsql that captures for one group
-create or replace function capture_group(w watched, p_event text, p_ids int[], p_batches int[], p_images boolean,
-  p_where text, p_params jsonb, p_columns text[], p_first boolean) returns text language plpgsql stable set search_path from current as $$
+-- key_json(table, row) -> SQL that makes the key of a row: jsonb_build_array(row.k1, row.k2::text)
+create or replace function key_json(w watched, p_row text) returns text language sql stable set search_path from current as $$
+  select format('jsonb_build_array(%s)', string_agg(format('%s.%I%s', p_row, c, case when not is_plain(t) then '::text' end), ', ' order by o))
+    from unnest(w.key_columns, w.key_types) with ordinality x (c, t, o)
+$$;
+
+-- key_moved(table) -> SQL that tells whether old and new have different keys
+create or replace function key_moved(w watched) returns text language sql stable set search_path from current as $$
+  select string_agg(format('old.%1$I is distinct from new.%1$I', c), ' or ' order by o) from unnest(w.key_columns) with ordinality x (c, o)
+$$;
+
+-- text_size(column, type, fixed) -> SQL for the bytes that a value takes in an image, at least
+create or replace function text_size(p_value text, p_type text, p_fixed boolean) returns text language sql immutable set search_path from current as $$
+  select case when not p_fixed then format('coalesce(octet_length(%s::text), 0) + 6', p_value)
+              when p_type in ('boolean', 'smallint', 'integer', 'date') then '16'
+              when p_type in ('bigint', 'real', 'double precision') then '28' else '42' end
+$$;
+
+-- image_settings(table): SET clauses that make keys and text images independent of the writer's session, where their types need them
+create or replace function image_settings(w watched, p_images boolean) returns text language sql stable set search_path from current as $$
+  select case when not bool_or(case when t.name = any (w.key_columns) then not is_plain(t.type) or (p_images and not t.plain) else p_images and not t.plain end) then '' else
+    $s$ set datestyle = 'ISO, YMD' set intervalstyle = 'postgres' set extra_float_digits = '1' set bytea_output = 'hex' set timezone = 'UTC' set lc_monetary = 'C'$s$ end
+    from table_columns(w.relid) t
+$$;
+
+-- capture_pairs() -> FROM clause of an update's rows: new and old
+-- Both transition tables hold the pairs in the same order, so a pair is two rows of one number: right for any change
+-- of keys, and no slower than a join by key.
+create or replace function capture_pairs() returns text language sql immutable set search_path from current as $$
+  select '(select *, row_number() over () as anton_pair from new_records) new'
+      || ' join (select *, row_number() over () as anton_pair from old_records) old on new.anton_pair = old.anton_pair'
+$$;
+
+-- capture_from(table, event, source, where) -> FROM clause of the rows of an event, and what names them: new, old
+--   source  statement | moved: pairs whose key changed | row: one such pair in a row trigger
+create or replace function capture_from(w watched, p_event text, p_source text, p_where text) returns text
+language sql stable set search_path from current as $$
+  select case p_source
+           when 'row' then format('(select %1$s.*) %1$s', row_)
+           when 'moved' then format('(select %s.* from %s where %s) %1$s', row_, pairs, key_moved(w))
+           else case p_event when 'updated' then format('%s and not (%s)', pairs, key_moved(w)) else format('%s_records %1$s', row_) end end
+         || case when p_event <> 'updated' and p_where ~* format('\m%s\.', other)
+              then format(' cross join (select (null::%I.%I).*) %s', w.schema_name, w.table_name, other) else '' end
+    from (select case p_event when 'deleted' then 'old' else 'new' end as row_, case p_event when 'deleted' then 'new' else 'old' end as other,
+                 capture_pairs() as pairs) x
+$$;
+
+-- capture_fill(sql, source, from, texts, images, sizes) -> plpgsql that runs one way of storing many records
+--   texts   what images are read as; images: how they are put together; sizes: bytes of one, to cut by
+create or replace function capture_fill(p_sql text, p_source text, p_from text, p_texts text default '', p_images text default 'null, null, null',
+  p_sizes text default null) returns text language plpgsql immutable set search_path from current as $$
+declare v_sql text := p_sql; v_params text[] := array['v_now', 'v_degraded', 'v_cause', 'v_depth', 'v_trace', 'v_tenant',
+  'greatest(4096, 8192 - v_keysize)', 'greatest(131072, 262144 - v_size)'];
+begin
+  v_sql := replace(v_sql, '@sums@', case when p_sizes is null then ''
+             else ', sum(case when bytes > 131072 then 0 else bytes end) over (order by rn rows unbounded preceding) as bytesum' end);
+  v_sql := replace(v_sql, '@rows@', coalesce('(select *, ' || p_sizes || ' as bytes from r) r', 'r'));
+  v_sql := replace(v_sql, '@cuts@', case when p_sizes is null then '' else ', case when bytes > 131072 then rn end, bytesum / $8' end);
+  v_sql := replace(replace(replace(v_sql, '@images@', p_images), '@texts@', coalesce(p_texts, '')), '@from@', p_from);
+  if p_source <> 'row' then                              -- planned anew, with the real row counts
+    return format('execute %L using %s;', v_sql, array_to_string(v_params, ', '));
+  end if;
+  for i in 1..cardinality(v_params) loop
+    v_sql := replace(v_sql, '$' || i, v_params[i]);
+  end loop;
+  return v_sql || ';';
+end $$;
+
+-- capture_failed(table, event, source, handlers, bare, mend) -> plpgsql for when filter or images could not be had
+-- Bad data: the keys alone. A table that has changed under us: the rows whole, as JSON that names its columns; mend()
+-- captures them when the function is up to date. When even that fails, the reconciler is told.
+create or replace function capture_failed(w watched, p_event text, p_source text, p_ids int[], p_bare text, p_mend boolean) returns text
+language plpgsql stable set search_path from current as $$
 declare
-  v_op text := case p_event when 'new' then 'n' when 'updated' then 'u' else 'd' end;
+  v_dirty text := format($f$
+        insert into change (id, slot, at, xid, table_id, op, n, degraded, cause, depth, trace, tenant)
+        values (nextval('change_seq'), slot(v_now), v_now, pg_current_xact_id(), %s, 'x', 0, v_degraded, v_cause, v_depth, v_trace, v_tenant);$f$, w.id);
+  v_kept text;
+begin
+  if p_mend then
+    return format($f$
+    begin
+      %s
+    exception when others then%s
+    end;$f$, p_bare, v_dirty);
+  end if;
+  v_kept := capture_fill(format($f$
+        with r as (select jsonb_build_array(%s, %s) as row, row_number() over () as rn from @from@),
+        c as (
+          insert into change (id, slot, at, xid, table_id, op, n, keys, degraded, cause, depth, trace, tenant)
+          select nextval('change_seq'), slot($1), $1, pg_current_xact_id(), %s, 'x', count(*),
+                 jsonb_build_object('event', %L, 'source', %L, 'handlers', to_jsonb(%L::int[]), 'rows', jsonb_agg(row)), $2, $3, $4, $5, $6
+            from r group by (rn - 1) / 100
+          returning id)
+        insert into job (handler_id, change_id, at, lo, hi, op) select 0, id, $1, 1, 1, 'x' from c$f$,
+    case when p_event = 'deleted' and p_source = 'statement' then 'null' else 'to_jsonb(new)' end,
+    case when p_event = 'new' and p_source = 'statement' then 'null' else 'to_jsonb(old)' end,
+    w.id, p_event, p_source, p_ids), p_source,
+    case when p_source = 'row' then '(select new.*) new cross join (select old.*) old'
+         when p_event = 'updated' or p_source = 'moved' then capture_pairs()
+         else capture_from(w, p_event, p_source, null) end);
+  return format($f$
+    if not v_broken then
+      begin
+        %s
+      exception when others then
+        v_broken := true;
+      end;
+    end if;
+    if v_broken then
+      begin
+        %s
+      exception when others then%s
+        insert into job (handler_id, change_id, at, lo, hi, op) values (0, currval('change_seq'), v_now, 1, 1, 'x');
+      end;
+    end if;$f$, p_bare, v_kept, v_dirty);
+end $$;
+
+-- capture_group(table, event, source, handlers, batches, images, where, params, columns, first, mend) -> plpgsql that captures for one group
+--   mend  the rows are those of a change that was kept whole, see mend()
+create or replace function capture_group(w watched, p_event text, p_source text, p_ids int[], p_batches int[], p_images boolean,
+  p_where text, p_params jsonb, p_columns text[], p_first boolean, p_mend boolean) returns text language plpgsql stable set search_path from current as $$
+declare
+  v_op text := left(p_event, 1);
   v_row text := case p_event when 'deleted' then 'old' else 'new' end;   -- whose columns the filter sees
   v_idkey boolean := w.key_kind = 'id';
   v_keycol text := case when w.key_kind = 'id' then 'ids' else 'keys' end;
-  v_join text; v_from text; v_key text; v_keys text; v_filter text := ''; v_keysize text; v_jobs text;
-  v_cols text[]; v_texts text; v_sizes text; v_rawsize text; v_news text := 'null'; v_olds text := 'null'; v_keyrows int := 1000; v_wide text;
-  v_small text; v_plain text; v_grouped text; v_bare text; v_evaluate text; v_store text; v_columns text;
+  v_from text := capture_from(w, p_event, p_source, p_where);
+  v_key text; v_keys text; v_filter text := ''; v_keysize text; v_jobs text;
+  v_cols text[]; v_texts text; v_sizes text; v_rawsize text; v_news text := 'null'; v_olds text := 'null'; v_keyrows int := 1000; v_wide boolean := false;
+  v_small text; v_plain text; v_grouped text; v_bare text; v_evaluate text; v_store text; v_columns text; v_shape text; v_large text;
 begin
-  select string_agg(format('new.%1$I = old.%1$I', c), ' and ') into v_join from unnest(w.key_columns) c;
-  v_from := case p_event when 'new' then 'new_records new' when 'deleted' then 'old_records old'
-                 else format('new_records new join old_records old on %s', v_join) end;
   if v_idkey then
     v_key := format('%s.%I::bigint', v_row, w.key_columns[1]);
     v_keys := 'array_agg(key)';
   elsif w.key_kind = 'key' then
-    select format('jsonb_build_array(%s)', string_agg(format('%s.%I', v_row, c), ', ' order by o)),
-           string_agg(format('coalesce(octet_length(%s.%I::text), 0) + 6', v_row, c), ' + ')
-      into v_key, v_keysize from unnest(w.key_columns) with ordinality x (c, o);
+    v_key := key_json(w, v_row);
     v_keys := 'jsonb_agg(key)';
-    if not exists (select from table_columns(w.relid) t where t.name = any (w.key_columns) and not t.fixed) then
-      v_keysize := null;                                 -- no key is longer than any other: cut by count
-      v_keyrows := 8192 / (cardinality(w.key_columns) * 40);
+    if exists (select from table_columns(w.relid) t where t.name = any (w.key_columns) and not (t.fixed and is_plain(t.type))) then
+      select '8 + ' || string_agg(format('octet_length(%s.%I::text) + 6', v_row, c), ' + ' order by o)
+        into v_keysize from unnest(w.key_columns) with ordinality x (c, o);
+    else                                                 -- no key is longer than any other: cut by count
+      v_keyrows := least(1000, 8192 / (12 + 40 * cardinality(w.key_columns)));
     end if;
   else
     v_key := 'null';
     v_keys := 'null::jsonb';
   end if;
   if p_images then
-    select array_agg(name), string_agg(case when fixed then '16' else format('coalesce(octet_length(%I::text), 0)', name) end, ' + '),
+    select array_agg(name), string_agg(text_size(quote_ident(name), type, fixed), ' + '),
            string_agg(case when p_event = 'deleted' then '' else format(', new.%I::text as n%s', name, o) end
                    || case when p_event = 'new' then '' else format(', old.%I::text as o%s', name, o) end, ''),
-           string_agg(case when fixed then '16' else concat_ws(' + ',
-                        case when p_event <> 'deleted' then format('coalesce(octet_length(n%s), 0)', o) end,
-                        case when p_event <> 'new' then format('coalesce(octet_length(o%s), 0)', o) end) end, ' + '),
+           string_agg(concat_ws(' + ', case when p_event <> 'deleted' then text_size('n' || o, type, fixed) end,
+                                       case when p_event <> 'new' then text_size('o' || o, type, fixed) end), ' + '),
            case when p_event <> 'deleted' then format('array[%s]', string_agg(format('array_agg(n%s)', o), ', ' order by o)) else 'null::text[]' end,
-           case when p_event <> 'new' then format('array[%s]', string_agg(format('array_agg(o%s)', o), ', ' order by o)) else 'null::text[]' end
-      into v_cols, v_rawsize, v_texts, v_sizes, v_news, v_olds
+           case when p_event <> 'new' then format('array[%s]', string_agg(format('array_agg(o%s)', o), ', ' order by o)) else 'null::text[]' end,
+           bool_or(not fixed)
+      into v_cols, v_rawsize, v_texts, v_sizes, v_news, v_olds, v_wide
       from (select *, row_number() over () as o from table_columns(w.relid)) c;
   end if;
   v_columns := quote_nullable(v_cols::text) || '::text[]';
@@ -194,6 +312,12 @@ begin
   end if;
   v_filter := coalesce('where true' || nullif(v_filter, ''), '');
   v_jobs := format('unnest(%L::int[], %L::int[]) h (id, b)', p_ids, p_batches);
+  if (p_images or (p_event = 'updated' and p_columns is null)) and not p_mend then    -- a column added since would be left out in silence
+    v_shape := format($f$
+    if (select relnatts from pg_catalog.pg_class where oid = %s) <> %s then
+      raise exception using errcode = '42703', message = %L;
+    end if;$f$, w.relid, (select relnatts from pg_class where oid = w.relid), format('table %I.%I has new columns', w.schema_name, w.table_name));
+  end if;
 
   -- one record is the commonest statement of all: no set functions, and one number for the change and the first job
   v_small := format($f$
@@ -213,127 +337,145 @@ begin
        from unnest(p_ids) with ordinality x (i, o)));
   v_plain := format($f$
     with c as (
-      insert into change (id, slot, at, xid, table_id, op, n, ids, keys, cols, news, olds, degraded, cause, depth, trace, tenant)
-      select %5$s, slot(v_now), v_now, pg_current_xact_id(), %1$s, '%2$s', least(1000, v_k - s + 1), %4$s,
-             v_degraded, v_cause, v_depth, v_trace, v_tenant
+      insert into change (id, slot, at, xid, table_id, op, n, ids, keys, cols, news, olds, cause, depth, trace, tenant)
+      select nextval('change_seq'), slot(v_now), v_now, pg_current_xact_id(), %1$s, '%2$s', least(1000, v_k - s + 1), %4$s,
+             v_cause, v_depth, v_trace, v_tenant
         from generate_series(1, v_k, 1000) s
-      returning id, n, ids)
-    insert into job (handler_id, change_id, at, cause, trace, lo, hi, depth, op, tenant, ids)
-    select h.id, c.id, v_now, v_cause, coalesce(v_trace, c.id), s, least(s + h.b - 1, c.n), v_depth, '%2$s', v_tenant, %6$s
-      from c, %3$s, generate_series(1, c.n, h.b) s;$f$, w.id, v_op, v_jobs,
-    case when p_images then format('v_ids, v_keys, %s, v_news, v_olds', v_columns)
-         when v_idkey then 'v_ids[s:s + 999], null, null, null, null' else 'null, v_keys, null, null, null' end,
-    $i$nextval('change_seq')$i$, case when p_images then 'null' else 'case when h.b <= 16 then c.ids[s:s + h.b - 1] end' end);
-  -- cut by count, and by bytes where one record is larger than 1/1000 of a chunk
-  v_grouped := $f$
-    with r as (select %1$s as key, row_number() over () as rn%2$s from %3$s %4$s),
-    sized as (select *%5$s from r),
-    c as (
-      insert into change (id, slot, at, xid, table_id, op, n, %6$s, cols, news, olds, degraded, cause, depth, trace, tenant)
-      select nextval('change_seq'), slot($1), $1, pg_current_xact_id(), %7$s, '%8$s', count(*), %9$s, %10$s, $2, $3, $4, $5, $6
-        from sized group by (rn - 1) / %11$s
       returning id, n)
     insert into job (handler_id, change_id, at, cause, trace, lo, hi, depth, op, tenant)
-    select h.id, c.id, $1, $3, coalesce($5, c.id), s, least(s + h.b - 1, c.n), $4, '%8$s', $6
-      from c, %12$s, generate_series(1, c.n, h.b) s$f$;
-  v_sizes := case when v_keysize is not null then ', sum(keysize) over (order by rn rows unbounded preceding) as keybytes' else '' end
-    || coalesce(format(', sum(%s) over (order by rn rows unbounded preceding) as bytes', v_sizes), '');
-  v_bare := format(v_grouped, v_key, coalesce(', ' || v_keysize || ' as keysize', ''), v_from, '',
-    case when v_keysize is not null then ', sum(keysize) over (order by rn rows unbounded preceding) as keybytes' else '' end,
-    v_keycol, w.id, v_op, v_keys, 'null, null, null', v_keyrows || case when v_keysize is not null then ', keybytes / 8192' else '' end, v_jobs);
-  v_wide := format(v_grouped, v_key, coalesce(', ' || v_keysize || ' as keysize', '') || coalesce(v_texts, ''), v_from, v_filter, v_sizes,
-    v_keycol, w.id, v_op, v_keys, format('%s, %s, %s', v_columns, v_news, v_olds),
-    v_keyrows || case when v_keysize is not null then ', keybytes / 8192' else '' end || case when p_images then ', bytes / 262144' else '' end, v_jobs);
-  v_grouped := format(v_grouped, v_key, coalesce(', ' || v_keysize || ' as keysize', '') || coalesce(v_texts, ''), v_from, v_filter,
-    case when v_keysize is not null then ', sum(keysize) over (order by rn rows unbounded preceding) as keybytes' else '' end,
-    v_keycol, w.id, v_op, v_keys, format('%s, %s, %s', v_columns, v_news, v_olds),
-    v_keyrows || case when v_keysize is not null then ', keybytes / 8192' else '' end, v_jobs);
+    select h.id, c.id, v_now, v_cause, coalesce(v_trace, c.id), s, least(s + h.b - 1, c.n), v_depth, '%2$s', v_tenant
+      from c, %3$s, generate_series(1, c.n, h.b) s;$f$, w.id, v_op, v_jobs,
+    case when p_images then format('v_ids, v_keys, %s, v_news, v_olds', v_columns) else 'v_ids[s:s + 999], null, null, null, null' end);
+  -- cut by count, and by bytes: a record of more than half a chunk stands alone, the others fill what the largest leaves
+  v_grouped := format($f$
+    with r as (select %1$s as key, row_number() over () as rn%2$s@texts@ from @from@),
+    sized as (select *%3$s@sums@ from @rows@),
+    c as (
+      insert into change (id, slot, at, xid, table_id, op, n, %4$s, cols, news, olds, degraded, cause, depth, trace, tenant)
+      select nextval('change_seq'), slot($1), $1, pg_current_xact_id(), %5$s, '%6$s', count(*), %7$s, @images@, $2, $3, $4, $5, $6
+        from sized group by (rn - 1) / %8$s%9$s@cuts@
+      returning id, n)
+    insert into job (handler_id, change_id, at, cause, trace, lo, hi, depth, op, tenant)
+    select h.id, c.id, $1, $3, coalesce($5, c.id), s, least(s + h.b - 1, c.n), $4, '%6$s', $6
+      from c, %10$s, generate_series(1, c.n, h.b) s$f$,
+    v_key, ', ' || v_keysize || ' as keysize',
+    case when v_keysize is not null then ', sum(case when keysize > 4096 then 0 else keysize end) over (order by rn rows unbounded preceding) as keysum' end,
+    v_keycol, w.id, v_op, v_keys, v_keyrows, case when v_keysize is not null then ', case when keysize > 4096 then rn end, keysum / $7' end, v_jobs);
+  v_bare := capture_fill(v_grouped, p_source, capture_from(w, p_event, p_source, null));
+  v_large := capture_fill(v_grouped, p_source, v_from || ' ' || v_filter, v_texts, format('%s, %s, %s', v_columns, v_news, v_olds));
+  if p_images then
+    v_large := format($k$
+      select max(%1$s) * %2$s into v_size from %3$s;
+      if v_size <= 262 then
+        %4$s
+      else
+        %5$s
+      end if;$k$, v_rawsize, case p_event when 'updated' then 2 else 1 end,
+      case when p_event = 'updated' then '(select * from new_records union all select * from old_records) x' else v_row || '_records' end,
+      v_large, capture_fill(v_grouped, p_source, v_from || ' ' || v_filter, v_texts, format('%s, %s, %s', v_columns, v_news, v_olds), v_sizes));
+  end if;
+  if v_keysize is not null then
+    v_large := format('select max(%s) into v_keysize from %s_records %2$s;', v_keysize, v_row) || v_large;
+    v_bare := format('select max(%s) into v_keysize from %s;', v_keysize, capture_from(w, p_event, p_source, null)) || v_bare;
+  end if;
 
   -- reading runs in exception blocks and, for small statements, writes nothing there: a subtransaction that writes
   -- costs a transaction id. Large statements are planned anew, with their real row counts.
   v_evaluate := case when v_idkey and not p_images
-    then format('v_ids := array(select %s from %s @filter@); v_k := cardinality(v_ids);', v_key, v_from)
-    else format('select count(*), %s%s into v_k, %s%s from (select %s as key%s from %s @filter@) r;',
+    then format('v_ids := array(select %s from %s %s); v_k := cardinality(v_ids);', v_key, v_from, v_filter)
+    else format('select count(*), %s%s into v_k, %s%s from (select %s as key%s from %s %s) r;',
       case when v_idkey then 'array_agg(key)' else v_keys end, case when p_images then format(', %s, %s', v_news, v_olds) else '' end,
       case when v_idkey then 'v_ids' else 'v_keys' end, case when p_images then ', v_news, v_olds' else '' end,
-      v_key, coalesce(v_texts, ''), v_from) end;
+      v_key, coalesce(v_texts, ''), v_from, v_filter) end;
+  if p_source <> 'row' and not (v_idkey and not p_images and p_event <> 'updated' and p_source = 'statement') then
+    v_large := format($f$
+      v_memory := current_setting('work_mem');
+      perform set_config('work_mem', '128MB', true);     -- chunks are built in memory: 3 times faster than spilled
+      %s
+      perform set_config('work_mem', v_memory, true);$f$, v_large);
+    if v_keysize is not null or v_wide then              -- few, but long
+      v_evaluate := v_evaluate || format($f$
+      if v_k > 1 and (pg_column_size(v_keys) > 8192 or pg_column_size(v_news) > 131072 or pg_column_size(v_olds) > 131072) then
+        v_k := 0;%s
+      end if;$f$, v_large);
+    end if;
+    v_evaluate := format($f$if (select count(*) from (select from %s_records limit 17) x) <= 16 then
+      %s
+    else%s
+    end if;$f$, v_row, v_evaluate, v_large);
+  end if;
   v_store := case
     when p_images then format('if v_k > 0 then %s end if;', v_plain)
-    when v_idkey then format('if v_k > 16 or (v_k > 0 and v_degraded is not null) then %s elsif v_k > 0 then %s end if;', v_plain, v_small)
-    else format('if v_k > 0 and v_degraded is not null then %s elsif v_k > 0 then %s end if;', v_plain, v_small) end;
+    when v_idkey then format('if v_k > 16 then %s elsif v_k > 0 then %s end if;', v_plain, v_small)
+    else format('if v_k > 0 then %s end if;', v_small) end;
+  if w.key_kind = 'none' then
+    v_bare := 'raise exception using message = v_degraded;';
+  end if;
   return format($f$
   -- handlers %1$s
   v_degraded := null;
+  v_broken := false;
   v_k := 0;
-  begin
-    if %2$s then
-      %3$s
-    else
-      v_memory := current_setting('work_mem');
-      perform set_config('work_mem', '128MB', true);   -- chunks are built in memory: 3 times faster than spilled
-      %4$s
-      perform set_config('work_mem', v_memory, true);
-    end if;
+  begin%2$s
+    %3$s
   exception when others then
     v_degraded := sqlerrm;
+    v_broken := %4$s;
     v_k := 0;
   end;
   if v_degraded is null then
     %5$s
-  else
-    begin
-      %6$s
-    exception when others then
-      insert into change (id, slot, at, xid, table_id, op, n, degraded, tenant)
-      values (nextval('change_seq'), slot(v_now), v_now, pg_current_xact_id(), %7$s, 'x', 0, sqlerrm, v_tenant);
-    end;
+  else%6$s
   end if;$f$,
-    array_to_string(p_ids, ', '),
-    case when v_idkey and not p_images and p_event <> 'updated' then 'true' else '(select count(*) from (select from ' || case p_event when 'deleted' then 'old_records' else 'new_records' end || ' limit 17) x) <= 16' end,
-    replace(v_evaluate, '@filter@', v_filter),
-    case when not p_images then format('execute %L using v_now, v_degraded, v_cause, v_depth, v_trace, v_tenant;', v_grouped)
-         else format($k$
-      select max(%1$s) into v_size from %2$s;
-      if v_size <= 262 then
-        execute %3$L using v_now, v_degraded, v_cause, v_depth, v_trace, v_tenant;
-      else
-        execute %4$L using v_now, v_degraded, v_cause, v_depth, v_trace, v_tenant;
-      end if;$k$, v_rawsize,
-           case p_event when 'updated' then '(select * from new_records union all select * from old_records) x' when 'new' then 'new_records' else 'old_records' end,
-           v_grouped, v_wide) end, v_store,
-    case when w.key_kind = 'none' then 'raise exception using message = v_degraded;'
-         else format('execute %L using v_now, v_degraded, v_cause, v_depth, v_trace, v_tenant;', v_bare) end,
-    w.id);
+    array_to_string(p_ids, ', '), v_shape, v_evaluate,
+    case when p_mend then 'false' else $k$sqlstate ~ '^(42|0A|XX)'$k$ end, v_store,
+    capture_failed(w, p_event, p_source, p_ids, v_bare, p_mend));
 end $$;
 
--- capture_body(table, event) -> the plpgsql body of its trigger function for new | updated | deleted
-create or replace function capture_body(p_table int, p_event text) returns text language plpgsql stable set search_path from current as $$
-declare w watched; d record := doorbell(); v_groups text; v_fed text; v_key text;
-begin
-  select * into w from watched where id = p_table;
-  select string_agg(capture_group(w, p_event, g.ids, g.batches, g.images, g.where_sql, g.params, g.columns, g.first), '' order by g.ids[1]) into v_groups
-    from (select row_number() over (order by min(h.id)) = 1 as first, array_agg(h.id order by h.id) as ids, array_agg(least(h.batch, 1000) order by h.id) as batches,
-                 bool_or(h.read = 'change' or w.key_kind = 'none') as images, h.where_sql, h.params, h.columns
-            from handler h where h.table_id = p_table and h.enabled and p_event = any (h.ops)
-           group by h.where_sql, h.params, h.columns) g;
-  if v_groups is null then
-    return 'begin return null; end';
-  end if;
-  if p_event = 'new' and w.key_kind <> 'none' then       -- a backfill is running: it must not feed these again
-    select format('jsonb_build_array(%s)', string_agg(format('new.%I', c), ', ' order by o)) into v_key from unnest(w.key_columns) with ordinality x (c, o);
-    select format($f$
+-- capture_groups(table, event, source, handlers, mend) -> plpgsql for all handlers of an event, or for these; null when there are none
+-- Handlers with the same filter and columns form a group: what one record leaves is stored once for all of them.
+create or replace function capture_groups(w watched, p_event text, p_source text, p_handlers int[] default null, p_mend boolean default false)
+returns text language sql stable set search_path from current as $$
+  select string_agg(capture_group(w, p_event, p_source, g.ids, g.batches, g.images, g.where_sql, g.params, g.columns, g.first, p_mend), '' order by g.ids[1])
+    from (select row_number() over (order by min(h.id)) = 1 and p_source = 'statement' as first, array_agg(h.id order by h.id) as ids,
+                 array_agg(least(h.batch, 1000) order by h.id) as batches,
+                 bool_or(h.read = 'change' or w.key_kind = 'none') as images, h.where_sql, h.params,
+                 case when p_event = 'updated' then h.columns end as columns
+            from handler h
+           where h.table_id = w.id and case when p_handlers is null then h.enabled and p_event = any (h.ops) else h.id = any (p_handlers) end
+           group by h.where_sql, h.params, case when p_event = 'updated' then h.columns end) g
+$$;
+
+-- capture_fed(table, event, source) -> plpgsql that keeps a running backfill from feeding these records again
+create or replace function capture_fed(w watched, p_source text) returns text language sql stable set search_path from current as $$
+  select format($f$
   begin
-    insert into fed (handler_id, key) select h, %s from new_records new, unnest(%L::int[]) h on conflict do nothing;
+    insert into fed (handler_id, key) select h, %s from %s, unnest(%L::int[]) h on conflict do nothing;
   exception when others then
     raise warning 'anton: backfill of table %% may repeat records: %%', %L, sqlerrm;
-  end;$f$, v_key, array_agg(id), w.table_name) into v_fed from handler where table_id = p_table and feeding having count(*) > 0;
+  end;$f$, key_json(w, 'new'), capture_from(w, 'new', p_source, null), array_agg(id), w.table_name)
+    from handler where table_id = w.id and feeding having count(*) > 0 and w.key_kind <> 'none'
+$$;
+
+-- capture_body(table, event) -> the plpgsql body of its trigger function for new | updated | deleted | moved
+-- moved: the key of a record changed, so the old one is deleted and the new one is new. A row trigger, whose condition
+-- costs other updates next to nothing; on partitioned tables, where it would not fire, a statement trigger.
+create or replace function capture_body(p_table int, p_event text) returns text language plpgsql stable set search_path from current as $$
+declare w watched; d record := doorbell(); v_groups text; v_source text := 'statement';
+begin
+  select * into w from watched where id = p_table;
+  if p_event = 'moved' then
+    v_source := case when (select relkind from pg_class where oid = w.relid) = 'p' then 'moved' else 'row' end;
+    v_groups := nullif(concat(capture_groups(w, 'deleted', v_source), '
+  v_change := nextval(''change_seq'');' || capture_groups(w, 'new', v_source)), '');
+  else
+    v_groups := capture_groups(w, p_event, 'statement');
+  end if;
+  if v_groups is null or (p_event = 'moved' and w.key_kind = 'none') then
+    return 'begin return null; end';
   end if;
   return format($f$#variable_conflict use_column
-declare
-  v_now timestamptz; v_change bigint; v_k int; v_size bigint; v_memory text; v_ids bigint[]; v_keys jsonb; v_news text[]; v_olds text[];
-  v_context text := current_setting('anton.context', true);
-  v_tenant text := nullif(current_setting('anton.tenant', true), '');
-  v_cause bigint; v_depth smallint := 0; v_trace bigint; v_degraded text;
+declare%s
 begin
   v_now := now();
   v_change := nextval('change_seq');
@@ -344,135 +486,176 @@ begin
     v_trace := nullif(split_part(v_context, ',', 3), '')::bigint;
   end if;%s%s%s
   return null;
-end$f$, v_groups, v_fed,
+end$f$, capture_variables(), v_groups, case when p_event in ('new', 'moved') then capture_fed(w, v_source) end,
     case when d.enabled then format($f$
   if not pg_try_advisory_xact_lock_shared(%s, %s) then
     perform pg_notify(%L, '');
   end if;$f$, d.k1, d.k2, d.channel) end);
 end $$;
 
--- capture_moved(table) -> body of the row trigger for a changed key: the old record is deleted, the new one is new
-create or replace function capture_moved(p_table int) returns text language plpgsql stable set search_path from current as $$
-declare w watched; v_code text := ''; h record; v_row text; v_key text; v_news text; v_cols text;
-begin
-  select * into w from watched where id = p_table;
-  select quote_literal(array_agg(name)::text) || '::text[]' into v_cols from table_columns(w.relid);
-  for h in select x.*, e.event from handler x cross join lateral unnest(x.ops) e (event)
-            where x.table_id = p_table and x.enabled and e.event in ('new', 'deleted') order by x.id, e.event desc loop
-    v_row := case h.event when 'new' then 'new' else 'old' end;
-    select string_agg(format('%s.%I', v_row, c), ', ' order by o) into v_key from unnest(w.key_columns) with ordinality x (c, o);
-    select string_agg(format('array[%s.%I::text]', v_row, name), ', ') into v_news from table_columns(w.relid);
-    v_code := v_code || format($f$
-  begin
-    select count(*) into v_k from (select %1$s.*) as row_ where %2$s;
-    v_degraded := null;
-  exception when others then
-    v_k := 1; v_degraded := sqlerrm;
-  end;
-  if v_k > 0 then
-    v_change := nextval('change_seq');
-    insert into change (id, slot, at, xid, table_id, op, n, ids, keys, cols, %3$s, degraded, cause, depth, trace, tenant)
-    values (v_change, slot(v_now), v_now, pg_current_xact_id(), %4$s, '%5$s', 1, %6$s, %7$s, array[%8$s], v_degraded, v_cause, v_depth, v_trace, v_tenant);
-    insert into job (handler_id, change_id, at, cause, trace, lo, hi, depth, op, tenant)
-    values (%9$s, v_change, v_now, v_cause, coalesce(v_trace, v_change), 1, 1, v_depth, '%5$s', v_tenant);
-  end if;$f$, v_row, coalesce(bind(h.where_sql, h.params), 'true'), case h.event when 'new' then 'news' else 'olds' end, w.id, left(h.event, 1),
-      case when w.key_kind = 'id' then format('array[%s::bigint], null', v_key) else format('null, jsonb_build_array(jsonb_build_array(%s))', v_key) end,
-      v_cols, v_news, h.id);
-  end loop;
-  if v_code = '' then
-    return 'begin return null; end';
-  end if;
-  return format($f$
-declare
-  v_now timestamptz := now(); v_change bigint; v_k int; v_degraded text;
+-- capture_variables() -> what the code of groups works with
+create or replace function capture_variables() returns text language sql immutable set search_path from current as $$
+  select $f$
+  v_now timestamptz; v_change bigint; v_k int; v_size bigint; v_keysize bigint; v_memory text; v_ids bigint[]; v_keys jsonb; v_news text[]; v_olds text[];
   v_context text := current_setting('anton.context', true);
   v_tenant text := nullif(current_setting('anton.tenant', true), '');
-  v_cause bigint; v_depth smallint := 0; v_trace bigint;
-begin
-  if v_context <> '' then
-    v_cause := split_part(v_context, ',', 1)::bigint;
-    v_depth := split_part(v_context, ',', 2)::smallint;
-    v_trace := nullif(split_part(v_context, ',', 3), '')::bigint;
-  end if;%s
-  perform ring();
-  return null;
-exception when others then
-  insert into change (id, slot, at, xid, table_id, op, n, degraded, tenant)
-  values (nextval('change_seq'), slot(v_now), v_now, pg_current_xact_id(), %s, 'x', 0, sqlerrm, v_tenant);
-  return null;
-end$f$, v_code, w.id);
-end $$;
+  v_cause bigint; v_depth smallint := 0; v_trace bigint; v_degraded text; v_broken boolean;$f$
+$$;
 
 -- capture_truncate(table) -> body of the TRUNCATE trigger: one event for the table, no keys
+-- Truncating a partitioned table fires it for each partition: once a statement is enough.
 create or replace function capture_truncate(p_table int) returns text language sql stable set search_path from current as $$
   select case when count(*) = 0 then 'begin return null; end' else format($f$
-declare v_now timestamptz := now(); v_change bigint := nextval('change_seq'); v_context text := current_setting('anton.context', true);
+declare
+  v_now timestamptz := now(); v_change bigint := nextval('change_seq'); v_context text := current_setting('anton.context', true);
+  v_statement text := '%1$s at ' || extract(epoch from statement_timestamp());
 begin
+  if current_setting('anton.truncated', true) = v_statement then
+    return null;
+  end if;
+  perform set_config('anton.truncated', v_statement, true);
   insert into job (handler_id, change_id, at, cause, trace, lo, hi, depth, op, tenant)
   select h, v_change, v_now, nullif(split_part(v_context, ',', 1), '')::bigint, v_change, 1, 1,
          coalesce(nullif(split_part(v_context, ',', 2), ''), '0')::smallint, 't', nullif(current_setting('anton.tenant', true), '')
-    from unnest(%L::int[]) h;
+    from unnest(%2$L::int[]) h;
   perform ring();
   return null;
-end$f$, array_agg(id)) end
+end$f$, p_table, array_agg(id)) end
     from handler where table_id = p_table and enabled and 'truncate' = any (ops)
 $$;
 
--- owner_role() -> the role that owns what runs with its rights: <schema>_owner when migrate could create it, else the current user
+-- owner_role() -> the role that owns what runs with its rights: the schema's, which cannot log in when migrate could make one
 create or replace function owner_role() returns text language sql stable set search_path from current as $$
-  select coalesce((select rolname::text from pg_roles where rolname = current_schema() || '_owner'), current_user::text)
+  select pg_get_userbyid(case when pg_has_role(current_user, nspowner, 'member') then nspowner else current_user::regrole end)
+    from pg_namespace where nspname = current_schema()
 $$;
 
--- sync_triggers(table): writes the trigger functions of a table anew and adds the triggers it lacks, on its partitions too
-create or replace function sync_triggers(p_table int) returns void language plpgsql volatile set search_path from current as $$
+-- write_triggers(table, lock): as sync_triggers; lock: however little is new
+create or replace function write_triggers(p_table int, p_lock boolean) returns void language plpgsql volatile set search_path from current as $$
 declare
-  w watched; v_schema text := current_schema(); v_settings text; v_event text; v_name text; v_rel oid; v_body text; v_moved text; v_old text;
+  w watched; v_event text; v_name text; v_body text; v_old text; v_enable boolean; v_settings text; v_keys text[];
+  v_tries int := case when current_setting('lock_timeout') = '0' then 10 else 1 end;
 begin
   select * into w from watched where id = p_table;
+  v_keys := w.key_columns;
   perform watch(format('%I.%I', w.schema_name, w.table_name));
-  select * into w from watched where id = p_table;
+  update watched set shape = shape(watched) where id = p_table returning * into w;
   if w.key_kind = 'none' and exists (select from handler where table_id = p_table and enabled and ops && array['updated', 'deleted']) then
     raise exception using errcode = 'NT004', message = format('table %I.%I has no primary key: its updated and deleted records cannot be handled', w.schema_name, w.table_name),
       hint = format('alter table %I.%I add primary key (…)', w.schema_name, w.table_name);
   end if;
-  v_settings := case when w.key_kind = 'none' or exists (select from handler where table_id = p_table and enabled and read = 'change')
-    then image_settings(w.relid) else '' end;
+  v_settings := image_settings(w, w.key_kind = 'none' or exists (select from handler where table_id = p_table and enabled and read = 'change'));
   foreach v_event in array array['new', 'updated', 'deleted', 'moved', 'truncate'] loop
     v_name := format('t%s_%s', p_table, v_event);
-    v_body := case when v_event = 'moved' then capture_moved(p_table) when v_event = 'truncate' then capture_truncate(p_table)
-                   else capture_body(p_table, v_event) end;
-    select prosrc into v_old from pg_proc where pronamespace = v_schema::regnamespace and proname = v_name;
+    v_body := case when v_event = 'truncate' then capture_truncate(p_table) else capture_body(p_table, v_event) end;
+    select prosrc into v_old from pg_proc where pronamespace = current_schema()::regnamespace and proname = v_name;
     if v_body = 'begin return null; end' and v_old is null then
       continue;                                            -- nobody asked, nothing to pay
     end if;
     execute format('create or replace function %I() returns trigger language plpgsql security definer set search_path = %I, pg_catalog, pg_temp%s as %L',
-                   v_name, v_schema, case when v_event in ('new', 'updated', 'deleted', 'moved') then v_settings else '' end, v_body);
+                   v_name, current_schema(), case when v_event <> 'truncate' then v_settings else '' end, v_body);
     execute format('alter function %I() owner to %I', v_name, owner_role());
     execute format('revoke all on function %I() from public', v_name);
-    for v_rel in select case when v_event = 'moved' then w.relid else relid end from pg_partition_tree(w.relid)
-                 union select w.relid loop
-      if not exists (select from pg_trigger where tgrelid = v_rel and tgname = v_schema || '_' || v_event) then
-        execute format('create trigger %I after %s on %s %s for each %s %s execute function %I()',
-          v_schema || '_' || v_event,
-          case v_event when 'new' then 'insert' when 'deleted' then 'delete' when 'truncate' then 'truncate' else 'update' end,
-          v_rel::regclass,
-          case v_event when 'new' then 'referencing new table as new_records'
-                       when 'updated' then 'referencing old table as old_records new table as new_records'
-                       when 'deleted' then 'referencing old table as old_records' else '' end,
-          case when v_event = 'moved' then 'row' else 'statement' end,
-          case when v_event = 'moved' then format('when (%s)', (select string_agg(format('old.%1$I is distinct from new.%1$I', c), ' or ') from unnest(w.key_columns) c)) else '' end,
-          v_name);
+  end loop;
+  v_enable := exists (select from handler where table_id = p_table and enabled and enabled_at is null);
+  for attempt in 1..v_tries loop
+    begin
+      if v_tries > 1 then
+        perform set_config('lock_timeout', '200ms', true);
       end if;
-    end loop;
+      perform put_triggers(w, v_enable or p_lock or v_keys <> w.key_columns);
+      exit;
+    exception when lock_not_available then                 -- what was locked is free again
+      if attempt = v_tries then
+        raise exception using errcode = 'lock_not_available', message = format('table %I.%I is being written to%s', w.schema_name, w.table_name,
+            (select ' by ' || string_agg(format('pid %s (%s, since %s)', a.pid, coalesce(nullif(a.application_name, ''), a.usename), date_trunc('second', a.xact_start)), ', ')
+               from (select distinct l.pid from pg_locks l where l.relation = any (array(select tree(w.relid))) and l.granted and l.pid <> pg_backend_pid()
+                        and l.mode not in ('AccessShareLock', 'RowShareLock')) l join pg_stat_activity a on a.pid = l.pid)),
+          hint = 'its handlers are as they were; run it again when that transaction has ended';
+      end if;
+      perform pg_sleep(0.1);
+    end;
+  end loop;
+  if v_tries > 1 then
+    perform set_config('lock_timeout', '0', true);
+  end if;
+  if v_enable then
+    perform enable_handlers(w);
+  end if;
+end $$;
+
+-- sync_triggers(table): writes the trigger functions of a table anew and adds the triggers it lacks, on its partitions too
+-- A handler that is new, or listens to more than before, is enabled under a lock that no writer holds: each record is
+-- then either older than it or captured. The lock is tried for 200 ms at a time; a writer that stays raises 55P03.
+create or replace function sync_triggers(p_table int) returns void language sql volatile set search_path from current as $$
+  select write_triggers(p_table, false)
+$$;
+
+-- tree(relation) -> it and all its partitions
+create or replace function tree(p_rel oid) returns setof oid language sql stable set search_path from current as $$
+  select p_rel union select relid::oid from pg_partition_tree(p_rel)
+$$;
+
+-- shape(table) -> all that its trigger functions depend on beside the handlers: columns, key, partitions, doorbell
+create or replace function shape(w watched) returns text language sql stable set search_path from current as $$
+  select md5(concat(
+    (select string_agg(concat_ws(' ', attnum, attname, atttypid, atttypmod, attnotnull), ',' order by attnum)
+       from pg_attribute where attrelid = w.relid and attnum > 0 and not attisdropped),
+    (select string_agg(concat_ws(' ', indexrelid, indisprimary, indkey), ',' order by indexrelid) from pg_index where indrelid = w.relid and indisunique and indisvalid),
+    (select string_agg(t::text, ',' order by t) from tree(w.relid) t), w.relid, (select enabled from doorbell())))
+$$;
+
+-- put_triggers(table, all): the triggers that are missing, or all of them anew, which locks every writer out until the
+-- end of the transaction; takes ours off relations that are no part of the table any more
+create or replace function put_triggers(w watched, p_all boolean) returns void language plpgsql volatile set search_path from current as $$
+declare v_schema text := current_schema(); t record; v_event text; v_partitioned boolean := (select relkind = 'p' from pg_class where oid = w.relid);
+begin
+  for t in select r.rel, e.event, f.proname, g.oid is not null as there
+             from tree(w.relid) r (rel) cross join unnest(array['new', 'updated', 'deleted', 'moved', 'truncate']) with ordinality e (event, o)
+             join pg_proc f on f.pronamespace = v_schema::regnamespace and f.proname = format('t%s_%s', w.id, e.event)
+             left join pg_trigger g on g.tgrelid = r.rel and g.tgname = v_schema || '_' || e.event
+            order by r.rel <> w.relid, r.rel, e.o loop
+    continue when t.there and not p_all;
+    v_event := case when t.event = 'moved' and v_partitioned then 'updated' else t.event end;
+    execute format('create or replace trigger %I after %s on %s %s for each %s %s execute function %I()',
+      v_schema || '_' || t.event,
+      case v_event when 'new' then 'insert' when 'deleted' then 'delete' when 'truncate' then 'truncate' else 'update' end,
+      t.rel::regclass,
+      case v_event when 'new' then 'referencing new table as new_records'
+                   when 'updated' then 'referencing old table as old_records new table as new_records'
+                   when 'deleted' then 'referencing old table as old_records' else '' end,
+      case when v_event = 'moved' then 'row' else 'statement' end,
+      case when v_event = 'moved' then format('when (%s)', key_moved(w)) else '' end,
+      t.proname);
+  end loop;
+  for t in select g.tgrelid::regclass as rel, g.tgname from pg_trigger g join pg_proc f on f.oid = g.tgfoid
+            where f.pronamespace = v_schema::regnamespace and f.proname ~ format('^t%s_', w.id) and g.tgrelid not in (select tree(w.relid)) loop
+    execute format('drop trigger %I on %s', t.tgname, t.rel);
   end loop;
 end $$;
 
--- passes(handler, ids, keys) -> positions from 1 of the records that exist now and pass its filter (for degraded changes)
-create or replace function passes(p_handler int, p_ids bigint[], p_keys jsonb) returns int[] language plpgsql stable set search_path from current as $$
-declare h handler; w watched; v_out int[]; v_join text;
+-- enable_handlers(table): notes which rows are older than the handlers that are being enabled; no writer is about
+create or replace function enable_handlers(w watched) returns void language plpgsql volatile set search_path from current as $$
+declare v_max bigint;
+begin
+  if w.key_kind = 'id' then
+    execute format('select max(%I) from %I.%I', w.key_columns[1], w.schema_name, w.table_name) into v_max;
+  end if;
+  perform mark();
+  update handler set enabled_at = pg_catalog.clock_timestamp(), enabled_snapshot = pg_current_snapshot(), enabled_key = coalesce(v_max, 0)
+   where table_id = w.id and enabled and enabled_at is null;
+end $$;
+
+-- passes(handler, ids, keys, op) -> positions from 1 of the records of a degraded change that may pass its filter
+-- The filter sees the row of now. A record passes where there is no saying: deleted, old. asked for, bad data again.
+create or replace function passes(p_handler int, p_ids bigint[], p_keys jsonb, p_op "char" default 'n') returns int[] language plpgsql stable set search_path from current as $$
+declare h handler; w watched; v_out int[]; v_one int[]; v_join text; v_sql text; v_n int := coalesce(cardinality(p_ids), jsonb_array_length(p_keys));
 begin
   select * into h from handler where id = p_handler;
   select * into w from watched where id = h.table_id;
+  if p_op = 'd' or h.where_sql is null or h.where_sql ~* '\mold\.' then
+    return array(select generate_series(1, v_n));
+  end if;
   if w.key_kind = 'id' then
     v_join := format('unnest($1) with ordinality k (v, o) join %I.%I n on n.%I = k.v', w.schema_name, w.table_name, w.key_columns[1]);
   else
@@ -480,9 +663,19 @@ begin
                   string_agg(format('n.%I = (k.v ->> %s)::%s', c, o - 1, w.key_types[o]), ' and ')) into v_join
       from unnest(w.key_columns) with ordinality x (c, o);
   end if;
-  execute format('select array_agg(k.o::int order by k.o) from %s where (select (%s)::boolean from (select n.*) as new)',
-                 v_join, case when h.where_sql ~* '\mold\.' then 'true' else coalesce(bind(h.where_sql, h.params), 'true') end)
-    into v_out using p_ids, p_keys;
+  v_sql := format('select array_agg(k.o::int order by k.o) from %s where (select (%s)::boolean from (select n.*) as new)', v_join, bind(h.where_sql, h.params));
+  begin
+    execute v_sql into v_out using p_ids, p_keys;
+  exception when others then                               -- one record's data, or more
+    for i in 1..v_n loop
+      begin
+        execute v_sql into v_one using p_ids[i:i], jsonb_build_array(p_keys -> (i - 1));
+        v_out := v_out || case when v_one is not null then array[i] end;
+      exception when others then
+        v_out := v_out || i;
+      end;
+    end loop;
+  end;
   return coalesce(v_out, '{}');
 end $$;
 

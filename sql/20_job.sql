@@ -382,6 +382,9 @@ declare v_now timestamptz := now();
 begin
   at := v_now;
   perform promote();
+  if exists (select from job where handler_id = 0) then
+    perform mend();                                        -- a table has changed under its triggers
+  end if;
   select array_agg(h.id) into ready from handler h
    where h.id = any (p_handlers) and not h.paused and (h.probe_at is null or h.probe_at <= v_now)
      and exists (select from job j where j.handler_id = h.id);
@@ -418,11 +421,19 @@ end $$;
 
 -- cancel(job) -> whether it was still waiting. A job that is being worked or done is not touched.
 create or replace function cancel(p_job bigint) returns boolean language plpgsql volatile set search_path from current as $$
+declare v job; v_now timestamptz := now();
 begin
-  delete from job where id = p_job;
-  if found then return true; end if;
-  delete from delayed where id = p_job;
-  return found;
+  delete from job where id = p_job and handler_id <> 0 returning * into v;
+  if v.id is null then
+    delete from delayed where id = p_job and handler_id <> 0
+    returning handler_id, id, change_id, at, cause, trace, lo, hi, attempt, crashes, depth, op, tenant, origin, settled, ids, keys into v;
+  end if;
+  if v.id is null then
+    return false;
+  end if;
+  insert into receipt (id, slot, at, handler_id, n, change_ids, los, his, causes, ids, keys, depth, trace, tenant)   -- of nothing done
+  values (nextval('change_seq'), slot(v_now), v_now, v.handler_id, 0, array[v.change_id], array[v.lo], array[v.hi], array[v.cause], v.ids, v.keys, v.depth, v.trace, v.tenant);
+  return true;
 end $$;
 
 -- replay(dead letter) -> its new job. The idempotency key stays what it was.
@@ -437,7 +448,7 @@ begin
   select w.key_kind into v_kind from handler h join watched w on w.id = h.table_id where h.id = v.handler_id;
   insert into change (id, slot, at, xid, table_id, op, n, ids, keys, cols, news, olds, cause, depth, trace, tenant)
   select v_change, slot(v_now), v_now, pg_current_xact_id(), h.table_id, v.op, 1,
-         case when v_kind = 'id' then array[(v.key ->> 0)::bigint] end, case when v_kind <> 'id' then jsonb_build_array(v.key) end,
+         case when v_kind = 'id' and v.key is not null then array[(v.key ->> 0)::bigint] end, case when v_kind <> 'id' and v.key is not null then jsonb_build_array(v.key) end,
          v.cols, v.news, v.olds, v.cause, v.depth, v.trace, v.tenant
     from handler h where h.id = v.handler_id;
   insert into job (handler_id, id, change_id, at, cause, trace, lo, hi, depth, op, tenant, origin)
@@ -457,7 +468,16 @@ end $$;
 
 -- drop_dead(id) -> whether there was one
 create or replace function drop_dead(p_dead bigint) returns boolean language plpgsql volatile set search_path from current as $$
+declare v dead; v_now timestamptz := now(); v_id boolean;
 begin
-  delete from dead where id = p_dead;
-  return found;
+  delete from dead where id = p_dead returning * into v;
+  if v.id is null then
+    return false;
+  end if;
+  select w.key_kind = 'id' into v_id from handler h join watched w on w.id = h.table_id where h.id = v.handler_id;
+  insert into receipt (id, slot, at, handler_id, n, change_ids, los, his, causes, ids, keys, depth, trace, tenant)   -- of nothing done
+  values (nextval('change_seq'), slot(v_now), v_now, v.handler_id, 0, array[v.change_id], array[v.ordinal], array[v.ordinal], array[v.cause],
+          case when v_id and v.key is not null then array[(v.key ->> 0)::bigint] end, case when not v_id and v.key is not null then jsonb_build_array(v.key) end,
+          v.depth, v.trace, v.tenant);
+  return true;
 end $$;

@@ -29,16 +29,18 @@ begin
     perform check_where(v_table, bind(d ->> 'where_sql', coalesce(d -> 'params', '{}')), v_ops && array['updated', 'deleted']);
   end if;
   insert into handler as h (app, name, table_id, kind, ops, each_record, read, where_sql, columns, body, params, into_tables, batch,
-                            max_wait, concurrency, timeout, attempts, backoff, max_lag, options, enabled_xid)
+                            max_wait, concurrency, timeout, attempts, backoff, max_lag, options)
   values (d ->> 'app', d ->> 'name', v_table, coalesce(d ->> 'kind', 'python'), v_ops, coalesce((d ->> 'each_record')::boolean, false),
           coalesce(d ->> 'read', case when v_ops = array['new'] and coalesce(d ->> 'kind', 'python') = 'python' then 'now' else 'change' end),
           d ->> 'where_sql', v_columns, d ->> 'body', coalesce(d -> 'params', '{}'),
           case when jsonb_typeof(d -> 'into_tables') = 'array' then array(select jsonb_array_elements_text(d -> 'into_tables')) else '{}' end,
           coalesce((d ->> 'batch')::int, 1000), coalesce((d ->> 'max_wait')::interval, '0'), (d ->> 'concurrency')::int,
           coalesce((d ->> 'timeout')::interval, '5 min'), coalesce((d ->> 'attempts')::int, 5), coalesce((d ->> 'backoff')::interval, '1 s'),
-          (d ->> 'max_lag')::interval, coalesce(d -> 'options', '{}'), pg_current_xact_id())
+          (d ->> 'max_lag')::interval, coalesce(d -> 'options', '{}'))
   on conflict (app, name) do update
-     set table_id = excluded.table_id, kind = excluded.kind, ops = excluded.ops, each_record = excluded.each_record, read = excluded.read,
+     set enabled_at = case when h.enabled and h.table_id = excluded.table_id and h.ops @> excluded.ops and h.where_sql is not distinct from excluded.where_sql
+                                and h.params = excluded.params and h.columns is not distinct from excluded.columns then h.enabled_at end,
+         table_id = excluded.table_id, kind = excluded.kind, ops = excluded.ops, each_record = excluded.each_record, read = excluded.read,
          where_sql = excluded.where_sql, columns = excluded.columns, body = excluded.body, params = excluded.params,
          into_tables = excluded.into_tables, batch = excluded.batch, max_wait = excluded.max_wait, concurrency = excluded.concurrency,
          timeout = excluded.timeout, attempts = excluded.attempts, backoff = excluded.backoff, max_lag = excluded.max_lag,
@@ -83,69 +85,64 @@ begin
 end $$;
 
 -- backfill(handler): feeds the rows that exist to a handler of new records, each once, lazily, beside concurrent writes
+-- Each means: those it has not been given. From here on its trigger notes in "fed" what it captures; what it captured
+-- before is found by its traces, which are kept for the retention time, and by integer keys above those of its enabling.
 create or replace function backfill(p_handler text) returns void language plpgsql volatile set search_path from current as $$
 declare v_id int := find_handler(p_handler); h handler; w watched;
 begin
-  select * into h from handler where id = v_id;
+  select * into h from handler where id = v_id for update;
   select * into w from watched where id = h.table_id;
   if not 'new' = any (h.ops) or w.key_kind = 'none' then
     raise exception using errcode = 'NT004', message = format('handler "%s" cannot be backfilled', p_handler),
       hint = case when w.key_kind = 'none' then 'its table has no key' else 'it does not handle new records' end;
   end if;
-  insert into backfill (handler_id, since_xid, started_at) values (v_id, pg_current_xact_id(), now())
-  on conflict (handler_id) do update set since_xid = excluded.since_xid, after_key = null, fed = 0, started_at = excluded.started_at,
-     finished_at = null where backfill.finished_at is not null;
+  if h.feeding then
+    return;
+  end if;
+  delete from fed where handler_id = v_id;
+  insert into backfill (handler_id, started_at) values (v_id, now())
+  on conflict (handler_id) do update set after_key = null, fed = 0, started_at = excluded.started_at, finished_at = null;
   update handler set feeding = true where id = v_id;
-  perform sync_triggers(h.table_id);
+  perform write_triggers(h.table_id, true);
+  if h.enabled_at is not null then
+    insert into fed (handler_id, key) select v_id, key from traced(v_id) key on conflict do nothing;
+  end if;
 end $$;
 
--- feed(handler, records) -> records fed; null when it is done, -1 while a transaction older than the backfill is open
+-- feed(handler, records) -> records fed of the next so many rows; null when it is done
 create or replace function feed(p_handler int, p_limit int default 10000) returns bigint language plpgsql volatile set search_path from current as $$
 declare
-  b backfill; h handler; w watched; v_now timestamptz := now(); v_key text; v_row text; v_after text; v_keys jsonb; v_fresh jsonb; v_n bigint; v_op "char" := 'n';
+  b backfill; h handler; w watched; v_now timestamptz := now(); v_row text; v_after text; v_bounds text; v_last jsonb; v_keys jsonb; v_n bigint;
 begin
   select * into b from backfill where handler_id = p_handler and finished_at is null for update skip locked;
   if b.handler_id is null then
     return null;
   end if;
-  if pg_snapshot_xmin(pg_current_snapshot()) <= b.since_xid then
-    return -1;                                             -- its insert may not have met the trigger, and is not to be seen yet
-  end if;
   select * into h from handler where id = p_handler;
   select * into w from watched where id = h.table_id;
-  select format('jsonb_build_array(%s)', string_agg(format('new.%I', c), ', ' order by o)), string_agg(format('new.%I', c), ', ' order by o),
-         string_agg(format('($1 ->> %s)::%s', o - 1, w.key_types[o]), ', ' order by o)
-    into v_key, v_row, v_after from unnest(w.key_columns) with ordinality x (c, o);
-  execute format('select jsonb_agg(key order by rn) from (select %s as key, row_number() over (order by %s) as rn, (select (%s)::boolean from (select new.*) as row_) as pass
-                    from %I.%I new %s order by %s limit %s) r', v_key, v_row, coalesce(bind(h.where_sql, h.params), 'true'),
-                 w.schema_name, w.table_name, case when b.after_key is null then '' else format('where (%s) > (%s)', v_row, v_after) end, v_row, p_limit)
-    into v_keys using b.after_key;
-  if v_keys is null then
+  select string_agg(format('n.%I', c), ', ' order by o), string_agg(format('($1 ->> %s)::%s', o - 1, w.key_types[o]), ', ' order by o)
+    into v_row, v_after from unnest(w.key_columns) with ordinality x (c, o);
+  v_bounds := concat_ws(' and ', case when b.after_key is not null then format('(%s) > (%s)', v_row, v_after) end,
+                        case when w.key_kind = 'id' then format('%s <= %s', v_row, h.enabled_key) end);
+  -- one statement, so that a row and the note of its trigger are seen together or not at all
+  execute format($f$
+    with page as materialized (select new.*, row_number() over () as anton_row from (select n.* from %1$I.%2$I n %3$s order by %4$s limit %5$s) new)
+    select (select %6$s from page new order by anton_row desc limit 1),
+           (select jsonb_agg(k.key order by new.anton_row) from page new cross join lateral (select %6$s) k (key)
+             where (select (%7$s)::boolean from (select new.*) as row_) and not exists (select from fed where handler_id = %8$s and fed.key = k.key))$f$,
+    w.schema_name, w.table_name, 'where ' || nullif(v_bounds, ''), v_row, p_limit, key_json(w, 'new'), coalesce(bind(h.where_sql, h.params), 'true'), p_handler)
+    into v_last, v_keys using b.after_key;
+  if v_last is null then
     update backfill set finished_at = v_now where handler_id = p_handler;
     update handler set feeding = false where id = p_handler;
-    perform sync_triggers(h.table_id);
+    perform write_triggers(h.table_id, false);
     delete from fed where handler_id = p_handler;
     return null;
   end if;
-  with fresh as (insert into fed (handler_id, key) select p_handler, k from jsonb_array_elements(v_keys) k on conflict do nothing returning key)
-  select jsonb_agg(key) into v_fresh from fresh;
-  if h.where_sql is not null and v_fresh is not null then
-    select jsonb_agg(v_fresh -> (o - 1)) into v_fresh
-      from unnest(passes(p_handler, case when w.key_kind = 'id' then array(select (k ->> 0)::bigint from jsonb_array_elements(v_fresh) k) end, v_fresh)) o;
-  end if;
-  v_n := coalesce(jsonb_array_length(v_fresh), 0);
+  v_n := coalesce(jsonb_array_length(v_keys), 0);
   if v_n > 0 then
-    with c as (
-      insert into change (id, slot, at, xid, table_id, op, n, ids, keys)
-      select nextval('change_seq'), slot(v_now), v_now, pg_current_xact_id(), w.id, v_op, count(*),
-             case when w.key_kind = 'id' then array_agg((k ->> 0)::bigint order by o) end,
-             case when w.key_kind <> 'id' then jsonb_agg(k order by o) end
-        from jsonb_array_elements(v_fresh) with ordinality x (k, o) group by (o - 1) / 1000
-      returning id, n)
-    insert into job (handler_id, change_id, at, trace, lo, hi, op)
-    select p_handler, c.id, v_now, c.id, s, least(s + least(h.batch, 1000) - 1, c.n), v_op from c, generate_series(1, c.n, least(h.batch, 1000)) s;
-    perform ring();
+    perform queue_keys(h, w, v_keys);
   end if;
-  update backfill set after_key = v_keys -> -1, fed = fed + v_n where handler_id = p_handler;
+  update backfill set after_key = v_last, fed = fed + v_n where handler_id = p_handler;
   return v_n;
 end $$;

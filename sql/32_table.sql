@@ -12,18 +12,19 @@ end $$;
 -- table_state(table) -> all that watch(), put_table() and sync_triggers() may change, as text; null when not watched
 create or replace function table_state(p_table text) returns text language sql stable set search_path from current as $$
   select jsonb_build_array(to_jsonb(w) - 'watched_at',
+           (select jsonb_agg(h.id) from handler h where h.table_id = w.id and h.enabled and h.enabled_at is null),
            (select jsonb_object_agg(p.proname, p.prosrc || coalesce(p.proconfig::text, '') || p.proowner) from pg_proc p
-             where p.pronamespace = current_schema()::regnamespace and p.proname ~ ('^t' || w.id || '_')),
+             where p.pronamespace = quote_ident(current_schema())::regnamespace and p.proname ~ ('^t' || w.id || '_')),
            (select jsonb_agg(array[g.tgrelid::regclass::text, g.tgname] order by g.tgrelid::regclass::text, g.tgname) from pg_trigger g
               join pg_proc p on p.oid = g.tgfoid
-             where p.pronamespace = current_schema()::regnamespace and p.proname ~ ('^t' || w.id || '_')))::text
+             where p.pronamespace = quote_ident(current_schema())::regnamespace and p.proname ~ ('^t' || w.id || '_')))::text
     from watched w where format('%I.%I', w.schema_name, w.table_name) = p_table
 $$;
 
 -- handler_state(app, name) -> all that put_handler() and put_schedule() may change, as text; null when unknown
 create or replace function handler_state(p_app text, p_name text) returns text language sql stable set search_path from current as $$
   select jsonb_build_array(
-           to_jsonb(h) - array['paused', 'failing_since', 'failing_error', 'failures', 'probe_at', 'feeding', 'enabled_xid', 'created_at'],
+           to_jsonb(h) - array['paused', 'failing_since', 'failing_error', 'failures', 'probe_at', 'feeding', 'enabled_at', 'enabled_snapshot', 'enabled_key', 'created_at'],
            (select to_jsonb(s) - array['paused', 'next_at', 'last_at'] from schedule s where s.app = p_app and s.name = p_name))::text
     from handler h where h.app = p_app and h.name = p_name
 $$;

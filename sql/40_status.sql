@@ -91,8 +91,11 @@ end $$;
 
 -- repair() -> what was done: triggers written anew where findings() misses them
 create or replace function repair() returns setof text language plpgsql volatile set search_path from current as $$
-declare f record; t record; v_table int;
+declare f record; t record; v_table int; v_n int := mend();
 begin
+  if v_n > 0 then
+    return next format('%s tables or changes that had moved away from their triggers', v_n);
+  end if;
   for f in select distinct subject from findings() where kind = 'trigger' loop
     select w.id into v_table from watched w where format('%I.%I', w.schema_name, w.table_name) = f.subject;
     for t in select g.tgname from watched w join pg_trigger g on g.tgrelid = w.relid join pg_proc p on p.oid = g.tgfoid
