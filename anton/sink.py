@@ -81,10 +81,21 @@ def encode(table: str, row: Any) -> Json:
         try:
             data = to_json(row)
         except (TypeError, ValueError) as error:
-            raise InvalidRecord(table, row, [str(error)]) from error
+            raise InvalidRecord(table, row, _no_json(row) or [str(error)]) from error
     if data.find(b"\\u0000") >= 0 and _NUL.search(data):
         raise InvalidRecord(table, row, ["a text holds the character NUL, which Postgres cannot store"])
     return Json(data)
+
+
+def _no_json(row: Mapping[str, Any]) -> list[str]:
+    """Which values are the trouble."""
+    found = []
+    for name, value in row.items():
+        try:
+            to_json(value)
+        except (TypeError, ValueError) as error:
+            found.append(f"{name}: {error} ({type(value).__name__})")
+    return found
 
 
 class Documents(_Keyed):

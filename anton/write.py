@@ -276,7 +276,8 @@ def pick(ops: Iterable[Op], owners: Collection[int], keep: bool = True) -> list[
             if (op.owner in owners) == keep:
                 picked.append(op)
             continue
-        flat = [part for who, row in zip(op.owners, op.rows, strict=True) if (who in owners) == keep
+        all_of_it = op.flat[:]                                         # a thread may be adding to it
+        flat = [part for who, row in zip(all_of_it[0::2], all_of_it[1::2], strict=True) if (who in owners) == keep
                 for part in (who, row)]
         if flat:
             picked.append(Rows(op.kind, op.relation, op.columns, flat))
