@@ -134,7 +134,7 @@ set_resolver(open_database)
 
 
 def place_of_caller() -> str:
-    """ "main.py:12": the nearest line of code that is neither Anton's nor a component's, seen from the current folder."""
+    """ "main.py:12": the nearest line that is neither Anton's nor a component's, seen from the current folder."""
     frame = sys._getframe(1)
     while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("anton", "anton_components"):
         frame = frame.f_back

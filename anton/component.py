@@ -11,8 +11,9 @@ processes a stand-in that sends nothing. "xxxx" is not set. A live process refus
 
 from __future__ import annotations
 
+import asyncio
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any, ClassVar
 
 from anton.action import effects
@@ -73,6 +74,41 @@ class Component:
         if self._secret is not None:
             shown.append(f"secret={mask(self._secret)}")
         return f"{self.name}({', '.join(shown)})"
+
+
+class Clients:
+    """One client of a service for each event loop, made anew when the credential changed, closed when its loop ends.
+
+    make: takes the credential and returns the client, which has `aclose` or an async `close`.
+    """
+
+    def __init__(self, make: Callable[[str], Any]) -> None:
+        self._make = make
+        self._known: dict[asyncio.AbstractEventLoop, tuple[str, Any, AsyncGenerator[None]]] = {}
+
+    async def get(self, credential: str) -> Any:
+        """The client of the running loop."""
+        loop = asyncio.get_running_loop()
+        known = self._known.get(loop)
+        if known is None or known[0] != credential:
+            for ended in [other for other in self._known if other.is_closed()]:
+                del self._known[ended]
+            client = self._make(credential)
+            guard = _close_with_loop(client)
+            await anext(guard)
+            known, before = (credential, client, guard), known
+            self._known[loop] = known
+            if before is not None:
+                await before[2].aclose()
+        return known[1]
+
+
+async def _close_with_loop(client: Any) -> AsyncGenerator[None]:
+    """Closes the client when it is closed itself, which an ending loop does (shutdown_asyncgens)."""
+    try:
+        yield
+    finally:
+        await (client.aclose if hasattr(client, "aclose") else client.close)()
 
 
 def names_of(record: Any) -> list[str]:

@@ -54,11 +54,16 @@ class NoNetwork(AntonError):
 
 @dataclass(frozen=True)
 class Call:
-    """A captured effect. Its arguments are attributes: call.text. name: the action. key: its idempotency key."""
+    """An effect. Its arguments are attributes: call.text.
+
+    name: of the action. key: its idempotency key. state: "captured", or "sent" with the result that came back.
+    """
 
     name: str
     args: Mapping[str, Any]
     key: str
+    state: str
+    result: Any
     at: datetime
 
     def __getattr__(self, name: str) -> Any:
@@ -220,8 +225,8 @@ class TestApp:
 
     @property
     def outbox(self) -> list[Call]:
-        """The captured effects, in the order of their commits."""
-        rows = self._fetch("select name, args, idempotency_key, at from {schema}.action order by id")
+        """The effects, oldest first."""
+        rows = self._fetch("select name, args, idempotency_key, state, result, at from {schema}.action order by id")
         return [Call(*row) for row in rows]
 
     @property

@@ -136,7 +136,8 @@ class Verifier:
         if self.scheme and not self.secrets:
             raise BadOption("secret", None, of, 'what the sender signs with, as secret=env("NAME"), or a list of them')
         if self.secrets and not self.scheme:
-            raise BadOption("secret", mask(self.secrets[0]), of, "secret= only together with a scheme or Hmac(…) in verify=")
+            allowed = "secret= only together with a scheme or Hmac(…) in verify="
+            raise BadOption("secret", mask(self.secrets[0]), of, allowed)
 
     @property
     def active(self) -> bool:
@@ -165,7 +166,8 @@ class Verifier:
         if self.check is None:
             return None
         try:
-            good = self.check(body, {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in headers})
+            text = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in headers}
+            good = self.check(body, text)
         except Exception:
             log.exception("verify= of %s raised; the request is refused", self.of)
             good = False

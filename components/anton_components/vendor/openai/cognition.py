@@ -8,16 +8,14 @@ that speaks the same protocol.
 
 from __future__ import annotations
 
-import asyncio
 import importlib
-import weakref
 from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel
 
 from anton.action import effects
-from anton.component import Component, names_of, stand_in
+from anton.component import Clients, Component, names_of, stand_in
 from anton.errors import ConfigError, WorldError
 from anton.handler import HandlerSpec
 from anton.secret import Env
@@ -49,7 +47,8 @@ class OpenAiCompletion(Component):
         self.temperature = temperature
         self.base_url = base_url
         self.timeout = timeout
-        self._clients: weakref.WeakKeyDictionary[Any, tuple[str, Any]] = weakref.WeakKeyDictionary()    # by event loop
+        self._clients = Clients(lambda key: _package().AsyncOpenAI(
+            api_key=key, base_url=self.base_url, timeout=self.timeout, max_retries=1))
 
     def bind(self, table: Table[Any]) -> HandlerSpec:
         """What handles the records of `table`."""
@@ -75,7 +74,7 @@ class OpenAiCompletion(Component):
     async def _ask(self, prompt: str) -> dict[str, Any]:
         openai = _package()
         extra = {} if self.temperature is None else {"temperature": self.temperature}
-        client = self._client(openai)
+        client = await self._clients.get(self.credential() or "")
         messages = [{"role": "user", "content": prompt}]
         try:
             try:
@@ -94,15 +93,6 @@ class OpenAiCompletion(Component):
         tokens = {"input": usage.prompt_tokens, "output": usage.completion_tokens} if usage else None
         text = reply.choices[0].message.content or ""
         return {"completion": text, "model": reply.model, "usage": tokens, "cost": None}
-
-    def _client(self, openai: Any) -> Any:
-        key = self.credential() or ""
-        loop = asyncio.get_running_loop()
-        known = self._clients.get(loop)
-        if known is None or known[0] != key:                           # a rotated key counts at once
-            client = openai.AsyncOpenAI(api_key=key, base_url=self.base_url, timeout=self.timeout, max_retries=1)
-            known = self._clients[loop] = key, client
-        return known[1]
 
 
 def _text(answer: Any) -> str:

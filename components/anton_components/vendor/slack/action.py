@@ -5,15 +5,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import importlib
 import uuid
-import weakref
 from collections.abc import Mapping
 from typing import Any
 
 from anton.action import perform
-from anton.component import Component, fill
+from anton.component import Clients, Component, fill
 from anton.errors import Discard, WorldError
 from anton.handler import Ctx, HandlerSpec
 from anton.secret import Env
@@ -49,14 +47,15 @@ class SlackPostMessage(Component):
         self.into = into
         self.api = api.rstrip("/")
         self.timeout = timeout
-        self._clients: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()                # by event loop
+        self._clients = Clients(lambda token: importlib.import_module("httpx").AsyncClient(
+            timeout=timeout, headers={"Authorization": f"Bearer {token}"}))
 
     def bind(self, table: Table[Any]) -> HandlerSpec:
         """What handles the records of `table`."""
         return HandlerSpec(fn=self.post, name=self.name, each=True, into=self.into, options={"concurrency": 20})
 
-    async def post(self, record: Any, ctx: Ctx) -> dict[str, Any] | None:
-        """Posts the message of one record."""
+    async def post(self, record: Any, ctx: Ctx) -> Any:
+        """Posts the message of one record; returns what `into` gets."""
         text = fill(self.message_template, record)
         channel, thread = self.channel, None
         began = await ctx.aorigin(record)
@@ -76,8 +75,8 @@ class SlackPostMessage(Component):
     async def _send(self, message: Mapping[str, Any], key: str) -> dict[str, Any]:
         """One chat.postMessage. Slack drops a second one with the same client_msg_id."""
         body = {**message, "client_msg_id": str(uuid.uuid5(_NAMESPACE, key))}
-        response = await self._client().post(f"{self.api}/chat.postMessage", json=body,
-                                             headers={"Authorization": f"Bearer {self.credential()}"})
+        client = await self._clients.get(self.credential() or "")
+        response = await client.post(f"{self.api}/chat.postMessage", json=body)
         response.raise_for_status()
         reply: dict[str, Any] = response.json()
         if reply.get("ok"):
@@ -86,13 +85,6 @@ class SlackPostMessage(Component):
         if error in _UNWELL:
             raise WorldError(f"Slack answered {error}")
         raise Discard(f"Slack refused the message to {message['channel']}: {error}")
-
-    def _client(self) -> Any:
-        loop = asyncio.get_running_loop()
-        client = self._clients.get(loop)
-        if client is None:
-            client = self._clients[loop] = importlib.import_module("httpx").AsyncClient(timeout=self.timeout)
-        return client
 
 
 def _place(record: Any) -> tuple[str, str | None] | None:
