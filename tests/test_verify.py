@@ -16,10 +16,10 @@ from anton.verify import SCHEMES, Hmac, Verifier
 
 NOW = 1531420618.0
 SECRET = "8f742231b10e8888abcd99yyyzzz85a5"
-BODY = (b"token=xyzz0WbapA4vBCDEFasx0q6G&team_id=T1DC2JH3J&team_domain=testteamnow&channel_id=G8PSS9T3V&channel_name=foobar"
-        b"&user_id=U2CERLKJA&user_name=roadrunner&command=%2Fwebhook-collect&text=&response_url=https%3A%2F%2Fhooks.slack.com"
-        b"%2Fcommands%2FT1DC2JH3J%2F397700885554%2F96rGlfmibIGlgcZRskXaIFfN&trigger_id=398738663015.47445629121.803a0bc887a14d"
-        b"10d2c447fce8b6703c")
+BODY = (b"token=xyzz0WbapA4vBCDEFasx0q6G&team_id=T1DC2JH3J&team_domain=testteamnow&channel_id=G8PSS9T3V"
+        b"&channel_name=foobar&user_id=U2CERLKJA&user_name=roadrunner&command=%2Fwebhook-collect&text="
+        b"&response_url=https%3A%2F%2Fhooks.slack.com%2Fcommands%2FT1DC2JH3J%2F397700885554%2F96rGlfmibIGlgcZRskXaIFfN"
+        b"&trigger_id=398738663015.47445629121.803a0bc887a14d10d2c447fce8b6703c")
 SLACKS_OWN = "v0=a2114d57b48eac39b9ad189dd8316235a7b4a8d21a10bd27519666489c69b503"     # from Slack's documentation
 
 
@@ -49,7 +49,8 @@ def test_githubs_own_vector_passes():
     assert Verifier("github", "It's a Secret to Everybody", of="/gh").refusal(b"Hello, World!", sent, NOW) is None
 
 
-@pytest.mark.parametrize("seconds, good", [(0, True), (299, True), (300, True), (301, False), (-300, True), (-301, False)])
+@pytest.mark.parametrize("seconds, good", [
+    (0, True), (299, True), (300, True), (301, False), (-300, True), (-301, False)])
 def test_a_timestamp_may_be_five_minutes_off(seconds, good):
     assert (slack().refusal(BODY, signed(), NOW + seconds) is None) is good
 
@@ -109,7 +110,7 @@ def test_a_placeholder_is_not_set_and_everything_is_refused(value, monkeypatch):
     assert reveal(env("SIGNING")) is None
     assert verifier.unset() == 'env("SIGNING")'
     for forged in ("", "xxxx", value or ""):
-        assert 'no secret is set: env("SIGNING")' == verifier.refusal(BODY, signed(secret=forged), NOW)
+        assert verifier.refusal(BODY, signed(secret=forged), NOW) == 'no secret is set: env("SIGNING")'
 
 
 def test_a_value_is_never_shown():
@@ -119,7 +120,8 @@ def test_a_value_is_never_shown():
 
 
 def test_hmac_of_any_service():
-    custom = Hmac(header="X-Sig", algo="sha512", encoding="base64", signed="{ts}.{body}", timestamp="X-At", tolerance=10)
+    custom = Hmac(header="X-Sig", algo="sha512", encoding="base64", signed="{ts}.{body}", timestamp="X-At",
+                  tolerance=10)
     verifier = Verifier(custom, "k", of="/any")
     assert verifier.refusal(b"\xff\x00", raw(custom.sign(b"\xff\x00", "k", "100")), 105) is None
     assert verifier.refusal(b"\xff\x00", raw(custom.sign(b"\xff\x00", "k", "100")), 111)
@@ -148,7 +150,7 @@ def test_only_true_passes_a_callable():
 def test_the_challenge_is_answered_and_an_event_is_not_mistaken_for_one():
     asked = json.dumps({"type": "url_verification", "token": "t", "challenge": "3eZbrw1aB"}).encode()
     assert slack().handshake(asked) == "3eZbrw1aB"
-    for other in (b"{", b'["url_verification"]', json.dumps({"type": "event_callback", "text": "url_verification"}).encode(),
+    for other in (b"{", b'["url_verification"]', b'{"type": "event_callback", "text": "url_verification"}',
                   b'{"type": "url_verification", "challenge": 5}'):
         assert slack().handshake(other) is None
     assert Verifier("github", "k").handshake(asked) is None

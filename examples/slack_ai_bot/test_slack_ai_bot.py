@@ -53,7 +53,8 @@ def test_reactions_make_a_training_file_every_day(app, tmp_path, monkeypatch):
     mention(app)
     reply = app.records("slack_responses")[0]
     for reaction in ("+1", "heart", "eyes", "-1"):
-        event = {"type": "reaction_added", "reaction": reaction, "item": {"channel": reply["channel"], "ts": reply["ts"]}}
+        item = {"type": "message", "channel": reply["channel"], "ts": reply["ts"]}
+        event = {"type": "reaction_added", "reaction": reaction, "item": item}
         assert app.post("/slack-reactions", json={"event": event}, sign="slack").status_code == 200
     app.advance("24h")
     (line,) = (tmp_path / "training.jsonl").read_text().splitlines()
