@@ -366,7 +366,7 @@ class Event(Generic[T]):
         named = placeholders(body or "") | placeholders(options.get("where") or "")
         _check_names(options, of, named)
         params = {key: _param(key, options.pop(key), of) for key in named & options.keys() - set(OPTIONS)}
-        name = options.get("name") or name
+        name = name if options.get("name") is None else options["name"]
         if not isinstance(name, str) or not name or name == "<lambda>":
             raise BadOption("name", name, repr(self), 'a text; a lambda and the like need one: name="score"')
         read: Literal["now", "change"] = "now" if self._ops == ("new",) and body is None else "change"
