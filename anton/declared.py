@@ -30,9 +30,9 @@ from anton.errors import (
     near,
 )
 from anton.plan import LOCK_TIMEOUT, Step
+from anton.steps import Steps
 
 if TYPE_CHECKING:
-    from anton.plan import Runner
     from anton.table import Table
 
 LOCK = (f"lock_timeout = '{LOCK_TIMEOUT}'",)
@@ -64,7 +64,7 @@ class Wanted:
 class Declared:
     """One app's declarations. app_schema: where unqualified names point."""
 
-    def __init__(self, run: Runner, app_schema: str) -> None:
+    def __init__(self, run: Steps, app_schema: str) -> None:
         self.run, self.conn, self.app, self.plan = run, run.conn, run.app, run.plan
         self.app_schema = app_schema
         self.handlers: list[dict[str, Any]] = []                       # what put_handler takes, and "since"
@@ -225,24 +225,28 @@ class Declared:
         known = any([await self.conn.fetchval(state, app, n) for n in (name, definition.get("was"))])
         handles_new = "new" in definition["ops"]
         backfill = f";\n{self._call('backfill', f'{app}.{name}')}" if not known and since == "beginning" else ""
-        await self._put("handler", "put_handler", definition, one, backfill)
-        if not known and handles_new and since == "now" and one.rows:
+        made = await self._put("handler", "put_handler", definition, one, backfill)
+        if made and not known and handles_new and since == "now" and one.rows and await self._may_read(one):
             rows = await self.conn.fetchval(f"select count(*) from (select from {one.sql} limit 1000001) r")
             if rows:
                 some = "more than 1,000,000" if rows > 1_000_000 else f"{rows:,}"
                 self.plan.notes.append(f"{some} existing rows not handled: anton handlers backfill {name}")
 
+    async def _may_read(self, one: Wanted) -> bool:
+        return bool(await self.conn.fetchval("select has_table_privilege($1, 'select')", one.sql))
+
     async def _put(self, noun: str, function: str, definition: dict[str, Any], one: Wanted | None,
-                   more: str = "") -> None:
+                   more: str = "") -> bool:
         step = Step(f"{noun} {definition['name']}", self._call(function, definition) + more)
         same = f"select {self.run.schema}.handler_state({literal(definition['app'])}, {literal(definition['name'])})"
         try:
-            await self.run.step(step, unless_same=same, table=one.sql if one else "")
+            return await self.run.step(step, unless_same=same, table=one.sql if one else "")
         except AntonError as error:
             if self.run.dry and one is not None and (one.difference.alters or one.rows):
                 self.plan.steps.append(step)                           # it may need what a step before it makes
-            else:
-                self.plan.refused.append(error)
+                return True
+            self.plan.refused.append(error)
+            return False
 
     async def _retire(self) -> None:
         names = sorted(definition["name"] for definition in (*self.handlers, *self.schedules))

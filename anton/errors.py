@@ -206,6 +206,9 @@ class MigrationError(AntonError):
 class MigrationFailed(MigrationError):
     """A statement of a file failed. file, line, sql, reason."""
 
+    file: str
+    line: int
+
     def __init__(self, file: str, line: int, sql: str, reason: object) -> None:
         super().__init__(f"{file}, line {line}: {reason}\n  {sql}\nNothing of this file was kept. "
                          "Mend it and run again: anton migrate", file=file, line=line, sql=sql, reason=str(reason))

@@ -15,41 +15,25 @@ not do is collected as SQL for someone who may, and the rest goes on.
 from __future__ import annotations
 
 import asyncio
-import random
 import re
-import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import asyncpg
 
 from anton import relation, sqlfile
 from anton.app import App
-from anton.db import Database, literal, quote, translated
+from anton.db import Database, literal, quote
 from anton.declared import Declared, Wanted
-from anton.errors import (
-    AntonError,
-    Destructive,
-    FrozenChanged,
-    LockNotGained,
-    MigrationError,
-    MigrationFailed,
-    MissingPrivilege,
-)
+from anton.errors import AntonError, Destructive, FrozenChanged, MigrationError, MigrationFailed
 from anton.plan import LOCK_TIMEOUT, Plan, Step
 from anton.share import share
 from anton.sqlfile import SqlFile
-
-if TYPE_CHECKING:
-    from anton.db import Conn
+from anton.steps import BUSY, NOT_YET, Steps
 
 PATIENCE = 600.0                                                       # seconds for one step to get its lock
 _ONE_AT_A_TIME = 0x616E7472                                            # first key of the advisory lock
-_BUSY = (asyncpg.LockNotAvailableError, asyncpg.DeadlockDetectedError, asyncpg.SerializationError)
-_NOT_YET = (asyncpg.UndefinedTableError, asyncpg.UndefinedColumnError, asyncpg.UndefinedFunctionError,
-            asyncpg.UndefinedObjectError)
 _TRY_SECONDS = 0.2                                                     # how long a plan may hold locks on tables in use
 
 
@@ -103,7 +87,9 @@ async def _alone(db: Database) -> AsyncIterator[None]:
             turn = conn.transaction(isolation="read_committed")
             await turn.start()
             await conn.execute("set local idle_in_transaction_session_timeout = 0")
-            if await conn.fetchval("select pg_try_advisory_xact_lock($1, hashtext($2))", _ONE_AT_A_TIME, db.schema):
+            mine = await conn.fetch("select pg_try_advisory_xact_lock($1, hashtext($2))", _ONE_AT_A_TIME, db.schema)
+            await conn.execute("select")                               # closes the portal, which holds a snapshot
+            if mine[0][0]:
                 break
             await turn.rollback()
             await asyncio.sleep(0.1)
@@ -114,16 +100,10 @@ async def _alone(db: Database) -> AsyncIterator[None]:
         await conn.close()
 
 
-class Run:
+class Run(Steps):
     """One migrate. dry: everything happens in one transaction that is rolled back; tables in use are not altered."""
 
-    def __init__(self, db: Database, app: App, conn: Conn, *, dry: bool, patience: float) -> None:
-        self.db, self.app, self.conn, self.dry, self.patience = db, app, conn, dry, patience
-        self.schema = quote(db.schema)
-        self.plan = Plan(db.name)
-        self.me = ""
-        self.owner: tuple[str, ...] = ()                               # the setting that acts as the runtime's owner
-        self.files: list[SqlFile] = []
+    owner: tuple[str, ...] = ()                                        # the setting that acts as the runtime's owner
 
     async def all(self) -> None:
         if not self.dry:
@@ -148,7 +128,7 @@ class Run:
             async with self._trial():
                 late = await self._app_files()
                 wanted = await declared.examine()
-        except (TimeoutError, *_BUSY, asyncpg.QueryCanceledError):
+        except (TimeoutError, *BUSY, asyncpg.QueryCanceledError):
             if not self.dry:
                 raise
             self.plan.notes.append("The app's files were not tried: they take longer than 200 ms on tables in use. "
@@ -282,7 +262,7 @@ class Run:
         folder = self._folder(name, again, settings)
         try:
             await self.step(folder, "sql/")
-        except _NOT_YET:
+        except NOT_YET:
             return folder
         return None
 
@@ -322,138 +302,6 @@ class Run:
         rows = ",\n  ".join(f"({literal(set_name)}, {literal(file.name)}, '{file.sha256}')" for file in files)
         return f"insert into {self.schema}.migration (set_name, name, sha256) values\n  {rows};"
 
-    # Running a step
-
-    async def step(self, step: Step, file: str = "", *, vital: bool = False, table: str = "", unless_same: str = "",
-                   only_plan: bool = False, release: bool = False, cleanup: str = "") -> bool:
-        """Runs a step, or tries it in a plan, and notes it. Returns whether it changed, or would change, anything.
-
-        vital: without it nothing else can be done. table: whose lock or rights it needs, quoted.
-        unless_same: a query; when its answer stays the same the step is undone and not noted.
-        only_plan: not tried in a plan; release: undone at once there. cleanup: SQL to run before a second try.
-        """
-        if self.dry and (only_plan or not step.transaction):
-            self.plan.steps.append(step)
-            return True
-        started, tried = time.monotonic(), False
-        while True:
-            try:
-                if tried and cleanup:
-                    await self.conn.execute(f"begin; set local lock_timeout = '{LOCK_TIMEOUT}'; {cleanup}; commit")
-                changed = await (self._try(step, unless_same, release) if self.dry else self._run(step, unless_same))
-                break
-            except asyncpg.InsufficientPrivilegeError as error:
-                await self._undo()
-                await self._not_allowed(step, table, vital, error)
-                return False
-            except asyncpg.PostgresError as error:
-                await self._undo()
-                if self.dry or not _busy(error, step):
-                    raise self._explained(error, step, file) from error
-                if time.monotonic() - started > self.patience:
-                    raise LockNotGained(step.body, self.patience, await self._holders(table)) from error
-                tried = True
-            await asyncio.sleep(random.uniform(0.05, 0.5))
-        if changed:
-            self.plan.steps.append(step)
-        return changed
-
-    async def _run(self, step: Step, unless_same: str) -> bool:
-        if not step.transaction:
-            settings = () if self.db.pooled else step.settings         # a pooler would give them to strangers
-            try:
-                for setting in settings:
-                    await self.conn.execute(f"set {setting}")
-                await self.conn.execute(step.body)
-            finally:
-                for setting in settings:
-                    await self.conn.execute(f"reset {setting.partition(' ')[0]}")
-            return True
-        if not unless_same:
-            await self.conn.execute(step.sql)
-            return True
-        await self.conn.execute("\n".join(("begin;", *(f"set local {setting};" for setting in step.settings))))
-        before = await self.conn.fetchval(unless_same)
-        await self.conn.execute(step.body)
-        same: bool = before == await self.conn.fetchval(unless_same)
-        await self.conn.execute("rollback" if same else "commit")
-        return not same
-
-    async def _try(self, step: Step, unless_same: str, release: bool) -> bool:
-        before = await self.conn.fetchval(unless_same) if unless_same else None
-        trial = self.conn.transaction()
-        await trial.start()
-        try:
-            for setting in step.settings:
-                await self.conn.execute(f"set local {setting}")
-            await self.conn.execute(step.body)
-            for setting in step.settings:
-                await self.conn.execute(f"reset {re.split(r'[ =]', setting)[0]}")
-            changed = not unless_same or before != await self.conn.fetchval(unless_same)
-        except BaseException:
-            await trial.rollback()
-            raise
-        await (trial.rollback() if release else trial.commit())
-        return changed
-
-    async def _undo(self) -> None:
-        if not self.dry and self.conn.is_in_transaction():
-            await self.conn.execute("rollback")
-
-    def _explained(self, error: asyncpg.PostgresError, step: Step, file: str) -> BaseException:
-        mine = translated(error)
-        known = (*_BUSY, asyncpg.QueryCanceledError, *(_NOT_YET if file == "sql/" else ()))
-        if mine is not None or isinstance(error, known):
-            return mine or error
-        if not file:
-            return MigrationFailed(step.title, 1, step.body.strip().splitlines()[0], error)
-        sent = step.body if self.dry else step.sql
-        line = sent.count("\n", 0, int(getattr(error, "position", None) or 1) - 1)
-        text = sent.splitlines()[line]
-        line -= 0 if self.dry else len(step.sql.partition("begin;\n")[0].splitlines()) + 1 + len(step.settings)
-        for number in range(line, -1, -1) if file == "sql/" else ():   # a folder: which of its files
-            heading = step.body.splitlines()[number]
-            if heading.startswith("-- sql/"):
-                return MigrationFailed(heading[3:], line - number, text.strip(), error)
-        return MigrationFailed(file, line + 1, text.strip(), error)
-
-    async def _not_allowed(self, step: Step, table: str, vital: bool, error: BaseException) -> None:
-        sql = await self._grants(table) or [step.body.rstrip().removesuffix(";") + ";"]
-        if vital:
-            if step.body.startswith("create schema"):
-                sql = [f"grant create on database {quote(self.db.name)} to {quote(self.me)};"]
-            raise MissingPrivilege(f"make {step.title}", self.me, sql) from error
-        self.plan.dba += [line for line in sql if line not in self.plan.dba]
-        self.plan.notes.append(f"{step.title}: {error}. Not done; after the SQL for the DBA, run again: anton migrate")
-
-    async def _grants(self, table: str) -> list[str]:
-        """The GRANTs without which this role cannot listen to a table."""
-        if not table or table.startswith(f"{self.schema}."):
-            return []
-        schema = table.partition(".")[0]
-        me = quote(self.me)
-        rows = await self.conn.fetch(
-            "select format('grant %s on table %I.%I to %s;', string_agg(p, ', ' order by p), "
-            "              n.nspname, c.relname, $2::text) "
-            "  from pg_class c join pg_namespace n on n.oid = c.relnamespace, unnest(array['select', 'trigger']) p "
-            " where format('%I.%I', n.nspname, c.relname) = $1 and not has_table_privilege(c.oid, p) "
-            " group by n.nspname, c.relname", table, me)
-        usage, create = await self.conn.fetchrow(
-            "select not has_schema_privilege(n.oid, 'usage'), not has_schema_privilege(n.oid, 'create') "
-            "  and not exists (select from pg_class c "
-            "                   where c.relnamespace = n.oid and format('%I.%I', n.nspname, c.relname) = $2) "
-            "  from pg_namespace n where quote_ident(n.nspname) = $1", schema, table) or (False, False)
-        return [*([f"grant usage on schema {schema} to {me};"] if usage else []),
-                *([f"grant create on schema {schema} to {me};"] if create else []), *(row[0] for row in rows)]
-
-    async def _holders(self, table: str) -> str:
-        rows = await self.conn.fetch(
-            "select distinct format('pid %s, %s, since %s', a.pid, "
-            "       coalesce(nullif(a.application_name, ''), a.usename), date_trunc('second', a.xact_start)) "
-            "  from pg_locks l join pg_stat_activity a on a.pid = l.pid "
-            " where l.relation = to_regclass($1)::oid and l.granted and a.pid <> pg_backend_pid()", table or "-")
-        return "; ".join(row[0] for row in rows)
-
 
 _MIGRATION_TABLE = """create table if not exists migration (
   set_name text not null,
@@ -462,12 +310,6 @@ _MIGRATION_TABLE = """create table if not exists migration (
   at timestamptz not null default clock_timestamp(),
   primary key (set_name, name)
 )"""
-
-
-def _busy(error: asyncpg.PostgresError, step: Step) -> bool:
-    limited = any(setting.startswith("statement_timeout") for setting in step.settings)
-    return (isinstance(error, _BUSY) or (limited and isinstance(error, asyncpg.QueryCanceledError))
-            or "concurrently updated" in str(error))
 
 
 def _together(errors: Sequence[AntonError]) -> AntonError:

@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
 
 from anton.errors import AntonError
-
-if TYPE_CHECKING:
-    from anton.app import App
-    from anton.db import Conn
-    from anton.sqlfile import SqlFile
 
 LOCK_TIMEOUT = "200ms"                                                 # no waiter behind us waits longer
 
@@ -60,18 +54,3 @@ class Plan:
     def sql(self) -> str:
         """All steps as a script."""
         return "\n\n".join(step.sql for step in self.steps)
-
-
-class Runner(Protocol):
-    """Who runs steps: anton.migrate's Run. dry: for a plan. files: the app's SQL handlers and schedules."""
-
-    app: App
-    conn: Conn
-    plan: Plan
-    dry: bool
-    schema: str
-    files: list[SqlFile]
-
-    async def step(self, step: Step, file: str = "", *, vital: bool = False, table: str = "", unless_same: str = "",
-                   only_plan: bool = False, release: bool = False, cleanup: str = "") -> bool:
-        """Runs it; returns whether it changed anything."""

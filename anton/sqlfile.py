@@ -79,6 +79,26 @@ def _header(text: str) -> Iterator[tuple[str, str]]:
             yield found[1], found[2]
 
 
+_PIECE = re.compile(r"""
+    --[^\n]* | /\*.*?\*/ | '(?:[^']|'')*' | "(?:[^"]|"")*" | (\$\w*\$).*?\1 | ; | .""", re.VERBOSE | re.DOTALL)
+
+
+def statements(text: str) -> Iterator[tuple[int, str]]:
+    """(line from 0, statement), for messages: BEGIN ATOMIC bodies are cut too early."""
+    start = end = 0
+    for piece in _PIECE.finditer(text):
+        comment = piece[0].startswith(("--", "/*"))
+        if start == end and (comment or piece[0].isspace()):
+            start = end = piece.end()
+        elif piece[0] == ";":
+            yield text.count("\n", 0, start), text[start:piece.start()]
+            start = end = piece.end()
+        else:
+            end = piece.end()
+    if end > start:
+        yield text.count("\n", 0, start), text[start:end]
+
+
 def handler(file: SqlFile, app: str) -> dict[str, Any]:
     """What put_handler() takes, with "since", for a file of kind handler. Raises UnknownOption, BadOption."""
     of = file.name
