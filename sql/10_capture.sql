@@ -696,45 +696,62 @@ begin
 end $$;
 
 -- run_sql(token, ids, worker) -> receipt id
--- Runs a SQL handler over whole leased jobs, in the caller's transaction: new_records and old_records are what the
--- jobs hold (images as committed; the rows of now for read = 'now'), its writes and the ack commit together.
+-- Runs a SQL handler over whole leased jobs, in the caller's transaction; its writes and the ack commit together.
+-- new_records and old_records are what the jobs hold: images as committed, the rows of now where read = 'now' or an
+-- image is missing (a degraded change, a backfill); an old record without image is its key and nulls.
 create or replace function run_sql(p_token bigint, p_ids bigint[], p_worker int) returns bigint
 language plpgsql volatile set search_path from current as $$
 declare
-  h handler; w watched; v_schema text := current_schema(); v_app text := setting('app_schema');
-  v_receipt bigint; v_cols text[]; v_body text; v_with text; v_new text; v_old text; v_images text; v_started timestamptz := now();
-  v_changes bigint[]; v_los int[]; v_his int[]; v_ids bigint[]; v_keys jsonb; v_columns text; v_nulls text;
+  h handler; w watched; v_app text := setting('app_schema'); v_receipt bigint; v_body text; v_with text;
+  v_cols text[]; v_names text; v_new text; v_old text; v_key text; v_images text; v_settled int[];
+  v_new_changes bigint[]; v_new_los int[]; v_new_his int[]; v_old_changes bigint[]; v_old_los int[]; v_old_his int[];
+  v_new_ids bigint[]; v_new_keys jsonb; v_old_keys jsonb;
 begin
   select x.* into h from lease l join handler x on x.id = l.handler_id where l.token = p_token and l.id = any (p_ids) limit 1;
   perform fence(p_token, (select count(*) from lease l where l.token = p_token and l.id = any (p_ids)), coalesce(cardinality(p_ids), 0));
   select * into w from watched where id = h.table_id;
-  select array_agg(l.change_id order by l.id), array_agg(l.lo order by l.id), array_agg(l.hi order by l.id), min(c.cols)
-    into v_changes, v_los, v_his, v_cols
-    from lease l left join change c on c.id = l.change_id where l.token = p_token and l.id = any (p_ids);
-  select string_agg(quote_ident(name), ', '), string_agg(format('null::%s as %I', type, name), ', ') into v_columns, v_nulls from table_columns(w.relid);
-  if v_cols is null then
-    select array_agg(k) into v_ids from leased(p_token, p_ids) x, unnest(x.ids) k;
-    select jsonb_agg(k) into v_keys from leased(p_token, p_ids) x, jsonb_array_elements(x.keys) k;
-  end if;
+  with part as (
+    select l.*, l.cols is not null and l.op in ('n', 'u') and (h.read = 'change' or w.key_kind = 'none') as new_image,
+           l.cols is not null and l.op in ('u', 'd') as old_image,
+           case when l.degraded is not null and h.where_sql is not null then passes(h.id, l.ids, l.keys, l.op) end as passing
+      from leased(p_token, p_ids) l
+  ), bare as (
+    select p.op, p.new_image, p.old_image, p.ids[o - p.lo + 1] as id, case when p.ids is not null then jsonb_build_array(p.ids[o - p.lo + 1]) else p.keys -> (o - p.lo) end as key
+      from part p, generate_series(p.lo, p.hi) o
+     where not (p.op = 't' or p.op = 'n' and p.new_image or p.op = 'd' and p.old_image or p.new_image and p.old_image)
+       and o <> all (coalesce(p.settled, '{}')) and (p.passing is null or o - p.lo + 1 = any (p.passing))
+  )
+  select (select array_agg(change_id order by id) from part where new_image), (select array_agg(lo order by id) from part where new_image),
+         (select array_agg(hi order by id) from part where new_image),
+         (select array_agg(change_id order by id) from part where old_image), (select array_agg(lo order by id) from part where old_image),
+         (select array_agg(hi order by id) from part where old_image), (select settled from part where settled is not null limit 1),
+         (select array_agg(id) from bare where op in ('n', 'u') and not new_image), (select jsonb_agg(key) from bare where op in ('n', 'u') and not new_image),
+         (select jsonb_agg(key) from bare where op in ('u', 'd') and not old_image)
+    into v_new_changes, v_new_los, v_new_his, v_old_changes, v_old_los, v_old_his, v_settled, v_new_ids, v_new_keys, v_old_keys;
   v_receipt := ack(p_token, p_ids, p_worker, 0, 0);
-  v_body := bind(h.body, h.params);
-  if v_cols is not null then
-    select array_agg(name), string_agg(format('%I as %I', 'n_' || name, name), ', '), string_agg(format('%I as %I', 'o_' || name, name), ', ')
-      into v_cols, v_new, v_old from table_columns(w.relid);
-    v_images := images_sql(w.id, v_cols);
-    v_with := format('images as (%s), new_records as (select %s from images), old_records as (select %s from images)', v_images, v_new, v_old);
-  else
-    v_with := format('new_records as (select %s from %I.%I t where %s), old_records as (select %s where false)', v_columns, w.schema_name, w.table_name,
-      case when w.key_kind = 'id' then format('t.%I = any ($4)', w.key_columns[1])
-           else format('(%s) in (select %s from jsonb_array_elements($5) k)',
+  select array_agg(name), string_agg(quote_ident(name), ', '), string_agg(quote_ident('n_' || name), ', '), string_agg(quote_ident('o_' || name), ', '),
+         string_agg(format('%s::%s', case when name = any (w.key_columns) then format('(k ->> %s)', array_position(w.key_columns, name) - 1) else 'null' end, type), ', ')
+    into v_cols, v_names, v_new, v_old, v_key from table_columns(w.relid);
+  v_images := format('select %%s from (%s) i where i.ord <> all ($7)', images_sql(w.id, v_cols));
+  v_with := format('new_records (%1$s) as (%2$s), old_records (%1$s) as (%3$s)', v_names,
+    coalesce(nullif(concat_ws(' union all ',
+      case when v_new_changes is not null then format(v_images, v_new) end,
+      case when v_new_keys is null then null
+           when w.key_kind = 'id' then format('select %s from %I.%I t where t.%I = any ($8)', v_names, w.schema_name, w.table_name, w.key_columns[1])
+           else format('select %s from %I.%I t where (%s) in (select %s from jsonb_array_elements($9) k)', v_names, w.schema_name, w.table_name,
              (select string_agg(format('t.%I', c), ', ' order by o) from unnest(w.key_columns) with ordinality x (c, o)),
-             (select string_agg(format('(k ->> %s)::%s', o - 1, w.key_types[o]), ', ' order by o) from unnest(w.key_columns) with ordinality x (c, o))) end, v_nulls);
-  end if;
-  v_body := regexp_replace(v_body, '^(\s|--[^\n]*\n)+|[\s;]+$', '', 'g');
+             (select string_agg(format('(k ->> %s)::%s', o - 1, w.key_types[o]), ', ' order by o) from unnest(w.key_columns) with ordinality x (c, o))) end), ''),
+      format('select (null::%I.%I).*', w.schema_name, w.table_name) || ' limit 0'),
+    coalesce(nullif(concat_ws(' union all ',
+      case when v_old_changes is not null then replace(replace(replace(format(v_images, v_old), '$1', '$4'), '$2', '$5'), '$3', '$6') end,
+      case when v_old_keys is not null then format('select %s from jsonb_array_elements($10) k', v_key) end), ''),
+      format('select (null::%I.%I).*', w.schema_name, w.table_name) || ' limit 0'));
+  v_body := regexp_replace(bind(h.body, h.params), '^(\s|--[^\n]*\n)+|[\s;]+$', '', 'g');
   v_body := case when v_body ~* '^with\s+recursive\M' then 'with recursive ' || v_with || ', ' || regexp_replace(v_body, '^with\s+recursive', '', 'i')
                  when v_body ~* '^with\M' then 'with ' || v_with || ', ' || regexp_replace(v_body, '^with', '', 'i')
                  else 'with ' || v_with || ' ' || v_body end;
   perform set_config('search_path', quote_ident(v_app) || ', pg_catalog, pg_temp', true);
-  execute v_body using v_changes, v_los, v_his, v_ids, v_keys;
+  execute v_body using v_new_changes, v_new_los, v_new_his, v_old_changes, v_old_los, v_old_his, coalesce(v_settled, '{}'),
+    v_new_ids, v_new_keys, coalesce(v_old_keys, '[]');
   return v_receipt;
 end $$;

@@ -46,6 +46,7 @@ declare
   v_until timestamptz := v_now + p_lease;
   v_rows tid[];
   v_failing boolean;
+  v_probes int[];
 begin
   with wanted as materialized (
     select w.handler_id, case when h.failing_since is null then w.jobs else least(w.jobs, 1) end as jobs, w.records, w.after,
@@ -63,6 +64,16 @@ begin
   select array_agg(x.row), bool_or(x.failing) into v_rows, v_failing
     from (select row, records, failing, sum(n) over (partition by handler_id order by id) - n as before from locked) x
    where x.before < x.records;
+  if v_failing then                                        -- only the worker that got the probe probes
+    with probe as (
+      update handler h set probe_at = v_until
+       where h.id = any (p_handlers) and h.failing_since is not null and h.probe_at <= v_now
+         and exists (select from job j where j.ctid = any (v_rows) and j.handler_id = h.id)
+      returning h.id)
+    select array_agg(id) into v_probes from probe;
+    v_rows := array(select j.ctid from job j join handler h on h.id = j.handler_id
+                     where j.ctid = any (v_rows) and (h.failing_since is null or h.id = any (v_probes)));
+  end if;
   if v_rows is null then
     return;
   end if;
@@ -90,11 +101,6 @@ begin
            c.cols, c.degraded, h.table_id, (extract(epoch from v_now - l.at) * 1000)::real, h.failing_since is not null
       from held l join handler h on h.id = l.handler_id left join found c on c.change_id = l.change_id and l.ids is null
      order by l.handler_id, l.id;
-  if v_failing then                                       -- only the worker that got the probe probes
-    update handler h set probe_at = v_until
-     where h.id = any (p_handlers) and h.failing_since is not null and h.probe_at <= v_now
-       and exists (select from lease l where l.token = p_token and l.handler_id = h.id);
-  end if;
 end $$;
 
 -- reclaim(worker, token, handlers, lease, jobs) -> leased jobs
