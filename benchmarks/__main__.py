@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import sys
 from pathlib import Path
 
@@ -22,6 +23,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="runs of each side, at least 1 (default 5)")
     parser.add_argument("--database", metavar="URL", help="a database on the server to use (default: an embedded one)")
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="FOLDER", help="where latest.json goes")
+    parser.add_argument("--detail", action="store_true", help="print what each figure was made from")
     parser.add_argument("--list", action="store_true", help="print the names and bars")
     arguments = parser.parse_args()
     chosen = choose(arguments.names)
@@ -37,6 +39,9 @@ def main() -> int:
             rows = measure(one, run)
             report += rows
             print(table(rows) if one is chosen[0] else table(rows).partition("\n")[2], flush=True)
+            if arguments.detail:
+                for row in rows:
+                    print(f"  {row['name']}", json.dumps(row["detail"], default=str), flush=True)
             if not arguments.quick:
                 save(rows, arguments.output)
     return 0 if all(row["ok"] for row in report) else 1

@@ -17,7 +17,7 @@ from pathlib import Path
 from benchmarks.harness import Row, Rows, Run, at_most, bench, median
 from benchmarks.proc import Meter, peak_rss, rss_mb
 from benchmarks.server import connect
-from benchmarks.subject import check, environment, migrate, number, plain_table, wait_for, wait_idle, worker
+from benchmarks.subject import ANTON, check, environment, migrate, number, plain_table, wait_for, wait_idle, worker
 
 _QUERIES = "select xact_commit + xact_rollback from pg_stat_database where datname = current_database()"
 
@@ -112,7 +112,7 @@ def _dev_cold() -> float:
         }
         began = time.perf_counter()
         process = subprocess.Popen(
-            [sys.executable, "-m", "anton.cli", "dev"],
+            [*ANTON, "dev"],
             cwd=folder,
             env=plain,
             stdout=log,

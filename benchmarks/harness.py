@@ -143,7 +143,7 @@ def measure(one: Bench, run: Run) -> list[dict[str, Any]]:
             line["cpu_s_per_1m"] = round(row.cpu_s_per_1m, 2)
         detail = {"bar": str(bar), "seconds": round(time.perf_counter() - began, 1), **row.detail}
         if error is not None:
-            detail["error"] = f"{type(error).__name__}: {error}"
+            detail["error"] = f"{type(error).__name__}: {error}"[:500]
         report.append({**line, "detail": detail})
     return report
 
@@ -157,7 +157,9 @@ def table(report: Iterable[dict[str, Any]]) -> str:
         cost = f"{cpu:>9.2f}{1e6 / cpu:>16,.0f}" if cpu else ""
         ok = "yes" if row["ok"] else "NO"
         line = f"{row['name']:<28}{value:>10} {row['unit']:<6}{row['detail']['bar']:>8}  {ok:<4}{cost}"
-        lines.append(line.rstrip() + (f"  {row['detail']['error']}" if "error" in row["detail"] else ""))
+        lines.append(
+            line.rstrip() + (f"  {row['detail']['error'].splitlines()[0]}" if "error" in row["detail"] else "")
+        )
     return "\n".join(lines)
 
 

@@ -14,7 +14,7 @@ from benchmarks.server import Conn, connect
 from benchmarks.subject import check, migrate, number, wait_idle, worker
 
 APP = "app_pickup"
-_LOAD = "insert into probes (n) values (-:i)"
+_LOAD = "insert into probes (n) values (0 - :i::bigint)"
 _NUMBERS = random.Random(1)
 
 

@@ -19,6 +19,7 @@ from benchmarks.harness import WrongResult
 from benchmarks.server import Conn
 
 _REPO = Path(__file__).parent.parent
+ANTON = [sys.executable, "-c", "import sys; from anton.cli import main; sys.exit(main())"]
 
 # The newest job leads: jobs are claimed oldest first, so this look meets no row that was deleted.
 _LEFT = """
@@ -33,7 +34,7 @@ def environment() -> dict[str, str]:
 
 
 def _command(url: str, app: str, *words: str) -> list[str]:
-    return [sys.executable, "-m", "anton.cli", "--database", url, "--app", f"benchmarks.{app}", *words]
+    return [*ANTON, "--database", url, "--app", f"benchmarks.{app}", *words]
 
 
 def migrate(url: str, app: str) -> None:
