@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import os
 import signal
 import subprocess
 import sys
@@ -45,8 +46,13 @@ def watch(settings: config.Config, target: config.Target, *, module: str | None,
     where = "embedded, .anton/postgres" if target.embedded else config.hide_password(target.url)
     print(f"Anton {version()} · {settings.name} · {where} · "
           f"{'LIVE: effects are sent' if live else 'capturing: nothing leaves this machine'}", flush=True)
-    words = [sys.executable, "-m", "anton.dev", json.dumps(facts)]
-    child = subprocess.Popen(words)
+    logging.getLogger("watchfiles").setLevel(logging.WARNING)
+    env = {**os.environ, "ANTON_DEV": json.dumps(facts)}  # not on the command line: the URL may hold a password
+
+    def start() -> subprocess.Popen[bytes]:
+        return subprocess.Popen([sys.executable, "-m", "anton.dev"], env=env)
+
+    child = start()
     try:
         for changes in watchfiles.watch(settings.folder, watch_filter=_Watched(settings.folder), step=100,
                                         rust_timeout=500, yield_on_timeout=True, raise_interrupt=True):
@@ -54,7 +60,7 @@ def watch(settings: config.Config, target: config.Target, *, module: str | None,
                 names = sorted({Path(name).relative_to(settings.folder).as_posix() for _, name in changes})
                 print(f"changed: {', '.join(names[:5])}", flush=True)
                 _end(child)
-                child = subprocess.Popen(words)
+                child = start()
             elif child.poll() not in (None, NOT_STARTED):
                 return 1
     except KeyboardInterrupt:
@@ -85,7 +91,7 @@ def _end(child: subprocess.Popen[bytes]) -> None:
 
 def main() -> int:
     """The process that runs the app."""
-    facts = json.loads(sys.argv[1])
+    facts = json.loads(os.environ["ANTON_DEV"])
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s  %(message)s", level=logging.WARNING)
     started = time.monotonic()
     try:
@@ -121,13 +127,12 @@ async def _run(app: App, db: Database, facts: dict[str, Any], started: float) ->
     working = asyncio.create_task(worker.run())
     serving = asyncio.create_task(server.serve())
     watching = asyncio.create_task(flow.follow(db, lambda text: print(text, flush=True)))
-    while not server.started and not serving.done():  # noqa: ASYNC110 (uvicorn tells no event)
-        await asyncio.sleep(0.01)
-    if server.started:
+    if await flow.started(server, serving):
         async with db.conn() as conn:
             schedules = await ask(db, conn, "list_schedules")
+            storage = f"{facts['storage']}  Postgres {conn.get_server_version().major}"
         url = f"http://localhost:{web.port_of(server)}"
-        print(flow.banner(app, schedules, facts["storage"], url, time.monotonic() - started), flush=True)
+        print(flow.banner(app, schedules, storage, url, time.monotonic() - started), flush=True)
     await serving
     worker.drain()
     await working

@@ -29,6 +29,13 @@ def banner(app: App, rows: list[Row], storage: str, url: str | None, seconds: fl
     return "\n".join(lines)
 
 
+async def started(server: Any, serving: asyncio.Task[Any]) -> bool:
+    """Waits until a uvicorn server listens; False when it ended instead."""
+    while not server.started and not serving.done():  # noqa: ASYNC110 (uvicorn has no event to wait for)
+        await asyncio.sleep(0.01)
+    return bool(server.started)
+
+
 async def follow(db: Database, say: Callable[[str], Any] = print) -> None:
     """Says what happens from now on, a line each, until it is cancelled. Meant for one database's development."""
     async with db.conn() as conn:

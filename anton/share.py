@@ -5,8 +5,6 @@ A wheel carries them under anton/_share; in a checkout they stand beside the pac
 
 from __future__ import annotations
 
-import importlib.metadata
-import tomllib
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -26,8 +24,11 @@ def share(name: str) -> Path:
 
 def version() -> str:
     """Anton's own version."""
+    import tomllib
+    from importlib import metadata  # 15 ms, and few ask
+
     try:
-        return importlib.metadata.version("anton-framework")
-    except importlib.metadata.PackageNotFoundError:  # a bare checkout
+        return metadata.version("anton-framework")
+    except metadata.PackageNotFoundError:  # a bare checkout
         with (_PACKAGE.parent / "pyproject.toml").open("rb") as file:
             return str(tomllib.load(file)["project"]["version"])

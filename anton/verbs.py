@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import importlib
 import shutil
+import signal
 import subprocess
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import timedelta
@@ -104,10 +105,20 @@ def serve(args: Args) -> int:
     app = load_app(args.app)
     set_effects("live")
     check_credentials(app)
-    server = web.server(app, args.host or settings.host, settings.port if args.port is None else args.port)
-    print(f"http://{server.config.host}:{server.config.port}  {flow.endpoints(app)}", flush=True)
-    server.run()
-    return OK if server.started else FOUND
+    host = args.host or settings.host
+    server = web.server(app, host, settings.port if args.port is None else args.port)
+
+    async def run() -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn, when done, raises the one that ended it again
+            asyncio.get_running_loop().add_signal_handler(number, lambda: None)
+        serving = asyncio.create_task(server.serve())
+        if await flow.started(server, serving):
+            shown = f"[{host}]" if ":" in host else host
+            print(f"http://{shown}:{web.port_of(server)}  {flow.endpoints(app)}", flush=True)
+        await serving
+
+    asyncio.run(run())
+    return OK
 
 
 def psql(args: Args) -> int:
