@@ -19,6 +19,7 @@ from typing import Any
 from anton.queue import Job
 
 FAST = 0.5  # seconds: a lane whose calls are quicker claims a batch ahead
+GATHER = 0.05  # seconds that a batch waits for claims that are under way
 SKIP = 256  # jobs of other tenants that a batch looks past
 MOST_JOBS = 4000  # jobs of one claim
 
@@ -68,7 +69,9 @@ class Batch:
 
     def split(self, ways: int) -> list[Batch]:
         """Up to `ways` batches of about the same size, of at least one record each."""
-        step = math.ceil(self.size / ways)
+        if ways == 1:
+            return [self]
+        step = max(1, math.ceil(self.size / max(1, ways)))
         return [self.pick(range(at, min(at + step, self.size))) for at in range(0, self.size, step)]
 
     @property
@@ -192,6 +195,9 @@ class Lane:
             if until > now:
                 self.held_until = until
                 return None
+        if self.ready and self.waiting_records < self.batch and self.wants() and now < self.since + GATHER and not first.probe:
+            self.held_until = self.since + GATHER                      # there is more: the next claim fills it up
+            return None
         taken, passed, size = [], [], 0
         while self.waiting and size < self.batch and len(passed) < SKIP:
             job = self.waiting.popleft()

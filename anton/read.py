@@ -216,12 +216,10 @@ def _made(lane: Lane, inputs: Inputs) -> Inputs:
         inputs.items, inputs.first = items, first
         inputs.twins = {moved[item]: more for item, more in inputs.twins.items()}
         inputs.images = {moved[item]: image for item, image in inputs.images.items() if item in moved}
-    inputs.images = {item: (_model(make, old), _model(make, new)) for item, (old, new) in inputs.images.items()}
+    for item, (old, new) in inputs.images.items():
+        record = inputs.items[item]
+        inputs.images[item] = (record, None) if new is None else (old and make(old), record)
     return inputs
-
-
-def _model(make: Callable[[Mapping[str, Any]], Any], image: Any) -> Any:
-    return image if image is None else make(image)
 
 
 async def _rows(conn: Conn, lane: Lane, ids: list[int]) -> list[Any]:

@@ -155,10 +155,11 @@ class Runner:
             elif batch.size and lane.each:
                 await self._each(run, batch)
             elif batch.size:
-                first, rest = (batch.pick([0]), batch.pick(range(1, batch.size))) if batch.parts[0][0].probe else (batch, None)
-                await self.attempt(run, first)
-                if rest is not None and rest.size:                     # the probe went well
-                    await self.attempt(run, rest)
+                if batch.parts[0][0].probe:
+                    await self.attempt(run, batch.pick([0]))
+                    batch = batch.pick(range(1, batch.size))           # the probe went well
+                for part in batch.split(-(-batch.size // lane.batch)):
+                    await self.attempt(run, part)
         except World as world:
             await self._leave(run, world.error)
         except LeaseLost:

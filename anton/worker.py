@@ -41,7 +41,7 @@ SLOTS = 32  # calls at a time, of all handlers together
 POLL = 0.04  # seconds between looks without a bell
 BUSY_POLL = 0.025  # while an open writer holds the bell back, or it rings all the time
 OTHERS = (1.0, 2.0)  # while another worker is announced
-REFRESH = 5.0  # seconds between readings of the handler catalogue, while there is a reason to look
+REFRESH, SOON = 5.0, 0.5  # seconds between readings of the handler catalogue; when there is a reason to look
 HOUSEKEEPING = 60.0
 RINGS = 30  # in a second; above that polling is cheaper for the writers
 MANY = 64  # lanes; with more, a look tells which are worth a claim
@@ -77,6 +77,8 @@ class Worker:
         self._order: deque[Lane] = deque()
         self._active: dict[asyncio.Task[None], Run] = {}
         self._rung = False
+        self._called = False                                           # by a ring; nothing was claimed since
+        self._stale = False                                            # the catalogue may be
         self._rings: deque[float] = deque(maxlen=RINGS)
         self._quiet = False                                            # suspects wait for an empty process
         self._hold = True
@@ -102,6 +104,7 @@ class Worker:
                 try:
                     self._wake.clear()
                     if not await self._claim():
+                        self._unknown()
                         await self._rest()
                     failures = 0
                 except Exception as error:                             # the database is away, or we are wrong: go on
@@ -248,6 +251,7 @@ class Worker:
             await self._help()
         if self._bell.others and any(job.waited > 1500 and not job.attempt for job in claimed):
             self._errand.set()                                         # is the announcer asleep?
+        self._called = self._called and not claimed
         return bool(claimed)
 
     def _wanted(self) -> list[Lane]:
@@ -326,8 +330,7 @@ class Worker:
             self._rung = False
             if len(self._lanes) <= MANY:
                 self._all_ready()
-            if answer is Answer.BELL and time.monotonic() - self._refreshed > REFRESH:
-                self._errand.set()
+            self._called = True
 
     async def _look(self) -> Look:
         async with self.db.conn() as conn:
@@ -348,6 +351,12 @@ class Worker:
         self._rung = True
         self._rings.append(time.monotonic())
         self._wake.set()
+
+    def _unknown(self) -> None:
+        """The bell rang and nothing was there: perhaps for a handler that was made just now."""
+        if self._called:
+            self._called, self._stale = False, True
+            self._loop.call_later(max(0.0, self._refreshed + SOON - time.monotonic()), self._errand.set)
 
     def _flapping(self) -> bool:
         """The bell rings all the time: writers pay for each ring."""
@@ -456,9 +465,12 @@ class Worker:
                     if time.monotonic() - kept > HOUSEKEEPING:
                         kept = time.monotonic()
                         await self.db.call(conn, "maintain")
-                if time.monotonic() - self._refreshed > REFRESH:
+                if time.monotonic() - self._refreshed > (SOON if self._stale else REFRESH):
+                    self._stale = False
                     await self._refresh()
                     self._all_ready()
+                if not self._bell.held:
+                    pause = min(pause, REFRESH)
                 if await self._feed():
                     pause = min(pause, 0.2)
                 if self._bell.others:

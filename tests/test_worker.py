@@ -1,0 +1,549 @@
+"""Worker: from committed records to handlers' committed writes, each once; fair, bounded, resumable."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import Counter
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+from working import Bench
+
+from anton import Ctx, Records, Table
+from anton.db import Database
+
+
+class Item(BaseModel):
+    id: int | None = None
+    n: int
+    name: str = "x"
+
+
+async def test_records_flow_from_handler_to_handler_each_once(db: Database):
+    def declare() -> None:
+        a, b, c, d = Table("a"), Table("b"), Table("c"), Table("d")
+
+        @a.on_new_records
+        def plain(records: Records) -> None:
+            for record in records:
+                b.append({"n": record["n"] + 1})
+
+        @b.on_new_records
+        async def loop(records: Records) -> None:
+            c.extend({"n": record["n"] * 2} for record in records)
+
+        @c.on_new_records(each=True, into=d)
+        async def each(record: Any) -> dict[str, int]:
+            return {"n": record["n"]}
+
+        @c.on_new_records(each=True)
+        def each_plain(record: Any) -> None:
+            d.append({"n": -record["n"]})
+
+    bench = await Bench.make(db, declare)
+    await bench.add("a", ({"n": n} for n in range(500)))
+    await bench.work()
+    found = await bench.column("select (data->>'n')::int from d")
+    assert Counter(found) == Counter([sign * 2 * (n + 1) for n in range(500) for sign in (1, -1)])
+    assert await bench.left() == {}
+
+
+async def test_models_come_and_go_and_their_keys_are_traced(db: Database):
+    def declare() -> None:
+        items, copies = Table("items", Item), Table("copies", Item)
+
+        @items.on_new_records
+        def copy(records: Records[Item]) -> None:
+            for item in records:
+                copies.append(Item(n=item.n, name=f"{type(item).__name__} {item.id}"))
+
+    bench = await Bench.make(db, declare)
+    await bench.sql("insert into items (n) select g from generate_series(1, 40) g")
+    await bench.work()
+    assert await bench.column("select name from copies order by n") == [f"Item {n}" for n in range(1, 41)]
+    pairs = await bench.sql("""
+        select c.name, i.key ->> 0 as input from anton.output o, unnest(o.ids, o.owners) x (id, owner), copies c,
+               anton.inputs(o.receipt_id) i
+         where c.id = x.id and i.position = x.owner""")
+    assert len(pairs) == 40 and all(pair["name"] == f"Item {pair['input']}" for pair in pairs)
+
+
+async def test_a_batch_takes_many_small_changes_up_to_its_limit(db: Database):
+    sizes: list[int] = []
+
+    def declare() -> None:
+        a = Table("a")
+
+        @a.on_new_records(batch=50, concurrency=1)
+        def note(records: Records) -> None:
+            sizes.append(len(records))
+
+    bench = await Bench.make(db, declare)
+    async with db.conn() as conn:
+        for _ in range(120):
+            await conn.execute("insert into a (data) values ('{}')")
+    await bench.work()
+    assert sizes == [50, 50, 20] and await bench.left() == {}
+
+
+async def test_a_batch_holds_one_tenant(db: Database):
+    tenants: list[list[str | None]] = []
+
+    def declare() -> None:
+        a, b = Table("a"), Table("b")
+
+        @a.on_new_records(concurrency=1)
+        def note(records: Records) -> None:
+            tenants.append([change.tenant for change in records.changes])
+            b.extend({} for _ in records)
+
+        @b.on_new_records
+        def note_too(records: Records) -> None:
+            tenants.append([change.tenant for change in records.changes])
+
+    bench = await Bench.make(db, declare)
+    async with db.conn() as conn:
+        for n in range(60):
+            async with conn.transaction():
+                await conn.execute("select set_config('anton.tenant', $1, true)", "one" if n % 3 else "two")
+                await conn.execute("insert into a (data) values ('{}')")
+    await bench.work()
+    assert all(len(set(one)) == 1 for one in tenants)
+    assert Counter(tenant for one in tenants for tenant in one) == {"one": 80, "two": 40}
+
+
+async def test_a_job_larger_than_the_batch_of_today_is_cut(db: Database):
+    sizes: list[int] = []
+
+    def declare() -> None:
+        a = Table("a")
+
+        @a.on_new_records(batch=1000)
+        def note(records: Records) -> None:
+            sizes.append(len(records))
+
+    bench = await Bench.make(db, declare)
+    await bench.add("a", ({} for _ in range(1000)))
+    await bench.sql("update anton.handler set batch = 300")
+    await bench.work()
+    assert sum(sizes) == 1000 and max(sizes) <= 300
+    assert await bench.left() == {} and await bench.value("select sum(n) from anton.receipt") == 1000
+
+
+async def test_what_is_gone_is_settled_and_counted_and_a_key_comes_once(db: Database):
+    seen: list[int] = []
+
+    def declare() -> None:
+        a = Table("a")
+
+        @a.on_changes(read="now")
+        def note(records: Records) -> None:
+            seen.extend(record.id for record in records)
+            assert len(records.changes) == len(records)
+
+    bench = await Bench.make(db, declare)
+    await bench.add("a", ({"n": n} for n in range(30)))
+    await bench.sql("update a set data = '{\"n\": -1}' where id <= 10")
+    await bench.sql("delete from a where id > 25")
+    await bench.work()
+    assert sorted(seen) == list(range(1, 26))                           # once, though ten of them changed twice
+    assert await bench.left() == {}
+    assert await bench.value("select sum(n) from anton.receipt") == 45
+    assert await bench.value("select sum(gone) from anton.receipt") == 10
+
+
+async def test_images_are_what_was_committed(db: Database):
+    seen: list[tuple[Any, ...]] = []
+
+    def declare() -> None:
+        items = Table("items", Item)
+
+        @items.on_changes(read="change")
+        def note(records: Records[Item]) -> None:
+            for record, change in zip(records, records.changes, strict=True):
+                assert record is (change.old if change.op == "deleted" else change.new)
+                seen.append((change.op, change.key, change.old and change.old.n, change.new and change.new.n))
+
+    bench = await Bench.make(db, declare)
+    await bench.sql("insert into items (n) values (1), (2)")
+    await bench.sql("update items set n = n + 10")
+    await bench.sql("delete from items where n = 12")
+    await bench.work()
+    assert sorted(seen, key=str) == sorted(
+        [("new", 1, None, 1), ("new", 2, None, 2), ("updated", 1, 1, 11), ("updated", 2, 2, 12), ("deleted", 2, 12, None)],
+        key=str)
+
+
+async def test_composite_and_text_keys_work(db: Database):
+    seen: list[Any] = []
+
+    def declare() -> None:
+        pairs = Table("pairs")
+
+        @pairs.on_changes(read="now")
+        def note(records: Records) -> None:
+            seen.extend((change.op, change.key, record["v"]) for record, change in zip(records, records.changes, strict=True))
+
+    await Bench.make(db, lambda: None)
+    async with db.conn() as conn:
+        await conn.execute("create table pairs (a text, b uuid, v int, primary key (a, b))")
+    bench = await Bench.make(db, declare)
+    key = "00000000-0000-0000-0000-000000000001"
+    await bench.sql("insert into pairs select 'k' || g, $1, g from generate_series(1, 100) g", key)
+    await bench.work()
+    assert sorted(seen, key=lambda row: row[2]) == [("new", (f"k{n}", key), n) for n in range(1, 101)]
+    assert await bench.left() == {}
+
+
+async def test_a_table_without_a_key_is_handled_by_image(db: Database):
+    seen: list[int] = []
+
+    def declare() -> None:
+        bare = Table("bare")
+
+        @bare.on_new_records
+        def note(records: Records) -> None:
+            seen.extend(record["v"] for record in records)
+
+    await Bench.make(db, lambda: None)
+    async with db.conn() as conn:
+        await conn.execute("create table bare (v int)")
+    bench = await Bench.make(db, declare)
+    await bench.sql("insert into bare select generate_series(1, 20)")
+    await bench.work()
+    assert sorted(seen) == list(range(1, 21)) and await bench.left() == {}
+
+
+async def test_truncate_is_one_change_without_records(db: Database):
+    seen: list[tuple[int, list[str]]] = []
+
+    def declare() -> None:
+        a = Table("a")
+
+        @a.on_truncate
+        def note(records: Records) -> None:
+            seen.append((len(records), [change.op for change in records.changes]))
+
+    bench = await Bench.make(db, declare)
+    await bench.sql("truncate a")
+    await bench.work()
+    assert seen == [(0, ["truncate"])] and await bench.left() == {}
+
+
+async def test_rows_that_do_not_fit_the_model_fail_alone(db: Database):
+    seen: list[int] = []
+
+    class Positive(BaseModel):
+        id: int
+        n: int
+
+    def declare() -> None:
+        legacy = Table("legacy", Positive)
+
+        @legacy.on_new_records(attempts=1)
+        def note(records: Records[Positive]) -> None:
+            seen.extend(record.n for record in records)
+
+    await Bench.make(db, lambda: None)
+    async with db.conn() as conn:
+        await conn.execute("create table legacy (id bigint primary key, n bigint not null)")
+    bench = await Bench.make(db, declare)
+    await bench.sql("alter table legacy alter n drop not null")
+    await bench.sql("insert into legacy select g, case when g <> 7 then g end from generate_series(1, 20) g")
+    await bench.work()
+    assert sorted(seen) == [n for n in range(1, 21) if n != 7]
+    assert await bench.column("select key ->> 0 from anton.dead") == ["7"]
+
+
+async def test_the_context_knows_time_attempt_key_and_where_it_began(db: Database):
+    told: dict[str, Any] = {}
+
+    def declare() -> None:
+        a, b, c = Table("a"), Table("b"), Table("c")
+
+        @a.on_new_records
+        def first(records: Records) -> None:
+            for record in records:
+                b.append({"n": record["n"]})
+
+        @b.on_new_records
+        def second(records: Records) -> None:
+            for record in records:
+                c.append({"n": record["n"]})
+
+        @c.on_new_records
+        async def third(records: Records, ctx: Ctx) -> None:
+            for record in records:
+                came = await ctx.aorigin(record)
+                told[record["n"]] = came.table, came.key, came.record["from"], ctx.attempt, ctx.key.count(":")
+
+        @c.on_new_records(each=True)
+        def third_plain(record: Any, ctx: Ctx) -> None:
+            came = ctx.origin(record)
+            told[-record["n"]] = came.table, came.key, ctx.now.tzinfo is not None
+
+    bench = await Bench.make(db, declare)
+    await bench.add("a", ({"n": n, "from": f"row {n}"} for n in range(1, 30)))
+    await bench.work()
+    assert told[7] == ("a", 7, "row 7", 1, 2) and told[-29] == ("a", 29, True) and len(told) == 58
+
+
+async def test_a_worker_claims_only_what_it_has_code_for(db: Database):
+    def declare() -> None:
+        a, b = Table("a"), Table("b")
+
+        @a.on_new_records
+        def known(records: Records) -> None:
+            b.extend({} for _ in records)
+
+    bench = await Bench.make(db, declare)
+    await bench.add("a", ({} for _ in range(3)))
+    await Bench(db, type(bench.app)("other")).work()
+    assert await bench.count("anton.job") == 1
+    await bench.work()
+    assert await bench.count("b") == 3 and await bench.left() == {}
+
+
+async def test_a_paused_handler_waits_and_costs_the_others_nothing(db: Database):
+    def declare() -> None:
+        a, b = Table("a"), Table("b")
+
+        @a.on_new_records
+        def one(records: Records) -> None:
+            b.extend({"by": "one"} for _ in records)
+
+        @a.on_new_records
+        def two(records: Records) -> None:
+            b.extend({"by": "two"} for _ in records)
+
+    bench = await Bench.make(db, declare)
+    await bench.sql("select anton.pause('one')")
+    await bench.add("a", ({} for _ in range(3)))
+    await bench.work()
+    assert await bench.column("select distinct data->>'by' from b") == ["two"]
+    await bench.sql("select anton.resume('one')")
+    await bench.work()
+    assert await bench.count("b") == 6
+
+
+async def test_no_handler_runs_in_more_calls_than_its_concurrency_and_all_in_no_more_than_the_slots(db: Database):
+    now: Counter[str] = Counter()
+    most: Counter[str] = Counter()
+
+    def declare() -> None:
+        a = Table("a")
+
+        def enter(name: str) -> None:
+            now[name] += 1
+            most[name] = max(most[name], now[name])
+            most["all"] = max(most["all"], sum(now.values()))
+
+        for name, limit in (("one", 1), ("two", 2), ("three", 3)):
+            @a.on_new_records(name=name, batch=1, concurrency=limit)
+            async def count(records: Records, name: str = name) -> None:
+                enter(name)
+                await asyncio.sleep(0.002)
+                now[name] -= 1
+
+    bench = await Bench.make(db, declare)
+    await bench.add("a", ({} for _ in range(30)))
+    await bench.work(slots=5)
+    assert most["one"] == 1 and most["two"] == 2 and most["three"] <= 3 and most["all"] <= 5
+    assert await bench.left() == {}
+
+
+async def test_records_of_one_call_each_run_side_by_side_up_to_the_concurrency(db: Database):
+    most = {"async": 0, "threads": 0}
+    inside = {"async": 0, "threads": 0}
+    all_in = threading.Event()
+    met = asyncio.Event()
+
+    def declare() -> None:
+        a = Table("a")
+
+        @a.on_new_records(each=True, concurrency=7)
+        async def coroutines(record: Any) -> None:
+            inside["async"] += 1
+            most["async"] = max(most["async"], inside["async"])
+            if inside["async"] == 7:
+                met.set()
+            await met.wait()
+            inside["async"] -= 1
+
+        @a.on_new_records(each=True, concurrency=5)
+        def threads(record: Any) -> None:
+            inside["threads"] += 1
+            most["threads"] = max(most["threads"], inside["threads"])
+            if inside["threads"] == 5:
+                all_in.set()
+            assert all_in.wait(10)
+            inside["threads"] -= 1
+
+    bench = await Bench.make(db, declare)
+    await bench.add("a", ({} for _ in range(40)))
+    await bench.work()
+    assert most == {"async": 7, "threads": 5} and await bench.left() == {}
+
+
+async def test_a_slow_record_does_not_keep_finished_ones_from_being_settled(db: Database):
+    go = asyncio.Event()
+
+    def declare() -> None:
+        a, b = Table("a"), Table("b")
+
+        @a.on_new_records(each=True, concurrency=2)
+        async def handle(record: Any) -> None:
+            if record["n"] == 0:
+                await go.wait()
+            b.append({"n": record["n"]})
+
+        @a.on_new_records(each=True, concurrency=1)
+        def one_thread(record: Any) -> None:
+            if record["n"] == 49:
+                asyncio.run_coroutine_threadsafe(go.wait(), loop).result(10)
+            b.append({"n": record["n"] + 1000})
+
+    loop = asyncio.get_running_loop()
+    bench = await Bench.make(db, declare)
+    await bench.add("a", ({"n": n} for n in range(50)))
+    async with bench.running():
+        await bench.until("select (select count(*) from b) = 98", patience=5)
+        assert await bench.value("select sum(hi - lo + 1 - coalesce(cardinality(settled), 0)) from anton.lease") == 2
+        go.set()
+        await bench.until_done()
+    assert await bench.count("b") == 100
+
+
+async def test_many_records_of_one_call_each_are_settled_by_hundreds(db: Database):
+    def declare() -> None:
+        a, b = Table("a"), Table("b")
+
+        @a.on_new_records(each=True)
+        def handle(record: Any) -> None:
+            b.append({"n": record["n"]})
+
+    bench = await Bench.make(db, declare)
+    await bench.add("a", ({"n": n} for n in range(5000)))
+    await bench.work()
+    assert await bench.value("select count(distinct data->>'n') from b") == 5000 == await bench.count("b")
+    assert await bench.left() == {} and await bench.value("select sum(n) from anton.receipt") == 5000
+
+
+async def test_a_deep_handler_does_not_starve_a_shallow_one(db: Database):
+    done: list[str] = []
+
+    def declare() -> None:
+        deep, shallow = Table("deep"), Table("shallow")
+
+        @deep.on_new_records(batch=10)
+        async def slow(records: Records) -> None:
+            await asyncio.sleep(0.001)
+            done.append("slow")
+
+        @shallow.on_new_records
+        async def quick(records: Records) -> None:
+            done.append("quick")
+
+    bench = await Bench.make(db, declare)
+    await bench.add("deep", ({} for _ in range(3000)))
+    await bench.add("shallow", [{}])
+    await bench.work(slots=4)
+    assert "quick" in done[:20] and done.count("slow") == 300
+
+
+async def test_max_wait_gathers_records_of_several_commits_into_one_call(db: Database):
+    sizes: list[int] = []
+
+    def declare() -> None:
+        a = Table("a")
+
+        @a.on_new_records(batch=10, max_wait="30s")
+        def full(records: Records) -> None:
+            sizes.append(len(records))
+
+        @a.on_new_records(max_wait="200ms", name="soon")
+        def soon(records: Records) -> None:
+            pass
+
+    bench = await Bench.make(db, declare)
+    async with bench.running():
+        for _ in range(9):
+            await bench.add("a", [{}])
+        await bench.until("select exists (select from anton.receipt r join anton.handler h on h.id = r.handler_id "
+                          "where h.name = 'soon')")
+        assert sizes == []
+        await bench.add("a", [{}])
+        await bench.until_done()
+    assert sizes == [10]
+
+
+async def test_schedules_run_as_jobs_with_the_time_they_were_planned_for(db: Database):
+    from anton import cron
+    ran: list[Any] = []
+
+    def declare() -> None:
+        b = Table("b")
+
+        @cron.every("1h")
+        def tell(ctx: Ctx) -> None:
+            ran.append(ctx.planned_at)
+            b.append({"at": str(ctx.planned_at)})
+
+    bench = await Bench.make(db, declare)
+    await bench.work()
+    await bench.advance(timedelta(hours=1))
+    await bench.work()
+    assert len(ran) == 1 and (ran[0].minute, ran[0].second) == (0, 0) and await bench.count("b") == 1
+
+
+async def test_sql_handlers_made_in_psql_are_picked_up_by_a_running_worker(db: Database):
+    bench = await Bench.make(db, lambda: None)
+    await bench.sql("create table orders (id bigint generated always as identity primary key, total int)")
+    await bench.sql("create table big (id bigint)")
+    async with bench.running():
+        await bench.sql("select anton.handler('flag_big', 'orders', 'new', "
+                        "$$insert into big (id) select id from new_records$$, '{\"where\": \"total > 100\"}')")
+        await bench.sql("insert into orders (total) select g * 10 from generate_series(1, 50) g")
+        await bench.until("select count(*) = 40 from big")
+
+
+async def test_backfill_feeds_rows_that_were_there_before(db: Database):
+    def declare() -> None:
+        a, b = Table("a"), Table("b")
+
+        @a.on_new_records(since="beginning")
+        def copy(records: Records) -> None:
+            b.extend({"n": record["n"]} for record in records)
+
+    await Bench.make(db, lambda: Table("a"))
+    async with db.conn() as conn:
+        await conn.execute("insert into a (data) select jsonb_build_object('n', g) from generate_series(1, 3000) g")
+    bench = await Bench.make(db, declare)
+    await bench.add("a", ({"n": n} for n in range(3001, 3101)))
+    await bench.work()
+    assert await bench.value("select count(distinct data->>'n') from b") == 3100 == await bench.count("b")
+
+
+@pytest.mark.parametrize("each", [False, True])
+async def test_a_handler_that_was_renamed_goes_on_with_its_jobs(db: Database, each: bool):
+    def before() -> None:
+        a = Table("a")
+
+        @a.on_new_records(each=each)
+        def old(subject: Any) -> None: ...
+
+    def after() -> None:
+        a, b = Table("a"), Table("b")
+
+        @a.on_new_records(each=each, was="old")
+        def new(subject: Any) -> None:
+            b.append({}, of=subject)
+
+    bench = await Bench.make(db, before)
+    await bench.add("a", [{}])
+    bench = await Bench.make(db, after)
+    await bench.work()
+    assert await bench.count("b") == 1 and await bench.left() == {}

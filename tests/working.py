@@ -1,0 +1,110 @@
+"""What the tests of the worker share: an app made in the test, its database, and ways to wait for facts in it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
+from datetime import timedelta
+from typing import Any
+
+from anton import relation
+from anton.app import App, declaring
+from anton.db import Database, quote
+from anton.migrate import migrate
+from anton.worker import Worker
+
+PATIENCE = 20.0
+
+
+class Bench:
+    """An app under test: `declare` is called with its declarations in force, then it is migrated."""
+
+    def __init__(self, db: Database, app: App) -> None:
+        self.db = db
+        self.app = app
+
+    @classmethod
+    async def make(cls, db: Database, declare: Callable[[], Any], name: str = "t") -> Bench:
+        app = App(name)
+        with declaring(app):
+            declare()
+        await migrate(db, app)
+        return cls(db, app)
+
+    async def sql(self, text: str, *args: Any) -> list[Any]:
+        async with self.db.conn() as conn:
+            return await conn.fetch(text, *args)
+
+    async def value(self, text: str, *args: Any) -> Any:
+        rows = await self.sql(text, *args)
+        return rows[0][0] if rows else None
+
+    async def column(self, text: str, *args: Any) -> list[Any]:
+        return [row[0] for row in await self.sql(text, *args)]
+
+    async def add(self, table: str, rows: Iterable[dict[str, Any]]) -> None:
+        """One statement that inserts documents."""
+        await self.sql(f"insert into {table} (data) select v from jsonb_array_elements($1) v", list(rows))
+
+    async def count(self, table: str) -> int:
+        return int(await self.value(f"select count(*) from {table}"))
+
+    def worker(self, **options: Any) -> Worker:
+        return Worker(self.db, self.app, **options)
+
+    async def work(self, **options: Any) -> None:
+        await asyncio.wait_for(self.worker(**options).run_until_idle(), PATIENCE)
+
+    async def advance(self, length: timedelta) -> None:
+        """Moves anton.now(), from now on."""
+        schema = quote(self.db.schema)
+        seconds = await self.value(f"select extract(epoch from {schema}.now() - clock_timestamp())::float8")
+        ahead = timedelta(seconds=seconds) + length
+        await self.sql(f"create or replace function {schema}.now() returns timestamptz language sql volatile as "
+                       f"$$select pg_catalog.clock_timestamp() + interval '{ahead.total_seconds()} s'$$")
+
+    async def left(self) -> dict[str, int]:
+        """What is not done, by state; {} when all is."""
+        found = {name: await self.count(f"anton.{name}") for name in ("job", "lease", "delayed", "dead")}
+        return {name: n for name, n in found.items() if n}
+
+    async def until(self, text: str, *args: Any, patience: float = PATIENCE) -> Any:
+        """Waits until the query's first value is true, and returns it."""
+        end = time.monotonic() + patience
+        while not (value := await self.value(text, *args)):
+            if time.monotonic() > end:
+                raise AssertionError(f"after {patience:g} s still not: {text}; left: {await self.left()}")
+            await asyncio.sleep(0.01)
+        return value
+
+    async def until_done(self, patience: float = PATIENCE) -> None:
+        await self.until("select not exists (select from anton.job) and not exists (select from anton.lease) "
+                         "and not exists (select from anton.delayed)", patience=patience)
+
+    @asynccontextmanager
+    async def running(self, **options: Any) -> AsyncIterator[Worker]:
+        """A worker that runs meanwhile."""
+        worker = self.worker(**options)
+        task = asyncio.create_task(worker.run())
+        try:
+            await self.until("select exists (select from anton.worker where stopped_at is null and id = $1)",
+                             await _id(worker))
+            yield worker
+        finally:
+            worker.drain()
+            await asyncio.wait_for(task, PATIENCE)
+
+
+async def _id(worker: Worker) -> int:
+    end = time.monotonic() + PATIENCE
+    while not worker.id:
+        assert time.monotonic() < end
+        await asyncio.sleep(0.005)
+    return worker.id
+
+
+def forget(db: Database) -> None:
+    """What the process knows of this database's tables."""
+    relation.forget(db)
