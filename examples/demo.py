@@ -116,7 +116,7 @@ class Hop:
     more: str = ""
 
     def __str__(self) -> str:
-        return f"   {self.part:<6} {self.record:<19} {self.what:<42} {self.ms:+8.1f} ms   {self.more}".rstrip()
+        return f"   {self.part:<6} {self.record:<20} {self.what:<46} {self.ms:+8.1f} ms   {self.more}".rstrip()
 
 
 class Demo:
@@ -346,7 +346,7 @@ class Demo:
         """Prints the hops of a mention; returns the record it began as."""
         hops = await self.hops(trace, None)
         root = await self.root(trace)
-        print(f"   {'sense':<6} {root:<19} {'committed, then 200':<42} {took:8.1f} ms")
+        print(f"   {'sense':<6} {root:<20} {'committed, then 200':<46} {took:8.1f} ms")
         last: datetime = await self.one("select max(at) from {anton}.action where trace = $1", trace)
         hops[-1].more += f"   {(last.timestamp() - sent) * 1000:.1f} ms in all"
         for hop in hops:
