@@ -153,7 +153,8 @@ def doctor(args: Args) -> int:
         if args.fix:
             done += [{"done": row["repair"]} for row in await ask(db, conn, "repair")]
         if args.reconcile:
-            done += await ask(db, conn, "reconcile")
+            for table in await ask(db, conn, "watched_tables"):
+                done += await ask(db, conn, "reconcile", table["name"])
         return done, await ask(db, conn, "findings")
 
     done, found = query(args, examine)

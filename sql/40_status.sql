@@ -65,7 +65,7 @@ begin
                         when 'failing' then 'mend what it calls; it resumes by itself' when 'idle' then 'anton work' when 'behind' then 'anton work --processes N' end
       from status s where s.state not in ('ok', 'feeding');
   return query
-    select 'dead', s.app || '.' || s.handler, format('%s dead letters', s.dead), format('anton dead list %1$s; fix, then: anton dead replay %1$s', s.handler)
+    select 'dead', s.app || '.' || s.handler, format('%s dead letters', s.dead), format('anton dead list --handler %1$s; fix, then: anton dead replay %1$s', s.handler)
       from status s where s.dead > 0;
   return query
     select 'table', format('%I.%I', w.schema_name, w.table_name), 'is gone', 'bring it back, or take its handlers out of the code and migrate'
