@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 from anton.action import effects
 from anton.app import App, place_of_caller
-from anton.errors import ConfigError, did_you_mean
+from anton.errors import ConfigError, Discard, did_you_mean
 from anton.secret import Env, env, mask, reveal
 
 _PLACEHOLDER = re.compile(r"\{([A-Za-z_]\w*)\}")
@@ -59,13 +59,13 @@ class Component:
         return self._secret.name if isinstance(self._secret, Env) else self.variable
 
     def read(self, record: Mapping[str, Any], field: str) -> Any:
-        """The value of an input field, under the name that map= gives it. Raises KeyError naming what there is."""
+        """The value of an input field, under the name that map= gives it. Raises Discard naming what there is."""
         name = self.map.get(field, field)
         value = record.get(name) if isinstance(record, Mapping) else getattr(record, name, None)
         if value is None:
             names = names_of(record)
-            raise KeyError(f'{self.name} reads "{name}", which this record has not.{did_you_mean(name, names)} '
-                           f'It has: {", ".join(names)}. map={{"{field}": …}} names another field')
+            raise Discard(f'{self.name} reads "{name}", which this record has not.{did_you_mean(name, names)} '
+                          f'It has: {", ".join(names)}. map={{"{field}": …}} names another field')
         return value
 
     def __repr__(self) -> str:
@@ -117,13 +117,13 @@ def names_of(record: Any) -> list[str]:
 
 
 def fill(template: str, record: Any) -> str:
-    """The template with every {name} replaced by the record's value. Raises KeyError for a name it has not."""
+    """The template with every {name} replaced by the record's value. Raises Discard for a name it has not."""
     def value(found: re.Match[str]) -> str:
         name = found[1]
         names = names_of(record)
         if name not in names:
-            raise KeyError(f'{{{name}}} in "{template}" is no value of this record.{did_you_mean(name, names)} '
-                           f'It has: {", ".join(names)}')
+            raise Discard(f'{{{name}}} in "{template}" is no value of this record.{did_you_mean(name, names)} '
+                          f'It has: {", ".join(names)}')
         return str(record[name] if isinstance(record, Mapping) else getattr(record, name))
 
     return _PLACEHOLDER.sub(value, template)

@@ -208,8 +208,14 @@ class Demo:
         print(f"1. Someone mentions the bot{'':<35}POST {self.entry.path}  \"@anton {MENTION}\"", flush=True)
         sent = time.time()
         took = await self.mention(MENTION, "1515449522.000016")
-        done = await self.until("select trace from {anton}.action where id > $1", self.actions, what="reply")
-        self.first = await self.follow(done, sent, took)
+        trace = await self.until("select trace from {anton}.action where id > $1", self.actions, what="reply")
+        self.first = await self.follow(trace, sent, took)
+        sent = time.time()
+        await self.mention(MENTION, "1515449523.000016")
+        await self.until("select count(*) = 2 from {anton}.action where id > $1", self.actions, what="second reply")
+        again: datetime = await self.one("select max(at) from {anton}.action")
+        all_ms = (again.timestamp() - sent) * 1000
+        print(f"   {'':<6} {'and once more, now that all is warm':<67} {all_ms:8.1f} ms in all", flush=True)
 
     async def plain_sql(self) -> None:
         """The same from a plain insert, by psql."""
