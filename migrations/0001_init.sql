@@ -74,7 +74,7 @@ create table change (
   at timestamptz not null,
   xid xid8 not null,
   table_id int not null,
-  op "char" not null,                             -- n new, u updated, d deleted, t truncate, r rebuilt, f failed, x not captured: reconcile
+  op "char" not null,                             -- n new, u updated, d deleted, t truncate, r rebuilt, f failed, x not captured: reconcile, p kept image
   n int not null,
   ids bigint[],                                   -- key_kind = id
   keys jsonb,                                     -- else: [[k1, k2], ...] in key_columns order
@@ -88,6 +88,8 @@ create table change (
   tenant text,
   primary key (id, slot)
 ) partition by list (slot);
+
+create index on change (table_id, id) where olds is not null;
 
 -- A unit of work: records lo..hi of a change, or the keys themselves when there are at most 16.
 create table job (

@@ -263,7 +263,7 @@ end $$;
 create or replace function capture_group(w watched, p_event text, p_source text, p_ids int[], p_batches int[], p_images boolean,
   p_where text, p_params jsonb, p_columns text[], p_first boolean, p_mend boolean) returns text language plpgsql stable set search_path from current as $$
 declare
-  v_op text := left(p_event, 1);
+  v_op text := case when p_ids = '{}' then 'p' else left(p_event, 1) end;
   v_row text := case p_event when 'deleted' then 'old' else 'new' end;   -- whose columns the filter sees
   v_idkey boolean := w.key_kind = 'id';
   v_keycol text := case when w.key_kind = 'id' then 'ids' else 'keys' end;
@@ -279,7 +279,7 @@ begin
     v_key := key_json(w, v_row);
     v_keys := 'jsonb_agg(key)';
     if exists (select from table_columns(w.relid) t where t.name = any (w.key_columns) and not (t.fixed and is_plain(t.type))) then
-      select '8 + ' || string_agg(format('octet_length(%s.%I::text) + 6', v_row, c), ' + ' order by o)
+      select '12 + ' || string_agg(format('octet_length(%s.%I::text) + 4', v_row, c), ' + ' order by o)
         into v_keysize from unnest(w.key_columns) with ordinality x (c, o);
     else                                                 -- no key is longer than any other: cut by count
       v_keyrows := least(1000, 8192 / (12 + 40 * cardinality(w.key_columns)));
@@ -439,11 +439,23 @@ returns text language sql stable set search_path from current as $$
   select string_agg(capture_group(w, p_event, p_source, g.ids, g.batches, g.images, g.where_sql, g.params, g.columns, g.first, p_mend), '' order by g.ids[1])
     from (select row_number() over (order by min(h.id)) = 1 and p_source = 'statement' as first, array_agg(h.id order by h.id) as ids,
                  array_agg(least(h.batch, 1000) order by h.id) as batches,
-                 bool_or(h.read = 'change' or w.key_kind = 'none') as images, h.where_sql, h.params,
+                 bool_or(w.key_kind = 'none' or h.read = 'change' and not (p_event = 'new' and h.kind = 'sql')) as images, h.where_sql, h.params,
                  case when p_event = 'updated' then h.columns end as columns
             from handler h
            where h.table_id = w.id and case when p_handlers is null then h.enabled and p_event = any (h.ops) else h.id = any (p_handlers) end
            group by h.where_sql, h.params, case when p_event = 'updated' then h.columns end) g
+$$;
+
+-- capture_kept(table, event) -> plpgsql that keeps the old images of updated and deleted records
+-- SQL handlers of new records get them as committed. Most are never changed while they wait, so no image is stored
+-- with an insert: run_sql() takes the row as it is, or the first image kept here since.
+create or replace function capture_kept(w watched, p_event text) returns text language sql stable set search_path from current as $$
+  select case when w.key_kind <> 'none' and exists (
+                select from handler h where h.table_id = w.id and h.enabled and h.kind = 'sql' and h.read = 'change' and 'new' = any (h.ops))
+               and not exists (                            -- a handler of this event has them kept already
+                select from handler h where h.table_id = w.id and h.enabled and p_event = any (h.ops) and h.read = 'change'
+                   and h.where_sql is null and (p_event = 'deleted' or h.columns is null))
+              then capture_group(w, 'deleted', 'statement', '{}', '{}', true, null, '{}', null, false, false) end
 $$;
 
 -- capture_fed(table, event, source) -> plpgsql that keeps a running backfill from feeding these records again
@@ -469,7 +481,7 @@ begin
     v_groups := nullif(concat(capture_groups(w, 'deleted', v_source), '
   v_change := nextval(''change_seq'');' || capture_groups(w, 'new', v_source)), '');
   else
-    v_groups := capture_groups(w, p_event, 'statement');
+    v_groups := nullif(concat(capture_groups(w, p_event, 'statement'), case when p_event in ('updated', 'deleted') then capture_kept(w, p_event) end), '');
   end if;
   if v_groups is null or (p_event = 'moved' and w.key_kind = 'none') then
     return 'begin return null; end';
@@ -695,6 +707,29 @@ begin
                 v_select, current_schema(), v_news, v_olds, v_names);
 end $$;
 
+-- new_records_sql(table, lazy) -> SELECT of the rows of the keys in $8 (ids) or $9 (jsonb)
+-- lazy: as they were committed by the changes in $11 (ids) or $12 ([[key, change], …]): the first image kept since a
+-- change, else the row as it is. One statement, one snapshot: an update is seen with its kept image or not at all.
+create or replace function new_records_sql(w watched, p_lazy boolean) returns text language sql stable set search_path from current as $$
+  select case when not p_lazy then now_sql else format(
+    'select t.* from (%s) t where %s not in (select key from kept) union all select %s from kept k join %I.change c on c.id = k.change_id',
+    now_sql, case when w.key_kind = 'id' then format('t.%I::bigint', w.key_columns[1]) else key_json(w, 't') end,
+    (select string_agg(format('c.olds[array_position(c.cols, %L)][k.ord]::%s', name, type), ', ') from table_columns(w.relid)), current_schema()) end
+    from (select format('select %s from %I.%I t where %s', (select string_agg(format('t.%I', name), ', ') from table_columns(w.relid)), w.schema_name, w.table_name,
+      case when w.key_kind = 'id' then format('t.%I = any ($8)', w.key_columns[1])
+           else (select format('(%s) in (select %s from jsonb_array_elements($9) k)', string_agg(format('t.%I', c), ', ' order by o),
+                               string_agg(format('(k ->> %s)::%s', o - 1, w.key_types[o]), ', ' order by o))
+                   from unnest(w.key_columns) with ordinality x (c, o)) end) as now_sql) n
+$$;
+
+-- kept_sql(table) -> CTE: for each key of $11 or $12 the first image kept since its change
+create or replace function kept_sql(w watched) returns text language sql stable set search_path from current as $$
+  select format('kept (key, ord, change_id) as materialized (select distinct on (k.key) k.key, u.ord::int, c.id from %I.change c cross join lateral %s with ordinality u (key, ord) join %s on k.key = u.key and c.id > k.change_id where c.olds is not null and c.table_id = %s and c.id > $13 order by k.key, c.id), ',
+    current_schema(), case when w.key_kind = 'id' then 'unnest(c.ids)' else 'jsonb_array_elements(c.keys)' end,
+    case when w.key_kind = 'id' then 'unnest($8, $11) k (key, change_id)'
+         else '(select e -> 0 as key, (e ->> 1)::bigint as change_id from jsonb_array_elements($12) e) k' end, w.id)
+$$;
+
 -- run_sql(token, ids, worker) -> receipt id
 -- Runs a SQL handler over whole leased jobs, in the caller's transaction; its writes and the ack commit together.
 -- new_records and old_records are what the jobs hold: images as committed, the rows of now where read = 'now' or an
@@ -705,7 +740,7 @@ declare
   h handler; w watched; v_app text := setting('app_schema'); v_receipt bigint; v_body text; v_with text;
   v_cols text[]; v_names text; v_new text; v_old text; v_key text; v_images text; v_settled int[];
   v_new_changes bigint[]; v_new_los int[]; v_new_his int[]; v_old_changes bigint[]; v_old_los int[]; v_old_his int[];
-  v_new_ids bigint[]; v_new_keys jsonb; v_old_keys jsonb;
+  v_new_ids bigint[]; v_new_keys jsonb; v_old_keys jsonb; v_new_of bigint[]; v_new_since jsonb; v_lazy boolean; v_first bigint;
 begin
   select x.* into h from lease l join handler x on x.id = l.handler_id where l.token = p_token and l.id = any (p_ids) limit 1;
   perform fence(p_token, (select count(*) from lease l where l.token = p_token and l.id = any (p_ids)), coalesce(cardinality(p_ids), 0));
@@ -715,43 +750,49 @@ begin
            l.cols is not null and l.op in ('u', 'd') as old_image,
            case when l.degraded is not null and h.where_sql is not null then passes(h.id, l.ids, l.keys, l.op) end as passing
       from leased(p_token, p_ids) l
+  ), ids as (
+    select u.id, p.change_id from part p cross join lateral unnest(p.ids) with ordinality u (id, o)
+     where p.op in ('n', 'u') and not p.new_image
+       and (p.settled is null or p.lo + o - 1 <> all (p.settled)) and (p.passing is null or o = any (p.passing))
   ), bare as (
-    select p.op, p.new_image, p.old_image, p.ids[o - p.lo + 1] as id, case when p.ids is not null then jsonb_build_array(p.ids[o - p.lo + 1]) else p.keys -> (o - p.lo) end as key
+    select p.op, p.change_id, p.new_image, p.old_image, case when p.ids is not null then jsonb_build_array(p.ids[o - p.lo + 1]) else p.keys -> (o - p.lo) end as key
       from part p, generate_series(p.lo, p.hi) o
-     where not (p.op = 't' or p.op = 'n' and p.new_image or p.op = 'd' and p.old_image or p.new_image and p.old_image)
+     where not (p.op = 't' or p.op = 'n' and (p.new_image or w.key_kind = 'id') or p.op = 'd' and p.old_image or p.new_image and p.old_image)
        and o <> all (coalesce(p.settled, '{}')) and (p.passing is null or o - p.lo + 1 = any (p.passing))
   )
   select (select array_agg(change_id order by id) from part where new_image), (select array_agg(lo order by id) from part where new_image),
          (select array_agg(hi order by id) from part where new_image),
          (select array_agg(change_id order by id) from part where old_image), (select array_agg(lo order by id) from part where old_image),
          (select array_agg(hi order by id) from part where old_image), (select settled from part where settled is not null limit 1),
-         (select array_agg(id) from bare where op in ('n', 'u') and not new_image), (select jsonb_agg(key) from bare where op in ('n', 'u') and not new_image),
-         (select jsonb_agg(key) from bare where op in ('u', 'd') and not old_image)
-    into v_new_changes, v_new_los, v_new_his, v_old_changes, v_old_los, v_old_his, v_settled, v_new_ids, v_new_keys, v_old_keys;
+         i.ids, (select jsonb_agg(key) from bare where op in ('n', 'u') and not new_image),
+         (select jsonb_agg(key) from bare where op in ('u', 'd') and not old_image),
+         i.changes, (select jsonb_agg(jsonb_build_array(key, change_id)) from bare where op in ('n', 'u') and not new_image),
+         (select min(change_id) from part),
+         (select h.read = 'change' and w.key_kind <> 'none' and bool_and(op = 'n' and cols is null and degraded is null) from part)
+    into v_new_changes, v_new_los, v_new_his, v_old_changes, v_old_los, v_old_his, v_settled, v_new_ids, v_new_keys, v_old_keys,
+         v_new_of, v_new_since, v_first, v_lazy
+    from (select array_agg(id) as ids, array_agg(change_id) as changes from ids) i;
   v_receipt := ack(p_token, p_ids, p_worker, 0, 0);
   select array_agg(name), string_agg(quote_ident(name), ', '), string_agg(quote_ident('n_' || name), ', '), string_agg(quote_ident('o_' || name), ', '),
          string_agg(format('%s::%s', case when name = any (w.key_columns) then format('(k ->> %s)', array_position(w.key_columns, name) - 1) else 'null' end, type), ', ')
     into v_cols, v_names, v_new, v_old, v_key from table_columns(w.relid);
   v_images := format('select %%s from (%s) i where i.ord <> all ($7)', images_sql(w.id, v_cols));
-  v_with := format('new_records (%1$s) as (%2$s), old_records (%1$s) as (%3$s)', v_names,
+  v_with := format('%4$snew_records (%1$s) as (%2$s), old_records (%1$s) as (%3$s)', v_names,
     coalesce(nullif(concat_ws(' union all ',
       case when v_new_changes is not null then format(v_images, v_new) end,
-      case when v_new_keys is null then null
-           when w.key_kind = 'id' then format('select %s from %I.%I t where t.%I = any ($8)', v_names, w.schema_name, w.table_name, w.key_columns[1])
-           else format('select %s from %I.%I t where (%s) in (select %s from jsonb_array_elements($9) k)', v_names, w.schema_name, w.table_name,
-             (select string_agg(format('t.%I', c), ', ' order by o) from unnest(w.key_columns) with ordinality x (c, o)),
-             (select string_agg(format('(k ->> %s)::%s', o - 1, w.key_types[o]), ', ' order by o) from unnest(w.key_columns) with ordinality x (c, o))) end), ''),
+      case when v_new_ids is not null or (v_new_keys is not null and w.key_kind <> 'id') then new_records_sql(w, v_lazy) end), ''),
       format('select (null::%I.%I).*', w.schema_name, w.table_name) || ' limit 0'),
     coalesce(nullif(concat_ws(' union all ',
       case when v_old_changes is not null then replace(replace(replace(format(v_images, v_old), '$1', '$4'), '$2', '$5'), '$3', '$6') end,
       case when v_old_keys is not null then format('select %s from jsonb_array_elements($10) k', v_key) end), ''),
-      format('select (null::%I.%I).*', w.schema_name, w.table_name) || ' limit 0'));
+      format('select (null::%I.%I).*', w.schema_name, w.table_name) || ' limit 0'),
+    case when v_lazy then kept_sql(w) end);
   v_body := regexp_replace(bind(h.body, h.params), '^(\s|--[^\n]*\n)+|[\s;]+$', '', 'g');
   v_body := case when v_body ~* '^with\s+recursive\M' then 'with recursive ' || v_with || ', ' || regexp_replace(v_body, '^with\s+recursive', '', 'i')
                  when v_body ~* '^with\M' then 'with ' || v_with || ', ' || regexp_replace(v_body, '^with', '', 'i')
                  else 'with ' || v_with || ' ' || v_body end;
   perform set_config('search_path', quote_ident(v_app) || ', pg_catalog, pg_temp', true);
   execute v_body using v_new_changes, v_new_los, v_new_his, v_old_changes, v_old_los, v_old_his, coalesce(v_settled, '{}'),
-    v_new_ids, v_new_keys, coalesce(v_old_keys, '[]');
+    v_new_ids, v_new_keys, coalesce(v_old_keys, '[]'), v_new_of, v_new_since, v_first;
   return v_receipt;
 end $$;
