@@ -31,7 +31,8 @@ def test_a_migration_calls_no_function_of_ours() -> None:
             for name in re.findall(r"create or replace function (\w+)\(", file.read_text())}
     for file in MIGRATIONS:
         code = re.sub(r"--[^\n]*", "", file.read_text())
-        called = set(re.findall(r"\b(\w+)\s*\(", code)) & ours - {"change", "job", "action", "worker", "schedule"}
+        code = re.sub(r"(create table|references|on|into) \w+ ?\(", "(", code)  # tables share names with functions
+        called = set(re.findall(r"\b(\w+)\s*\(", code)) & ours
         assert not called, f"{file.name} calls {called}: functions are of now, migrations of then"
 
 
@@ -42,7 +43,8 @@ async def test_every_function_has_the_search_path_written_out(db: Database) -> N
             "left join unnest(p.proconfig) c on c like 'search_path=%' "
             "where p.pronamespace = 'anton'::regnamespace and p.prokind = 'f'")
     assert len(rows) > 50
-    assert {row["name"] for row in rows if row["path"] != "search_path=anton, pg_catalog, pg_temp"} == set()
+    open_ = {row["name"] for row in rows if row["path"] != "search_path=anton, pg_catalog, pg_temp"}
+    assert open_ == {"anton.now()", "anton.slot(timestamp with time zone)"}  # inlined; they name nothing of ours
 
 
 async def test_sql_runs_again_and_changes_nothing(db: Database) -> None:
