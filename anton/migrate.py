@@ -30,7 +30,7 @@ from anton.errors import AntonError, Destructive, FrozenChanged, MigrationError,
 from anton.plan import LOCK_TIMEOUT, Plan, Step
 from anton.share import share
 from anton.sqlfile import SqlFile
-from anton.steps import BUSY, NOT_YET, Steps
+from anton.steps import BUSY, NOT_YET, SQL_FOLDER, Steps
 
 PATIENCE = 600.0                                                       # seconds for one step to get its lock
 _ONE_AT_A_TIME = 0x616E7472                                            # first key of the advisory lock
@@ -123,14 +123,15 @@ class Run(Steps):
             return
         app_schema = await self.conn.fetchval(f"select {self.schema}.setting('app_schema')")
         declared = Declared(self, app_schema)
-        late = None
+        files, noted = await self._app_steps(), len(self.plan.steps)
         try:
-            async with self._trial():
-                late = await self._app_files()
+            async with self._trial(bool(files)):
+                late = await self._run_files(files)
                 wanted = await declared.examine()
         except (TimeoutError, *BUSY, asyncpg.QueryCanceledError):
             if not self.dry:
                 raise
+            self.plan.steps[noted:], self.plan.refused = [step for step, _ in files], []
             self.plan.notes.append("The app's files were not tried: they take longer than 200 ms on tables in use. "
                                    "What its tables then need is found when they have run.")
             return
@@ -140,16 +141,18 @@ class Run(Steps):
 
     async def _declared(self, declared: Declared, wanted: Sequence[Wanted], late: Step | None) -> None:
         await declared.make_tables(wanted)
-        if late is not None:
-            await self.step(late, "sql/")
+        if late is not None and any(one.difference.alters for one in wanted) and self.dry:
+            self.plan.steps.append(late)                               # it may need what a plan does not make
+        elif late is not None:
+            await self.step(late, SQL_FOLDER)
         await declared.make_handlers(wanted)
         if self.plan.refused and not self.dry:
             raise _together(self.plan.refused)
 
     @asynccontextmanager
-    async def _trial(self) -> AsyncIterator[None]:
+    async def _trial(self, files: bool) -> AsyncIterator[None]:
         """In a plan, the locks that an app's files take on its tables are held for 200 ms at most."""
-        if not self.dry or not await self.conn.fetchval(
+        if not (self.dry and files) or not await self.conn.fetchval(
                 f"select exists (select from {self.schema}.watched_tables() where app = $1)", self.app.name):
             yield
             return
@@ -200,7 +203,7 @@ class Run(Steps):
                                      f"{literal(place)} where name = 'app_schema'", settings), vital=True)
         again = sqlfile.read(share("sql"))
         if pending or self._changed(again, done):
-            await self.step(self._folder("anton", again, settings), "sql/", vital=True)
+            await self.step(self._folder("anton", again, settings), SQL_FOLDER, vital=True)
         return True
 
     async def _make_schema(self) -> None:
@@ -237,19 +240,17 @@ class Run(Steps):
 
     # An app's files
 
-    async def _app_files(self) -> Step | None:
-        """Runs them. Returns the sql/ folder when it needs the declared tables first."""
-        name = f"app:{self.app.name}"
-        settings = (f"lock_timeout = '{LOCK_TIMEOUT}'",)
+    async def _app_steps(self) -> list[tuple[Step, str]]:
+        """Its migrations that have not run, and its sql/ when that changed, each with its file's name."""
+        name, settings = f"app:{self.app.name}", (f"lock_timeout = '{LOCK_TIMEOUT}'",)
         done = await self._done(name)
-        files = self._read("migrations")
-        pending = self._pending(files, done)
-        for file in pending:
+        steps: list[tuple[Step, str]] = []
+        for file in self._pending(self._read("migrations"), done):
             if file.transaction:
-                await self.step(self._migration(file, name, settings), file.name)
+                steps.append((self._migration(file, name, settings), file.name))
             else:
-                await self.step(Step(file.name, file.text, settings, transaction=False), file.name)
-                await self.step(Step(f"{file.name} was run", self._record(name, [file])))
+                steps.append((Step(file.name, file.text, settings, transaction=False), file.name))
+                steps.append((Step(f"{file.name} was run", self._record(name, [file])), ""))
         again = self._read("sql")
         self.files = [file for file in again if file.kind in ("handler", "schedule")]
         for file in again:
@@ -257,13 +258,20 @@ class Run(Steps):
                 raise MigrationError(f'{file.name}: "-- anton: model" is not known yet. Make it a model in '
                                      "dbt_project/, or a view.")
         again = [file for file in again if not file.kind]
-        if not self._changed(again, done) and not (pending and again):
-            return None
-        folder = self._folder(name, again, settings)
-        try:
-            await self.step(folder, "sql/")
-        except NOT_YET:
-            return folder
+        if self._changed(again, done) or (steps and again):
+            steps.append((self._folder(name, again, settings), SQL_FOLDER))
+        return steps
+
+    async def _run_files(self, steps: Sequence[tuple[Step, str]]) -> Step | None:
+        """Runs them. Returns the sql/ folder when it needs the declared tables first."""
+        for step, file in steps:
+            self.postpone = True
+            try:
+                await self.step(step, file)
+            except NOT_YET:
+                return step                                            # only sql/ raises these, and it is the last
+            finally:
+                self.postpone = False
         return None
 
     def _read(self, folder: str) -> list[SqlFile]:

@@ -28,6 +28,8 @@ BUSY = (asyncpg.LockNotAvailableError, asyncpg.DeadlockDetectedError, asyncpg.Se
 NOT_YET = (asyncpg.UndefinedTableError, asyncpg.UndefinedColumnError, asyncpg.UndefinedFunctionError,
            asyncpg.UndefinedObjectError)
 
+SQL_FOLDER = "sql/"                                                    # as a step's file: which of them is found out
+
 
 class Steps:
     """One connection's steps, noted in `plan`.
@@ -42,6 +44,7 @@ class Steps:
         self.plan = Plan(db.name)
         self.me = ""
         self.files: list[SqlFile] = []
+        self.postpone = False                                          # sql/ may wait for the declared tables
 
     async def step(self, step: Step, file: str = "", *, vital: bool = False, table: str = "", unless_same: str = "",
                    only_plan: bool = False, release: bool = False, cleanup: str = "") -> bool:
@@ -121,7 +124,7 @@ class Steps:
 
     async def _explained(self, error: asyncpg.PostgresError, step: Step, file: str) -> BaseException:
         mine = translated(error)
-        known = (*BUSY, asyncpg.QueryCanceledError, *(NOT_YET if file == "sql/" else ()))
+        known = (*BUSY, asyncpg.QueryCanceledError, *(NOT_YET if file == SQL_FOLDER and self.postpone else ()))
         if mine is not None or isinstance(error, known):
             return mine or error
         if not file:
@@ -134,7 +137,7 @@ class Steps:
         else:
             line = await self._find(step, error)
         lines = step.body.splitlines()
-        for number in range(line, -1, -1) if file == "sql/" else ():   # a folder: which of its files
+        for number in range(line, -1, -1) if file == SQL_FOLDER else ():   # a folder: which of its files
             if lines[number].startswith("-- sql/"):
                 return MigrationFailed(lines[number][3:], line - number, lines[line].strip(), error)
         return MigrationFailed(file, line + 1, lines[line].strip(), error)

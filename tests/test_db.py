@@ -15,6 +15,7 @@ import asyncpg
 import pytest
 from servers import _free_port as free_port
 
+from anton.app import App, declaring
 from anton.db import (
     KEYWORDS,
     Database,
@@ -39,6 +40,8 @@ from anton.errors import (
     distance,
     near,
 )
+from anton.migrate import migrate
+from anton.table import Table
 
 
 async def value(db: Database, sql: str, *args: object) -> object:
@@ -266,6 +269,17 @@ def test_every_call_works_through_a_transaction_pooler(bouncer):
             return int(await conn.fetchval("select count(*) from passed"))
 
     assert db.run(all_calls()) == 48
+    db.run(db.close())
+
+
+def test_migrate_works_through_a_transaction_pooler(bouncer, tmp_path):
+    db, app = Database(bouncer, pooled=True), App("shop", tmp_path)
+    with declaring(app):
+        Table("orders").on_new_records.sql("select 1 from new_records", name="seen")
+    asyncio.run(migrate(db, app))
+    assert not asyncio.run(migrate(db, app, check=True)).drift
+    db.run(value(db, "insert into orders default values"))
+    assert db.run(value(db, "select count(*) from anton.job")) == 1
     db.run(db.close())
 
 

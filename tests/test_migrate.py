@@ -305,6 +305,24 @@ def test_a_statement_that_fails_is_named_by_file_and_line_and_leaves_nothing(sho
         assert shop.sql("select to_regclass('half')") == [(None,)]
 
 
+def test_sql_that_needs_declared_tables_waits_for_them_and_else_is_named(shop):
+    shop.file("sql/view.sql", "create or replace view seen as\nselect customer, note from orders;")
+    shop.declare(orders(grown(note=(str, ""))))
+    assert shop.migrate(plan=True).sql == shop.migrate().sql
+    shop.file("sql/view.sql", "create or replace view seen as\nselect custmer from orders;")
+    for options in ({"plan": True}, {}):
+        with pytest.raises(MigrationFailed, match=r'sql/view.sql, line 2: column "custmer" does not exist'):
+            shop.migrate(**options)
+
+
+def test_a_plan_does_not_try_files_that_hold_a_table_in_use_for_long(shop):
+    shop.declare(orders()).migrate()
+    shop.file("migrations/0001_slow.sql", "lock table orders; select pg_sleep(20);")
+    started = time.monotonic()
+    plan = shop.migrate(plan=True)
+    assert time.monotonic() - started < 10 and "0001_slow.sql" in plan.sql and "were not tried" in plan.notes[-1]
+
+
 def test_a_file_may_run_outside_a_transaction(shop):
     shop.sql("create table big (n int)")
     shop.file("migrations/0001_index_big.sql",
@@ -571,6 +589,38 @@ def test_nobody_waits_behind_a_migrate_that_waits_for_a_writer(shop):
         writer.close()
     assert "note" in shop.columns("orders") and len(waits) > 20
     assert max(waits) < 0.4                                            # 2 × 200 ms: one statement each
+
+
+def test_a_table_of_partitions_is_locked_at_once_or_not_at_all(shop):
+    shop.sql("create table parts (id bigint primary key) partition by range (id)",
+             *(f"create table parts_{n} partition of parts for values from ({n}) to ({n + 1})" for n in range(6)))
+    shop.declare(lambda: Table("parts").on_new_records(lambda_named("seen")))
+    with psycopg.connect(shop.url) as writer:
+        writer.execute("insert into parts_4 values (4)")
+        with pytest.raises(LockNotGained), psycopg.connect(shop.url, autocommit=True) as other:
+            migrating = threading.Thread(target=lambda: waits.append(longest(other, "insert into parts_0 values (0) "
+                                                                                    "on conflict do nothing", 1.5)))
+            waits: list[float] = []
+            migrating.start()
+            try:
+                shop.migrate(patience=1)
+            finally:
+                migrating.join()
+        writer.commit()
+    assert waits[0] < 0.3
+    shop.migrate()
+    shop.sql("insert into parts_2 values (2)")
+    assert shop.sql("select count(*) from anton.job") == [(1,)]
+
+
+def longest(conn: psycopg.Connection[Any], statement: str, seconds: float) -> float:
+    """The longest time the statement took, tried for so many seconds."""
+    end, worst = time.monotonic() + seconds, 0.0
+    while time.monotonic() < end:
+        started = time.monotonic()
+        conn.execute(statement)
+        worst = max(worst, time.monotonic() - started)
+    return worst
 
 
 def test_a_lock_that_is_never_free_is_given_up_naming_its_holder(shop):
