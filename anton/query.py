@@ -24,6 +24,7 @@ from pydantic import BaseModel, ValidationError
 from anton.columns import Shape
 from anton.db import Database, current_database, literal, quote
 from anton.errors import InvalidRecord, QueryError, SyncInLoop, did_you_mean
+from anton.op import Form
 from anton.record import Document, Record, Row
 from anton.relation import Relation, columns_sql, describe, described
 from anton.sink import encode, reasons
@@ -246,6 +247,8 @@ class Query(Generic[T]):
                 raise QueryError(f'"{relation.name}" has the key ({", ".join(relation.key)}); get() was given '
                                  f"{len(self._key)} value(s)")
             equal = dict(zip(relation.key, self._key, strict=True))
+        elif equal.keys() == set(relation.key):
+            equal = {name: equal[name] for name in relation.key}
         if self._where is not None:
             parts.append(f"({bind(self._where, self._args, values)})")
         parts += [_equals(relation, name, value, values) for name, value in equal.items()]
@@ -270,11 +273,31 @@ class Query(Generic[T]):
             head = f"update {relation.sql} set {self._sets(relation, sets, values)}"
         where, key = self._condition(relation, values)
         step = Step(kind, relation, head, where, tuple(values), found[1] if found else -1, key)
+        if key is not None and not any(isinstance(value, Sql) for value in sets.values()):
+            step.form = self._form(relation, tuple(sets))
         if found is None:
             wait(db, lambda: commit(db, [step]), of, "async with transaction(): …")
             return
         _versioned(step, found[0], on_conflict)
         found[0].add(step)
+
+    def _form(self, relation: Relation, names: tuple[str, ...]) -> Form | None:
+        """How many such steps are made at once; None where a type does not allow it."""
+        form: Form | None = relation.texts.get(("form", names))
+        if form is None:
+            written = ("data",) if relation.document and self._source.shape is None and names else names
+            columns = [relation.columns[name] for name in (*written, *relation.key)]
+            if any(column.type.endswith("[]") for column in columns):  # unnest() would take them apart
+                return None
+            if not all(relation.columns[name].plain for name in relation.key):
+                return None
+            sets = tuple(f"{quote(name)} = {{}}" + ("" if column.plain else f"::{column.type}")
+                         for name, column in zip(written, columns, strict=False))
+            if written != names:
+                sets = ("data = data || {}",)
+            form = Form(sets, tuple(column.type if column.plain else "text" for column in columns), written)
+            relation.texts["form", names] = form
+        return form
 
     def _sets(self, relation: Relation, sets: Mapping[str, Any], values: list[Any]) -> str:
         if relation.document and self._source.shape is None:

@@ -31,6 +31,7 @@ class Attribute:
     """A column. type: as format_type() says it. default: SQL or None. plain: binary COPY can carry it.
 
     always: an identity that takes no other value by itself. generated: computed, never written.
+    referenced: a foreign key points at it.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Attribute:
     always: bool
     plain: bool
     generated: bool
+    referenced: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +49,7 @@ class Relation:
     """A table of the database. name: as the user wrote it; sql: quoted; key: () when it has none.
 
     copy: COPY may fill it. versioned: its rows have an xmin. document: as Anton makes it where there is no model.
-    table_id: its number in `watched`, None when Anton does not watch it.
+    table_id: its number in `watched`, None when Anton does not watch it. triggers: it has some of the user's.
     """
 
     name: str
@@ -61,7 +63,8 @@ class Relation:
     copy: bool
     versioned: bool
     document: bool
-    texts: dict[Any, str] = field(default_factory=dict, repr=False)  # SQL written for it, by what it does
+    triggers: bool
+    texts: dict[Any, Any] = field(default_factory=dict, repr=False)  # SQL written for it, by what it does
 
     def key_of(self, row: Any) -> Any:
         """The key of a row of asyncpg's: a value, or a tuple where several columns make it."""
@@ -74,6 +77,9 @@ value = asyncpg.Record.__getitem__  # a column of a row, whatever names its clas
 _RELATION = """
 select c.oid::bigint as oid, n.nspname as schema, c.relname as name, c.relkind::text as kind,
        row_security_active(c.oid) as guarded, w.id as table_id,
+       exists (select from pg_catalog.pg_trigger g where g.tgrelid = c.oid and not g.tgisinternal
+                  and g.tgfoid not in (select p.oid from pg_catalog.pg_proc p join pg_catalog.pg_namespace s
+                                         on s.oid = p.pronamespace where s.nspname = $2)) as triggers,
        coalesce(nullif(w.key_columns, '{{}}'), (
          select array_agg(a.attname::text order by k.at)
            from (select i.indkey, i.indnkeyatts from pg_catalog.pg_index i
@@ -93,6 +99,8 @@ select c.oid::bigint as oid, n.nspname as schema, c.relname as name, c.relkind::
 _COLUMNS = """
 select a.attname as name, format_type(a.atttypid, a.atttypmod) as type, a.attnotnull as notnull,
        a.attidentity = 'a' as always, a.attgenerated <> '' as generated,
+       exists (select from pg_catalog.pg_constraint f where f.contype = 'f' and f.confrelid = a.attrelid
+                  and a.attnum = any (f.confkey)) as referenced,
        case when a.attidentity <> '' then format('nextval(%L::regclass)', pg_get_serial_sequence($2, a.attname))
             when a.attgenerated = '' then pg_get_expr(d.adbin, d.adrelid) end as default,
        coalesce(e.typtype, t.typtype) in ('e', 'r', 'm')
@@ -121,17 +129,18 @@ async def describe(db: Database, name: str, *, fresh: bool = False) -> Relation:
     if name in known and not fresh:
         return known[name]
     async with db.conn() as conn:
-        row = await conn.fetchrow(_RELATION.format(schema=quote(db.schema)), identifier(name))
+        row = await conn.fetchrow(_RELATION.format(schema=quote(db.schema)), identifier(name), db.schema)
         if row is None:
             raise UnknownTable(name, [found[0] for found in await conn.fetch(_NAMES)], db.name)
         path = f"{quote(row['schema'])}.{quote(row['name'])}"
         found = await conn.fetch(_COLUMNS, row["oid"], path)
     columns = {c["name"]: Attribute(c["name"], c["type"], c["notnull"], c["default"], c["always"], c["plain"],
-                                    c["generated"]) for c in found}
+                                    c["generated"], c["referenced"]) for c in found}
     known[name] = Relation(
         name, row["schema"], row["name"], identifier(name), row["oid"], row["table_id"], columns, tuple(row["key"]),
         copy=row["kind"] in "rpf" and not row["guarded"] and all(c.plain for c in columns.values()),
-        versioned=row["kind"] in "rpm", document={c.name: c.type for c in columns.values()} == _DOCUMENT)
+        versioned=row["kind"] in "rpm", triggers=row["triggers"],
+        document={c.name: c.type for c in columns.values()} == _DOCUMENT)
     return known[name]
 
 

@@ -18,6 +18,8 @@ LAYERS = [
     "errors secret share threads",
     "db duration embedded verify template plan",
     "config columns relation queue doorbell status sqlfile",
+    "op",
+    "apply",
     "write app heartbeat lane ddl",
     "record schedule action settle flow steps",
     "sink read component",
