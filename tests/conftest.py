@@ -5,6 +5,7 @@
     database   the URL of a database of the test's own, cloned from the template
     bare       the URL of an empty one
     db         anton.db.Database on `database`, also the process's current one
+    pg         a psycopg session, see tests/pg.py, on a database that is swept clean before each test
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 from collections.abc import Iterator
 
 import pytest
+from pg import Pg
 from servers import NoServer, Server, migrate, running
 
 from anton.db import Database, set_database
@@ -70,3 +72,16 @@ def db(database: str) -> Iterator[Database]:
 def anton_server(server: Server) -> str:
     """Where anton.testing makes the databases of its fixture `app`."""
     return server.url()
+
+
+@pytest.fixture(scope="session")
+def _shared(server: Server, template: str) -> str:
+    return server.url(server.clone(template))
+
+
+@pytest.fixture
+def pg(_shared: str) -> Iterator[Pg]:
+    pg = Pg(_shared)
+    pg.reset()
+    yield pg
+    pg.conn.close()
