@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from anton.sense import Route, Webhook
     from anton.table import Table
 
-STEPS = 200                                                            # due times that advance() stops at
+STEPS = 100                                                            # due times that advance() stops at
 
 
 class NoNetwork(AntonError):
@@ -192,7 +192,10 @@ class TestApp:
         return self._loop.run(self._now())
 
     def advance(self, length: str | float | timedelta) -> None:
-        """Moves the clock on, stops at each due time of a schedule on the way, and works what is due."""
+        """Works what is due, and moves the clock on: to each due time of a schedule and each retry on the way.
+
+        After 100 of those it goes to the end in one step.
+        """
         self._loop.run(self._advance(duration(length, "length", "app.advance")))
 
     async def _work(self) -> None:
@@ -204,16 +207,26 @@ class TestApp:
             return now
 
     async def _advance(self, length: timedelta) -> None:
+        await self._work()                                             # first, so that waits begun there end in time
         target = await self._now() + length
         for _ in range(STEPS):
-            async with self.db.tx() as conn:
-                due = await schedule.fire(self.db, conn)
+            due = await self._next_due()
             if due is None or due > target:
                 break
             await self._set_clock(due)
             await self._work()
         await self._set_clock(target)
         await self._work()
+
+    async def _next_due(self) -> datetime | None:
+        """When there is something to do next: a schedule, a retry, a look whether the world is back."""
+        async with self.db.tx() as conn:
+            await schedule.fire(self.db, conn)
+            schema = quote(self.db.schema)
+            due: datetime | None = await conn.fetchval(
+                f"select least({schema}.next_tick(), (select min(run_at) from {schema}.delayed), "
+                f"(select min(probe_at) from {schema}.handler where probe_at > {schema}.now()))")
+            return due
 
     async def _set_clock(self, at: datetime) -> None:
         async with self.db.conn() as conn:

@@ -32,6 +32,7 @@ from anton import config, flow
 from anton.app import App, load_app
 from anton.component import Component, components_of
 from anton.db import Database, identifier, literal
+from anton.errors import AntonError
 from anton.migrate import migrate
 from anton.secret import Env
 from anton.verify import SCHEMES
@@ -443,7 +444,7 @@ def main() -> int:
     chosen = parser.parse_args()
     try:
         asyncio.run(Demo(chosen.mentions, chosen.records).run())
-    except Failed as failure:
+    except (Failed, AntonError) as failure:
         print(failure, file=sys.stderr)
         return 1
     return 0
