@@ -106,9 +106,9 @@ class Each:
         self.chunks.append(chunk)
         self.loop.call_soon_threadsafe(self.changed.set)
 
-    def stop(self, error: BaseException) -> None:
-        """The world fails. Called from any thread."""
-        self.world = error
+    def stop(self, error: BaseException | None) -> None:
+        """The world fails: this handler starts nothing more. Called from any thread."""
+        self.world = self.lane.down = error
         self.loop.call_soon_threadsafe(self.changed.set)
 
     def drop(self) -> None:
@@ -178,11 +178,17 @@ class Puller:
     def next(self) -> bool:
         """Goes to the next item; False when there is none. Hands a chunk over that is full, old, or another batch's."""
         chunk, now = self.chunk, time.perf_counter()
-        try:
-            each, self.item = self.lane.items.popleft()
-        except IndexError:
-            self.release()
-            return False
+        while True:
+            try:
+                each, item = self.lane.items.popleft()
+            except IndexError:
+                self.release()
+                return False
+            if each.world is None and self.lane.down is None:
+                break
+            each.skipped.append(item)
+            each.stop(each.world or self.lane.down)
+        self.item = item
         if chunk is not None and (each is not self.each or len(chunk.done) >= FLUSH or now - chunk.since > SLOW):
             self.release()
             chunk = None

@@ -19,7 +19,7 @@ from typing import Any
 from anton.queue import Job
 
 FAST = 0.5  # seconds: a lane whose calls are quicker claims a batch ahead
-GATHER = 0.05  # seconds that a batch waits for claims that are under way
+GATHER = 0.25  # seconds that a batch waits for claims that are under way
 SKIP = 256  # jobs of other tenants that a batch looks past
 MOST_JOBS = 4000  # jobs of one claim
 
@@ -92,7 +92,7 @@ class Lane:
     items: (Each, item) that wait for a puller. handler: what runs it: a Handler, a Schedule, or None for SQL. concurrency: calls (records, with each) at a time.
     ready: the queue may hold more of it. after: the last job id claimed. limit: records of one call by bytes, or None.
     rate: records/s settled lately; seconds: of a call lately. document: the table has no model and was made by Anton.
-    make: an instance of the table's model from a row.
+    make: an instance of the table's model from a row. down: what the world raised; nothing starts until all calls ended.
     """
 
     id: int
@@ -122,6 +122,7 @@ class Lane:
     items: deque[Any] = field(default_factory=deque)
     calls: int = 0
     running: int = 0
+    down: BaseException | None = None
     ready: bool = True
     after: int = 0
     from_start_at: float = 0.0
@@ -140,12 +141,16 @@ class Lane:
 
     def free(self) -> bool:
         """Another batch may start: a slot is free, or with each, pullers would soon have nothing."""
+        if self.down is not None:
+            return False
         if self.each:
             return bool(self.waiting) and (not self.items or len(self.items) < self.concurrency)
         return bool(self.waiting) and self.calls < self.concurrency
 
     def wants(self) -> int:
         """How many records to claim now, 0 for none."""
+        if self.down is not None:
+            return 0
         have = self.waiting_records + len(self.items)
         if self.each:
             free = self.concurrency - self.running
@@ -198,7 +203,9 @@ class Lane:
         if self.ready and self.waiting_records < self.batch and self.wants() and now < self.since + GATHER and not first.probe:
             self.held_until = self.since + GATHER                      # there is more: the next claim fills it up
             return None
-        taken, passed, size = [], [], 0
+        taken: list[Job] = []
+        passed: list[Job] = []
+        size = 0
         while self.waiting and size < self.batch and len(passed) < SKIP:
             job = self.waiting.popleft()
             fits = not taken or (size + len(job.left) <= self.batch and not job.probe)

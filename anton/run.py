@@ -161,6 +161,7 @@ class Runner:
                 for part in batch.split(-(-batch.size // lane.batch)):
                     await self.attempt(run, part)
         except World as world:
+            lane.down = world.error
             await self._leave(run, world.error)
         except LeaseLost:
             log.warning("worker: %s: the lease was lost; another worker has these records", lane.name)

@@ -313,13 +313,11 @@ def failed(error: BaseException) -> Fate:
 
 
 def fate_of(outcome: Outcome) -> Fate:
-    """What Retry or Discard means. Retry() without a time is like a failure: the backoff, and it counts."""
+    """What Retry or Discard means. A retry counts as an attempt, so that there is an end to it."""
     if isinstance(outcome, Discard):
         return Fate("discarded", outcome.why or "discarded")
     why, after = (outcome.why, outcome.after) if isinstance(outcome, Retry) else (str(outcome), None)
-    if after is None:
-        return Fate("failed", why or "retry")
-    return Fate("retry", why or "retry", duration(after, "after", "Retry"))
+    return Fate("failed", why or "retry", None if after is None else duration(after, "after", "Retry"))
 
 
 def is_world(error: BaseException) -> bool:

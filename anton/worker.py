@@ -17,21 +17,23 @@ import random
 import socket
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from datetime import timedelta
 from functools import partial
 from importlib import metadata
+from typing import Any
 
 from anton import action, queue, schedule
 from anton.app import App
 from anton.db import Database, quote
 from anton.doorbell import Answer, Doorbell
+from anton.errors import LeaseLost
 from anton.heartbeat import Heartbeat
 from anton.lane import Batch, Lane, lane_of
 from anton.queue import Job, Look
 from anton.relation import describe
 from anton.run import Run, Runner, code_of
-from anton.settle import disconnected
+from anton.settle import World, disconnected
 from anton.threads import Threads
 from anton.write import as_worker
 
@@ -84,6 +86,7 @@ class Worker:
         self._hold = True
         self._refreshed = 0.0
         self._helped = 0.0
+        self._errands: set[asyncio.Task[None]] = set()
         self._wake = asyncio.Event()
         self._errand = asyncio.Event()
         self._bell = Doorbell(db, self._ring)
@@ -129,6 +132,8 @@ class Worker:
                     continue
                 if self._active:
                     await self._wake.wait()
+                elif self._errands:
+                    await asyncio.wait(self._errands)
                 elif not await self._more():
                     return
         finally:
@@ -190,6 +195,8 @@ class Worker:
             task.cancel()
         if self._active:
             await asyncio.wait(self._active, timeout=5)
+        if self._errands:
+            await asyncio.wait(self._errands, timeout=5)
         self._heart.stop()
         await self._bell.close()
         with contextlib.suppress(Exception):
@@ -291,12 +298,29 @@ class Worker:
         def ended(task: asyncio.Task[None]) -> None:
             del self._active[task]
             lane.calls -= 1
+            if lane.down is not None and not lane.calls:
+                self._start_chore(self._surface(lane))
             if not task.cancelled() and task.exception() is not None:
                 log.error("worker: %s", lane.name, exc_info=task.exception())
             self._wake.set()
 
         task.add_done_callback(ended)
         return task
+
+    async def _surface(self, lane: Lane) -> None:
+        """The world failed and all calls have ended: what was claimed ahead waits in the queue, not here."""
+        jobs, lane.ready = lane.put_back(), False
+        try:
+            await self._runner.settler.give_back(jobs)
+        except (LeaseLost, World) as error:
+            log.warning("worker: %s: %s", lane.name, error)
+        lane.down = None
+        self._wake.set()
+
+    def _start_chore(self, chore: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(chore)
+        self._errands.add(task)
+        task.add_done_callback(self._errands.discard)
 
     # Waiting
 
@@ -325,7 +349,7 @@ class Worker:
                 break
             await self._nap(left)
             self._dispatch()
-        self._hushing = asyncio.create_task(self._bell.hush())         # on its own connection, before the claim's
+        self._start_chore(self._bell.hush())                           # on its own connection, before the claim's
         if self._rung:
             self._rung = False
             if len(self._lanes) <= MANY:

@@ -1,0 +1,586 @@
+"""Settle: a record fails, the world fails, a write is refused, a row changed, a lease is lost, COMMIT says nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from working import Bench
+
+from anton import Ctx, Discard, Records, Retry, Table, queue
+from anton.db import Database
+from anton.errors import WorldError
+from anton.settle import is_world
+
+
+class Refused(Exception):
+    """A service said no. status_code: as http clients have it."""
+
+    def __init__(self, status_code: int) -> None:
+        super().__init__(f"status {status_code}")
+        self.status_code = status_code
+
+
+async def one_handler(db: Database, handle: Callable[..., Any], table: str = "a", **options: Any) -> Bench:
+    def declare() -> None:
+        Table("b")
+        Table(table).on_new_records(**{"name": "handle", **options})(handle)
+
+    return await Bench.make(db, declare)
+
+
+def numbers(records: Any) -> list[int]:
+    return [record["n"] for record in records]
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000, 4000])
+async def test_a_poison_record_is_split_off_and_innocents_run_again_at_most_four_times(db: Database, size: int):
+    runs: Counter[int] = Counter()
+    done: set[int] = set()
+
+    def handle(records: Records) -> None:
+        asked = numbers(records)
+        assert not done & set(asked), "settled records ran again"
+        runs.update(asked)
+        if 0 in asked:
+            raise ValueError("poison")
+        done.update(asked)
+        tables["b"].extend({"n": n} for n in asked)
+
+    bench = await one_handler(db, handle, attempts=1)
+    tables = bench.app.tables
+    await bench.add("a", ({"n": n} for n in range(size)))
+    await bench.work()
+    assert max(runs.values()) <= 5                                      # once, and again at most 4 times
+    assert sorted(await bench.column("select (data->>'n')::int from b")) == list(range(1, size))
+    dead = await bench.sql("select reason, error, traceback, attempt from anton.dead")
+    assert len(dead) == 1 and dead[0]["reason"] == "failed" and dead[0]["error"] == "ValueError: poison"
+    assert "in handle" in dead[0]["traceback"] and await bench.left() == {"dead": 1}
+
+
+async def test_a_record_of_one_call_each_fails_alone(db: Database):
+    runs: Counter[int] = Counter()
+
+    async def handle(record: Any) -> None:
+        runs[record["n"]] += 1
+        if record["n"] % 10 == 0:
+            raise ValueError(record["n"])
+
+    bench = await one_handler(db, handle, each=True, attempts=1)
+    await bench.add("a", ({"n": n} for n in range(300)))
+    await bench.work()
+    assert set(runs.values()) == {1} and await bench.left() == {"dead": 30}
+
+
+async def test_a_failed_record_is_retried_with_backoff_until_it_is_dead(db: Database):
+    attempts: list[tuple[int, str]] = []
+
+    def handle(record: Any, ctx: Ctx) -> None:
+        attempts.append((ctx.attempt, ctx.key))
+        raise ValueError("never")
+
+    bench = await one_handler(db, handle, each=True, attempts=3, backoff="10s")
+    await bench.add("a", [{"n": 1}])
+    await bench.work()
+    first = await bench.value("select run_at - anton.now() from anton.delayed")
+    assert timedelta(seconds=7) < first < timedelta(seconds=13)
+    await bench.work()
+    assert len(attempts) == 1                                           # it is not due
+    await bench.advance(timedelta(seconds=13))
+    await bench.work()
+    second = await bench.value("select run_at - anton.now() from anton.delayed")
+    assert timedelta(seconds=14) < second < timedelta(seconds=26)
+    await bench.advance(timedelta(seconds=26))
+    await bench.work()
+    assert [attempt for attempt, _ in attempts] == [1, 2, 3] and len({key for _, key in attempts}) == 1
+    assert await bench.value("select attempt from anton.dead") == 3 and await bench.left() == {"dead": 1}
+
+
+async def test_a_dead_letter_is_replayed_under_its_old_key(db: Database):
+    keys: list[str] = []
+    broken = True
+
+    def handle(record: Any, ctx: Ctx) -> None:
+        keys.append(ctx.key)
+        if broken:
+            raise ValueError("not yet")
+
+    bench = await one_handler(db, handle, each=True, attempts=1)
+    await bench.add("a", [{"n": 1}])
+    await bench.work()
+    broken = False
+    await bench.sql("select anton.replay('handle')")
+    await bench.work()
+    assert len(keys) == 2 and keys[0] == keys[1] and await bench.left() == {}
+
+
+async def test_retry_and_discard_settle_the_record_that_raised_them(db: Database):
+    runs: Counter[int] = Counter()
+
+    def handle(records: Records) -> None:
+        for record in records:
+            runs[record["n"]] += 1
+            if record["n"] == 3 and runs[3] == 1:
+                raise Retry("later", after="1h")
+            if record["n"] == 5:
+                raise Discard("no use")
+            tables["b"].append({"n": record["n"]})
+
+    bench = await one_handler(db, handle)
+    tables = bench.app.tables
+    await bench.add("a", ({"n": n} for n in range(100)))
+    await bench.work()
+    assert await bench.value("select count(distinct data->>'n') from b") == 98 == await bench.count("b")
+    assert [tuple(row) for row in await bench.sql("select reason, error from anton.dead")] == [("discarded", "no use")]
+    assert [tuple(row) for row in await bench.sql("select attempt, error from anton.delayed")] == [(1, "later")]
+    assert max(runs.values()) <= 5
+    await bench.advance(timedelta(hours=1))
+    await bench.work()
+    assert await bench.count("b") == 99 and await bench.left() == {"dead": 1}
+
+
+async def test_a_context_settles_single_records_of_a_batch_and_drops_their_writes(db: Database):
+    def handle(records: Records, ctx: Ctx) -> None:
+        for record in records:
+            tables["b"].append({"n": record["n"]})
+            if record["n"] % 10 == 1 and ctx.attempt == 1:
+                ctx.retry(record, after="5m")
+            if record["n"] % 10 == 2:
+                ctx.discard(record, "two")
+
+    bench = await one_handler(db, handle)
+    tables = bench.app.tables
+    await bench.add("a", ({"n": n} for n in range(50)))
+    await bench.work()
+    assert await bench.count("b") == 40 and await bench.left() == {"delayed": 5, "dead": 5}
+    await bench.advance(timedelta(minutes=5))
+    await bench.work()
+    assert await bench.count("b") == 45 and await bench.left() == {"dead": 5}
+    assert await bench.value("select sum(n) from anton.receipt") == 45
+
+
+@pytest.mark.parametrize("each", [False, True])
+@pytest.mark.parametrize("deferred", ["", "deferrable initially deferred"])
+async def test_a_refused_write_is_blamed_on_its_record_and_no_handler_runs_again(db: Database, each: bool, deferred: str):
+    runs: Counter[int] = Counter()
+
+    def batch(records: Records) -> None:
+        for record in records:
+            one(record)
+
+    def one(record: Any) -> None:
+        runs[record["n"]] += 1
+        tables["out"].append({"n": record["n"], "parent": record["n"] % 20})
+        tables["b"].append({"n": record["n"]})
+
+    async with db.conn() as conn:
+        await conn.execute("create table parent (id int primary key)")
+        await conn.execute("insert into parent select generate_series(1, 19)")
+        await conn.execute(f"create table out (id bigint generated always as identity primary key, n int, "
+                           f"parent int references parent {deferred})")
+
+    def declare() -> None:
+        Table("b"), Table("out")
+        Table("a").on_new_records(name="handle", attempts=1, each=each)(one if each else batch)
+
+    bench = await Bench.make(db, declare)
+    tables = bench.app.tables
+    await bench.add("a", ({"n": n} for n in range(100)))
+    await bench.work()
+    assert set(runs.values()) == {1}
+    assert await bench.count("out") == 95 == await bench.count("b")
+    assert await bench.left() == {"dead": 5}
+    assert all("out_parent_fkey" in error for error in await bench.column("select error from anton.dead"))
+
+
+async def test_a_refused_write_of_the_whole_batch_fails_the_call(db: Database):
+    async with db.conn() as conn:
+        await conn.execute("create table total (id bigint generated always as identity primary key, n int check (n < 20))")
+
+    def handle(records: Records) -> None:
+        tables["total"].append({"n": sum(numbers(records))}, of=records)
+
+    def declare() -> None:
+        Table("total")
+        Table("a").on_new_records(name="handle", attempts=1)(handle)
+
+    bench = await Bench.make(db, declare)
+    tables = bench.app.tables
+    await bench.add("a", ({"n": n} for n in (1, 2, 3, 40)))
+    await bench.work()
+    assert sorted(await bench.column("select n from total")) == [1, 2, 3] and await bench.left() == {"dead": 1}
+
+
+async def test_a_row_that_changed_runs_its_record_again_and_only_that(db: Database):
+    runs: Counter[int] = Counter()
+
+    async def handle(records: Records) -> None:
+        for record in records:
+            runs[record["n"]] += 1
+            count = (await tables["b"].select(id=1))[0]
+            if record["n"] == 3 and runs[3] == 1:
+                async with db.conn() as conn:
+                    await conn.execute("update b set data = '{\"n\": 100}' where id = 1")
+            if record["n"] == 3:
+                tables["b"].select(id=1).update(n=count["n"] + 1)
+            tables["c"].append({"n": record["n"]})
+
+    def declare() -> None:
+        Table("b"), Table("c")
+        Table("a").on_new_records(name="handle")(handle)
+
+    bench = await Bench.make(db, declare)
+    tables = bench.app.tables
+    await bench.add("b", [{"n": 0}])
+    await bench.add("a", ({"n": n} for n in range(10)))
+    await bench.work()
+    assert await bench.value("select data->>'n' from b") == "101"
+    assert await bench.count("c") == 10 and runs[3] == 2 and sum(runs.values()) == 11
+
+
+@pytest.mark.parametrize("each", [False, True])
+async def test_eight_workers_that_increment_one_row_end_at_the_exact_sum(db: Database, each: bool):
+    async def one(record: Any) -> None:
+        found = (await tables["b"].select(id=1))[0]
+        tables["b"].select(id=1).update(n=found["n"] + record["n"])
+
+    async def batch(records: Records) -> None:
+        for record in records:
+            await one(record)
+
+    bench = await one_handler(db, one if each else batch, each=each, batch=5)
+    tables = bench.app.tables
+    await bench.add("b", [{"n": 0}])
+    for n in range(12):
+        await bench.add("a", ({"n": n * 5 + m} for m in range(5)))
+    await asyncio.gather(*(bench.work() for _ in range(8)))
+    for _ in range(20):
+        if not await bench.count("anton.delayed"):
+            break
+        await bench.advance(timedelta(seconds=2))
+        await bench.work()
+    assert await bench.left() == {} and await bench.value("select (data->>'n')::int from b") == sum(range(60))
+
+
+@pytest.mark.parametrize("each", [False, True])
+async def test_when_the_world_fails_nothing_is_split_and_one_record_probes_until_it_is_back(db: Database, each: bool):
+    calls: list[int] = []
+    down = True
+
+    def batch(records: Records) -> None:
+        calls.append(len(records))
+        if down:
+            raise Refused(503)
+
+    def one(record: Any) -> None:
+        calls.append(1)
+        if down:
+            raise Refused(503)
+
+    bench = await one_handler(db, one if each else batch, each=each, attempts=1, concurrency=1)
+    await bench.add("a", ({"n": n} for n in range(500)))
+    await bench.work()
+    assert calls == [1 if each else 500] and "dead" not in await bench.left()
+    assert await bench.value("select failing_error from anton.handler where failing_since is not null") == "Refused: status 503"
+    calls.clear()
+    await bench.work()
+    assert calls == []                                                  # the probe is not due
+    await bench.advance(timedelta(seconds=2))
+    await bench.work()
+    assert calls == [1]
+    down = False
+    await bench.advance(timedelta(minutes=2))
+    await bench.work()
+    assert sum(calls) == 501 and calls[1] == 1 and await bench.left() == {}
+    assert await bench.value("select count(*) from anton.handler where failing_since is not null") == 0
+
+
+async def test_records_that_were_done_before_the_world_failed_stay_done(db: Database):
+    runs: Counter[int] = Counter()
+
+    def handle(record: Any) -> None:
+        runs[record["n"]] += 1
+        if record["n"] == 50 and runs[50] == 1:
+            raise ConnectionResetError
+        tables["b"].append({"n": record["n"]})
+
+    bench = await one_handler(db, handle, each=True, concurrency=1)
+    tables = bench.app.tables
+    await bench.add("a", ({"n": n} for n in range(100)))
+    await bench.work()
+    assert await bench.count("b") == 50 and await bench.left() == {"job": 1}
+    await bench.advance(timedelta(seconds=2))
+    await bench.work()
+    assert await bench.count("b") == 100 and runs.total() == 101 and await bench.left() == {}
+
+
+@pytest.mark.parametrize(("error", "world"), [
+    (ConnectionRefusedError(), True), (TimeoutError(), True), (WorldError("down"), True), (Refused(429), True),
+    (Refused(500), True), (Refused(404), False), (ValueError(), False), (FileNotFoundError(2, "no"), False),
+    (OSError(113, "no route"), True), (ExceptionGroup("two", [TimeoutError(), Refused(502)]), True),
+    (ExceptionGroup("two", [TimeoutError(), ValueError()]), False),
+])
+def test_what_the_world_is_to_blame_for(error: Exception, world: bool):
+    assert is_world(error) is world
+    outer = RuntimeError("wrapped")
+    outer.__cause__ = error
+    assert is_world(outer) is world
+
+
+def test_http_clients_that_cannot_reach_their_server_blame_the_world():
+    httpx = pytest.importorskip("httpx")
+    with pytest.raises(httpx.ConnectError) as caught:
+        httpx.get("http://127.0.0.1:9")
+    assert is_world(caught.value)
+
+
+async def test_a_timeout_cancels_a_coroutine_and_fails_its_record(db: Database):
+    cancelled: list[int] = []
+
+    async def handle(record: Any) -> None:
+        if record["n"] == 1:
+            try:
+                await asyncio.Event().wait()
+            finally:
+                cancelled.append(1)
+        tables["b"].append({"n": record["n"]})
+
+    bench = await one_handler(db, handle, each=True, timeout="300ms", attempts=1)
+    tables = bench.app.tables
+    await bench.add("a", ({"n": n} for n in range(20)))
+    await bench.work()
+    assert cancelled == [1] and await bench.count("b") == 19
+    assert "longer than its timeout of 0.3 s" in await bench.value("select error from anton.dead")
+
+
+async def test_a_coroutine_of_a_batch_that_takes_too_long_is_split(db: Database):
+    async def handle(records: Records) -> None:
+        if 1 in numbers(records):
+            await asyncio.Event().wait()
+        tables["b"].extend({"n": n} for n in numbers(records))
+
+    bench = await one_handler(db, handle, timeout="200ms", attempts=1)
+    tables = bench.app.tables
+    await bench.add("a", ({"n": n} for n in range(20)))
+    await bench.work()
+    assert await bench.count("b") == 19 and await bench.left() == {"dead": 1}
+
+
+@pytest.mark.parametrize("each", [False, True])
+async def test_a_stuck_thread_is_given_up_its_record_fails_and_the_others_are_done(db: Database, each: bool):
+    never, stuck = threading.Event(), []
+
+    def one(record: Any) -> None:
+        if record["n"] == 1:
+            never.wait(60)
+        tables["b"].append({"n": record["n"]})
+
+    def batch(records: Records) -> None:
+        for record in records:
+            one(record)
+
+    bench = await one_handler(db, one if each else batch, each=each, timeout="1s", attempts=1)
+    tables = bench.app.tables
+    await bench.add("a", ({"n": n} for n in range(20)))
+    try:
+        await bench.work(on_stuck=lambda: stuck.append(1))
+        assert stuck == [1] and await bench.count("b") == 19 and await bench.left() == {"dead": 1}
+        assert await bench.column("select key ->> 0 from anton.dead") == ["2"]
+    finally:
+        never.set()
+
+
+async def test_a_worker_that_lost_its_lease_changes_nothing(db: Database):
+    inside, go = asyncio.Event(), asyncio.Event()
+
+    async def handle(records: Records) -> None:
+        inside.set()
+        await go.wait()
+        tables["b"].extend({"n": n} for n in numbers(records))
+
+    bench = await one_handler(db, handle)
+    tables = bench.app.tables
+    await bench.add("a", ({"n": n} for n in range(5)))
+    async with bench.running(on_suspects=lambda: None):
+        await inside.wait()
+        await bench.sql("update anton.lease set lease_until = '-infinity'")
+        async with db.conn() as conn:
+            taken = await queue.reclaim(db, conn, 0, timedelta(minutes=1), [1])
+        assert len(taken) == 1
+        go.set()
+    assert await bench.count("b") == 0 and await bench.count("anton.receipt") == 0
+    assert await bench.value("select token from anton.lease") == taken[0].token
+
+
+async def test_the_heartbeat_keeps_a_lease_while_the_handler_blocks_the_loop(db: Database):
+    blocked = threading.Event()
+
+    async def handle(records: Records) -> None:
+        blocked.wait(2.5)                                               # bad manners, and several leases long
+        tables["b"].extend({"n": n} for n in numbers(records))
+
+    bench = await one_handler(db, handle)
+    tables = bench.app.tables
+    await bench.add("a", ({"n": n} for n in range(5)))
+    async with bench.running(lease=timedelta(seconds=0.6), on_suspects=lambda: None):
+        await bench.until_done()
+    assert await bench.count("b") == 5
+
+
+async def test_a_chain_without_end_is_cut_at_the_depth_limit_and_named(db: Database):
+    def declare() -> None:
+        ping, pong = Table("ping"), Table("pong")
+
+        @ping.on_new_records
+        def to_pong(records: Records) -> None:
+            for record in records:
+                pong.append({"n": record["n"] + 1})
+
+        @pong.on_new_records
+        def to_ping(records: Records) -> None:
+            for record in records:
+                ping.append({"n": record["n"] + 1})
+
+    bench = await Bench.make(db, declare)
+    await bench.sql("update anton.setting set value = '6' where name = 'depth_limit'")
+    await bench.add("ping", [{"n": 0}])
+    await bench.work()
+    dead = await bench.sql("select reason, error from anton.dead")
+    assert [row["reason"] for row in dead] == ["depth"] and await bench.left() == {"dead": 1}
+    assert "to_pong" in dead[0]["error"] and "to_ping" in dead[0]["error"] and "limit is 6" in dead[0]["error"]
+    assert await bench.count("ping") + await bench.count("pong") == 7
+
+
+async def test_a_sql_handler_fails_for_its_bad_record_alone(db: Database):
+    def declare() -> None:
+        a = Table("a")
+        Table("b")
+        a.on_new_records.sql("insert into b (data) select jsonb_build_object('n', 10 / (data->>'n')::int) from new_records",
+                             name="divide", attempts=1)
+
+    bench = await Bench.make(db, declare)
+    await bench.add("a", ({"n": n} for n in range(600)))
+    await bench.add("a", ({"n": n} for n in range(1, 5)))
+    await bench.work()
+    assert await bench.count("b") == 603 and await bench.left() == {"dead": 1}
+    assert "division by zero" in await bench.value("select error from anton.dead")
+
+
+async def test_a_sql_handler_that_runs_too_long_is_stopped(db: Database):
+    def declare() -> None:
+        a = Table("a")
+        Table("b")
+        a.on_new_records.sql("insert into b (data) select jsonb_build_object('n', 1) from new_records, "
+                             "lateral (select pg_sleep(case when (data->>'n')::int = 1 then 20 else 0 end)) x",
+                             name="slow", attempts=1, timeout="300ms")
+
+    bench = await Bench.make(db, declare)
+    await bench.add("a", ({"n": n} for n in range(3)))
+    await bench.work()
+    assert await bench.count("b") == 2 and await bench.left() == {"dead": 1}
+    assert "longer than its timeout" in await bench.value("select error from anton.dead")
+
+
+async def test_a_settlement_that_deadlocks_is_tried_again(db: Database):
+    def handle(records: Records) -> None:
+        for record in records:
+            tables["b"].select(id=1).update(by="handler", on_conflict="overwrite")
+            tables["b"].select(id=2).update(by="handler", on_conflict="overwrite")
+
+    bench = await one_handler(db, handle)
+    tables = bench.app.tables
+    await bench.add("b", [{}, {}])
+    await bench.add("a", [{"n": 1}])
+    async with db.conn() as conn, bench.running():
+        async with conn.transaction():
+            await conn.execute("set local deadlock_timeout = '10s'")    # the worker's backend is the victim
+            await conn.execute("update b set data = '{}' where id = 2")
+            await bench.until("select exists (select from pg_stat_activity where wait_event_type = 'Lock' "
+                              "and datname = current_database())")
+            await conn.execute("update b set data = '{}' where id = 1")
+        await bench.until_done()
+    assert await bench.column("select data->>'by' from b") == ["handler", "handler"]
+
+
+@asynccontextmanager
+async def cutting(db: Database, when: bytes) -> AsyncIterator[tuple[Database, list[bytes]]]:
+    """A database behind a wire that is cut right after it carried `when` to the server, while cuts are asked for."""
+    cuts: list[bytes] = []
+
+    async def pipe(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, other: asyncio.StreamWriter, watch: bool) -> None:
+        try:
+            while data := await reader.read(65536):
+                writer.write(data)
+                await writer.drain()
+                if watch and cuts and when in data:
+                    cuts.pop()
+                    other.transport.abort()                             # the answer never arrives
+        except OSError:
+            pass
+        finally:
+            writer.close()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        host, port = db.host, int(db.port)
+        upstream = await (asyncio.open_unix_connection(f"{host}/.s.PGSQL.{port}") if host.startswith("/")
+                          else asyncio.open_connection(host, port))
+        await asyncio.gather(pipe(reader, upstream[1], writer, True), pipe(upstream[0], writer, writer, False))
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    try:
+        yield Database(f"postgresql://postgres@127.0.0.1:{port}/{db.name}?sslmode=disable"), cuts
+    finally:
+        server.close()
+
+
+@pytest.mark.parametrize("when", [b"COMMIT", b"COPY", b"BEGIN"])
+async def test_a_connection_that_breaks_while_settling_loses_and_doubles_nothing(db: Database, when: bytes):
+    runs: Counter[int] = Counter()
+
+    def handle(records: Records) -> None:
+        runs.update(numbers(records))
+        for record in records:
+            tables["b"].append({"n": record["n"]})
+
+    bench = await one_handler(db, handle)
+    tables = bench.app.tables
+    async with cutting(db, when) as (proxied, cuts):
+        there = Bench(proxied, bench.app)
+        async with there.running():
+            for n in range(5):
+                cuts.append(b"cut")
+                await bench.add("a", ({"n": n * 20 + m} for m in range(20)))
+                await bench.until("select count(*) = $1 from b", (n + 1) * 20)
+                await bench.until_done()
+                assert not cuts
+        await proxied.close()
+    assert await bench.value("select count(distinct data->>'n') from b") == 100 == await bench.count("b")
+    assert set(runs.values()) == {1} and await bench.left() == {}
+
+
+async def test_a_restart_of_every_backend_burns_no_attempt(db: Database):
+    attempts: set[int] = set()
+
+    async def handle(record: Any, ctx: Ctx) -> None:
+        attempts.add(ctx.attempt)
+        tables["b"].append({"n": record["n"]})
+
+    bench = await one_handler(db, handle, each=True)
+    tables = bench.app.tables
+    async with bench.running():
+        for n in range(30):
+            await bench.add("a", ({"n": n * 10 + m} for m in range(10)))
+            if n % 5 == 0:
+                async with db.conn() as conn:
+                    await conn.execute("select pg_terminate_backend(pid) from pg_stat_activity "
+                                       "where datname = current_database() and pid <> pg_backend_pid()")
+        await bench.until_done()
+    assert await bench.value("select count(distinct data->>'n') from b") == 300 == await bench.count("b")
+    assert attempts == {1} and await bench.left() == {}
