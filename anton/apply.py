@@ -21,8 +21,7 @@ from anton.op import Form, Op, Output, Rows, Step
 from anton.relation import Relation, columns_sql
 
 COPY_FROM = 17  # rows from which COPY is quicker than INSERT
-VALUES = 1000  # rows of one INSERT where COPY is refused
-MOST = 10_000  # steps of one statement
+MOST = 10_000  # rows, or steps, of one statement
 
 
 async def apply(conn: Conn, ops: Iterable[Op]) -> list[Output]:
@@ -70,7 +69,7 @@ class _Apply:
             if relation.copy and len(rows) >= COPY_FROM:
                 await self.copy(relation, columns, owners, rows)
             else:
-                size = max(1, min(VALUES, 30_000 // max(1, len(columns))))
+                size = _size(relation, columns)
                 for at in range(0, len(rows), size):
                     await self.values(relation, columns, owners[at:at + size], rows[at:at + size], "")
             if set(relation.key) <= set(columns):
@@ -93,23 +92,24 @@ class _Apply:
 
     async def values(self, relation: Relation, columns: tuple[str, ...], owners: list[int],
                      rows: list[tuple[Any, ...]], conflict: str) -> None:
-        texts = relation.texts
-        sql = texts.get((columns, len(rows), conflict))
+        """INSERT … VALUES for a few rows, from arrays for many."""
+        types = [relation.columns[name] for name in columns]
+        if not all(column.plain for column in types):
+            rows = [tuple(value if column.plain or value is None or isinstance(value, str) else str(value)
+                          for column, value in zip(types, row, strict=True)) for row in rows]
+        many = len(rows) >= COPY_FROM and bool(columns)
+        sql = relation.texts.get((columns, "many" if many else len(rows), conflict))
         if sql is None:
-            sql = _insert(relation, columns, len(rows)) + conflict
-            if len(rows) < COPY_FROM:
-                texts[columns, len(rows), conflict] = sql
-        args = [given for row in rows for given in row]
-        if not relation.copy:
-            plain = [relation.columns[name].plain for name in columns]
-            args = [given if plain[n % len(plain)] or given is None or isinstance(given, str) else str(given)
-                    for n, given in enumerate(args)]
+            sql = (_insert_many if many else _insert)(relation, columns, len(rows)) + conflict
+            relation.texts[columns, "many" if many else len(rows), conflict] = sql
+        args: list[Any] = [list(column) for column in zip(*rows, strict=True)] if many else [
+            value for row in rows for value in row]
         try:
             await self.conn.execute(sql, *args)
         except (asyncpg.PostgresError, *_UNFIT) as error:
             if not _refused(error):
                 raise
-            position = re.search(r"query argument \$(\d+)", str(error))
+            position = re.search(r"query argument \$(\d+)", str(error)) if not many else None
             at = (int(position[1]) - 1) // len(columns) if position else None
             raise WriteRefused({owners[at]} if at is not None else _only(owners), error) from error
 
@@ -119,7 +119,7 @@ class _Apply:
         conflict = f" on conflict ({columns_sql(relation.key)}) do " + (
             "update set " + ", ".join(f"{name} = excluded.{name}" for name in rest) if rest else "nothing")
         keys = _keys(relation, columns, rows)
-        size = max(1, min(VALUES, 30_000 // len(columns)))
+        size = _size(relation, columns)
         start, seen = 0, set[Any]()
         for at in range(len(rows) + 1):  # one statement may not meet a key twice
             hashable = _hashable(keys[at]) if at < len(rows) else None
@@ -295,6 +295,20 @@ def _insert(relation: Relation, columns: tuple[str, ...], count: int) -> str:
     rows = (", ".join(f"${n * len(types) + m}" + ("" if column.plain else f"::text::{column.type}")
                       for m, column in enumerate(types, 1)) for n in range(count))
     return f"insert into {relation.sql} ({columns_sql(columns)}) {own}values ({'), ('.join(rows)})"
+
+
+def _insert_many(relation: Relation, columns: tuple[str, ...], count: int) -> str:
+    types = [relation.columns[name] for name in columns]
+    own = "overriding system value " if any(column.always for column in types) else ""
+    arrays = ", ".join(f"${n}::{column.type if column.plain else 'text'}[]" for n, column in enumerate(types, 1))
+    names = ", ".join(f"_v{n}" + ("" if column.plain else f"::{column.type}") for n, column in enumerate(types))
+    return (f"insert into {relation.sql} ({columns_sql(columns)}) {own}select {names} from unnest({arrays}) "
+            f"_given ({', '.join(f'_v{n}' for n in range(len(types)))})")
+
+
+def _size(relation: Relation, columns: tuple[str, ...]) -> int:
+    """Rows of one INSERT: few where unnest() would take a column's own arrays apart."""
+    return COPY_FROM - 1 if not columns or any(relation.columns[name].type.endswith("[]") for name in columns) else MOST
 
 
 def _checked(op: Step) -> str:

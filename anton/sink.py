@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from operator import itemgetter
 from typing import Any, Protocol
 
@@ -22,6 +23,8 @@ from anton.errors import InvalidRecord, did_you_mean
 from anton.record import DOCUMENT, Appended
 from anton.relation import Keys, Relation, described, keys
 from anton.write import Rows, Scope, owner
+
+Put = Callable[[Iterable[Any]], None]
 
 _NUL = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")
 
@@ -37,6 +40,9 @@ class Sink(Protocol):
 
     def upsert(self, row: Any) -> tuple[tuple[str, ...], tuple[Any, ...], Any]:
         """Columns, values and record of a row whose key must be given; adds nothing."""
+
+    def part(self) -> None:
+        """What is added from now on comes after all other writes so far."""
 
     def close(self) -> None:
         """Gives unused keys back."""
@@ -62,11 +68,30 @@ class _Keyed:
             self.made.give_back(self.ids)
             self.ids = iter(())
 
-    def rows(self, columns: tuple[str, ...]) -> Callable[[Iterable[Any]], None]:
+    def rows(self, columns: tuple[str, ...]) -> Put:
         """Starts a run of rows; returns what adds (owner, values) to it."""
         run = Rows("insert", self.relation, columns)
         self.scope.ops.append(run)
         return run.flat.extend
+
+
+class _Plain(_Keyed):
+    """A sink whose rows all have the same columns."""
+
+    columns: tuple[str, ...]
+    put: Put
+
+    def part(self) -> None:
+        self.put = self._resume
+
+    def start(self) -> Put:
+        """What adds many rows."""
+        if self.put == self._resume:
+            self.put = self.rows(self.columns)
+        return self.put
+
+    def _resume(self, row: Iterable[Any]) -> None:
+        self.start()(row)
 
 
 def encode(table: str, row: Any) -> Json:
@@ -98,13 +123,14 @@ def _no_json(row: Mapping[str, Any]) -> list[str]:
     return found
 
 
-class Documents(_Keyed):
+class Documents(_Plain):
     """Rows (id, data)."""
 
     def __init__(self, scope: Scope, relation: Relation) -> None:
         super().__init__(scope, relation)
         self.name = relation.name
         self.made = keys(scope.db, relation, "id")
+        self.columns = DOCUMENT
         self.put = self.rows(DOCUMENT)
 
     def append(self, row: Any) -> Appended:
@@ -118,7 +144,7 @@ class Documents(_Keyed):
         return Appended(DOCUMENT, values)
 
     def extend(self, rows: Iterable[Any]) -> None:
-        name, put, who = self.name, self.put, owner.get
+        name, put, who = self.name, self.start(), owner.get
         for row in rows:
             data = encode(name, row)
             try:
@@ -165,7 +191,7 @@ class Columns(_Keyed):
 
     def extend(self, rows: Iterable[Any]) -> None:
         form, count, who = self._form, self._count, owner.get
-        get, put, made, ids = form.get, form.put, form.made, self.ids
+        get, put, made, ids = form.get, self._start(form), form.made, self.ids
         for row in rows:
             try:
                 values = get(row)
@@ -173,7 +199,7 @@ class Columns(_Keyed):
                     raise KeyError
             except (KeyError, TypeError, AttributeError):
                 form = self._turn_to(row)
-                get, put, made, count, ids = form.get, form.put, form.made, self._count, self.ids
+                get, put, made, count, ids = form.get, self._start(form), form.made, self._count, self.ids
                 values = get(row)
             if made:
                 try:
@@ -192,6 +218,18 @@ class Columns(_Keyed):
                 f"upsert needs the key: {', '.join(missing)}" if missing else "upsert needs a table with a key"])
         values = tuple(row[name] for name in names)
         return names, values, Appended(names, values)
+
+    def part(self) -> None:
+        for form in self._forms.values():
+            form.put = partial(self._resume, form)
+
+    def _start(self, form: _Form) -> Put:
+        if isinstance(form.put, partial):
+            form.put = self.rows(form.columns)
+        return form.put
+
+    def _resume(self, form: _Form, row: Iterable[Any]) -> None:
+        self._start(form)(row)
 
     def _turn_to(self, row: Any) -> _Form:
         """Makes the form of this row the current one."""
@@ -241,7 +279,7 @@ class _Form:
     __slots__ = ("columns", "get", "made", "put")
 
     def __init__(self, columns: tuple[str, ...], made: bool, get: Callable[[Any], tuple[Any, ...]],
-                 put: Callable[[Iterable[Any]], None]) -> None:
+                 put: Put) -> None:
         self.columns = columns
         self.made = made
         self.get = get
@@ -255,7 +293,7 @@ def _several(names: tuple[str, ...]) -> Callable[[Any], tuple[Any, ...]]:
     return (lambda row: (row[names[0]],)) if names else (lambda row: ())
 
 
-class Models(_Keyed):
+class Models(_Plain):
     """Rows of a table with a model; dicts are validated into it."""
 
     def __init__(self, scope: Scope, relation: Relation, shape: Shape[Any]) -> None:
@@ -283,7 +321,7 @@ class Models(_Keyed):
         return record
 
     def extend(self, rows: Iterable[Any]) -> None:
-        model, to_row, put, who, at, hidden = self.model, self.to_row, self.put, owner.get, self.at, self.hidden
+        model, to_row, put, who, at, hidden = self.model, self.to_row, self.start(), owner.get, self.at, self.hidden
         for row in rows:
             values = to_row(row if isinstance(row, model) else self.valid(row))
             if hidden or (at >= 0 and values[at] is None):

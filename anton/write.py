@@ -87,12 +87,14 @@ class Scope:
         """No more writes; keys that were taken and not used go back."""
         self.closed = True
         _live.discard(self)
-        self._drop_sinks()
+        sinks, self.sinks = self.sinks, {}
+        for sink in sinks.values():
+            sink.close()
 
     def add(self, op: Op) -> None:
         """A write that comes after all so far."""
         self.check()
-        self._drop_sinks()
+        self._part()
         self.ops.append(op)
 
     def check(self) -> None:
@@ -117,13 +119,13 @@ class Scope:
 
     def absorb(self, inner: Scope) -> None:
         """Takes over the writes of a transaction inside this scope."""
-        self._drop_sinks()
+        self._part()
         self.ops.extend(inner.ops)
 
-    def _drop_sinks(self) -> None:
-        sinks, self.sinks = self.sinks, {}
-        for sink in sinks.values():
-            sink.close()
+    def _part(self) -> None:
+        """Appends from now on come after what is there."""
+        for sink in self.sinks.values():
+            sink.part()
 
 
 class transaction:

@@ -15,7 +15,7 @@ from anton.app import App, declaring
 from anton.apply import apply
 from anton.db import Database
 from anton.errors import RowChanged, WriteRefused
-from anton.op import Op
+from anton.op import Op, Rows
 from anton.relation import forget
 from anton.write import Scope, commit
 
@@ -158,6 +158,17 @@ def test_a_refused_update_in_a_group_is_left_to_the_callers_halving(t: T) -> Non
     with pytest.raises(WriteRefused) as caught:
         t.db.run(commit(t.db, scope.ops))
     assert caught.value.owners is None
+
+
+def test_an_extend_between_other_writes_is_one_run(t: T) -> None:
+    with Scope("handler") as scope:
+        for table in (t.a, t.doc):
+            table.append({"n": 1})
+            table.select(id=1).delete()
+            table.extend({"n": n} for n in range(50))
+            table.select(id=2).delete()
+            table.append({"n": 1})
+    assert [len(op.flat) // 2 for op in scope.ops if isinstance(op, Rows)] == [1, 50, 1] * 2
 
 
 KEYS = st.integers(1, 4)
