@@ -694,11 +694,15 @@ def test_killed_at_any_statement_it_ends_well_when_run_again(server, tmp_path):
     assert finished and kill_at > 8
 
 
+def as_role(url: str, role: str) -> str:
+    return re.sub(r"//postgres(:[^@/]*)?@", f"//{role}@", url)
+
+
 @pytest.fixture
 def limited(server, bare) -> Iterator[str]:
     """The URL of an empty database for a role that may little."""
     server.sql("drop role if exists clerk", "create role clerk login")
-    yield re.sub(r"postgres(:[^@/]*)?@", "clerk@", bare, count=1) if "@" in bare else bare + "&user=clerk"
+    yield as_role(bare, "clerk")
     server.drop(bare.partition("?")[0].rpartition("/")[2])
     server.sql("drop role clerk")
 
@@ -734,6 +738,24 @@ def test_the_runtime_belongs_to_a_role_nobody_logs_in_as(shop):
                       "union select proowner from pg_proc where pronamespace = 'anton'::regnamespace")
     role = shop.sql("select oid, rolname, rolcanlogin, rolsuper from pg_roles where rolname = 'anton_owner'")[0]
     assert owners == [(role[0],)] and role[1:] == ("anton_owner", False, False)
+
+
+def test_a_role_that_may_make_roles_gives_the_runtime_an_owner(server, bare, tmp_path):
+    name = bare.partition("?")[0].rpartition("/")[2]
+    server.sql("drop role if exists chief", "create role chief login createrole",
+               f"grant create on database {name} to chief")
+    server.sql("grant create on schema public to chief", database=name)
+    app = App("shop", tmp_path)
+    with declaring(app):
+        Table("orders").on_new_records(lambda_named("seen"))
+    db = Database(as_role(bare, "chief"), schema="cell_two")
+    planned, made = asyncio.run(migrate(db, app, plan=True)), asyncio.run(migrate(db, app))
+    assert planned.sql == made.sql and not asyncio.run(migrate(db, app, check=True)).drift
+    done = server.sql("insert into orders default values", "select nspowner::regrole::text, "
+                      "(select count(*) from cell_two.job) from pg_namespace where nspname = 'cell_two'", database=name)
+    assert done == [("cell_two_owner", 1)]
+    server.drop(name)
+    server.sql("drop role cell_two_owner", "drop role chief")
 
 
 def test_the_runtimes_schema_may_have_another_name(bare, tmp_path):
