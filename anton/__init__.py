@@ -6,8 +6,8 @@ Everything users type is here; the modules behind it say more: table.py, handler
 """
 
 from anton.app import app
+from anton.ctx import Ctx
 from anton.errors import Discard, Retry
-from anton.handler import Ctx
 from anton.query import sql
 from anton.record import Record as Record
 from anton.record import Records

@@ -25,6 +25,7 @@ import threading
 import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -67,6 +68,7 @@ xmlparse xmlpi xmlroot xmlserialize xmltable
 KEYWORDS = frozenset(_WORDS.split())
 
 
+@lru_cache(10_000)
 def quote(name: str) -> str:
     """An SQL identifier: bare where that is safe, else in double quotes."""
     if re.fullmatch(r"[a-z_][a-z0-9_]*", name) and name not in KEYWORDS:

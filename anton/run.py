@@ -27,10 +27,10 @@ import asyncpg
 
 from anton import queue
 from anton.app import App
+from anton.ctx import Ctx, Origin
 from anton.db import Database, quote
 from anton.each import AGAIN, SLOW, Each, Pullers
 from anton.errors import HandlerTimeout, LeaseLost, Outcome, RowChanged, WriteRefused
-from anton.handler import Ctx, Origin
 from anton.lane import Batch, Lane
 from anton.read import Inputs, Reader
 from anton.record import Change, Document, Records, Row

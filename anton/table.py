@@ -19,7 +19,7 @@ from anton.app import current_app, place_of_caller
 from anton.columns import Shape, kind_of
 from anton.db import current_database, split_name
 from anton.errors import BadOption, UnknownOption
-from anton.handler import Event
+from anton.event import Event
 from anton.query import Query
 from anton.record import Record
 from anton.relation import Relation, described

@@ -15,9 +15,11 @@ from pydantic import BaseModel
 
 from anton import Ctx, Discard, Records, Retry, Table
 from anton.app import App, declaring
+from anton.ctx import Origin
 from anton.db import Database
 from anton.errors import BadOption, BadSignature, DuplicateName, UnknownOption, ValueWithoutInto, WriteError
-from anton.handler import OPTIONS, Event, Handler, HandlerSpec, Origin
+from anton.event import Event
+from anton.handler import OPTIONS, Handler, HandlerSpec
 from anton.record import Change, Record
 from anton.write import Rows, Scope, owner
 

@@ -12,8 +12,9 @@ from typing import Any
 
 from anton.action import perform
 from anton.component import Clients, Component, fill
+from anton.ctx import Ctx
 from anton.errors import Discard, WorldError
-from anton.handler import Ctx, HandlerSpec
+from anton.handler import HandlerSpec
 from anton.secret import Env
 from anton.table import Table
 
