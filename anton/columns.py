@@ -19,7 +19,6 @@ from __future__ import annotations
 import datetime as dt
 import enum
 import ipaddress
-import json
 import pathlib
 import re
 import types
@@ -443,9 +442,3 @@ def _default(kind: Kind, info: FieldInfo) -> str | None:
         return sql_value(value, kind)
     except (TypeError, ValueError, AttributeError):
         return None                                                    # a default that the model itself would refuse
-
-
-def describe(columns: Sequence[Column]) -> list[dict[str, Any]]:
-    """The columns as JSON, for the runtime's record of what was declared."""
-    keys = ("name", "type", "notnull", "default", "check", "choices", "identity")
-    return [json.loads(json.dumps({key: getattr(column, key) for key in keys})) for column in columns]

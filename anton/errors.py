@@ -2,7 +2,7 @@
 
     AntonError
       DeclarationError      what the code says cannot be: found when it is declared, or by migrate
-        UnknownOption BadOption DuplicateName BadSignature NearName LoopFound
+        UnknownOption BadOption DuplicateName BadSignature NearName
       ConfigError           autonomous.json, a flag or an environment variable
       DatabaseError
         DatabaseUnreachable DatabaseTooOld MissingPrivilege NotMigrated EmbeddedError
@@ -135,15 +135,6 @@ class NearName(DeclarationError):
         super().__init__(f'table "{table}"{at} does not exist, and "{near}" does. Did you mean "{near}"? '
                          "If it is to be another table, give it a model, or create it in a migration.",
                          table=table, near=near, place=place)
-
-
-class LoopFound(DeclarationError):
-    """Handlers that feed each other for ever. chain: table, handler, table, handler, … table."""
-
-    def __init__(self, chain: Sequence[str], places: Sequence[str] = ()) -> None:
-        at = f" ({', '.join(places)})" if places else ""
-        super().__init__(f"these handlers feed each other without end: {' -> '.join(chain)}{at}. "
-                         "Write to another Table, or stop the loop with where=.", chain=tuple(chain))
 
 
 class ConfigError(AntonError):
@@ -371,7 +362,7 @@ class HandlerTimeout(AntonError):
 
 
 class Outcome(Exception):
-    """What a handler raises to settle the record at hand. Not an error. item: its position in the batch, -1: none is."""
+    """What a handler raises to settle the record at hand. Not an error. item: its position in the batch; -1: none."""
 
     at: ClassVar[Callable[[], int]] = staticmethod(lambda: -1)  # which record is at hand: write.py knows
 
