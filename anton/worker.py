@@ -81,6 +81,7 @@ class Worker:
         self._rung = False
         self._called = False                                           # by a ring; nothing was claimed since
         self._stale = False                                            # the catalogue may be
+        self._asleep = False                                           # the announced worker may be
         self._rings: deque[float] = deque(maxlen=RINGS)
         self._quiet = False                                            # suspects wait for an empty process
         self._hold = True
@@ -168,6 +169,8 @@ class Worker:
                 settings = {row["name"]: row["value"] for row in await self.db.call(conn, "worker_settings")}
                 self._length = self._lease or await conn.fetchval("select $1::text::interval", settings["lease"])
                 self.id = await queue.register_worker(self.db, conn, self.app.name, socket.gethostname(), os.getpid(), _version())
+            if self._started is not None:
+                self._started(self.id)
             self._runner.settler.worker = self.id
             self._runner.depth_limit = int(settings["depth_limit"])
             await self._refresh()
@@ -179,8 +182,6 @@ class Worker:
         as_worker(+1)
         self._loop = asyncio.get_running_loop()
         self._heart = Heartbeat(self.db, self.id, self._length, self._tokens, self._lost)
-        if self._started is not None:
-            self._started(self.id)
         return True
 
     async def _end(self) -> None:
@@ -257,7 +258,8 @@ class Worker:
         if any(lane.ready and not lane.wants() for lane in wanted):
             await self._help()
         if self._bell.others and any(job.waited > 1500 and not job.attempt for job in claimed):
-            self._errand.set()                                         # is the announcer asleep?
+            self._asleep = True                                        # is the announcer?
+            self._errand.set()
         self._called = self._called and not claimed
         return bool(claimed)
 
@@ -497,7 +499,8 @@ class Worker:
                     pause = min(pause, REFRESH)
                 if await self._feed():
                     pause = min(pause, 0.2)
-                if self._bell.others:
+                if self._asleep:
+                    self._asleep = False
                     await self._bell.unfreeze()
                 self._wake.set()
             except Exception as error:

@@ -1,0 +1,282 @@
+"""Supervisor: processes die, hang and are told to stop; no record is lost, none is done twice, none is blamed for it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+PATIENCE = 30.0
+ANTON = [sys.executable, "-c", "import sys; from anton.cli import main; sys.exit(main())"]
+
+MAIN = """
+import os, signal, threading
+import psycopg
+from anton import Ctx, Records, Table
+
+def ask(sql, *args):
+    with psycopg.connect(os.environ["TEST_URL"], autocommit=True) as conn:
+        return conn.execute(sql, args)
+
+def meet(n):
+    "Tells the test that record n is at work here, and waits until the test lets go of its lock."
+    ask("insert into seen (n, pid) values (%s, %s)", n, os.getpid())
+    ask("select pg_advisory_lock_shared(7)")
+
+a, b = Table("a"), Table("b")
+"""
+
+
+class Folder:
+    """An app in a folder, its database, and `anton work` on it."""
+
+    def __init__(self, path: Path, url: str) -> None:
+        self.path = path
+        self.url = url
+        self.conn = psycopg.connect(url, autocommit=True)
+        self.conn.execute("create table seen (at timestamptz default clock_timestamp(), n int, pid int)")
+
+    def write(self, handlers: str) -> None:
+        (self.path / "main.py").write_text(MAIN + handlers)
+        (self.path / "autonomous.json").write_text('{"name": "t"}')
+        self.anton("migrate").wait(PATIENCE)
+
+    def anton(self, *words: str) -> subprocess.Popen[bytes]:
+        environment = {**os.environ, "DATABASE_URL": self.url, "TEST_URL": self.url, "PYTHONUNBUFFERED": "1"}
+        with (self.path / "log").open("ab") as log:
+            return subprocess.Popen([*ANTON, *words], cwd=self.path, env=environment, start_new_session=True,
+                                    stdout=log, stderr=subprocess.STDOUT)
+
+    @contextmanager
+    def working(self, *words: str) -> Iterator[subprocess.Popen[bytes]]:
+        before = self.value("select count(*) from anton.worker")
+        process = self.anton("work", *words)
+        try:
+            self.until("select count(*) > %s from anton.worker", before)
+            yield process
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                try:
+                    process.wait(10)
+                except subprocess.TimeoutExpired:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
+
+    @contextmanager
+    def gate(self) -> Iterator[None]:
+        """While it is open nothing that meets the test goes on."""
+        with psycopg.connect(self.url, autocommit=True) as conn:
+            conn.execute("select pg_advisory_lock(7)")
+            yield
+
+    def add(self, numbers: range | list[int]) -> None:
+        self.conn.execute("insert into a (data) select jsonb_build_object('n', n) from unnest(%s::int[]) n", [list(numbers)])
+
+    def value(self, sql: str, *args: Any) -> Any:
+        row = self.conn.execute(sql, args).fetchone()
+        return row and row[0]
+
+    def column(self, sql: str, *args: Any) -> list[Any]:
+        return [row[0] for row in self.conn.execute(sql, args)]
+
+    def until(self, sql: str, *args: Any, patience: float = PATIENCE) -> Any:
+        end = time.monotonic() + patience
+        while not (value := self.value(sql, *args)):
+            if time.monotonic() > end:
+                raise AssertionError(f"after {patience:g} s still not: {sql}; left: {self.left()}\n{self.log()}")
+            time.sleep(0.01)
+        return value
+
+    def until_done(self) -> None:
+        self.until("select not exists (select from anton.job) and not exists (select from anton.lease) "
+                   "and not exists (select from anton.delayed)")
+
+    def left(self) -> dict[str, int]:
+        found = {name: int(self.value(f"select count(*) from anton.{name}")) for name in ("job", "lease", "delayed", "dead")}
+        return {name: n for name, n in found.items() if n}
+
+    def outputs(self) -> list[int]:
+        return self.column("select (data->>'n')::int from b order by 1")
+
+    def log(self) -> str:
+        return (self.path / "log").read_text()
+
+
+@pytest.fixture
+def folder(tmp_path: Path, database: str) -> Iterator[Folder]:
+    folder = Folder(tmp_path, database)
+    yield folder
+    folder.conn.close()
+
+
+@pytest.fixture
+def started(folder: Folder) -> Callable[[str], Folder]:
+    def start(handlers: str) -> Folder:
+        folder.write(handlers)
+        return folder
+
+    return start
+
+
+def gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+    except NotADirectoryError:                                         # no /proc here
+        return subprocess.run(["ps", "-p", str(pid)], capture_output=True, check=False).returncode != 0
+
+
+BATCH = """
+@a.on_new_records
+def handle(records: Records):
+    for record in records:
+        if record["n"] == 3:
+            meet(3)
+        b.append({"n": record["n"]})
+"""
+
+
+def test_records_of_a_worker_that_was_killed_are_done_at_once_and_once(started):
+    folder = started(BATCH)
+    with folder.working():
+        with folder.gate():
+            folder.add(range(20))
+            pid = folder.until("select pid from seen")
+            os.kill(pid, signal.SIGKILL)
+            folder.until("select exists (select from anton.lease where lease_until = '-infinity')"
+                         " or (select count(*) from seen) > 1", patience=5)       # not only when the lease of 30 s ends
+        folder.until_done()
+    assert folder.outputs() == list(range(20)) and folder.left() == {}
+    assert folder.value("select count(distinct pid) from seen") == 2
+    assert "died: SIGKILL" in folder.log()
+
+
+def test_when_the_supervisor_is_killed_its_workers_die_with_it_and_the_next_one_goes_on_after_the_lease(started):
+    folder = started(BATCH)
+    with folder.gate():
+        with folder.working("--lease", "1s") as process:
+            folder.add(range(20))
+            pid = folder.until("select pid from seen")
+            process.kill()
+            process.wait()
+            end = time.monotonic() + 5
+            while not gone(pid):
+                assert time.monotonic() < end
+                time.sleep(0.01)
+        assert folder.left() == {"lease": 1}
+    with folder.working("--lease", "1s"):
+        folder.until_done()
+    assert folder.outputs() == list(range(20)) and folder.left() == {}
+
+
+def test_a_record_that_kills_its_process_is_found_and_buried_and_takes_nobody_along(started):
+    folder = started("""
+@a.on_new_records(attempts=2)
+def handle(records: Records):
+    for record in records:
+        if record["n"] == 666:
+            os.kill(os.getpid(), signal.SIGKILL)
+        b.append({"n": record["n"]})
+""")
+    with folder.working():
+        folder.add([*range(100), 666, *range(1000, 1030)])
+        folder.add(range(2000, 2010))
+        folder.until_done()
+    assert folder.outputs() == [*range(100), *range(1000, 1030), *range(2000, 2010)]
+    dead = folder.conn.execute("select reason, error, key from anton.dead").fetchall()
+    assert [(reason, key) for reason, _, key in dead] == [("crashed", [101])] and "died 2 times" in dead[0][1]
+
+
+def test_sigterm_finishes_what_runs_and_gives_the_rest_back(started):
+    folder = started("""
+@a.on_new_records(batch=5, concurrency=1)
+def handle(records: Records, ctx: Ctx):
+    meet(records[0]["n"])
+    for record in records:
+        b.append({"n": record["n"], "attempt": ctx.attempt})
+""")
+    with folder.working() as process:
+        with folder.gate():
+            folder.add(range(30))
+            folder.until("select count(*) = 1 from seen")
+            process.terminate()
+            folder.until("select not exists (select from anton.lease l join anton.worker w on w.id = l.worker_id where l.id > "
+                         "(select min(id) from anton.lease))")          # what was claimed ahead is back
+        assert process.wait(PATIENCE) == 0
+    assert len(folder.outputs()) == 5 and folder.left() == {"job": 5}
+    assert folder.value("select stopped_at is not null from anton.worker")
+    with folder.working():
+        folder.until_done()
+    assert folder.outputs() == list(range(30))
+    assert folder.column("select distinct data->>'attempt' from b") == ["1"]
+
+
+def test_a_second_signal_stops_now_and_nothing_is_lost(started):
+    folder = started(BATCH)
+    with folder.working() as process, folder.gate():
+        folder.add(range(20))
+        folder.until("select count(*) = 1 from seen")
+        process.send_signal(signal.SIGINT)
+        folder.until("select pg_sleep(0.2) is not null")
+        assert process.poll() is None                                   # it waits for the handler
+        process.send_signal(signal.SIGINT)
+        assert process.wait(PATIENCE) == 0
+        assert folder.outputs() == [] and folder.left() == {"job": 1}
+
+
+def test_a_process_with_a_stuck_thread_is_replaced(started):
+    folder = started("""
+@a.on_new_records(each=True, timeout="1s", attempts=1)
+def handle(record):
+    if record["n"] == 3:
+        meet(3)
+    b.append({"n": record["n"]})
+""")
+    with folder.gate(), folder.working():
+        folder.add(range(10))
+        pid = folder.until("select pid from seen")
+        folder.until("select count(*) = 2 from anton.worker")
+        folder.add(range(10, 20))
+        folder.until_done()
+        assert folder.outputs() == [n for n in range(20) if n != 3] and folder.left() == {"dead": 1}
+        end = time.monotonic() + PATIENCE
+        while not gone(pid):
+            assert time.monotonic() < end
+            time.sleep(0.02)
+
+
+def test_as_many_processes_work_as_were_asked_for_and_dead_ones_are_replaced(started):
+    folder = started("""
+@a.on_new_records(each=True, concurrency=1)
+def handle(record):
+    b.append({"n": record["n"], "pid": os.getpid()})
+""")
+    with folder.working("--processes", "3"):
+        folder.until("select count(*) = 3 from anton.worker where stopped_at is null")
+        folder.add([-1])
+        folder.until("select exists (select from b)")                   # long after they told their parent who they are
+        os.kill(folder.value("select min(pid) from anton.worker"), signal.SIGKILL)
+        folder.until("select count(*) = 4 from anton.worker")
+        folder.until("select count(*) = 3 from anton.worker where stopped_at is null")
+        folder.add(range(3000))
+        folder.until_done()
+    assert folder.outputs() == list(range(-1, 3000))
+    assert folder.value("select count(*) from anton.worker where stopped_at is null") == 0
+
+
+def test_work_without_migrate_says_what_to_do(folder, bare):
+    (folder.path / "main.py").write_text("")
+    folder.url = bare
+    assert folder.anton("work").wait(PATIENCE) == 1
+    assert "Run: anton migrate" in folder.log() and "Traceback" not in folder.log()
