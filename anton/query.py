@@ -259,11 +259,10 @@ class Query(Generic[T]):
         return " and ".join(parts) or "true", key
 
     def _record(self, kind: Any, on_conflict: OnConflict | None, sets: Mapping[str, Any]) -> None:
-        of = f"{self}.{kind}()"
         if self._limit is not None or self._order:
-            raise QueryError(f"{of} takes no order_by and no limit: it writes all rows that match")
+            raise QueryError(f"{self}.{kind}() takes no order_by and no limit: it writes all rows that match")
         if kind == "update" and not sets:
-            raise QueryError(f"{of} needs a value: update(status=\"paid\")")
+            raise QueryError(f"{self}.update() needs a value: update(status=\"paid\")")
         found = find_scope()
         db = found[0].db if found else current_database()
         relation = described(db, self._source.name)
@@ -276,7 +275,7 @@ class Query(Generic[T]):
         if key is not None and not any(isinstance(value, Sql) for value in sets.values()):
             step.form = self._form(relation, tuple(sets))
         if found is None:
-            wait(db, lambda: commit(db, [step]), of, "async with transaction(): …")
+            wait(db, lambda: commit(db, [step]), f"{self}.{kind}()", "async with transaction(): …")
             return
         _versioned(step, found[0], on_conflict)
         found[0].add(step)
