@@ -20,6 +20,7 @@ from anton.queue import Job
 
 FAST = 0.5  # seconds: a lane whose calls are quicker claims a batch ahead
 GATHER = 0.25  # seconds that a batch waits for claims that are under way
+TOGETHER = 1000  # records that a lane with each=True reads and settles together; each has a call of its own anyway
 SKIP = 256  # jobs of other tenants that a batch looks past
 MOST_JOBS = 4000  # jobs of one claim
 
@@ -203,12 +204,13 @@ class Lane:
         if self.ready and self.waiting_records < self.batch and self.wants() and now < self.since + GATHER and not first.probe:
             self.held_until = self.since + GATHER                      # there is more: the next claim fills it up
             return None
+        most = max(self.batch, TOGETHER) if self.each and not self.wide else self.batch
         taken: list[Job] = []
         passed: list[Job] = []
         size = 0
-        while self.waiting and size < self.batch and len(passed) < SKIP:
+        while self.waiting and size < most and len(passed) < SKIP:
             job = self.waiting.popleft()
-            fits = not taken or (size + len(job.left) <= self.batch and not job.probe)
+            fits = not taken or (size + len(job.left) <= most and not job.probe)
             if fits and job.tenant == first.tenant and (job.attempt > 0) == (first.attempt > 0):
                 taken.append(job)
                 size += len(job.left)
