@@ -9,6 +9,7 @@ So an append can say the final key of its row before anything is written.
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 import weakref
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
@@ -207,6 +208,10 @@ def keys(db: Database, relation: Relation, column: str) -> Keys | None:
     mine = _keys.setdefault(db, {})
     found = mine.get((relation.oid, column))
     return found or mine.setdefault((relation.oid, column), Keys(db, relation, attribute))
+
+
+if hasattr(os, "register_at_fork"):                                    # a key must not be given out twice
+    os.register_at_fork(after_in_child=_keys.clear)
 
 
 def forget(db: Database) -> None:

@@ -1,10 +1,12 @@
 import asyncio
+import os
 import random
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import copy_context
+from datetime import date
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -268,6 +270,26 @@ def test_blocks_that_others_interrupt_give_the_keys_they_got(t: T) -> None:
     assert t.rows("select id from odd order by id") == [(n * 10,) for n in range(1, 21)]
 
 
+def test_a_forked_process_takes_keys_of_its_own(t: T) -> None:
+    with transaction():
+        for _ in range(10):
+            t.out.append({"n": 0})
+    read, write_end = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with Scope("handler") as scope:
+            keys = [t.out.append({"n": 1}).id for _ in range(100)]
+        os.write(write_end, " ".join(map(str, keys)).encode())
+        assert scope.ops
+        os._exit(0)
+    os.waitpid(child, 0)
+    theirs = {int(key) for key in os.read(read, 10_000).split()}
+    with transaction():
+        mine = {t.out.append({"n": 0}).id for _ in range(100)}
+    assert len(theirs) == len(mine) == 100
+    assert not theirs & mine
+
+
 def test_keys_without_the_right_to_the_sequence_name_the_grant(t: T) -> None:
     with restricted(t, "insert, select on out") as db, Scope("transaction", db=db):
         with pytest.raises(MissingPrivilege, match="grant usage on sequence public.out_id_seq to writer_"):
@@ -526,6 +548,31 @@ def test_a_condition_that_means_several_rows_checks_those_that_were_read(t: T, t
     scope = record()
     t.run("update counter set n = 9 where name = 'a'; update pair set note = 'x' where b = 'a';"
           "update doc set data = '{\"k\": \"a\", \"y\": 1}' where data ->> 'k' = 'a'")
+    with pytest.raises(RowChanged):
+        t.db.run(commit(t.db, scope.ops))
+
+
+def test_partitioned_tables_are_written_and_checked_like_others(t: T) -> None:
+    t.run("create table part (day date, id bigint generated always as identity, n int, primary key (day, id)) "
+          "partition by range (day); create table part_2 partition of part default;"
+          "create table part_1 partition of part for values from ('2026-01-01') to ('2026-02-01')")
+    with declaring(App()):
+        part = Table("part")
+    days = [date(2026, 1, 1), date(2026, 3, 1)]
+    part.extend({"day": days[n % 2], "n": n} for n in range(40))
+    first = part.append({"day": days[0], "n": 50})
+    assert first.id == 41
+    with Scope("handler") as scope:
+        read = part.get(days[0], 1)
+        assert read is not None
+        part.select(day=days[0], id=1).update(n=read["n"] + 1)
+        part.select("n > {x}", x=37).delete()
+    t.db.run(commit(t.db, scope.ops))
+    assert t.rows("select count(*), min(n) filter (where id = 1) from part") == [(38, 1)]
+    with Scope("handler") as scope:
+        assert part.get(days[0], 1) is not None
+        part.select(day=days[0], id=1).update(n=9)
+    t.run("update part set n = 0 where id = 1")
     with pytest.raises(RowChanged):
         t.db.run(commit(t.db, scope.ops))
 
