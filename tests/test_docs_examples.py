@@ -5,7 +5,7 @@ A comment before or after a fenced block says what the reader need not see:
     <!-- new -->                      a fresh database and app
     <!-- given: shop -->              the same, with the declarations of GIVEN["shop"]
     <!-- file: sql/flag_big.sql -->   the block is this file of the app
-    <!-- before: SQL -->              run first
+    <!-- before: SQL -->              run first; after: SQL, last
     <!-- then: EXPRESSION -->         holds when everything was worked
     <!-- raises: InvalidRecord -->    the block raises this
 
@@ -111,17 +111,18 @@ class Block:
     raises: str = ""
     fresh: str | None = None
     then: list[str] = field(default_factory=list)
+    after: list[str] = field(default_factory=list)
 
 
 def blocks(page: Path) -> list[Block]:
-    """The page's fenced blocks in order. A comment belongs to the next block, but `then` to the one before."""
+    """The page's fenced blocks in order. A comment belongs to the next, but `then` and `after` to the one before."""
     found: list[Block] = []
     waiting: dict[str, str] = {}
     lines = iter(enumerate(page.read_text().splitlines(), 1))
     for number, line in lines:
-        comment = re.fullmatch(r"\s*<!-- (new|given|file|before|then|raises)(?:: (.*))? -->", line)
-        if comment and comment[1] == "then":
-            found[-1].then.append(comment[2])
+        comment = re.fullmatch(r"\s*<!-- (new|given|file|before|after|then|raises)(?:: (.*))? -->", line)
+        if comment and comment[1] in ("then", "after"):
+            getattr(found[-1], comment[1]).append(comment[2])
         elif comment:
             waiting[comment[1]] = comment[2] or ""
         elif line.startswith("```"):
@@ -274,6 +275,8 @@ def run(session: Session, block: Block, place: str) -> None:
     session.settle(block)
     for expression in block.then:
         assert eval(expression, session.names, {"app": session.app, "sql": sql}), expression
+    for text in block.after:
+        session.psql(text)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -389,3 +392,27 @@ def test_a_handler_sees_what_the_table_says(row: tuple[str, str], open_session: 
     receipts = session.app._fetch("select sum(r.n - r.gone) from {schema}.receipt r join {schema}.handler h "
                                   "on h.id = r.handler_id where h.name = 'read_change'")
     assert (receipts[0][0] or 0) == len(image)
+
+
+# --- the tables and functions of docs/schema.md
+
+
+def test_the_tables_of_the_schema_are_those_of_its_page(server: Server, template: str) -> None:
+    page = (ROOT / "docs" / "schema.md").read_text()
+    part = page[page.index("## The tables"):page.index("## Looking")]
+    named = {name for row in re.findall(r"^\| (`.*?) \|", part, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)}
+    there = server.sql("select c.relname from pg_class c where c.relnamespace = 'anton'::regnamespace and c.relkind in "
+                       "('r', 'p') and not c.relispartition", database=template)
+    assert named == {name for name, in there}
+
+
+def test_the_functions_of_the_schema_page_exist(server: Server, template: str) -> None:
+    page = (ROOT / "docs" / "schema.md").read_text()
+    named = [(name, len([arg for arg in args.split(",") if arg.strip()]))
+             for row in re.findall(r"^\| (`\w+\(.*?) \|", page, re.MULTILINE)
+             for name, args in re.findall(r"`(\w+)\(([^)]*)\)`", row)]
+    assert len(named) > 25
+    for name, count in named:
+        found = server.sql(f"select 1 from pg_proc where pronamespace = 'anton'::regnamespace and proname = '{name}' "
+                           f"and {count} between pronargs - pronargdefaults and pronargs", database=template)
+        assert found, f"docs/schema.md says {name}() with {count} arguments"
