@@ -44,6 +44,7 @@ log = logging.getLogger("anton.web")
 
 MAX_BODY = 10_000_000                                                  # bytes; more gets 413
 AWAY = "the database is away; nothing was kept, send it again"
+TRIES = 3  # more, for a commit that ran into a deadlock
 RETRY_AFTER = 2                                                        # seconds, said with a 503
 _SECRET_HEADERS = {"authorization", "proxy-authorization", "cookie"}   # never kept in a record
 _CLOCK_SECONDS = 30.0
@@ -294,8 +295,14 @@ async def _commit() -> None:
     around = write.scope.get()
     assert around is not None
     around.close()
-    if around.ops:
-        await write.commit(around.db, around.ops)
+    for tries in range(TRIES, -1, -1):
+        try:
+            if around.ops:
+                await write.commit(around.db, around.ops)
+            return
+        except Exception as error:
+            if tries == 0 or str(getattr(error, "sqlstate", ""))[:2] != "40":
+                raise                                                  # class 40: another transaction was in its way
 
 
 # Webhooks

@@ -447,6 +447,8 @@ def main() -> int:
     except (Failed, AntonError) as failure:
         print(failure, file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import re
+import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -349,3 +353,50 @@ async def test_the_clock_of_the_signature_is_the_databases(db, secrets):
         body = b"{}"
         for at, status in ((time.time(), 401), (time.time() + 86400, 200)):
             assert (await client.post("/slack", content=body, headers=signed(body, at=at))).status_code == status
+
+
+async def test_a_deadlock_with_another_writer_is_tried_again(db, server):
+    server.sql(f"alter database {db.name} set deadlock_timeout = '2s'")
+
+    def declare() -> None:
+        orders = Table("orders", Order)
+
+        @post("/")
+        async def both(first: int, second: int) -> int:
+            orders.select(id=first).update(customer="x")
+            orders.select(id=second).update(customer="x")
+            return 200
+
+    async with serving(db, declare) as client:
+        async with db.conn() as conn:
+            await conn.execute("insert into orders (customer) select 'a' from generate_series(1, 2)")
+            tx = conn.transaction()
+            await tx.start()
+            await conn.execute("update orders set customer = 'b' where id = 2")
+            waiting = asyncio.create_task(client.post("/", params={"first": 1, "second": 2}))
+            async with db.conn() as other:
+                while not await other.fetchval("select count(*) from pg_locks where not granted"):  # noqa: ASYNC110
+                    await asyncio.sleep(0)
+            await conn.execute("set local deadlock_timeout = '60s'")   # so that the route is the one to be ended
+            await conn.execute("update orders set customer = 'b' where id = 1")
+            await tx.commit()
+        assert (await waiting).status_code == 200
+        async with db.conn() as conn:
+            assert [row[0] for row in await conn.fetch("select customer from orders")] == ["x", "x"]
+
+
+def test_any_asgi_server_can_serve_the_app_of_the_current_folder(database, tmp_path):
+    (tmp_path / "main.py").write_text(
+        "from anton import get\n\n@get('/hello')\ndef hello():\n    return {'hello': 'world'}\n")
+    words = [sys.executable, "-m", "uvicorn", "anton:app", "--port", "0"]
+    with subprocess.Popen(words, cwd=tmp_path, env={**os.environ, "DATABASE_URL": database}, text=True,
+                          stderr=subprocess.PIPE) as server:
+        try:
+            assert server.stderr is not None
+            address = next(found[0] for line in server.stderr if (found := re.search(r"http://127\.0\.0\.1:\d+", line)))
+            assert httpx.get(f"{address}/hello").json() == {"hello": "world"}
+            assert httpx.get(f"{address}/ready").json() == {"status": "ready"}
+        finally:
+            server.terminate()
+            server.communicate()
+    assert server.returncode in (0, -15)
