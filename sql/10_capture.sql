@@ -536,10 +536,9 @@ end$f$, p_table, array_agg(id)) end
     from handler where table_id = p_table and enabled and 'truncate' = any (ops)
 $$;
 
--- owner_role() -> the role that owns what runs with its rights: the schema's, which cannot log in when migrate could make one
+-- owner_role() -> the role that owns what runs with its rights: the schema's owner, <schema>_owner where migrate could make it
 create or replace function owner_role() returns text language sql stable set search_path from current as $$
-  select pg_get_userbyid(case when pg_has_role(current_user, nspowner, 'member') then nspowner else current_user::regrole end)
-    from pg_namespace where nspname = current_schema()
+  select pg_get_userbyid(nspowner)::text from pg_namespace where nspname = current_schema()
 $$;
 
 -- write_triggers(table, lock): as sync_triggers; lock: however little is new
