@@ -3,7 +3,7 @@
     main.py  --declares-->  Table, handlers, routes, schedules, actions  --on-->  app
     anton migrate | work | serve  --load_app()-->  app
 
-`app` is implicit: declarations find it by themselves. It is an ASGI app too: `uvicorn main:app`.
+`app` is implicit: declarations find it by themselves. It is an ASGI app too: `uvicorn anton:app`.
 A name is unique in its app; two apps with different names share one database.
 """
 

@@ -56,7 +56,7 @@ OPTIONS = (*Options.__annotations__, "each")
 
 @dataclass(eq=False)
 class Handler:
-    """A declared handler. Options as in api.md, defaults filled in.
+    """A declared handler. Options as in docs/handlers.md, defaults filled in.
 
     ops: what it listens to. fn: None for SQL. wants_ctx: it takes a second argument. into: where returned values go.
     body, params: its SQL, and {name: [type, text]} bound into it. place: "main.py:12". typed: the options as typed.

@@ -7,7 +7,7 @@
     -- where: total > 100
     insert into big_orders (id) select id from new_records
 
-A header is the comment lines a file begins with; their keys are the options of api.md.
+A header is the comment lines a file begins with; their keys are the options of docs/handlers.md.
 """
 
 from __future__ import annotations
