@@ -175,14 +175,15 @@ Record.register(Row)
 class Change(Generic[T]):
     """What happened to one record.
 
-    op: "new" "updated" "deleted" "truncate". key: a value, or a tuple. old, new: the record before and after, None
-    where there is none. attempt: 1 for the first run. idempotency_key: the same for all runs. at: when it was written.
+    op: "new" "updated" "deleted" "truncate". key: a value, or a tuple. old, new: the record before and after; None,
+    whatever their type says, for the old of a new record and the new of a deleted one. attempt: 1 for the first run.
+    idempotency_key: the same for all runs. at: when it was written.
     """
 
     op: ChangeOp
     key: Any
-    old: T | None
-    new: T | None
+    old: T
+    new: T
     attempt: int
     idempotency_key: str
     trace: int | None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from decimal import Decimal
@@ -17,7 +17,6 @@ from working import Bench
 from anton import Records, Table, cron, post, sql, transaction, web
 from anton.app import App, declaring
 from anton.db import Database
-from anton.migrate import migrate
 
 
 class Item(BaseModel):
@@ -219,8 +218,6 @@ def test_a_route(app: Bench, kind: str) -> None:
         asyncio.run(work())
 
 
-def test_any_other_program_sees_the_same(app: Bench, db: Database) -> None:
-    run: Callable[..., Any] = app.db.run
-    run(migrate(db, app.app))
+def test_another_app_sees_the_same(app: Bench) -> None:
     with declaring(App("other")):
         assert {row["name"] for row in Table("items").select()} == {"read"}

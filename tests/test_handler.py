@@ -414,7 +414,7 @@ def right(records: Records[Order]) -> None:
     for order in records:
         prompts.append({"total": str(order.total)})
     for change in records.changes:
-        print(change.key)
+        print(change.key, change.old.total, change.new.total)
 
 @orders.on_new_records(each=True, into=invoices, where="total > 100", concurrency=50)
 async def also_right(order: Order, ctx: Ctx) -> Invoice:
