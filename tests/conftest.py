@@ -17,6 +17,7 @@ import pytest
 from pg import Pg
 from servers import NoServer, Server, migrate, running
 
+from anton import write
 from anton.db import Database, set_database
 
 for _name in [name for name in os.environ if name.startswith("PG") or name == "DATABASE_URL"]:
@@ -26,6 +27,16 @@ for _name in [name for name in os.environ if name.startswith("PG") or name == "D
 @pytest.fixture(scope="session")
 def anyio_backend() -> str:
     return "asyncio"
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_over() -> Iterator[None]:
+    """A test that leaves a worker or a handler's scope behind fails itself, not the tests after it."""
+    yield
+    left = (write._worker, [scope.kind for scope in write._live])
+    write._worker = 0
+    write._live.clear()
+    assert left == (0, []), "workers and handlers' scopes that the test left open"
 
 
 @pytest.fixture(scope="session")
