@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import itertools
 import time
 from collections import deque
 from collections.abc import Callable
@@ -78,13 +77,12 @@ class Each:
         self.ops: list[Op] = []
         self.fates: dict[int, Fate] = {}
         self.settled = 0
-        self._unsent = iter(range(self.count))
         self._flushed_at = time.monotonic()
         self._find: dict[int, int] | None = None
 
-    def send(self, most: int | None = None) -> None:
-        """Puts items where pullers find them; `most` of them, or all that are left."""
-        self.lane.items.extend((self, item) for item in itertools.islice(self._unsent, most))
+    def send(self) -> None:
+        """Puts the items where pullers find them."""
+        self.lane.items.extend((self, item) for item in range(self.count))
 
     def position(self, of: object) -> int | None:
         """For of=: which item this is."""
@@ -113,7 +111,6 @@ class Each:
 
     def drop(self) -> None:
         """Skips what was not started."""
-        self.skipped.extend(self._unsent)
         lane = self.lane
         for _ in range(len(lane.items)):
             try:
@@ -284,7 +281,7 @@ class Pullers:
         puller.given_up = True
         mine.discard(puller)
         puller.lane.running -= 1
-        chunk.scope.closed = True
+        chunk.scope.close()
         chunk.fates[item] = failed(HandlerTimeout(puller.lane.name, puller.lane.timeout.total_seconds()))
         chunk.done.append(item)
         each.chunks.append(chunk)

@@ -18,6 +18,9 @@ from typing import Any
 
 from anton.queue import Job
 
+BYTES = 8_000_000  # of the rows of one call, about
+FEW = 16  # records that are read whatever their width
+NARROW = 2_000  # bytes of a row below which nothing is counted
 FAST = 0.5  # seconds: a lane whose calls are quicker claims a batch ahead
 GATHER = 0.25  # seconds that a batch waits for claims that are under way
 TOGETHER = 1000  # records that a lane with each=True reads and settles together; each has a call of its own anyway
@@ -91,7 +94,8 @@ class Lane:
     """A handler's state in this worker.
 
     items: (Each, item) that wait for a puller. handler: what runs it: a Handler, a Schedule, or None for SQL. concurrency: calls (records, with each) at a time.
-    ready: the queue may hold more of it. after: the last job id claimed. limit: records of one call by bytes, or None.
+    ready: the queue may hold more of it. after: the last job id claimed. width: bytes of its widest rows lately, 0: not
+    known; wide: its table has values stored out of line.
     rate: records/s settled lately; seconds: of a call lately. document: the table has no model and was made by Anton.
     make: an instance of the table's model from a row. down: what the world raised; nothing starts until all calls ended.
     """
@@ -114,7 +118,6 @@ class Lane:
     key_columns: tuple[str, ...]
     key_kind: str
     fetch_sql: str | None
-    wide: bool
     feeding: bool = False
     document: bool = False
     make: Callable[[Mapping[str, Any]], Any] | None = None
@@ -131,6 +134,8 @@ class Lane:
     per_job: float = 0.0
     seconds: float = 1.0
     rate: float = 0.0
+    wide: bool = False
+    wide_at: float = 0.0
     width: float = 0.0
     held_until: float | None = None
     since: float = 0.0
@@ -233,8 +238,16 @@ class Lane:
     def turn_into(self, new: Lane) -> None:
         """Takes over what the catalogue says now; what is claimed and runs goes on."""
         for name in ("name", "handler", "kind", "each", "read", "where", "batch", "max_wait", "concurrency", "timeout", "attempts", "backoff",
-                     "table_id", "table", "key_columns", "key_kind", "fetch_sql", "wide", "feeding", "document", "make"):
+                     "table_id", "table", "key_columns", "key_kind", "fetch_sql", "feeding", "document", "make"):
             setattr(self, name, getattr(new, name))
+
+    def most(self) -> int:
+        """Records to read at once, so that they take about BYTES."""
+        return self.batch if not self.wide and self.width < NARROW else max(1, min(self.batch, int(BYTES / max(1.0, self.width))))
+
+    def measured(self, width: float) -> None:
+        """What the widest of some rows took."""
+        self.width = max(width, self.width * 0.9)
 
     def put_back(self) -> list[Job]:
         """All that waits and was not started, for giving back."""
@@ -257,4 +270,4 @@ def lane_of(row: Any, handler: Any) -> Lane:
         row["id"], row["name"], handler, row["kind"], each, row["read"], row["where_sql"] is not None,
         row["batch"], row["max_wait"], concurrency, row["timeout"], row["attempts"],
         row["backoff"], row["table_id"], f"{row['schema_name']}.{row['table_name']}", tuple(row["key_columns"]),
-        row["key_kind"], row["fetch_sql"], row["wide"], row["feeding"])
+        row["key_kind"], row["fetch_sql"], row["feeding"])

@@ -33,7 +33,7 @@ class Inputs:
 
     first: position in the batch of each item, None: its own number. gone: positions of vanished records. twins:
     further positions of an item whose key comes more than once. broken: rows that do not fit the table's model. events:
-    there are events of the table among them, whose item is None.
+    there are events of the table among them, whose item is None. width: bytes of the widest rows, about.
     """
 
     batch: Batch
@@ -45,6 +45,7 @@ class Inputs:
     broken: dict[int, Exception] = field(default_factory=dict)
     images: dict[int, tuple[Any, Any]] = field(default_factory=dict)
     events: bool = False
+    width: float = 1.0
 
     def positions(self, items: Iterable[int]) -> list[int]:
         """Where these items and their twins are in the batch, rising."""
@@ -196,6 +197,7 @@ class Reader:
 
 def _made(lane: Lane, inputs: Inputs) -> Inputs:
     """The items as instances of the table's model; rows that do not fit it are set apart."""
+    inputs.width = _width(inputs.items)
     make = lane.make
     if make is None:
         return inputs
@@ -233,3 +235,14 @@ async def _rows(conn: Conn, lane: Lane, ids: list[int]) -> list[Any]:
 
 def _id_of(row: Any) -> Any:
     return asyncpg.Record.__getitem__(row, "id")
+
+
+def _width(rows: Sequence[Any]) -> float:
+    some = (rows[at] for at in range(0, len(rows), max(1, len(rows) // 8)))
+    return max((_bytes(row) for row in some if row is not None), default=1.0)
+
+
+def _bytes(row: Any) -> float:
+    values = asyncpg.Record.values(row) if isinstance(row, asyncpg.Record) else row.values()
+    return 1.0 + sum(len(value) if isinstance(value, (str, bytes)) else len(repr(value)) if isinstance(value, (dict, list)) else 8
+                     for value in values)

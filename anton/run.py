@@ -31,7 +31,7 @@ from anton.ctx import Ctx, Origin
 from anton.db import Database, quote
 from anton.each import AGAIN, SLOW, Each, Pullers
 from anton.errors import HandlerTimeout, LeaseLost, Outcome, RowChanged, WriteRefused
-from anton.lane import Batch, Lane
+from anton.lane import FEW, Batch, Lane
 from anton.read import Inputs, Reader
 from anton.record import Change, Document, Records, Row
 from anton.relation import Relation, describe
@@ -152,14 +152,11 @@ class Runner:
             batch = await self._sift(run)
             if batch.size and lane.kind == "sql":
                 await self._sql(run, batch)
-            elif batch.size and lane.each:
-                await self._each(run, batch)
             elif batch.size:
                 if batch.parts[0][0].probe:
-                    await self.attempt(run, batch.pick([0]))
+                    await self._part(run, batch.pick([0]))
                     batch = batch.pick(range(1, batch.size))           # the probe went well
-                for part in batch.split(-(-batch.size // lane.batch)):
-                    await self.attempt(run, part)
+                await self._parts(run, batch)
         except World as world:
             lane.down = world.error
             await self._leave(run, world.error)
@@ -171,6 +168,23 @@ class Runner:
         except Exception as error:                                     # ours, not the handler's: the jobs must not be lost
             log.exception("worker: %s", lane.name)
             await self._leave(run, error)
+
+    async def _parts(self, run: Run, batch: Batch) -> None:
+        """In parts of at most the lane's batch, and of so many bytes."""
+        lane, now = run.lane, time.monotonic()
+        if batch.size > FEW and now - lane.wide_at > 0.25:
+            lane.wide_at = now
+            lane.wide = await self.settler.lend(lambda conn: self.db.call_value(conn, "wide", lane.table_id))
+            if lane.wide and not lane.width:
+                await self.read(lane, batch.pick(range(FEW)))          # only to see how wide they are
+        at = 0
+        while at < batch.size:
+            end = min(batch.size, at + lane.most())
+            await self._part(run, batch if end - at == batch.size else batch.pick(range(at, end)))
+            at = end
+
+    async def _part(self, run: Run, batch: Batch) -> None:
+        await (self._each(run, batch) if run.lane.each else self.attempt(run, batch))
 
     async def attempt(self, run: Run, batch: Batch, conflicts: int = 0) -> None:
         """Reads, calls and settles; again for those that must run again. Raises World, LeaseLost."""
@@ -200,9 +214,11 @@ class Runner:
     async def read(self, lane: Lane, batch: Batch) -> Inputs:
         """The records of a batch. A table that is not as it was noted makes the handler wait, not its records fail."""
         try:
-            return await self.settler.lend(lambda conn: self.reader.read(conn, lane, batch))
+            inputs = await self.settler.lend(lambda conn: self.reader.read(conn, lane, batch))
         except asyncpg.SyntaxOrAccessError as error:
             raise World(error) from error
+        lane.measured(inputs.width)
+        return inputs
 
     async def finish(self, run: Run, inputs: Inputs, called: Called, ms: float, conflicts: int = 0,
                      items: list[int] | None = None, first: bool = True) -> None:
@@ -295,7 +311,7 @@ class Runner:
         each = Each(self.db, lane, inputs, lane.handler.context(self, inputs))
         if not each.count or inputs.gone or inputs.broken:
             await self.finish(run, inputs, Called([], {}), 0.0, 0, [])
-        each.send(1 if batch.parts[0][0].probe else None)
+        each.send()
         quiet = min(1.0, max(SLOW, lane.timeout.total_seconds() / 4))
         try:
             while not each.over:
@@ -307,8 +323,6 @@ class Runner:
                     each.drop()
                 if each.gather(self.pullers.open_chunks):
                     await self._flush(run, each, (time.perf_counter() - started) * 1000)
-                    if each.world is None:
-                        each.send()                                    # the probe, if it was one, went well
         finally:
             each.drop()
         if each.world is not None:

@@ -74,6 +74,7 @@ class Supervisor:
     children: dict[int, Child] = field(default_factory=dict)
     signals: int = 0
     _quick: int = 0
+    _suspected_at: float = 0.0
     _start_at: float = 0.0
     _failed: bool = False
 
@@ -169,12 +170,19 @@ class Supervisor:
                 child.worker, child.text = int(line), rest
                 continue
             child.text = child.text[1:]
-            if head == SUSPECTS and not self.signals and not any(one.kind == "suspects" for one in self.children.values()):
-                self._fork("suspects")
+            if head == SUSPECTS:
+                self._suspects()
             elif head == REPLACE and not child.replaced:
                 child.replaced = True
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(child.pid, signal.SIGTERM)
+
+    def _suspects(self) -> None:
+        """Starts the process that runs them, at most once a second: they may not be to be had yet."""
+        there = any(child.kind == "suspects" for child in self.children.values())
+        if not there and not self.signals and time.monotonic() - self._suspected_at > 1.0:
+            self._suspected_at = time.monotonic()
+            self._fork("suspects")
 
     def _ended(self, child: Child) -> None:
         """Its pipe is closed: it has died, or is about to."""

@@ -118,6 +118,8 @@ begin
   select array_agg(x.row) into v_rows from (
     select l.ctid as row from lease l
      where l.lease_until < v_now and l.handler_id = any (p_handlers)
+       -- a server that was away let every lease run out: its holders get one lease's time to come back
+       and (l.lease_until = '-infinity' or v_now > pg_postmaster_start_time() + p_lease)
        and not exists (select from handler h where h.id = l.handler_id and h.paused)
      order by l.lease_until, l.id limit p_jobs for update of l skip locked) x;
   if v_rows is null then

@@ -4,12 +4,12 @@
 create or replace function catalogue(p_app text) returns table (
   id int, app text, name text, kind text, ops text[], each_record boolean, read text, where_sql text, into_tables text[], batch int,
   max_wait interval, concurrency int, timeout interval, attempts int, backoff interval, feeding boolean,
-  table_id int, schema_name text, table_name text, key_columns text[], key_kind text, fetch_sql text, wide boolean)
+  table_id int, schema_name text, table_name text, key_columns text[], key_kind text, fetch_sql text)
 language sql stable set search_path from current as $$
   select h.id, h.app, h.name, h.kind, h.ops, h.each_record, h.read, h.where_sql, h.into_tables, h.batch,
          h.max_wait, h.concurrency, h.timeout, h.attempts, h.backoff, h.feeding,
-         w.id, w.schema_name, w.table_name, w.key_columns, w.key_kind, w.fetch_sql, coalesce(pg_relation_size(c.reltoastrelid) > 0, false)
-    from handler h join watched w on w.id = h.table_id left join pg_class c on c.oid = w.relid
+         w.id, w.schema_name, w.table_name, w.key_columns, w.key_kind, w.fetch_sql
+    from handler h join watched w on w.id = h.table_id
    where h.app = p_app or (h.app = 'sql' and h.kind = 'sql')
    order by h.id
 $$;
@@ -138,4 +138,9 @@ $$;
 create or replace function put_output_text(p_receipt bigint, p_table int, p_ids text, p_keys jsonb, p_owners text)
 returns void language sql volatile set search_path from current as $$
   select put_output(p_receipt, p_table, p_ids::bigint[], p_keys, p_owners::int[])
+$$;
+
+-- wide(table) -> whether it holds values that are stored out of line, so that a batch of its rows may be large
+create or replace function wide(p_table int) returns boolean language sql stable set search_path from current as $$
+  select coalesce(pg_relation_size(c.reltoastrelid) > 0, false) from watched w join pg_class c on c.oid = w.relid where w.id = p_table
 $$;

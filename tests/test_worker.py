@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel
-from working import Bench
+from working import Bench, pooled
 
 from anton import Ctx, Records, Table
 from anton.db import Database
@@ -547,3 +547,49 @@ async def test_a_handler_that_was_renamed_goes_on_with_its_jobs(db: Database, ea
     bench = await Bench.make(db, after)
     await bench.work()
     assert await bench.count("b") == 1 and await bench.left() == {}
+
+
+@pytest.mark.parametrize("read", ["now", "change"])
+async def test_wide_rows_are_read_a_few_at_a_time(db: Database, read: Any):
+    sizes: list[int] = []
+
+    def declare() -> None:
+        a = Table("a")
+
+        @a.on_new_records(read=read)
+        def note(records: Records) -> None:
+            sizes.append(len(records))
+
+    bench = await Bench.make(db, declare)
+    await bench.sql("insert into a (data) select jsonb_build_object('text', repeat(md5(g::text), 31250)) "
+                    "from generate_series(1, 60) g")                    # a megabyte each
+    await bench.work()
+    assert sum(sizes) == 60 and max(sizes) <= 16 and await bench.left() == {}
+
+
+async def test_a_worker_works_through_a_transaction_pooler(db: Database, server: Any, tmp_path: Any):
+    def declare() -> None:
+        a, b, c = Table("a"), Table("b"), Table("c")
+
+        @a.on_new_records
+        def copy(records: Records) -> None:
+            for record in records:
+                b.append({"n": record["n"]})
+
+        @b.on_new_records(each=True)
+        async def copy_each(record: Any) -> None:
+            if record["n"] == 3:
+                raise ValueError(3)
+            c.append({"n": record["n"]})
+
+        b.on_new_records.sql("insert into c (data) select jsonb_build_object('n', -1) from new_records", name="in_sql")
+
+    bench = await Bench.make(db, declare)
+    with pooled(server, db.name, tmp_path) as url:
+        there = Bench(Database(url, pooled=True), bench.app)
+        async with there.running():
+            await bench.add("a", ({"n": n} for n in range(50)))
+            await bench.until("select count(*) = 99 from c")
+            await bench.until("select count(*) = 1 from anton.delayed")
+            await bench.until("select not exists (select from anton.lease)")
+        await there.db.close()

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import shutil
+import socket
+import subprocess
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
 
 from anton import relation
 from anton.app import App, declaring
@@ -108,3 +116,44 @@ async def _id(worker: Worker) -> int:
 def forget(db: Database) -> None:
     """What the process knows of this database's tables."""
     relation.forget(db)
+
+
+@contextmanager
+def pooled(server: Any, name: str, folder: Path) -> Iterator[str]:
+    """The URL of this database behind a pgbouncer in transaction mode, with two server connections."""
+    binary = shutil.which("pgbouncer", path="/usr/sbin:/usr/bin:/opt/homebrew/bin")
+    if binary is None:
+        pytest.skip("no pgbouncer on this machine: apt-get install -y pgbouncer")
+    parts = urlsplit(server.url(name))
+    query = {key: values[0] for key, values in parse_qs(parts.query).items()}
+    host, at = query.get("host") or parts.hostname or "localhost", query.get("port") or parts.port or 5432
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = one.getsockname()[1]
+    (folder / "users.txt").write_text('"postgres" ""\n')
+    (folder / "bouncer.ini").write_text(
+        f"[databases]\n{name} = host={host} port={at} user=postgres\n"
+        f"[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\nlogfile = {folder}/bouncer.log\n"
+        f"auth_type = any\nauth_file = {folder}/users.txt\npool_mode = transaction\ndefault_pool_size = 2\n")
+    for path in (folder, *folder.iterdir()):
+        path.chmod(0o777)
+    for parent in folder.parents:
+        if parent.name.startswith("pytest-"):
+            parent.chmod(0o755)
+    sock = Path(host) / f".s.PGSQL.{at}"                               # only its owner may use it
+    user = ["-u", sock.owner() if sock.exists() else "nobody"] if os.geteuid() == 0 else []
+    process = subprocess.Popen([binary, "-q", *user, str(folder / "bouncer.ini")], stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
+    try:
+        end = time.monotonic() + PATIENCE
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", port), 1).close()
+                break
+            except OSError:
+                assert process.poll() is None and time.monotonic() < end
+                time.sleep(0.01)
+        yield f"postgresql://postgres@127.0.0.1:{port}/{name}"
+    finally:
+        process.terminate()
+        process.wait(10)
