@@ -145,6 +145,11 @@ class Lane:
         """Nothing claimed waits or runs."""
         return not (self.calls or self.waiting)
 
+    @property
+    def together(self) -> int:
+        """Records that are read and settled together at most."""
+        return max(self.batch, TOGETHER) if self.each else self.batch
+
     def free(self) -> bool:
         """Another batch may start: a slot is free, or with each, pullers would soon have nothing."""
         if self.down is not None:
@@ -209,7 +214,7 @@ class Lane:
         if self.ready and self.waiting_records < self.batch and self.wants() and now < self.since + GATHER and not first.probe:
             self.held_until = self.since + GATHER                      # there is more: the next claim fills it up
             return None
-        most = max(self.batch, TOGETHER) if self.each and not self.wide else self.batch
+        most = self.together
         taken: list[Job] = []
         passed: list[Job] = []
         size = 0
@@ -243,7 +248,8 @@ class Lane:
 
     def most(self) -> int:
         """Records to read at once, so that they take about BYTES."""
-        return self.batch if not self.wide and self.width < NARROW else max(1, min(self.batch, int(BYTES / max(1.0, self.width))))
+        most = self.together
+        return most if not self.wide and self.width < NARROW else max(1, min(most, int(BYTES / max(1.0, self.width))))
 
     def measured(self, width: float) -> None:
         """What the widest of some rows took."""
