@@ -115,7 +115,7 @@ def old_xmin(run: Run) -> Rows:
     rows = run.size(200_000, 20_000)
     with _ready(run, "old_xmin", rows) as (url, conn), connect(url) as holder:
         holder.execute("begin isolation level repeatable read")
-        holder.execute("select count(*) from bench_in")
+        holder.execute("select 1")  # takes the snapshot, locks nothing
         progress = _drain(conn, url, rows)
     first, last = _rate(progress, 0, 0.1), _rate(progress, 0.9, 1)
     return {"old_xmin_ratio": Row(last / first, detail={"first_per_s": round(first), "last_per_s": round(last)})}

@@ -78,7 +78,7 @@ def pickup_loaded(run: Run) -> Rows:
         done, _ = insert(url, _LOAD, run.size(8, 3))
         most = done / (wait_idle(conn) - began)
         count = run.size(1000, 200)
-        with inserting(url, _LOAD, seconds=count * 0.03 + 5, rate=most / 2) as process:
+        with inserting(url, _LOAD, seconds=600, rate=most / 2) as process:
             time.sleep(1)
             times = _probe_all(conn, count, 0.01, 0.03)
             if process.poll() is not None:
