@@ -53,6 +53,7 @@ class Doorbell:
 
     async def announce(self) -> Answer:
         """Says that this worker is idle. BELL: look once more, then wait. Never waits for a lock."""
+        await self.hush()                                              # a lock taken twice would outlast one hush
         conn = await self._connected()
         if conn is None:
             return Answer.OFF

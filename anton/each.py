@@ -27,6 +27,7 @@ FLUSH = 100  # finished records
 GATHER = 0.1  # seconds that fewer wait for more
 AT_LATEST = 1.0  # seconds
 SLOW = 0.01  # seconds in one record after which more threads help
+STUBBORN = 5.0  # seconds that a cancelled coroutine may take to end
 SLICE = 0.002  # seconds after which a coroutine that never waits lets others run
 
 
@@ -59,7 +60,7 @@ class Each:
     """One batch of a lane with each=True on its way.
 
     changed: set when there is something to take. finished, ops, fates: taken and not settled yet. over: all is settled
-    or skipped. world: what the world raised; then what was not started is skipped.
+    or skipped. world: what the world raised; then what was not started is skipped. ended: its run has left.
     """
 
     def __init__(self, db: Database, lane: Lane, inputs: Inputs, ctx: Any) -> None:
@@ -71,6 +72,7 @@ class Each:
         self.chunks: deque[Chunk] = deque()
         self.skipped: deque[int] = deque()
         self.world: BaseException | None = None
+        self.ended = False
         self.changed = asyncio.Event()
         self.loop = asyncio.get_running_loop()
         self.finished: list[int] = []
@@ -105,9 +107,14 @@ class Each:
         self.loop.call_soon_threadsafe(self.changed.set)
 
     def stop(self, error: BaseException | None) -> None:
-        """The world fails: this handler starts nothing more. Called from any thread."""
-        self.world = self.lane.down = error
-        self.loop.call_soon_threadsafe(self.changed.set)
+        """The world fails: this handler starts nothing more. Called from any thread, also when nobody waits any more."""
+        self.world = error
+        self.loop.call_soon_threadsafe(self._stopped)
+
+    def _stopped(self) -> None:
+        if not self.ended:                                             # else nothing would take the lane up again
+            self.lane.down = self.world
+        self.changed.set()
 
     def drop(self) -> None:
         """Skips what was not started."""
@@ -161,7 +168,9 @@ class Each:
 
 
 class Puller:
-    """Works items of one lane in turn. started: when the current one was begun, 0 between them."""
+    """Works items of one lane in turn. started: when the current one was begun, 0 between them. expired: it is cancelled
+    for taking longer than the timeout; given_up: it did not end even then.
+    """
 
     def __init__(self, lane: Lane) -> None:
         self.lane = lane
@@ -169,6 +178,7 @@ class Puller:
         self.chunk: Chunk | None = None
         self.item = WHOLE
         self.started = 0.0
+        self.expired = False
         self.given_up = False
         self.task: asyncio.Future[Any] | None = None
 
@@ -241,18 +251,22 @@ class Pullers:
             self._start(lane, mine)
 
     def more(self, lane: Lane) -> None:
-        """Doubles the threads of a lane whose records are slow, gives up those that are stuck."""
+        """Doubles the threads of a lane whose records are slow; ends what takes longer than its timeout."""
         mine = self._of.get(lane.id, set())
         now, limit = time.perf_counter(), lane.timeout.total_seconds()
         slow = 0
         for puller in list(mine):
             started = puller.started
-            if not started or lane.handler.is_async:
+            if not started:
                 continue
-            slow += now - started > SLOW
-            if now - started > limit:
+            took = now - started
+            slow += took > SLOW
+            if took > limit + (STUBBORN if lane.handler.is_async else 0):
                 self._give_up(puller, mine)
-        if slow and lane.items and slow >= len(mine):
+            elif took > limit and not puller.expired and puller.task is not None:
+                puller.expired = True
+                puller.task.cancel()
+        if not lane.handler.is_async and slow and lane.items and slow >= len(mine):
             for _ in range(min(len(mine) or 1, lane.concurrency - len(mine), len(lane.items))):
                 self._start(lane, mine)
 
@@ -286,7 +300,8 @@ class Pullers:
         chunk.done.append(item)
         each.chunks.append(chunk)
         each.changed.set()
-        self._stuck()
+        if not puller.lane.handler.is_async:
+            self._stuck()
         if puller.lane.items:
             self._start(puller.lane, mine)
 
@@ -312,23 +327,27 @@ def _pull_sync(puller: Puller) -> None:
 
 
 async def _pull_async(puller: Puller) -> None:
-    mark, fn, seconds = owner.set, puller.lane.handler.run, puller.lane.timeout.total_seconds()
+    mark, fn = owner.set, puller.lane.handler.run
     slice_ends = time.perf_counter() + SLICE
     while puller.next():
         each, chunk, item = puller.each, puller.chunk, puller.item
         assert each is not None and chunk is not None
         mark(item)
         error: BaseException | None = None
-        limit = asyncio.timeout(seconds)
         try:
-            async with limit:
-                await fn(each.inputs.items[item], each.ctx)
-        except TimeoutError as raised:
-            error = HandlerTimeout(puller.lane.name, seconds) if limit.expired() else raised
+            await fn(each.inputs.items[item], each.ctx)
         except asyncio.CancelledError:
-            raise
+            if not puller.expired or puller.given_up:
+                raise
+            puller.expired = False
+            task = asyncio.current_task()
+            while task is not None and task.cancelling():
+                task.uncancel()
+            error = HandlerTimeout(puller.lane.name, puller.lane.timeout.total_seconds())
         except BaseException as raised:
             error = raised
+        if puller.given_up:
+            return
         puller.end(error)
         if puller.started > slice_ends:
             await asyncio.sleep(0)

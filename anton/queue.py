@@ -180,8 +180,8 @@ async def poll(db: Database, conn: Conn, worker: int, handlers: list[int]) -> Lo
 
 
 async def passes(db: Database, conn: Conn, handler: int, job: Job) -> set[int]:
-    """Ordinals of a degraded job whose records are there and pass the handler's filter."""
-    found = await db.call_value(conn, "passes", handler, job.ids, job.keys)
+    """Ordinals of a degraded job whose records pass the handler's filter as they are now, or may: deleted ones."""
+    found = await db.call_value(conn, "passes", handler, job.ids, job.keys, job.op.encode())
     return {job.lo + position - 1 for position in found}
 
 

@@ -312,7 +312,7 @@ class Runner:
         if not each.count or inputs.gone or inputs.broken:
             await self.finish(run, inputs, Called([], {}), 0.0, 0, [])
         each.send()
-        quiet = min(1.0, max(SLOW, lane.timeout.total_seconds() / 4))
+        quiet = min(1.0, max(SLOW, lane.timeout.total_seconds() / 10))
         try:
             while not each.over:
                 self.pullers.pull(lane)
@@ -324,6 +324,7 @@ class Runner:
                 if each.gather(self.pullers.open_chunks):
                     await self._flush(run, each, (time.perf_counter() - started) * 1000)
         finally:
+            each.ended = True
             each.drop()
         if each.world is not None:
             raise World(each.world)

@@ -454,7 +454,9 @@ create or replace function capture_kept(w watched, p_event text) returns text la
                 select from handler h where h.table_id = w.id and h.enabled and h.kind = 'sql' and h.read = 'change' and 'new' = any (h.ops))
                and not exists (                            -- a handler of this event has them kept already
                 select from handler h where h.table_id = w.id and h.enabled and p_event = any (h.ops) and h.read = 'change'
-                   and h.where_sql is null and (p_event = 'deleted' or h.columns is null))
+                   and h.where_sql is null and (p_event = 'deleted' or h.columns is null and exists (
+                     -- those whose key changed are kept as deleted, or not at all
+                     select from handler d where d.table_id = w.id and d.enabled and 'deleted' = any (d.ops) and d.read = 'change' and d.where_sql is null)))
               then capture_group(w, 'deleted', 'statement', '{}', '{}', true, null, '{}', null, false, false) end
 $$;
 

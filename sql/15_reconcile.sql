@@ -130,6 +130,7 @@ returns table ("table" text, found bigint, can text, cannot text) language plpgs
 declare
   w watched; h handler; v_rel text; v_keys jsonb; v_since text; v_stamp text; v_can text[]; v_cannot text[]; v_disabled text; v_wait text; v_horizon bigint; v_found bigint := 0;
 begin
+  perform pg_advisory_xact_lock(1634628723, (select oid::int from pg_namespace where nspname = current_schema()));   -- two would both find the same
   perform mend();
   select * into w from watched where relid = resolve(p_table);
   if w.id is null then

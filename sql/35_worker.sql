@@ -22,11 +22,13 @@ $$;
 
 -- worker_died(worker) -> leases freed
 -- For whoever saw the process die (its parent): its leases end now instead of later. Its jobs come back as suspects.
+-- What its backend is still settling is left alone: that commits, or the lease ends in its time.
 create or replace function worker_died(p_worker int) returns bigint language plpgsql volatile set search_path from current as $$
-declare v_n bigint;
+declare v_n bigint; v_rows tid[];
 begin
   update worker set stopped_at = now() where id = p_worker and stopped_at is null;
-  update lease set lease_until = '-infinity' where worker_id = p_worker;
+  select array_agg(x.row) into v_rows from (select ctid as row from lease where worker_id = p_worker for update skip locked) x;
+  update lease set lease_until = '-infinity' where ctid = any (v_rows);
   get diagnostics v_n = row_count;
   perform ring();
   return v_n;

@@ -584,3 +584,86 @@ async def test_a_restart_of_every_backend_burns_no_attempt(db: Database):
         await bench.until_done()
     assert await bench.value("select count(distinct data->>'n') from b") == 300 == await bench.count("b")
     assert attempts == {1} and await bench.left() == {}
+
+
+async def test_a_record_whose_lease_was_lost_leaves_its_handler_working_when_the_world_fails_late(db: Database):
+    seen: list[int] = []
+    hold = threading.Event()
+
+    def handle(record: Any) -> None:
+        seen.append(record["n"])
+        if record["n"] == 1:
+            hold.wait(20)
+            raise ConnectionError("the peer is away")
+
+    bench = await one_handler(db, handle, each=True)
+    async with bench.running() as worker:
+        await bench.add("a", [{"n": 1}])
+        await bench.until("select exists (select from anton.lease)")
+        while not seen:
+            await asyncio.sleep(0.01)
+        await bench.sql("delete from anton.lease")                      # another worker has finished it
+        worker._lost(set(worker._tokens()))
+        while worker._active:
+            await asyncio.sleep(0.01)
+        hold.set()
+        await asyncio.sleep(0.3)
+        await bench.add("a", [{"n": 2}])
+        await bench.until_done()
+    assert seen == [1, 2]
+
+
+async def test_deleted_records_whose_filter_fails_reach_the_handler(db: Database):
+    seen: list[int] = []
+
+    def declare() -> None:
+        @Table("a").on_deleted_records(where="(data ->> 'n')::int >= 0")
+        def gone(records: Records) -> None:
+            seen.extend(change.key for change in records.changes)
+
+    bench = await Bench.make(db, declare)
+    await bench.add("a", [{"n": "1"}, {"n": "bad"}, {"n": "3"}])
+    await bench.sql("delete from a")
+    await bench.work()
+    assert len(seen) == 3
+
+
+async def test_a_key_that_moved_leaves_its_first_record_to_a_sql_handler(db: Database):
+    def declare() -> None:
+        table = Table("kept")
+        table.on_updated_records(lambda records: None, name="updated")
+        table.on_new_records.sql("insert into kept_out select id, s from new_records", name="keep")
+
+    await _sql(db, "create table kept (id bigint primary key, s text); create table kept_out (id bigint, s text)")
+    bench = await Bench.make(db, declare)
+    await bench.sql("insert into kept values (1, 'a')")
+    await bench.sql("update kept set id = 100")
+    await bench.work()
+    assert await bench.column("select id from kept_out order by id") == [1, 100]
+
+
+async def test_leases_of_a_dead_worker_are_freed_beside_one_that_its_backend_still_settles(db: Database):
+    bench = await one_handler(db, lambda records: None, batch=1)
+    await bench.add("a", [{"n": 1}, {"n": 2}])
+    await bench.sql("select id from anton.claim(7, 42, array(select id from anton.handler), '{10}', '{10}', '{0}', '30 s')")
+    async with db.tx() as conn:
+        await conn.execute("select anton.ack(42, array(select min(id) from anton.lease), 7, 0)")
+        assert await asyncio.wait_for(bench.value("select anton.worker_died(7)"), 5) == 1
+
+
+async def test_two_reconciles_at_once_queue_what_was_missed_once(db: Database):
+    bench = await one_handler(db, lambda records: None)
+    async with db.tx() as conn:
+        await conn.execute("set local session_replication_role = replica")
+        await conn.execute("insert into a (data) values ('{}')")
+    async with db.tx() as conn:
+        assert await conn.fetchval("select found from anton.reconcile('a')") == 1
+        second = asyncio.create_task(bench.value("select found from anton.reconcile('a')"))
+        await asyncio.sleep(0.3)
+    assert await asyncio.wait_for(second, 5) == 0
+    assert await bench.count("anton.job") == 1
+
+
+async def _sql(db: Database, text: str) -> None:
+    async with db.conn() as conn:
+        await conn.execute(text)
