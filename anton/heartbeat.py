@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from anton.errors import AntonError
 
 SEEN = 10.0  # an idle worker says that it lives at most so often, in seconds
 _LOST = (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, AntonError)
+
+log = logging.getLogger("anton.worker")
 
 
 class Heartbeat:
@@ -54,9 +57,10 @@ class Heartbeat:
         seen = 0.0
         try:
             while not self._stop.is_set():
-                tokens, pause = self._tokens(), self._every
-                if tokens or time.monotonic() - seen >= SEEN:
-                    try:
+                pause = self._every
+                try:
+                    tokens = self._tokens()
+                    if tokens or time.monotonic() - seen >= SEEN:
                         if conn is None or conn.is_closed():
                             conn = await self._db.connect()
                         held = await asyncio.wait_for(
@@ -64,11 +68,13 @@ class Heartbeat:
                         seen = time.monotonic()
                         if len(held) < len(tokens):
                             self._lost(set(tokens) - held)
-                    except _LOST:
-                        pause = min(1.0, self._every)
-                        if conn is not None:
-                            conn.terminate()
-                            conn = None
+                except Exception as error:                             # whatever it is, the leases need the next beat
+                    if not isinstance(error, _LOST):
+                        log.exception("worker: heartbeat")
+                    pause = min(1.0, self._every)
+                    if conn is not None:
+                        conn.terminate()
+                        conn = None
                 await asyncio.sleep(pause)
         finally:
             if conn is not None:

@@ -243,10 +243,11 @@ class Runner:
                 if WHOLE not in bad:
                     fates |= dict.fromkeys(bad, failed(whole))
             if WHOLE in bad or not bad:
+                part = batch if items is None else batch.pick(inputs.positions({*items, *fates}))
                 if isinstance(whole, RowChanged):
-                    await self._again(run, batch, conflicts)
+                    await self._again(run, part, conflicts)
                 else:
-                    await self._split(run, batch, whole)
+                    await self._split(run, part, whole)
                 return
             if isinstance(whole, RowChanged):
                 again |= bad
@@ -359,9 +360,10 @@ class Runner:
         finally:
             run.overdue_at = None
             scope.close()
+        ops = scope.take()
         if ctx is None or not ctx.outcomes:
-            return Called(scope.ops, {})
-        return Called(pick(scope.ops, ctx.outcomes, keep=False), {item: fate_of(outcome) for item, outcome in ctx.outcomes.items()})
+            return Called(ops, {})
+        return Called(pick(ops, ctx.outcomes, keep=False), {item: fate_of(outcome) for item, outcome in ctx.outcomes.items()})
 
     async def _call_async(self, code: Code, scope: Scope, records: Records[Any], ctx: Ctx | None, seconds: float) -> None:
         task = asyncio.create_task(_coroutine(code, scope, records, ctx))
