@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import contextvars
 import os
 import re
 import socket
@@ -351,7 +352,8 @@ class Portal:
         if threading.current_thread() is self.thread:
             coro.close()
             raise RuntimeError("db.run() inside the loop that it would wait for: await the coroutine instead")
-        future = asyncio.run_coroutine_threadsafe(coro, self.loop)
+        # in no context: a connection keeps the one it was made in, with all that a handler was called with
+        future = contextvars.Context().run(asyncio.run_coroutine_threadsafe, coro, self.loop)
         try:
             return future.result()
         except BaseException:                                          # Ctrl-C while waiting: take the work along

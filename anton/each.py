@@ -49,9 +49,10 @@ class Chunk:
         items = self.done[self.taken:end]
         fates = {item: self.fates[item] for item in items if item in self.fates}
         good = {item for item in items if item not in fates}
-        ops = self.scope.ops
-        if self.taken or fates or not self.scope.closed:
-            ops = pick(list(ops), good)
+        ended = self.scope.closed
+        ops = self.scope.take() if ended else list(self.scope.ops)
+        if self.taken or fates or not ended:
+            ops = pick(ops, good)
         self.taken = end
         return items, ops, fates
 

@@ -109,7 +109,7 @@ class Handler:
         """Calls a def with records, or one record, and records what it returns or yields."""
         assert self.fn is not None
         result = self.fn(subject, ctx) if self.wants_ctx else self.fn(subject)
-        if inspect.isawaitable(result):
+        if result is not None and inspect.isawaitable(result):
             if inspect.iscoroutine(result):
                 result.close()
             raise BadSignature(self.name, "and returns a coroutine from def", "async def", self.place)
@@ -120,11 +120,13 @@ class Handler:
         """Calls an async def with records, or one record, and records what it returns or yields."""
         assert self.fn is not None
         result = self.fn(subject, ctx) if self.wants_ctx else self.fn(subject)
-        if isinstance(result, AsyncIterator):
+        if inspect.iscoroutine(result):                                # the usual case, and the quickest to see
+            result = await result
+        elif isinstance(result, AsyncIterator):
             async for value in result:
                 self.emit(value)
             return
-        if isinstance(result, Awaitable):
+        elif isinstance(result, Awaitable):
             result = await result
         if result is not None:
             self.emit(result)

@@ -247,9 +247,11 @@ class Lane:
             setattr(self, name, getattr(new, name))
 
     def most(self) -> int:
-        """Records to read at once, so that they take about BYTES."""
-        most = self.together
-        return most if not self.wide and self.width < NARROW else max(1, min(most, int(BYTES / max(1.0, self.width))))
+        """Records to read and settle together: those of a batch, as long as they take about BYTES."""
+        most = max(self.batch, TOGETHER) if self.each else self.batch
+        if self.wide or self.width > NARROW:
+            most = min(most, int(BYTES / max(1.0, self.width)))
+        return max(1, most)
 
     def measured(self, width: float) -> None:
         """What the widest of some rows took."""

@@ -87,9 +87,15 @@ class Scope:
         """No more writes; keys that were taken and not used go back."""
         self.closed = True
         _live.discard(self)
+        self._seen, self._versions = [], {}                            # contexts of tasks may outlive the call by far
         sinks, self.sinks = self.sinks, {}
         for sink in sinks.values():
             sink.close()
+
+    def take(self) -> list[Op]:
+        """What was recorded, after the end; then the scope holds nothing more."""
+        ops, self.ops, self.inputs = self.ops, [], None
+        return ops
 
     def add(self, op: Op) -> None:
         """A write that comes after all so far."""
