@@ -169,7 +169,7 @@ class Each:
 
 
 class Puller:
-    """Works items of one lane in turn. started: when the current one was begun, 0 between them. expired: it is cancelled
+    """Works items of one lane in turn. started: when the current one was begun, 0 between. expired: it is cancelled
     for taking longer than the timeout; given_up: it did not end even then.
     """
 
@@ -308,7 +308,11 @@ class Pullers:
 
     def open_chunks(self, each: Each) -> list[Chunk]:
         """What pullers are still adding to."""
-        return [puller.chunk for puller in list(self._of.get(each.lane.id, ())) if puller.each is each and puller.chunk is not None]
+        return [
+            puller.chunk
+            for puller in list(self._of.get(each.lane.id, ()))
+            if puller.each is each and puller.chunk is not None
+        ]
 
 
 def _pull_sync(puller: Puller) -> None:

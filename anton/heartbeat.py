@@ -1,4 +1,4 @@
-"""Heartbeat: keeps leases alive from a thread of its own, so that a handler that blocks the event loop loses nothing."""
+"""Heartbeat: keeps leases alive from a thread of its own: a handler that blocks the event loop loses nothing."""
 
 from __future__ import annotations
 

@@ -93,11 +93,12 @@ class Batch:
 class Lane:
     """A handler's state in this worker.
 
-    items: (Each, item) that wait for a puller. handler: what runs it: a Handler, a Schedule, or None for SQL. concurrency: calls (records, with each) at a time.
+    items: (Each, item) that wait for a puller. handler: what runs it: a Handler, a Schedule, or None for SQL.
+    concurrency: calls (records, with each) at a time.
     ready: the queue may hold more of it. after: the last job id claimed. width: bytes of its widest rows lately, 0: not
     known; wide: its table has values stored out of line.
     rate: records/s settled lately; seconds: of a call lately. document: the table has no model and was made by Anton.
-    make: an instance of the table's model from a row. down: what the world raised; nothing starts until all calls ended.
+    make: an instance of the table's model from a row. down: what the world raised; nothing starts until calls ended.
     """
 
     id: int
@@ -182,11 +183,13 @@ class Lane:
         self.from_start_at = now
         return 0
 
-    def claimed(self, jobs: list[Job], asked_jobs: int, asked_records: int, after: int, now: float, took: float) -> None:
+    def claimed(
+        self, jobs: list[Job], asked_jobs: int, asked_records: int, after: int, now: float, took: float
+    ) -> None:
         """Takes what a claim brought that was asked for so many jobs and records after an id."""
         records = sum(len(job.left) for job in jobs)
         full = len(jobs) >= asked_jobs or records >= asked_records
-        self.ready = full or after > 0                                 # only the tail was looked at: look from the start
+        self.ready = full or after > 0  # only the tail was looked at: look from the start
         self.after = jobs[-1].id if full and jobs else 0
         if not after:
             self.from_start_took = took
@@ -211,7 +214,13 @@ class Lane:
             if until > now:
                 self.held_until = until
                 return None
-        if self.ready and self.waiting_records < self.batch and self.wants() and now < self.since + GATHER and not first.probe:
+        if (
+            self.ready
+            and self.waiting_records < self.batch
+            and self.wants()
+            and now < self.since + GATHER
+            and not first.probe
+        ):
             self.held_until = self.since + GATHER                      # there is more: the next claim fills it up
             return None
         most = self.together
@@ -242,8 +251,28 @@ class Lane:
 
     def turn_into(self, new: Lane) -> None:
         """Takes over what the catalogue says now; what is claimed and runs goes on."""
-        for name in ("name", "handler", "kind", "each", "read", "where", "batch", "max_wait", "concurrency", "timeout", "attempts", "backoff",
-                     "table_id", "table", "key_columns", "key_kind", "fetch_sql", "feeding", "document", "make"):
+        for name in (
+            "name",
+            "handler",
+            "kind",
+            "each",
+            "read",
+            "where",
+            "batch",
+            "max_wait",
+            "concurrency",
+            "timeout",
+            "attempts",
+            "backoff",
+            "table_id",
+            "table",
+            "key_columns",
+            "key_kind",
+            "fetch_sql",
+            "feeding",
+            "document",
+            "make",
+        ):
             setattr(self, name, getattr(new, name))
 
     def most(self) -> int:

@@ -86,19 +86,45 @@ def _jobs(lease: int, rows: list[asyncpg.Record]) -> list[Job]:
         if settled:
             done = set(settled)
             left = [ordinal for ordinal in left if ordinal not in done]
-        jobs.append(Job(lease, handler_id, id, change_id, at, cause, trace, lo, hi, attempt, crashes, depth, op.decode(),
-                        tenant, origin, ids, keys, cols, degraded, waited, probe, left))
+        jobs.append(
+            Job(
+                lease,
+                handler_id,
+                id,
+                change_id,
+                at,
+                cause,
+                trace,
+                lo,
+                hi,
+                attempt,
+                crashes,
+                depth,
+                op.decode(),
+                tenant,
+                origin,
+                ids,
+                keys,
+                cols,
+                degraded,
+                waited,
+                probe,
+                left,
+            )
+        )
     return jobs
 
 
 async def claim(db: Database, conn: Conn, worker: int, lease: timedelta, handlers: list[int], jobs: list[int],
                 records: list[int], after: list[int]) -> list[Job]:
-    """Leases up to jobs[i] jobs of about records[i] records with id > after[i] for each handlers[i], by (handler, id)."""
+    """Leases up to jobs[i] jobs of about records[i] records with id > after[i] of each handlers[i], by (handler, id)."""
     mine = token()
     return _jobs(mine, await db.call(conn, "claim", worker, mine, handlers, jobs, records, after, lease))
 
 
-async def reclaim(db: Database, conn: Conn, worker: int, lease: timedelta, handlers: list[int], jobs: int = 1) -> list[Job]:
+async def reclaim(
+    db: Database, conn: Conn, worker: int, lease: timedelta, handlers: list[int], jobs: int = 1
+) -> list[Job]:
     """Leases suspects: jobs whose worker died with them. Run each alone."""
     mine = token()
     return _jobs(mine, await db.call(conn, "reclaim", worker, mine, handlers, lease, jobs))

@@ -8,7 +8,7 @@ One key twice in a batch arrives once, and both changes settle with it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from operator import itemgetter
@@ -83,7 +83,11 @@ class Reader:
 
     async def read(self, conn: Conn, lane: Lane, batch: Batch) -> Inputs:
         """The records of a batch."""
-        if lane.read == "now" and lane.key_kind == "id" and all(job.ids is not None and job.op != "d" for job, _ in batch.parts):
+        if (
+            lane.read == "now"
+            and lane.key_kind == "id"
+            and all(job.ids is not None and job.op != "d" for job, _ in batch.parts)
+        ):
             return _made(lane, await self._by_id(conn, lane, batch))
         items: list[Any] = [None] * batch.size
         images: dict[int, tuple[Any, Any]] = {}
@@ -94,7 +98,11 @@ class Reader:
             if job.cols is None or (lane.read == "now" and lane.key_kind != "none" and job.op != "d"):
                 now.append(position)
         left = set(now)
-        gone = [position for position in range(batch.size) if position not in left and batch.at(position)[0].op not in EVENTS]
+        gone = [
+            position
+            for position in range(batch.size)
+            if position not in left and batch.at(position)[0].op not in EVENTS
+        ]
         for position, (old, new) in (await self._by_image(conn, lane, batch, gone)).items():
             items[position] = old if new is None else new
             images[position] = old, new
@@ -102,7 +110,9 @@ class Reader:
         for position, row in found.items():
             items[position] = row
         dropped = {twin for twins_ in twins.values() for twin in twins_}
-        live = [n for n, (job, _) in enumerate(batch) if n not in dropped and (items[n] is not None or job.op in EVENTS)]
+        live = [
+            n for n, (job, _) in enumerate(batch) if n not in dropped and (items[n] is not None or job.op in EVENTS)
+        ]
         number = {position: item for item, position in enumerate(live)}
         lost = [n for n in range(batch.size) if n not in dropped and n not in number]
         inputs = Inputs(batch, [items[n] for n in live], list(found.values()), live, lost,
@@ -139,7 +149,9 @@ class Reader:
                 gone.append(position)
         return Inputs(batch, items, rows, None if len(first) == batch.size else first, gone, twins)
 
-    async def _by_key(self, conn: Conn, lane: Lane, batch: Batch, positions: list[int]) -> tuple[dict[int, Any], dict[int, list[int]]]:
+    async def _by_key(
+        self, conn: Conn, lane: Lane, batch: Batch, positions: list[int]
+    ) -> tuple[dict[int, Any], dict[int, list[int]]]:
         """Rows of now by position, and the further positions of keys that come more than once."""
         keys: dict[Any, int] = {}
         twins: dict[int, list[int]] = {}
@@ -166,7 +178,9 @@ class Reader:
             job, ordinal = batch.at(position)
             if job.op == "d" and position not in found:                # its image is missing: the key is what is left
                 key = job.key(ordinal)
-                found[position] = Record(dict(zip(lane.key_columns, key if isinstance(key, list) else [key], strict=False)))
+                found[position] = Record(
+                    dict(zip(lane.key_columns, key if isinstance(key, list) else [key], strict=False))
+                )
         return found, twins
 
     async def _by_image(self, conn: Conn, lane: Lane, batch: Batch, positions: list[int]) -> dict[int, tuple[Any, Any]]:
@@ -178,19 +192,23 @@ class Reader:
         for cols, jobs in wanted.items():
             sql = self._images.get((lane.table_id, cols))
             if sql is None:
-                sql = self._images[lane.table_id, cols] = await queue.images_sql(self._db, conn, lane.table_id, list(cols))
-            for row in await conn.fetch(sql, [job.change_id for job in jobs], [job.lo for job in jobs], [job.hi for job in jobs]):
+                sql = self._images[lane.table_id, cols] = await queue.images_sql(
+                    self._db, conn, lane.table_id, list(cols)
+                )
+            for row in await conn.fetch(
+                sql, [job.change_id for job in jobs], [job.lo for job in jobs], [job.hi for job in jobs]
+            ):
                 rows[row["change_id"], row["ord"]] = row
         out: dict[int, tuple[Any, Any]] = {}
         for position in positions:
             job, ordinal = batch.at(position)
-            row = rows.get((job.change_id, ordinal))
-            if row is None:
+            image = rows.get((job.change_id, ordinal))
+            if image is None:
                 continue
-            cols = job.cols or []
-            values = list(row.values())[2:]                            # new and old of each column in turn
-            new = Record(dict(zip(cols, values[0::2], strict=True)), lane.document) if job.op != "d" else None
-            old = Record(dict(zip(cols, values[1::2], strict=True)), lane.document) if job.op != "n" else None
+            names = job.cols or []
+            values = list(image.values())[2:]                          # new and old of each column in turn
+            new = Record(dict(zip(names, values[0::2], strict=True)), lane.document) if job.op != "d" else None
+            old = Record(dict(zip(names, values[1::2], strict=True)), lane.document) if job.op != "n" else None
             out[position] = old, new
         return out
 
@@ -204,7 +222,7 @@ def _made(lane: Lane, inputs: Inputs) -> Inputs:
     try:
         inputs.items = [item if item is None else make(item) for item in inputs.items]
     except Exception:
-        items, first, moved = [], [], dict[int, int]()
+        items, first, moved = list[Any](), list[int](), dict[int, int]()
         for item, row in enumerate(inputs.items):
             position = item if inputs.first is None else inputs.first[item]
             try:
@@ -225,7 +243,7 @@ def _made(lane: Lane, inputs: Inputs) -> Inputs:
 
 
 async def _rows(conn: Conn, lane: Lane, ids: list[int]) -> list[Any]:
-    """Rows of now by their integer keys, in any order. Keys in a row are asked for as a range: fewer steps on both sides."""
+    """Rows of now by their integer keys, in any order. Keys in a row are asked for as a range: less to do."""
     assert lane.fetch_sql is not None
     kind, base = Document if lane.document else Row, lane.fetch_sql.removesuffix(_ANY)
     if len(ids) > 1 and ids[-1] - ids[0] == len(ids) - 1 and ids == list(range(ids[0], ids[-1] + 1)):
@@ -244,5 +262,7 @@ def _width(rows: Sequence[Any]) -> float:
 
 def _bytes(row: Any) -> float:
     values = asyncpg.Record.values(row) if isinstance(row, asyncpg.Record) else row.values()
-    return 1.0 + sum(len(value) if isinstance(value, (str, bytes)) else len(repr(value)) if isinstance(value, (dict, list)) else 8
-                     for value in values)
+    return 1.0 + sum(
+        len(value) if isinstance(value, (str, bytes)) else len(repr(value)) if isinstance(value, (dict, list)) else 8
+        for value in values
+    )

@@ -48,7 +48,7 @@ MARGIN = 10.0  # seconds that a call may outlast its timeout before its lease is
 
 @dataclass(eq=False)
 class Run:
-    """One batch on its way. overdue_at: loop time after which its leases are not kept alive, None while no call runs."""
+    """One batch on its way. overdue_at: loop time after which its leases are left to end, None while no call runs."""
 
     lane: Lane
     batch: Batch
@@ -130,7 +130,7 @@ class Interrupted(Exception):
 
 
 class Runner:
-    """Runs batches for one worker. wrote: told the tables a commit wrote to; stuck: told of a thread that was given up."""
+    """Runs batches for one worker. wrote: told the tables of a commit; stuck: told of a thread that was given up."""
 
     def __init__(self, db: Database, app: App, threads: Threads, *,
                  wrote: Callable[[set[int] | None], None] = lambda tables: None,
@@ -165,7 +165,7 @@ class Runner:
         except asyncio.CancelledError:
             await asyncio.shield(self._leave(run, None))
             raise
-        except Exception as error:                                     # ours, not the handler's: the jobs must not be lost
+        except Exception as error:  # ours, not the handler's: the jobs must not be lost
             log.exception("worker: %s", lane.name)
             await self._leave(run, error)
 
@@ -344,8 +344,9 @@ class Runner:
         """One call with all items. Raises what the handler raises; Interrupted, Stuck."""
         lane = run.lane
         code = lane.handler
-        records: Records[Any] = Records([item for item in inputs.items if item is not None] if inputs.events else inputs.items,
-                                        inputs.changes)
+        records: Records[Any] = Records(
+            [item for item in inputs.items if item is not None] if inputs.events else inputs.items, inputs.changes
+        )
         scope = Scope("handler", records, self.db, code.on_conflict)
         if inputs.rows and code.relation is not None:
             scope.saw(code.relation, inputs.rows)
@@ -363,9 +364,13 @@ class Runner:
         ops = scope.take()
         if ctx is None or not ctx.outcomes:
             return Called(ops, {})
-        return Called(pick(ops, ctx.outcomes, keep=False), {item: fate_of(outcome) for item, outcome in ctx.outcomes.items()})
+        return Called(
+            pick(ops, ctx.outcomes, keep=False), {item: fate_of(outcome) for item, outcome in ctx.outcomes.items()}
+        )
 
-    async def _call_async(self, code: Code, scope: Scope, records: Records[Any], ctx: Ctx | None, seconds: float) -> None:
+    async def _call_async(
+        self, code: Code, scope: Scope, records: Records[Any], ctx: Ctx | None, seconds: float
+    ) -> None:
         task = asyncio.create_task(_coroutine(code, scope, records, ctx))
         try:
             done, _ = await asyncio.wait({task}, timeout=seconds)
@@ -379,7 +384,9 @@ class Runner:
         await asyncio.wait({task}, timeout=MARGIN / 2)                 # one that will not end is left alone
         raise HandlerTimeout(code.name, seconds)
 
-    async def _call_thread(self, code: Code, scope: Scope, records: Records[Any], ctx: Ctx | None, seconds: float) -> None:
+    async def _call_thread(
+        self, code: Code, scope: Scope, records: Records[Any], ctx: Ctx | None, seconds: float
+    ) -> None:
         context = contextvars.copy_context()
         future = self.threads.submit(lambda: context.run(_plain, code, scope, records, ctx))
         try:
@@ -427,7 +434,9 @@ class Runner:
 
     async def origin(self, inputs: Inputs, change: Change[Any]) -> Origin:
         """The record that a chain of handlers began with. In any loop."""
-        job = next(job for job in inputs.batch.jobs if job.change_id == change.id and job.lo <= change.ordinal <= job.hi)
+        job = next(
+            job for job in inputs.batch.jobs if job.change_id == change.id and job.lo <= change.ordinal <= job.hi
+        )
         key = list(change.key) if isinstance(change.key, tuple) else [change.key]
         table = self.tables[job.handler_id]
         async with self.db.conn() as conn:
@@ -459,8 +468,10 @@ class Runner:
             return batch
         for job in deep:
             path = await self.settler.lend(partial(queue.chain, self.db, receipt=job.cause)) if job.cause else ""
-            text = (f"{job.depth} handlers deep, and the limit is {self.depth_limit}: … -> {path} -> {run.lane.table} -> "
-                    f"{run.lane.name}. These handlers feed each other; stop the loop with where=, or write to another Table")
+            text = (
+                f"{job.depth} handlers deep, and the limit is {self.depth_limit}: … -> {path} -> {run.lane.table} -> "
+                f"{run.lane.name}. These handlers feed each other; stop the loop with where=, or write to another Table"
+            )
             await self.settler.bury(Batch.of([job]), "depth", text)
         for job in unsure:
             passing = await self.settler.lend(partial(queue.passes, self.db, handler=run.lane.id, job=job))
@@ -482,8 +493,10 @@ class Runner:
                     await self.settler.world_failed(mine, error)
             except LeaseLost:
                 log.warning("worker: %s: the lease was lost; another worker has these records", run.lane.name)
-            except World:                                              # no database: their lease will end
-                log.warning("worker: %s: could not give records back; they come back when their lease ends", run.lane.name)
+            except World:  # no database: their lease will end
+                log.warning(
+                    "worker: %s: could not give records back; they come back when their lease ends", run.lane.name
+                )
 
 
 def _doing(inputs: Inputs, ops: list[Op], fates: dict[int, Fate], again: set[int], ms: float, items: list[int] | None,
@@ -493,7 +506,11 @@ def _doing(inputs: Inputs, ops: list[Op], fates: dict[int, Fate], again: set[int
     ends = {position: fate for item, fate in fates.items() for position in inputs.positions([item])}
     if first:
         ends |= {position: failed(error) for position, error in inputs.broken.items()}
-    good = (item for item in (range(len(inputs.items)) if items is None else items) if item not in fates and item not in again)
+    good = (
+        item
+        for item in (range(len(inputs.items)) if items is None else items)
+        if item not in fates and item not in again
+    )
     gone = inputs.gone if first else []
     return Doing(ops, sorted([*inputs.positions(good), *gone]), ends, inputs.first, gone, ms)
 

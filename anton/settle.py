@@ -18,6 +18,7 @@ import traceback
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from typing import Literal, TypeVar
 
 import asyncpg
@@ -93,7 +94,7 @@ class Doing:
 
 @dataclass(slots=True)
 class _Unit:
-    """One receipt: whole jobs of one token, or ordinals of one job. places: receipt position from 1, by batch position."""
+    """One receipt: whole jobs of one token, or ordinals of one job. places: position in it from 1, by that in the batch."""
 
     jobs: list[Job]
     ordinals: list[int] | None
@@ -175,13 +176,13 @@ class Settler:
     async def give_back(self, jobs: Iterable[Job]) -> None:
         """Jobs that were not finished are ready again; nothing counts against them."""
         for token, ids in _by_token(jobs).items():
-            await self.transact(lambda conn, token=token, ids=ids: queue.give_back(self.db, conn, token, ids))
+            await self.transact(partial(_give_back, self.db, token, ids))
 
     async def world_failed(self, jobs: Iterable[Job], error: BaseException) -> None:
         """Gives the jobs back and lets their handler wait for the world."""
         text = say(error)
         for token, ids in _by_token(jobs).items():
-            await self.transact(lambda conn, token=token, ids=ids: queue.world_failed(self.db, conn, token, ids, text))
+            await self.transact(partial(_world_failed, self.db, token, ids, text))
 
     async def run_sql(self, lane: Lane, jobs: list[Job]) -> None:
         """Runs a SQL handler over whole jobs of one token, which are settled in the same transaction."""
@@ -208,7 +209,9 @@ class Settler:
                 lost += 1
                 await asyncio.sleep(random.uniform(0.5, 1.0) * min(2.0, 0.05 * 2**lost))
 
-    async def transact(self, work: Callable[[Conn], Awaitable[T]], again: tuple[type[Exception], ...] = IN_THE_WAY) -> T:
+    async def transact(
+        self, work: Callable[[Conn], Awaitable[T]], again: tuple[type[Exception], ...] = IN_THE_WAY
+    ) -> T:
         """Runs work in a transaction, anew when another one was in its way or the connection broke."""
         lost, tries = 0, 0
         while True:
@@ -252,9 +255,13 @@ class Settler:
     async def _unit(self, conn: Conn, unit: _Unit, ops: list[Op], doing: Doing) -> list[Output]:
         job = unit.jobs[0]
         if unit.ordinals is None:
-            receipt = await queue.ack(self.db, conn, job.token, [job.id for job in unit.jobs], self.worker, doing.ms, unit.gone)
+            receipt = await queue.ack(
+                self.db, conn, job.token, [job.id for job in unit.jobs], self.worker, doing.ms, unit.gone
+            )
         else:
-            receipt = await queue.ack_part(self.db, conn, job.token, job.id, unit.ordinals, self.worker, doing.ms, unit.gone)
+            receipt = await queue.ack_part(
+                self.db, conn, job.token, job.id, unit.ordinals, self.worker, doing.ms, unit.gone
+            )
         if not ops:
             return []
         outputs = await apply(conn, ops)
@@ -287,9 +294,17 @@ class Settler:
         if relation.oid in self._tables:
             return
         table = relation.table_id
-        if table is None:                                              # written to, and not yet noted as a table of ours
-            table = await self.transact(lambda conn: self.db.call_value(conn, "watch", relation.sql))
+        if table is None:                                              # written to, not yet noted as a table of ours
+            table = int(await self.transact(lambda conn: self.db.call_value(conn, "watch", relation.sql)))
         self._tables[relation.oid] = table
+
+
+async def _give_back(db: Database, token: int, ids: list[int], conn: Conn) -> None:
+    await queue.give_back(db, conn, token, ids)
+
+
+async def _world_failed(db: Database, token: int, ids: list[int], error: str, conn: Conn) -> None:
+    await queue.world_failed(db, conn, token, ids, error)
 
 
 class _Undo(Exception):
@@ -298,7 +313,8 @@ class _Undo(Exception):
 
 def backoff(lane: Lane, attempt: int) -> timedelta:
     """How long a record waits that has failed attempt + 1 times: doubling, with jitter, at most 6 hours."""
-    return min(lane.backoff * 2**min(attempt, 30), LONGEST) * random.uniform(0.75, 1.25)
+    wait: timedelta = min(lane.backoff * 2 ** min(attempt, 30), LONGEST)
+    return wait * random.uniform(0.75, 1.25)
 
 
 def say(error: BaseException) -> str:
@@ -339,7 +355,13 @@ def is_world(error: BaseException) -> bool:
 
 def _status(error: BaseException) -> int:
     response = getattr(error, "response", None)
-    for holder, name in ((error, "status_code"), (response, "status_code"), (response, "status"), (error, "status"), (error, "code")):
+    for holder, name in (
+        (error, "status_code"),
+        (response, "status_code"),
+        (response, "status"),
+        (error, "status"),
+        (error, "code"),
+    ):
         status = getattr(holder, name, None)
         if isinstance(status, int):
             return status
@@ -349,7 +371,9 @@ def _status(error: BaseException) -> int:
 def _units(batch: Batch, doing: Doing) -> list[_Unit]:
     """The receipts that this takes, one for whole jobs of each token and one for each job that is settled in part."""
     whole_batch = doing.done is None and not doing.fates
-    if whole_batch and all(len(ordinals) == job.size and job.token == batch.parts[0][0].token for job, ordinals in batch.parts):
+    if whole_batch and all(
+        len(ordinals) == job.size and job.token == batch.parts[0][0].token for job, ordinals in batch.parts
+    ):
         return [_Unit(batch.jobs, None, {} if doing.first is None else _places(range(batch.size)), len(doing.gone))]
     done = doing.done if doing.done is not None else [n for n in range(batch.size) if n not in doing.fates]
     gone, by_job, jobs = set(doing.gone), dict[int, list[tuple[int, int]]](), dict[int, Job]()
@@ -372,7 +396,7 @@ def _units(batch: Batch, doing: Doing) -> list[_Unit]:
             unit.gone += lost
         else:
             units.append(_Unit([job], [ordinal for _, ordinal in found], _places(positions), lost))
-    if not units and doing.ops:                                        # only writes of the whole: a receipt to hang them on
+    if not units and doing.ops:  # only writes of the whole: a receipt to hang them on
         units.append(_Unit([batch.parts[0][0]], [], {}))
     return units
 

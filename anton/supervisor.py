@@ -211,7 +211,8 @@ class Supervisor:
             self._start_at = time.monotonic() + min(5.0, 0.05 * 2**self._quick) * random.uniform(0.5, 1.0)
 
     def _free(self, worker: int) -> int:
-        """Ends the leases of a worker that is dead; how many. 0 when the database is away: they will end by themselves."""
+        """Ends the leases of a worker that is dead; how many. 0 when the database is away: they end by themselves."""
+
         async def free() -> int:
             conn = await self.db.connect()
             try:

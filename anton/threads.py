@@ -16,7 +16,7 @@ IDLE = 30.0  # seconds after which a thread without work ends
 
 
 class Threads:
-    """Runs functions in threads for one event loop. Makes a thread whenever none is free: callers bound their number."""
+    """Runs functions in threads for one event loop. Makes a thread when none is free: callers bound their number."""
 
     def __init__(self, name: str = "anton-handler") -> None:
         self._name = name

@@ -63,9 +63,19 @@ class Worker:
         await worker.run_until_idle()                     # everything that is due, then return
     """
 
-    def __init__(self, db: Database, app: App, *, slots: int = SLOTS, lease: timedelta | None = None, capture: bool = False,
-                 grace: float = GRACE, on_suspects: Callable[[], None] | None = None,
-                 on_stuck: Callable[[], None] | None = None, started: Callable[[int], None] | None = None) -> None:
+    def __init__(
+        self,
+        db: Database,
+        app: App,
+        *,
+        slots: int = SLOTS,
+        lease: timedelta | None = None,
+        capture: bool = False,
+        grace: float = GRACE,
+        on_suspects: Callable[[], None] | None = None,
+        on_stuck: Callable[[], None] | None = None,
+        started: Callable[[int], None] | None = None,
+    ) -> None:
         self.db = db
         self.app = app
         self.slots = slots
@@ -141,7 +151,7 @@ class Worker:
             await self._end()
 
     async def run_suspects(self) -> int:
-        """Runs the jobs of dead workers, one after the other with nothing beside them; how many records were settled."""
+        """Runs the jobs of dead workers, one after the other, alone; how many records were settled."""
         await self._begin(patient=False)
         try:
             return await self._suspects()
@@ -149,7 +159,7 @@ class Worker:
             await self._end()
 
     def drain(self) -> None:
-        """Claims nothing more; run() returns when what runs is done, or after the grace. Call it in the worker's loop."""
+        """Claims nothing more; run() returns when what runs is done, or after the grace. For the worker's loop."""
         self.draining = True
         self._wake.set()
 
@@ -168,7 +178,9 @@ class Worker:
             async with self.db.conn() as conn:
                 settings = {row["name"]: row["value"] for row in await self.db.call(conn, "worker_settings")}
                 self._length = self._lease or await conn.fetchval("select $1::text::interval", settings["lease"])
-                self.id = await queue.register_worker(self.db, conn, self.app.name, socket.gethostname(), os.getpid(), _version())
+                self.id = await queue.register_worker(
+                    self.db, conn, self.app.name, socket.gethostname(), os.getpid(), _version()
+                )
             if self._started is not None:
                 self._started(self.id)
             self._runner.settler.worker = self.id
@@ -247,7 +259,9 @@ class Worker:
         jobs = [lane.jobs_for(n) for lane, n in zip(wanted, records, strict=True)]
         after = [lane.start_from(now) for lane in wanted]
         async with self.db.conn() as conn:
-            claimed = await queue.claim(self.db, conn, self.id, self._length, [lane.id for lane in wanted], jobs, records, after)
+            claimed = await queue.claim(
+                self.db, conn, self.id, self._length, [lane.id for lane in wanted], jobs, records, after
+            )
         took = time.monotonic() - now
         mine: dict[int, list[Job]] = {lane.id: [] for lane in wanted}
         for job in claimed:
@@ -449,7 +463,9 @@ class Worker:
             if job.crashes and len(job.left) > 1:
                 await settler.transact(partial(queue.split_crashed, self.db, job=job))
             elif job.crashes >= self._lanes[job.handler_id].attempts:
-                await settler.bury(Batch.of(jobs), "crashed", f"its process died {job.crashes} times while this record ran alone")
+                await settler.bury(
+                    Batch.of(jobs), "crashed", f"its process died {job.crashes} times while this record ran alone"
+                )
             else:
                 left = len(job.left)
                 await asyncio.wait({self._start(Run(self._lanes[job.handler_id], Batch.of(jobs)))})

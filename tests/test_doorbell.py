@@ -59,7 +59,9 @@ async def test_an_idle_worker_asks_the_database_next_to_nothing(db: Database):
         seen = set(await bench.column("select query_start from pg_stat_activity where pid = any ($1::int[])", pids))
         end = time.monotonic() + 2
         while time.monotonic() < end:
-            seen |= set(await bench.column("select query_start from pg_stat_activity where pid = any ($1::int[])", pids))
+            seen |= set(
+                await bench.column("select query_start from pg_stat_activity where pid = any ($1::int[])", pids)
+            )
             await asyncio.sleep(0.01)
         assert len(seen) - len(pids) <= 4                               # in 2 s
 
@@ -143,7 +145,9 @@ asyncio.run(main())
 
 async def test_an_announcer_that_is_frozen_is_ended_by_a_worker_that_finds_old_jobs(db: Database):
     bench, arrived = await idle_worker(db)
-    process = subprocess.Popen([sys.executable, "-c", FROZEN, str(db.dsn)], stdout=subprocess.PIPE)
+    process = await asyncio.to_thread(
+        subprocess.Popen, [sys.executable, "-c", FROZEN, str(db.dsn)], stdout=subprocess.PIPE
+    )
     try:
         assert process.stdout is not None and process.stdout.readline() == b"announced\n"
         process.send_signal(signal.SIGSTOP)

@@ -11,7 +11,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from working import Bench
+from working import Bench, met
 
 from anton import Ctx, Discard, Records, Retry, Table, queue
 from anton.db import Database
@@ -167,7 +167,9 @@ async def test_a_context_settles_single_records_of_a_batch_and_drops_their_write
 
 @pytest.mark.parametrize("each", [False, True])
 @pytest.mark.parametrize("deferred", ["", "deferrable initially deferred"])
-async def test_a_refused_write_is_blamed_on_its_record_and_no_handler_runs_again(db: Database, each: bool, deferred: str):
+async def test_a_refused_write_is_blamed_on_its_record_and_no_handler_runs_again(
+    db: Database, each: bool, deferred: str
+):
     runs: Counter[int] = Counter()
 
     def batch(records: Records) -> None:
@@ -201,7 +203,9 @@ async def test_a_refused_write_is_blamed_on_its_record_and_no_handler_runs_again
 
 async def test_a_refused_write_of_the_whole_batch_fails_the_call(db: Database):
     async with db.conn() as conn:
-        await conn.execute("create table total (id bigint generated always as identity primary key, n int check (n < 20))")
+        await conn.execute(
+            "create table total (id bigint generated always as identity primary key, n int check (n < 20))"
+        )
 
     def handle(records: Records) -> None:
         tables["total"].append({"n": sum(numbers(records))}, of=records)
@@ -287,7 +291,10 @@ async def test_when_the_world_fails_nothing_is_split_and_one_record_probes_until
     await bench.add("a", ({"n": n} for n in range(500)))
     await bench.work()
     assert calls == [1 if each else 500] and "dead" not in await bench.left()
-    assert await bench.value("select failing_error from anton.handler where failing_since is not null") == "Refused: status 503"
+    assert (
+        await bench.value("select failing_error from anton.handler where failing_since is not null")
+        == "Refused: status 503"
+    )
     calls.clear()
     await bench.work()
     assert calls == []                                                  # the probe is not due
@@ -461,8 +468,11 @@ async def test_a_sql_handler_fails_for_its_bad_record_alone(db: Database):
     def declare() -> None:
         a = Table("a")
         Table("b")
-        a.on_new_records.sql("insert into b (data) select jsonb_build_object('n', 10 / (data->>'n')::int) from new_records",
-                             name="divide", attempts=1)
+        a.on_new_records.sql(
+            "insert into b (data) select jsonb_build_object('n', 10 / (data->>'n')::int) from new_records",
+            name="divide",
+            attempts=1,
+        )
 
     bench = await Bench.make(db, declare)
     await bench.add("a", ({"n": n} for n in range(600)))
@@ -489,7 +499,7 @@ async def test_a_sql_handler_that_runs_too_long_is_stopped(db: Database):
 
 async def test_a_settlement_that_deadlocks_is_tried_again(db: Database):
     def handle(records: Records) -> None:
-        for record in records:
+        for _ in records:
             tables["b"].select(id=1).update(by="handler", on_conflict="overwrite")
             tables["b"].select(id=2).update(by="handler", on_conflict="overwrite")
 
@@ -513,7 +523,9 @@ async def cutting(db: Database, when: bytes) -> AsyncIterator[tuple[Database, li
     """A database behind a wire that is cut right after it carried `when` to the server, while cuts are asked for."""
     cuts: list[bytes] = []
 
-    async def pipe(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, other: asyncio.StreamWriter, watch: bool) -> None:
+    async def pipe(
+        reader: asyncio.StreamReader, writer: asyncio.StreamWriter, other: asyncio.StreamWriter, watch: bool
+    ) -> None:
         try:
             while data := await reader.read(65536):
                 writer.write(data)
@@ -600,14 +612,11 @@ async def test_a_record_whose_lease_was_lost_leaves_its_handler_working_when_the
     async with bench.running() as worker:
         await bench.add("a", [{"n": 1}])
         await bench.until("select exists (select from anton.lease)")
-        while not seen:
-            await asyncio.sleep(0.01)
+        await met(lambda: bool(seen))
         await bench.sql("delete from anton.lease")                      # another worker has finished it
         worker._lost(set(worker._tokens()))
-        while worker._active:
-            await asyncio.sleep(0.01)
+        await met(lambda: not worker._active)
         hold.set()
-        await asyncio.sleep(0.3)
         await bench.add("a", [{"n": 2}])
         await bench.until_done()
     assert seen == [1, 2]
@@ -645,7 +654,9 @@ async def test_a_key_that_moved_leaves_its_first_record_to_a_sql_handler(db: Dat
 async def test_leases_of_a_dead_worker_are_freed_beside_one_that_its_backend_still_settles(db: Database):
     bench = await one_handler(db, lambda records: None, batch=1)
     await bench.add("a", [{"n": 1}, {"n": 2}])
-    await bench.sql("select id from anton.claim(7, 42, array(select id from anton.handler), '{10}', '{10}', '{0}', '30 s')")
+    await bench.sql(
+        "select id from anton.claim(7, 42, array(select id from anton.handler), '{10}', '{10}', '{0}', '30 s')"
+    )
     async with db.tx() as conn:
         await conn.execute("select anton.ack(42, array(select min(id) from anton.lease), 7, 0)")
         assert await asyncio.wait_for(bench.value("select anton.worker_died(7)"), 5) == 1

@@ -1,4 +1,4 @@
-"""Supervisor: processes die, hang and are told to stop; no record is lost, none is done twice, none is blamed for it."""
+"""Supervisor: processes die, hang and are told to stop; no record is lost, done twice or blamed for it."""
 
 from __future__ import annotations
 
@@ -80,7 +80,9 @@ class Folder:
             yield
 
     def add(self, numbers: range | list[int]) -> None:
-        self.conn.execute("insert into a (data) select jsonb_build_object('n', n) from unnest(%s::int[]) n", [list(numbers)])
+        self.conn.execute(
+            "insert into a (data) select jsonb_build_object('n', n) from unnest(%s::int[]) n", [list(numbers)]
+        )
 
     def value(self, sql: str, *args: Any) -> Any:
         row = self.conn.execute(sql, args).fetchone()
@@ -102,7 +104,9 @@ class Folder:
                    "and not exists (select from anton.delayed)")
 
     def left(self) -> dict[str, int]:
-        found = {name: int(self.value(f"select count(*) from anton.{name}")) for name in ("job", "lease", "delayed", "dead")}
+        found = {
+            name: int(self.value(f"select count(*) from anton.{name}")) for name in ("job", "lease", "delayed", "dead")
+        }
         return {name: n for name, n in found.items() if n}
 
     def outputs(self) -> list[int]:
@@ -211,8 +215,10 @@ def handle(records: Records, ctx: Ctx):
             folder.add(range(30))
             folder.until("select count(*) = 1 from seen")
             process.terminate()
-            folder.until("select not exists (select from anton.lease l join anton.worker w on w.id = l.worker_id where l.id > "
-                         "(select min(id) from anton.lease))")          # what was claimed ahead is back
+            folder.until(
+                "select not exists (select from anton.lease l join anton.worker w on w.id = l.worker_id where l.id > "
+                "(select min(id) from anton.lease))"
+            )          # what was claimed ahead is back
         assert process.wait(PATIENCE) == 0
     assert len(folder.outputs()) == 5 and folder.left() == {"job": 5}
     assert folder.value("select stopped_at is not null from anton.worker")

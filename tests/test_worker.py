@@ -173,8 +173,15 @@ async def test_images_are_what_was_committed(db: Database):
     await bench.sql("delete from items where n = 12")
     await bench.work()
     assert sorted(seen, key=str) == sorted(
-        [("new", 1, None, 1), ("new", 2, None, 2), ("updated", 1, 1, 11), ("updated", 2, 2, 12), ("deleted", 2, 12, None)],
-        key=str)
+        [
+            ("new", 1, None, 1),
+            ("new", 2, None, 2),
+            ("updated", 1, 1, 11),
+            ("updated", 2, 2, 12),
+            ("deleted", 2, 12, None),
+        ],
+        key=str,
+    )
 
 
 async def test_composite_and_text_keys_work(db: Database):
@@ -185,7 +192,9 @@ async def test_composite_and_text_keys_work(db: Database):
 
         @pairs.on_changes(read="now")
         def note(records: Records) -> None:
-            seen.extend((change.op, change.key, record["v"]) for record, change in zip(records, records.changes, strict=True))
+            seen.extend(
+                (change.op, change.key, record["v"]) for record, change in zip(records, records.changes, strict=True)
+            )
 
     await Bench.make(db, lambda: None)
     async with db.conn() as conn:

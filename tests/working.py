@@ -105,6 +105,14 @@ class Bench:
             await asyncio.wait_for(task, PATIENCE)
 
 
+async def met(condition: Callable[[], bool], patience: float = PATIENCE) -> None:
+    """Waits until something in this process holds."""
+    end = time.monotonic() + patience
+    while not condition():
+        assert time.monotonic() < end
+        await asyncio.sleep(0.005)
+
+
 async def _id(worker: Worker) -> int:
     end = time.monotonic() + PATIENCE
     while not worker.id:
@@ -133,8 +141,10 @@ def pooled(server: Any, name: str, folder: Path) -> Iterator[str]:
     (folder / "users.txt").write_text('"postgres" ""\n')
     (folder / "bouncer.ini").write_text(
         f"[databases]\n{name} = host={host} port={at} user=postgres\n"
-        f"[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\nlogfile = {folder}/bouncer.log\n"
-        f"auth_type = any\nauth_file = {folder}/users.txt\npool_mode = transaction\ndefault_pool_size = 2\n")
+        f"[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\n"
+        f"logfile = {folder}/bouncer.log\n"
+        f"auth_type = any\nauth_file = {folder}/users.txt\npool_mode = transaction\ndefault_pool_size = 2\n"
+    )
     for path in (folder, *folder.iterdir()):
         path.chmod(0o777)
     for parent in folder.parents:
