@@ -1,6 +1,6 @@
 """Doorbell: how a commit wakes an idle worker without NOTIFY on the write path.
 
-    nothing to do -> announce (hold the bell) -> look once more -> wait --a writer meets the bell: NOTIFY--> hush -> claim
+    nothing to do -> announce (hold the bell) -> look once more -> wait --a writer meets it: NOTIFY--> hush -> claim
 
 One worker announces itself at a time; the others wait for its call for help and look every second or two.
 It is an accelerator only: each answer of announce() but BELL means "poll". Off behind a transaction pooler,
@@ -89,7 +89,7 @@ class Doorbell:
         await self._say("call_help")
 
     async def unfreeze(self) -> bool:
-        """Ends an announcer's session that leaves a ring unanswered for a second; whether it did. Slow: up to FROZEN."""
+        """Ends an announcer's session that leaves a ring unanswered for a second. Takes up to FROZEN."""
         conn = await self._connected()
         if conn is None:
             return False

@@ -44,7 +44,7 @@ class Chunk:
         self.taken = 0
 
     def cut(self) -> tuple[list[int], list[Op], dict[int, Fate]]:
-        """What is finished and was not taken yet: items, their writes, their fates. Another thread may be adding more."""
+        """What is finished and was not taken yet: items, their writes, their fates. A thread may be adding more."""
         end = len(self.done)
         items = self.done[self.taken:end]
         fates = {item: self.fates[item] for item in items if item in self.fates}
@@ -108,7 +108,7 @@ class Each:
         self.loop.call_soon_threadsafe(self.changed.set)
 
     def stop(self, error: BaseException | None) -> None:
-        """The world fails: this handler starts nothing more. Called from any thread, also when nobody waits any more."""
+        """The world fails: this handler starts nothing more. From any thread, also when nobody waits any more."""
         self.world = error
         self.loop.call_soon_threadsafe(self._stopped)
 

@@ -22,6 +22,7 @@ BYTES = 8_000_000  # of the rows of one call, about
 FEW = 16  # records that are read whatever their width
 NARROW = 2_000  # bytes of a row below which nothing is counted
 FAST = 0.5  # seconds: a lane whose calls are quicker claims a batch ahead
+AHEAD = 4  # batches that a lane claims ahead whose calls are five times quicker than that
 GATHER = 0.25  # seconds that a batch waits for claims that are under way
 TOGETHER = 1000  # records that a lane with each=True reads and settles together; each has a call of its own anyway
 SKIP = 256  # jobs of other tenants that a batch looks past
@@ -169,8 +170,9 @@ class Lane:
             ahead = min(8192, max(self.batch, int(self.rate / 8))) if self.rate * FAST > self.concurrency else 0
             return max(0, free + ahead - have) if have <= ahead // 2 or have < free else 0
         free = self.concurrency - self.calls
-        ahead = 1 if self.seconds < FAST else 0
-        return max(0, (free + ahead) * self.batch - have)
+        ahead = AHEAD if self.seconds < FAST / 5 else 1 if self.seconds < FAST else 0
+        target = (free + ahead) * self.batch
+        return target - have if have < free * self.batch or 2 * have <= target else 0
 
     def jobs_for(self, records: int) -> int:
         """How many jobs to ask for, to get that many records."""

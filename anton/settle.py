@@ -94,7 +94,7 @@ class Doing:
 
 @dataclass(slots=True)
 class _Unit:
-    """One receipt: whole jobs of one token, or ordinals of one job. places: position in it from 1, by that in the batch."""
+    """One receipt: whole jobs of one token, or ordinals of one job. places: receipt position by batch position."""
 
     jobs: list[Job]
     ordinals: list[int] | None

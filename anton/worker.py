@@ -46,6 +46,7 @@ OTHERS = (1.0, 2.0)  # while another worker is announced
 REFRESH, SOON = 5.0, 0.5  # seconds between readings of the handler catalogue; when there is a reason to look
 HOUSEKEEPING = 60.0
 RINGS = 30  # in a second; above that polling is cheaper for the writers
+LOOK = 0.05  # seconds between looks while claims bring work
 MANY = 64  # lanes; with more, a look tells which are worth a claim
 GRACE = 30.0  # seconds that a drain waits for what runs
 
@@ -96,6 +97,7 @@ class Worker:
         self._quiet = False                                            # suspects wait for an empty process
         self._hold = True
         self._refreshed = 0.0
+        self._looked = 0.0
         self._helped = 0.0
         self._errands: set[asyncio.Task[None]] = set()
         self._wake = asyncio.Event()
@@ -120,6 +122,8 @@ class Worker:
                     if not await self._claim():
                         self._unknown()
                         await self._rest()
+                    elif time.monotonic() - self._looked > LOOK:
+                        await self._look()                             # a deep handler must not hide the others' work
                     failures = 0
                 except Exception as error:                             # the database is away, or we are wrong: go on
                     failures += 1
@@ -375,6 +379,7 @@ class Worker:
     async def _look(self) -> Look:
         async with self.db.conn() as conn:
             look = await queue.poll(self.db, conn, self.id, list(self._lanes))
+        self._looked = time.monotonic()
         for id in look.ready:
             self._lanes[id].ready = True
         if look.suspects:

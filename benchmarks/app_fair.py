@@ -9,10 +9,15 @@ from anton import Records, Table
 starts = Table("starts")
 
 
+@Table("fair_0").on_new_records(each=True, batch=1)
+def deep(record: Any) -> None:
+    pass
+
+
 def start(records: Records[Any]) -> None:
     at = time.monotonic_ns()
-    starts.extend({"n": record["n"], "at": at} for record in records if record["n"] >= 0)
+    starts.extend({"n": record["n"], "at": at} for record in records)
 
 
-for _number in range(int(os.environ["BENCH_HANDLERS"])):
-    Table(f"fair_{_number}").on_new_records(name=f"start_{_number}", batch=1 if _number == 0 else 1000)(start)
+for _number in range(1, int(os.environ["BENCH_HANDLERS"])):
+    Table(f"fair_{_number}").on_new_records(name=f"start_{_number}")(start)

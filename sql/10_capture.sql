@@ -708,13 +708,19 @@ begin
                 v_select, current_schema(), v_news, v_olds, v_names);
 end $$;
 
+-- asked_sql(table) -> FROM item k (key, change_id) of $8 and $11, or of $12
+create or replace function asked_sql(w watched) returns text language sql stable set search_path from current as $$
+  select case when w.key_kind = 'id' then 'unnest($8, $11) k (key, change_id)'
+              else '(select e -> 0 as key, (e ->> 1)::bigint as change_id from jsonb_array_elements($12) e) k' end
+$$;
+
 -- new_records_sql(table, lazy) -> SELECT of the rows of the keys in $8 (ids) or $9 (jsonb)
 -- lazy: as they were committed by the changes in $11 (ids) or $12 ([[key, change], …]): the first image kept since a
 -- change, else the row as it is. One statement, one snapshot: an update is seen with its kept image or not at all.
 create or replace function new_records_sql(w watched, p_lazy boolean) returns text language sql stable set search_path from current as $$
   select case when not p_lazy then now_sql else format(
-    'select t.* from (%s) t where %s not in (select key from kept) union all select %s from kept k join %I.change c on c.id = k.change_id',
-    now_sql, case when w.key_kind = 'id' then format('t.%I::bigint', w.key_columns[1]) else key_json(w, 't') end,
+    'select t.* from (%s) t where %s not in (select key from kept where not exists (select from %s where k.key = kept.key and k.change_id > kept.since)) union all select %s from kept k join %I.change c on c.id = k.change_id',
+    now_sql, case when w.key_kind = 'id' then format('t.%I::bigint', w.key_columns[1]) else key_json(w, 't') end, asked_sql(w),
     (select string_agg(format('c.olds[array_position(c.cols, %L)][k.ord]::%s', name, type), ', ') from table_columns(w.relid)), current_schema()) end
     from (select format('select %s from %I.%I t where %s', (select string_agg(format('t.%I', name), ', ') from table_columns(w.relid)), w.schema_name, w.table_name,
       case when w.key_kind = 'id' then format('t.%I = any ($8)', w.key_columns[1])
@@ -723,12 +729,10 @@ create or replace function new_records_sql(w watched, p_lazy boolean) returns te
                    from unnest(w.key_columns) with ordinality x (c, o)) end) as now_sql) n
 $$;
 
--- kept_sql(table) -> CTE: for each key of $11 or $12 the first image kept since its change
+-- kept_sql(table) -> CTE: for each key of $11 or $12 and each of its changes the first image kept since
 create or replace function kept_sql(w watched) returns text language sql stable set search_path from current as $$
-  select format('kept (key, ord, change_id) as materialized (select distinct on (k.key) k.key, u.ord::int, c.id from %I.change c cross join lateral %s with ordinality u (key, ord) join %s on k.key = u.key and c.id > k.change_id where c.olds is not null and c.table_id = %s and c.id > $13 order by k.key, c.id), ',
-    current_schema(), case when w.key_kind = 'id' then 'unnest(c.ids)' else 'jsonb_array_elements(c.keys)' end,
-    case when w.key_kind = 'id' then 'unnest($8, $11) k (key, change_id)'
-         else '(select e -> 0 as key, (e ->> 1)::bigint as change_id from jsonb_array_elements($12) e) k' end, w.id)
+  select format('kept (key, since, ord, change_id) as materialized (select distinct on (k.key, k.change_id) k.key, k.change_id, u.ord::int, c.id from %I.change c cross join lateral %s with ordinality u (key, ord) join %s on k.key = u.key and c.id > k.change_id where c.olds is not null and c.table_id = %s and c.id > $13 order by k.key, k.change_id, c.id), ',
+    current_schema(), case when w.key_kind = 'id' then 'unnest(c.ids)' else 'jsonb_array_elements(c.keys)' end, asked_sql(w), w.id)
 $$;
 
 -- run_sql(token, ids, worker) -> receipt id

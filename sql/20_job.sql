@@ -452,7 +452,7 @@ declare v dead; v_job bigint := nextval('change_seq'); v_change bigint; v_now ti
 begin
   delete from dead where id = p_dead returning * into v;
   if v.id is null then
-    raise exception using errcode = 'NT005', message = format('no dead letter %s', p_dead), hint = 'anton dead list';
+    raise exception using errcode = 'NT000', message = format('no dead letter %s', p_dead), hint = 'anton dead list';
   end if;
   v_change := nextval('change_seq');
   select w.key_kind into v_kind from handler h join watched w on w.id = h.table_id where h.id = v.handler_id;

@@ -365,7 +365,7 @@ def test_a_handler_sees_what_the_table_says(row: tuple[str, str], open_session: 
     before, statements, now, image = SEEN[row]
     session = open_session(ROOT / "docs" / "what-a-handler-sees.md")
     table = "create table orders (id bigint primary key, total int not null, note text)"
-    session.psql(";\n".join([table, *before]))
+    session.psql(";\n".join([table, "create table by_sql (total int)", *before]))
     orders = Table("orders")
     seen: dict[str, Seen] = {"now": [], "change": []}
     event = row[0].partition(",")[0].split()[0]
@@ -383,12 +383,16 @@ def test_a_handler_sees_what_the_table_says(row: tuple[str, str], open_session: 
 
     listen("now")
     listen("change")
+    if event == "new":
+        orders.on_new_records.sql("insert into by_sql select total from new_records", name="read_sql")
     session.migrate()
     for statement in statements:
         session.psql(statement)
     session.app.run()
     assert seen == {"now": now, "change": image}
     assert not session.app.dead
+    if event == "new":
+        assert sorted(total for total, in session.app._fetch("table by_sql")) == [total for _, _, total in image]
     receipts = session.app._fetch("select sum(r.n - r.gone) from {schema}.receipt r join {schema}.handler h "
                                   "on h.id = r.handler_id where h.name = 'read_change'")
     assert (receipts[0][0] or 0) == len(image)
