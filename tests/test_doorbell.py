@@ -52,18 +52,21 @@ async def test_an_idle_worker_is_announced_and_woken_by_a_commit_without_polling
 
 async def test_an_idle_worker_asks_the_database_next_to_nothing(db: Database):
     bench, _ = await idle_worker(db)
+    watch = await db.connect()                                          # not of the pool that the worker uses
     async with bench.running():
         await bench.until(HELD)
-        pids = await bench.column("select pid from pg_stat_activity where datname = current_database() "
-                                  "and pid <> pg_backend_pid() and backend_type = 'client backend'")
-        seen = set(await bench.column("select query_start from pg_stat_activity where pid = any ($1::int[])", pids))
+        rows = await watch.fetch(
+            "select pid, query_start from pg_stat_activity where datname = current_database() "
+            "and pid <> pg_backend_pid() and backend_type = 'client backend'"
+        )
+        pids, seen = [row["pid"] for row in rows], {row["query_start"] for row in rows}
         end = time.monotonic() + 2
         while time.monotonic() < end:
-            seen |= set(
-                await bench.column("select query_start from pg_stat_activity where pid = any ($1::int[])", pids)
-            )
+            rows = await watch.fetch("select query_start from pg_stat_activity where pid = any ($1::int[])", pids)
+            seen |= {row["query_start"] for row in rows}
             await asyncio.sleep(0.01)
         assert len(seen) - len(pids) <= 4                               # in 2 s
+    await watch.close()
 
 
 async def test_one_worker_is_announced_and_another_takes_its_place(db: Database):
