@@ -596,7 +596,7 @@ async def test_a_worker_works_through_a_transaction_pooler(db: Database, server:
     bench = await Bench.make(db, declare)
     with pooled(server, db.name, tmp_path) as url:
         there = Bench(Database(url, pooled=True), bench.app)
-        async with there.running():
+        async with there.running(lease=timedelta(seconds=2)):           # an answer lost on the way costs no more
             await bench.add("a", ({"n": n} for n in range(50)))
             await bench.until("select count(*) = 99 from c")
             await bench.until("select count(*) = 1 from anton.delayed")
