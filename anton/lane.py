@@ -129,6 +129,7 @@ class Lane:
     calls: int = 0
     running: int = 0
     down: BaseException | None = None
+    writes: set[str] = field(default_factory=set)
     ready: bool = True
     after: int = 0
     from_start_at: float = 0.0

@@ -171,6 +171,16 @@ class Keys:
             self._block = min(self._block * BLOCK, MOST)
         return blocking(lambda: self._fetch(size))
 
+    async def stock(self, takers: int, at_least: int) -> None:
+        """Sees to it that so many take() at once need not wait: a loop that blocks cannot end its transactions."""
+        missing = max(0, takers - len(self._spare))
+        if not missing and (takers > 1 or sum(map(length_hint, self._spare)) >= at_least):
+            return
+        missing = max(1, missing)
+        size = max(1, min(max(self._block, at_least // takers), MOST // missing))
+        block = list(await self._fetch(missing * size))
+        self._spare += [iter(block[at:at + size]) for at in range(0, len(block), size)]
+
     def give_back(self, left: Iterator[Any]) -> None:
         """Keys that were not used after all."""
         if length_hint(left):
@@ -208,6 +218,12 @@ def keys(db: Database, relation: Relation, column: str) -> Keys | None:
     mine = _keys.setdefault(db, {})
     found = mine.get((relation.oid, column))
     return found or mine.setdefault((relation.oid, column), Keys(db, relation, attribute))
+
+
+async def made_keys(db: Database, name: str) -> Keys | None:
+    """Where the keys of this table's new rows come from; None when its rows bring theirs."""
+    relation = await describe(db, name)
+    return keys(db, relation, relation.key[0]) if len(relation.key) == 1 else None
 
 
 if hasattr(os, "register_at_fork"):                                    # a key must not be given out twice

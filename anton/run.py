@@ -30,11 +30,11 @@ from anton.app import App
 from anton.ctx import Ctx, Origin
 from anton.db import Database, quote
 from anton.each import AGAIN, SLOW, Each, Pullers
-from anton.errors import HandlerTimeout, LeaseLost, Outcome, RowChanged, WriteRefused
+from anton.errors import HandlerTimeout, LeaseLost, Outcome, RowChanged, UnknownTable, WriteRefused
 from anton.lane import FEW, Batch, Lane
 from anton.read import Inputs, Reader
 from anton.record import Change, Document, Records, Row
-from anton.relation import Relation, describe
+from anton.relation import Relation, describe, made_keys
 from anton.settle import Doing, Fate, Settler, World, failed, fate_of, is_world
 from anton.threads import Threads
 from anton.write import WHOLE, OnConflict, Op, Scope, owner, pick
@@ -312,6 +312,8 @@ class Runner:
         each = Each(self.db, lane, inputs, lane.handler.context(self, inputs))
         if not each.count or inputs.gone or inputs.broken:
             await self.finish(run, inputs, Called([], {}), 0.0, 0, [])
+        if lane.handler.is_async:
+            await self._stock(lane, min(lane.concurrency, each.count), each.count)
         each.send()
         quiet = min(1.0, max(SLOW, lane.timeout.total_seconds() / 10))
         try:
@@ -336,6 +338,8 @@ class Runner:
         items = [item for item in each.finished if item not in again] if again else each.finished
         fates = {item: fate for item, fate in each.fates.items() if item not in again}
         inputs = each.inputs
+        lane = each.lane
+        lane.writes.update(op.relation.name for op in each.ops)
         plain = len(items) == each.count and not inputs.gone and not inputs.broken
         await self.finish(run, inputs, Called(each.ops, fates), ms, 0, None if plain else items, first=False)
         each.flushed()
@@ -355,6 +359,7 @@ class Runner:
         run.overdue_at = time.monotonic() + seconds + MARGIN
         try:
             if code.is_async:
+                await self._stock(lane, 1, len(inputs.items))
                 await self._call_async(code, scope, records, ctx, seconds)
             else:
                 await self._call_thread(code, scope, records, ctx, seconds)
@@ -362,6 +367,7 @@ class Runner:
             run.overdue_at = None
             scope.close()
         ops = scope.take()
+        lane.writes.update(op.relation.name for op in ops)
         if ctx is None or not ctx.outcomes:
             return Called(ops, {})
         return Called(
@@ -441,15 +447,27 @@ class Runner:
         table = self.tables[job.handler_id]
         async with self.db.conn() as conn:
             found = (await self.db.call(conn, "origin", table, key, job.cause))[0]
-            keys = found["key"]
-            name = f"{quote(found['schema_name'])}.{quote(found['table_name'])}"
-            relation = await describe(self.db, name)
-            make = await self._maker(relation)
+        keys = found["key"]
+        relation = await describe(self.db, f"{quote(found['schema_name'])}.{quote(found['table_name'])}")
+        make = await self._maker(relation)
+        rows: list[Any] = []
+        if found["fetch_sql"] is not None:
             kind = Document if relation.document and make is None else Row
-            rows = [] if found["fetch_sql"] is None else await conn.fetch(
-                found["fetch_sql"], keys if found["key_kind"] == "id" else [keys], record_class=kind)
+            async with self.db.conn() as conn:
+                rows = await conn.fetch(found["fetch_sql"], keys if found["key_kind"] == "id" else [keys], record_class=kind)
         record = None if not rows else rows[0] if make is None else make(rows[0])
         return Origin(found["table_name"], tuple(keys) if len(keys) > 1 else keys[0], record)
+
+    async def _stock(self, lane: Lane, takers: int, records: int) -> None:
+        """Keys for what a coroutine may append: taken there they would block the loop."""
+        for name in self.app.tables:
+            try:
+                supply = await made_keys(self.db, name)
+            except UnknownTable:
+                continue
+            if supply is not None:
+                often = name in lane.writes
+                await supply.stock(takers if often else 1, records if often else 1)
 
     async def _maker(self, relation: Relation) -> Callable[[Any], Any] | None:
         for table in self.app.tables.values():
