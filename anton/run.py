@@ -454,7 +454,8 @@ class Runner:
         if found["fetch_sql"] is not None:
             kind = Document if relation.document and make is None else Row
             async with self.db.conn() as conn:
-                rows = await conn.fetch(found["fetch_sql"], keys if found["key_kind"] == "id" else [keys], record_class=kind)
+                key = keys if found["key_kind"] == "id" else [keys]
+                rows = await conn.fetch(found["fetch_sql"], key, record_class=kind)
         record = None if not rows else rows[0] if make is None else make(rows[0])
         return Origin(found["table_name"], tuple(keys) if len(keys) > 1 else keys[0], record)
 
