@@ -174,38 +174,29 @@ create or replace function capture_pairs() returns text language sql immutable s
 $$;
 
 -- capture_from(table, event, source, where) -> FROM clause of the rows of an event, and what names them: new, old
---   source  statement | moved: pairs whose key changed | row: one such pair in a row trigger
+--   source  statement, or moved: pairs whose key changed
 create or replace function capture_from(w watched, p_event text, p_source text, p_where text) returns text
 language sql stable set search_path from current as $$
-  select case p_source
-           when 'row' then format('(select %1$s.*) %1$s', row_)
-           when 'moved' then format('(select %s.* from %s where %s) %1$s', row_, pairs, key_moved(w))
-           else case p_event when 'updated' then format('%s and not (%s)', pairs, key_moved(w)) else format('%s_records %1$s', row_) end end
+  select case when p_source = 'moved' then format('(select %s.* from %s where %s) %1$s', row_, capture_pairs(), key_moved(w))
+              when p_event = 'updated' then format('%s and not (%s)', capture_pairs(), key_moved(w))
+              else format('%s_records %1$s', row_) end
          || case when p_event <> 'updated' and p_where ~* format('\m%s\.', other)
               then format(' cross join (select (null::%I.%I).*) %s', w.schema_name, w.table_name, other) else '' end
-    from (select case p_event when 'deleted' then 'old' else 'new' end as row_, case p_event when 'deleted' then 'new' else 'old' end as other,
-                 capture_pairs() as pairs) x
+    from (select case p_event when 'deleted' then 'old' else 'new' end as row_, case p_event when 'deleted' then 'new' else 'old' end as other) x
 $$;
 
--- capture_fill(sql, source, from, texts, images, sizes) -> plpgsql that runs one way of storing many records
+-- capture_fill(sql, from, texts, images, sizes) -> plpgsql that runs one way of storing many records
 --   texts   what images are read as; images: how they are put together; sizes: bytes of one, to cut by
-create or replace function capture_fill(p_sql text, p_source text, p_from text, p_texts text default '', p_images text default 'null, null, null',
+create or replace function capture_fill(p_sql text, p_from text, p_texts text default '', p_images text default 'null, null, null',
   p_sizes text default null) returns text language plpgsql immutable set search_path from current as $$
-declare v_sql text := p_sql; v_params text[] := array['v_now', 'v_degraded', 'v_cause', 'v_depth', 'v_trace', 'v_tenant',
-  'greatest(4096, 8192 - v_keysize)', 'greatest(131072, 262144 - v_size)'];
+declare v_sql text := p_sql;
 begin
   v_sql := replace(v_sql, '@sums@', case when p_sizes is null then ''
              else ', sum(case when bytes > 131072 then 0 else bytes end) over (order by rn rows unbounded preceding) as bytesum' end);
   v_sql := replace(v_sql, '@rows@', coalesce('(select *, ' || p_sizes || ' as bytes from r) r', 'r'));
   v_sql := replace(v_sql, '@cuts@', case when p_sizes is null then '' else ', case when bytes > 131072 then rn end, bytesum / $8' end);
   v_sql := replace(replace(replace(v_sql, '@images@', p_images), '@texts@', coalesce(p_texts, '')), '@from@', p_from);
-  if p_source <> 'row' then                              -- planned anew, with the real row counts
-    return format('execute %L using %s;', v_sql, array_to_string(v_params, ', '));
-  end if;
-  for i in 1..cardinality(v_params) loop
-    v_sql := replace(v_sql, '$' || i, v_params[i]);
-  end loop;
-  return v_sql || ';';
+  return format('execute %L using v_now, v_degraded, v_cause, v_depth, v_trace, v_tenant, greatest(4096, 8192 - v_keysize), greatest(131072, 262144 - v_size);', v_sql);
 end $$;
 
 -- capture_failed(table, event, source, handlers, bare, mend) -> plpgsql for when filter or images could not be had
@@ -237,10 +228,8 @@ begin
         insert into job (handler_id, change_id, at, lo, hi, op) select 0, id, $1, 1, 1, 'x' from c$f$,
     case when p_event = 'deleted' and p_source = 'statement' then 'null' else 'to_jsonb(new)' end,
     case when p_event = 'new' and p_source = 'statement' then 'null' else 'to_jsonb(old)' end,
-    w.id, p_event, p_source, p_ids), p_source,
-    case when p_source = 'row' then '(select new.*) new cross join (select old.*) old'
-         when p_event = 'updated' or p_source = 'moved' then capture_pairs()
-         else capture_from(w, p_event, p_source, null) end);
+    w.id, p_event, p_source, p_ids),
+    case when p_event = 'updated' or p_source = 'moved' then capture_pairs() else capture_from(w, p_event, p_source, null) end);
   return format($f$
     if not v_broken then
       begin
@@ -270,7 +259,7 @@ declare
   v_from text := capture_from(w, p_event, p_source, p_where);
   v_key text; v_keys text; v_filter text := ''; v_keysize text; v_jobs text;
   v_cols text[]; v_texts text; v_sizes text; v_rawsize text; v_news text := 'null'; v_olds text := 'null'; v_keyrows int := 1000; v_wide boolean := false;
-  v_small text; v_plain text; v_grouped text; v_bare text; v_evaluate text; v_store text; v_columns text; v_shape text; v_large text;
+  v_small text; v_plain text; v_grouped text; v_bare text; v_evaluate text; v_store text; v_columns text; v_shape text; v_large text; v_error text;
 begin
   if v_idkey then
     v_key := format('%s.%I::bigint', v_row, w.key_columns[1]);
@@ -305,9 +294,16 @@ begin
     select format(' and (%s)', string_agg(
              case when comparable then format('new.%1$I is distinct from old.%1$I', name)
                   else format('new.%1$I::text is distinct from old.%1$I::text', name) end, ' or '))
-      into v_filter from table_columns(w.relid) where p_columns is null or name = any (p_columns);
+      into v_filter from table_columns(w.relid)
+     where p_columns is null or name = any (p_columns) or not p_columns <@ (select array_agg(name) from table_columns(w.relid));   -- one is gone: watch all
   end if;
   if p_where is not null then
+    begin
+      execute format('select %s from %I.%I n, %2$I.%3$I old, lateral (select n.*) new limit 0', format('(select (%s)::boolean from (select n.*) as row_)', bind(p_where, p_params)),
+        w.schema_name, w.table_name);
+    exception when others then
+      v_error := sqlerrm;
+    end;
     v_filter := coalesce(v_filter, '') || format(' and (select (%s)::boolean from (select %s.*) as row_)', bind(p_where, p_params), v_row);
   end if;
   v_filter := coalesce('where true' || nullif(v_filter, ''), '');
@@ -361,8 +357,8 @@ begin
     v_key, ', ' || v_keysize || ' as keysize',
     case when v_keysize is not null then ', sum(case when keysize > 4096 then 0 else keysize end) over (order by rn rows unbounded preceding) as keysum' end,
     v_keycol, w.id, v_op, v_keys, v_keyrows, case when v_keysize is not null then ', case when keysize > 4096 then rn end, keysum / $7' end, v_jobs);
-  v_bare := capture_fill(v_grouped, p_source, capture_from(w, p_event, p_source, null));
-  v_large := capture_fill(v_grouped, p_source, v_from || ' ' || v_filter, v_texts, format('%s, %s, %s', v_columns, v_news, v_olds));
+  v_bare := capture_fill(v_grouped, capture_from(w, p_event, p_source, null));
+  v_large := capture_fill(v_grouped, v_from || ' ' || v_filter, v_texts, format('%s, %s, %s', v_columns, v_news, v_olds));
   if p_images then
     v_large := format($k$
       select max(%1$s) * %2$s into v_size from %3$s;
@@ -372,7 +368,7 @@ begin
         %5$s
       end if;$k$, v_rawsize, case p_event when 'updated' then 2 else 1 end,
       case when p_event = 'updated' then '(select * from new_records union all select * from old_records) x' else v_row || '_records' end,
-      v_large, capture_fill(v_grouped, p_source, v_from || ' ' || v_filter, v_texts, format('%s, %s, %s', v_columns, v_news, v_olds), v_sizes));
+      v_large, capture_fill(v_grouped, v_from || ' ' || v_filter, v_texts, format('%s, %s, %s', v_columns, v_news, v_olds), v_sizes));
   end if;
   if v_keysize is not null then
     v_large := format('select max(%s) into v_keysize from %s_records %2$s;', v_keysize, v_row) || v_large;
@@ -387,7 +383,7 @@ begin
       case when v_idkey then 'array_agg(key)' else v_keys end, case when p_images then format(', %s, %s', v_news, v_olds) else '' end,
       case when v_idkey then 'v_ids' else 'v_keys' end, case when p_images then ', v_news, v_olds' else '' end,
       v_key, coalesce(v_texts, ''), v_from, v_filter) end;
-  if p_source <> 'row' and not (v_idkey and not p_images and p_event <> 'updated' and p_source = 'statement') then
+  if not (v_idkey and not p_images and p_event <> 'updated' and p_source = 'statement') then
     v_large := format($f$
       v_memory := current_setting('work_mem');
       perform set_config('work_mem', '128MB', true);     -- chunks are built in memory: 3 times faster than spilled
@@ -403,6 +399,9 @@ begin
       %s
     else%s
     end if;$f$, v_row, v_evaluate, v_large);
+  end if;
+  if v_error is not null then                            -- the filter does not fit the table any more: the keys, for the worker to see
+    v_evaluate := format('raise exception using message = %L;', v_error);
   end if;
   v_store := case
     when p_images then format('if v_k > 0 then %s end if;', v_plain)
@@ -472,25 +471,33 @@ create or replace function capture_fed(w watched, p_source text) returns text la
 $$;
 
 -- capture_body(table, event) -> the plpgsql body of its trigger function for new | updated | deleted | moved
--- moved: the key of a record changed, so the old one is deleted and the new one is new. A row trigger, whose condition
--- costs other updates next to nothing; on partitioned tables, where it would not fire, a statement trigger.
+-- moved: the key of a record changed, so the old one is deleted and the new one is new. A condition on the trigger, or a
+-- list of columns, would cost less, but with either Postgres refuses to alter the type of the key.
 create or replace function capture_body(p_table int, p_event text) returns text language plpgsql stable set search_path from current as $$
-declare w watched; d record := doorbell(); v_groups text; v_source text := 'statement';
+declare w watched; d record := doorbell(); v_groups text; v_moved text := '';
 begin
   select * into w from watched where id = p_table;
-  if p_event = 'moved' then
-    v_source := case when (select relkind from pg_class where oid = w.relid) = 'p' then 'moved' else 'row' end;
-    v_groups := nullif(concat(capture_groups(w, 'deleted', v_source), '
-  v_change := nextval(''change_seq'');' || capture_groups(w, 'new', v_source)), '');
-  else
+  if p_event = 'moved' and w.key_kind <> 'none' then
+    v_groups := nullif(concat(capture_groups(w, 'deleted', 'moved'), '
+  v_change := nextval(''change_seq'');' || capture_groups(w, 'new', 'moved')), '');
+    select format($f$
+  begin
+    if not (%s) then
+      return null;
+    end if;
+  exception when others then
+    null;
+  end;$f$, string_agg(format('array(select %1$I from new_records) is distinct from array(select %1$I from old_records)', c), ' or ' order by o))
+      into v_moved from unnest(w.key_columns) with ordinality x (c, o);
+  elsif p_event <> 'moved' then
     v_groups := nullif(concat(capture_groups(w, p_event, 'statement'), case when p_event in ('updated', 'deleted') then capture_kept(w, p_event) end), '');
   end if;
-  if v_groups is null or (p_event = 'moved' and w.key_kind = 'none') then
+  if v_groups is null then
     return 'begin return null; end';
   end if;
   return format($f$#variable_conflict use_column
 declare%s
-begin
+begin%s
   v_now := now();
   v_change := nextval('change_seq');
   v_trace := v_change;
@@ -500,7 +507,7 @@ begin
     v_trace := nullif(split_part(v_context, ',', 3), '')::bigint;
   end if;%s%s%s
   return null;
-end$f$, capture_variables(), v_groups, case when p_event in ('new', 'moved') then capture_fed(w, v_source) end,
+end$f$, capture_variables(), v_moved, v_groups, case p_event when 'new' then capture_fed(w, 'statement') when 'moved' then capture_fed(w, 'moved') end,
     case when d.enabled then format($f$
   if not pg_try_advisory_xact_lock_shared(%s, %s) then
     perform pg_notify(%L, '');
@@ -546,11 +553,10 @@ $$;
 -- write_triggers(table, lock): as sync_triggers; lock: however little is new
 create or replace function write_triggers(p_table int, p_lock boolean) returns void language plpgsql volatile set search_path from current as $$
 declare
-  w watched; v_event text; v_name text; v_body text; v_old text; v_enable boolean; v_settings text; v_keys text[];
+  w watched; v_event text; v_name text; v_body text; v_old text; v_enable boolean; v_settings text;
   v_tries int := case when current_setting('lock_timeout') = '0' then 10 else 1 end;
 begin
   select * into w from watched where id = p_table;
-  v_keys := w.key_columns;
   perform watch(format('%I.%I', w.schema_name, w.table_name));
   update watched set shape = shape(watched) where id = p_table returning * into w;
   if w.key_kind = 'none' and exists (select from handler where table_id = p_table and enabled and ops && array['updated', 'deleted']) then
@@ -576,7 +582,7 @@ begin
       if v_tries > 1 then
         perform set_config('lock_timeout', '200ms', true);
       end if;
-      perform put_triggers(w, v_enable or p_lock or v_keys <> w.key_columns);
+      perform put_triggers(w, v_enable or p_lock);
       exit;
     exception when lock_not_available then                 -- what was locked is free again
       if attempt = v_tries then
@@ -621,7 +627,7 @@ $$;
 -- put_triggers(table, all): the triggers that are missing, or all of them anew, which locks every writer out until the
 -- end of the transaction; takes ours off relations that are no part of the table any more
 create or replace function put_triggers(w watched, p_all boolean) returns void language plpgsql volatile set search_path from current as $$
-declare v_schema text := current_schema(); t record; v_event text; v_partitioned boolean := (select relkind = 'p' from pg_class where oid = w.relid);
+declare v_schema text := current_schema(); t record; v_event text;
 begin
   for t in select r.rel, e.event, f.proname, g.oid is not null as there
              from tree(w.relid) r (rel) cross join unnest(array['new', 'updated', 'deleted', 'moved', 'truncate']) with ordinality e (event, o)
@@ -629,16 +635,14 @@ begin
              left join pg_trigger g on g.tgrelid = r.rel and g.tgname = v_schema || '_' || e.event
             order by r.rel <> w.relid, r.rel, e.o loop
     continue when t.there and not p_all;
-    v_event := case when t.event = 'moved' and v_partitioned then 'updated' else t.event end;
-    execute format('create or replace trigger %I after %s on %s %s for each %s %s execute function %I()',
+    v_event := case t.event when 'moved' then 'updated' else t.event end;
+    execute format('create or replace trigger %I after %s on %s %s for each statement execute function %I()',
       v_schema || '_' || t.event,
       case v_event when 'new' then 'insert' when 'deleted' then 'delete' when 'truncate' then 'truncate' else 'update' end,
       t.rel::regclass,
       case v_event when 'new' then 'referencing new table as new_records'
                    when 'updated' then 'referencing old table as old_records new table as new_records'
                    when 'deleted' then 'referencing old table as old_records' else '' end,
-      case when v_event = 'moved' then 'row' else 'statement' end,
-      case when v_event = 'moved' then format('when (%s)', key_moved(w)) else '' end,
       t.proname);
   end loop;
   for t in select g.tgrelid::regclass as rel, g.tgname from pg_trigger g join pg_proc f on f.oid = g.tgfoid

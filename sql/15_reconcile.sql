@@ -4,7 +4,7 @@
 -- Brings the trigger functions of tables that have changed (columns, keys, partitions, names) up to date and captures the
 -- changes that were kept whole meanwhile. Called by workers as soon as such a change is there, by maintain(), by doctor.
 create or replace function mend() returns int language plpgsql volatile set search_path from current set lock_timeout = '200ms' as $$
-declare v_n int := 0; w watched; j job; v_error text;
+declare v_n int := 0; w watched; g record; v_error text;
 begin
   if not pg_try_advisory_xact_lock(1634628722, (select oid::int from pg_namespace where nspname = current_schema())) then
     return 0;                                              -- someone else is at it
@@ -18,14 +18,23 @@ begin
       raise warning 'anton: triggers of %.% are not up to date: %', w.schema_name, w.table_name, v_error;
     end;
   end loop;
-  for j in delete from job where handler_id = 0 returning * loop
+  for g in
+    with waiting as (
+      select j.id, j.change_id, j.at, c.table_id, c.keys - 'rows' as what, c.cause, c.depth, c.tenant, case when c.cause is not null then c.trace end as trace,
+             sum(pg_column_size(c.keys)) over (order by j.id) as bytes
+        from (select id, change_id, at from job where handler_id = 0 order by id limit 1000) j join change c on c.id = j.change_id)
+    select table_id, what, cause, depth, tenant, trace, min(at) as at, array_agg(id order by id) as ids, array_agg(change_id order by id) as changes
+      from waiting where bytes < 16777216 or id = (select min(id) from waiting)
+     group by table_id, what, cause, depth, tenant, trace order by min(id) loop
     begin
-      perform mend_change(j.change_id);
-      v_n := v_n + 1;
+      perform mend_changes(g.table_id, g.what, g.changes, g.at, g.cause, g.depth, g.trace, g.tenant);
+      delete from job where handler_id = 0 and id = any (g.ids);
+      v_n := v_n + cardinality(g.ids);
     exception when others then                             -- not now, and not at each look of a worker
       get stacked diagnostics v_error = message_text;
-      insert into delayed (handler_id, id, change_id, at, lo, hi, op, run_at, error)
-      values (0, j.id, j.change_id, j.at, 1, 1, 'x', now() + interval '1 min', v_error);
+      with later as (delete from job where handler_id = 0 and id = any (g.ids) returning id, change_id, at)
+      insert into delayed (handler_id, id, change_id, at, lo, hi, attempt, crashes, depth, op, run_at, error)
+      select 0, id, change_id, at, 1, 1, 0, 0, 0, 'x', now() + interval '1 min', v_error from later;
     end;
   end loop;
   return v_n;
@@ -33,7 +42,7 @@ end $$;
 
 -- mend_table(table) -> 1 when its triggers were not what they should be
 create or replace function mend_table(w watched) returns int language plpgsql volatile set search_path from current as $$
-declare v_new record;
+declare v_renamed boolean := false;
 begin
   if to_regclass(format('%I.%I', w.schema_name, w.table_name)) is null then   -- renamed: the record is the same
     update watched set schema_name = n.nspname, table_name = c.relname
@@ -44,8 +53,9 @@ begin
     if w.id is null then
       return 0;                                            -- gone; findings() says so
     end if;
+    v_renamed := true;
   end if;
-  if w.relid = to_regclass(format('%I.%I', w.schema_name, w.table_name)) and w.shape = shape(w) and not exists (
+  if not v_renamed and w.relid = to_regclass(format('%I.%I', w.schema_name, w.table_name)) and w.shape = shape(w) and not exists (
        select from tree(w.relid) rel join pg_proc f on f.pronamespace = current_schema()::regnamespace and f.proname ~ format('^t%s_', w.id)
         where not exists (select from pg_trigger g where g.tgrelid = rel and g.tgfoid = f.oid)) then
     return 0;
@@ -54,24 +64,26 @@ begin
   return 1;
 end $$;
 
--- mend_change(change): captures a change that was kept whole, as its trigger would have done
-create or replace function mend_change(p_change bigint) returns void language plpgsql volatile set search_path from current set client_min_messages = warning as $$
-declare c change; w watched; v_source text; v_event text; v_rel text; v_code text;
+-- mend_changes(table, what, changes, at, cause, depth, trace, tenant): captures changes that were kept whole, as their trigger
+-- would have done. All were made by one kind of statement for the same handlers; they become one.
+create or replace function mend_changes(p_table int, p_what jsonb, p_changes bigint[], p_at timestamptz, p_cause bigint, p_depth int, p_trace bigint, p_tenant text)
+returns void language plpgsql volatile set search_path from current set client_min_messages = warning as $$
+declare w watched; v_rel text; v_code text; v_name text;
 begin
-  select * into c from change where id = p_change and op = 'x';
-  if c.keys is null then
+  if p_what is null then
     return;                                                -- not even that could be kept; reconcile() looks for it
   end if;
-  select * into w from watched where id = c.table_id;
+  select * into w from watched where id = p_table;
   v_rel := format('%I.%I', w.schema_name, w.table_name);
-  v_event := c.keys ->> 'event';
-  v_source := case c.keys ->> 'source' when 'row' then 'moved' else c.keys ->> 'source' end;
-  v_code := capture_groups(w, v_event, v_source, array(select jsonb_array_elements_text(c.keys -> 'handlers')::int), true);
-  drop table if exists pg_temp.new_records, pg_temp.old_records;
-  execute format('create temp table new_records on commit drop as select n.* from change c, jsonb_array_elements(c.keys -> ''rows'') with ordinality r (v, o),
-                    jsonb_populate_record(null::%s, r.v -> 0) n where c.id = %s and r.v -> 0 <> ''null'' order by r.o', v_rel, p_change);
-  execute format('create temp table old_records on commit drop as select n.* from change c, jsonb_array_elements(c.keys -> ''rows'') with ordinality r (v, o),
-                    jsonb_populate_record(null::%s, r.v -> 1) n where c.id = %s and r.v -> 1 <> ''null'' order by r.o', v_rel, p_change);
+  v_code := capture_groups(w, p_what ->> 'event', p_what ->> 'source', array(select jsonb_array_elements_text(p_what -> 'handlers')::int), true);
+  foreach v_name in array array['new_records', 'old_records'] loop
+    if to_regclass('pg_temp.' || v_name) is not null then
+      execute format('drop table pg_temp.%I', v_name);
+    end if;
+    execute format('create temp table %I on commit drop as select n.* from change c, jsonb_array_elements(c.keys -> ''rows'') with ordinality r (v, o),
+                      jsonb_populate_record(null::%s, r.v -> %s) n where c.id = any (%L::bigint[]) and r.v -> %3$s <> ''null'' order by c.id, r.o',
+                   v_name, v_rel, case v_name when 'new_records' then 0 else 1 end, p_changes);
+  end loop;
   execute format('do %L', format($f$#variable_conflict use_column
 declare%s
 begin
@@ -81,9 +93,9 @@ begin
   v_cause := %L;
   v_depth := %L;
   v_trace := coalesce(%L, v_change);%s
-end$f$, capture_variables(), c.at, c.tenant, c.cause, c.depth, c.trace, v_code));
+end$f$, capture_variables(), p_at, p_tenant, p_cause, p_depth, p_trace, v_code));
   drop table pg_temp.new_records, pg_temp.old_records;
-  delete from change where id = p_change;
+  delete from change where id = any (p_changes);
   perform ring();
 end $$;
 

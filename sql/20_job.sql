@@ -388,12 +388,12 @@ end $$;
 -- run out; and when there will be something to do if nobody writes.
 create or replace function poll(p_worker int, p_handlers int[], out ready int[], out suspects int, out wake_at timestamptz, out at timestamptz)
 language plpgsql volatile set search_path from current as $$
-declare v_now timestamptz := now();
+declare v_now timestamptz := now(); v_again boolean := false;
 begin
   at := v_now;
   perform promote();
-  if exists (select from job where handler_id = 0) then
-    perform mend();                                        -- a table has changed under its triggers
+  if exists (select from job where handler_id = 0) then     -- a table has changed under its triggers
+    v_again := mend() > 0 and exists (select from job where handler_id = 0);
   end if;
   select array_agg(h.id) into ready from handler h
    where h.id = any (p_handlers) and not h.paused and (h.probe_at is null or h.probe_at <= v_now)
@@ -401,7 +401,7 @@ begin
   select count(*) filter (where lease_until < v_now), min(lease_until) filter (where lease_until >= v_now)
     into suspects, wake_at from lease l
    where l.handler_id = any (p_handlers) and not exists (select from handler h where h.id = l.handler_id and h.paused);
-  wake_at := least(wake_at, (select min(run_at) from delayed),
+  wake_at := least(wake_at, case when v_again then v_now end, (select min(run_at) from delayed),
                    (select min(h.probe_at) from handler h where h.id = any (p_handlers) and h.probe_at > v_now and not h.paused));
 end $$;
 
