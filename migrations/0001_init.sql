@@ -21,7 +21,7 @@ create table watched (
   key_kind text not null check (key_kind in ('id', 'key', 'none')),  -- one integer column | anything else | none
   app text,                                       -- the app that made it; null: adopted
   model jsonb,                                    -- the declared columns, for drift and makemigration
-  fetch_sql text,                                 -- rows by key, as of now; see sql/10_capture.sql
+  fetch_sql text,                                 -- rows by key, as of now; see watch()
   shape text,                                     -- what the trigger functions were written for; see mend()
   watched_at timestamptz not null default clock_timestamp(),
   unique (schema_name, table_name)
