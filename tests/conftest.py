@@ -4,7 +4,9 @@
     template   the name of a database with Anton's runtime in it, migrated once a session
     database   the URL of a database of the test's own, cloned from the template
     bare       the URL of an empty one
+    shop       an app in a folder of its own on `database`, see tests/shop.py; fresh: the same on `bare`
     db         anton.db.Database on `database`, also the process's current one
+    t          tables to be written to, see tests/written.py
     pg         a psycopg session, see tests/pg.py, on a database that is swept clean before each test
 """
 
@@ -12,10 +14,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from pg import Pg
 from servers import NoServer, Server, migrate, running
+from shop import Shop
+from written import T
 
 from anton import write
 from anton.db import Database, set_database
@@ -71,12 +76,27 @@ def bare(server: Server) -> Iterator[str]:
 
 
 @pytest.fixture
+def shop(database: str, tmp_path: Path) -> Shop:
+    return Shop(database, tmp_path)
+
+
+@pytest.fixture
+def fresh(bare: str, tmp_path: Path) -> Shop:
+    return Shop(bare, tmp_path)
+
+
+@pytest.fixture
 def db(database: str) -> Iterator[Database]:
     db = Database(database, source="the test")
     set_database(db)
     yield db
     set_database(None)
     db.run(db.close())  # the background loop's pool; a test's own loop closes its own
+
+
+@pytest.fixture
+def t(db: Database) -> T:
+    return T(db)
 
 
 @pytest.fixture(scope="session")
