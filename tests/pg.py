@@ -66,10 +66,17 @@ class Pg:
             end loop;
             delete from setting where name like 'xid of %';
           end $$""",
+            "create or replace function now() returns timestamptz language sql volatile as"
+            " $$ select pg_catalog.clock_timestamp() $$",
             "create schema public",
             "grant all on schema public to public",
             "reset search_path",
         )
+
+    def clock(self, offset: str) -> None:
+        """Moves the database's time to so much after the real one, until the next reset()."""
+        body = f"select pg_catalog.clock_timestamp() + interval '{offset}'"
+        self.sql(f"create or replace function anton.now() returns timestamptz language sql volatile as $${body}$$")
 
     @contextmanager
     def other(self, **settings: str) -> Iterator[Pg]:
