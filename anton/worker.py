@@ -25,14 +25,14 @@ from typing import Any
 
 from anton import action, queue, schedule
 from anton.app import App
-from anton.db import Database, quote
+from anton.catalogue import read_lanes
+from anton.db import Database
 from anton.doorbell import Answer, Doorbell
 from anton.errors import LeaseLost
 from anton.heartbeat import Heartbeat
-from anton.lane import Batch, Lane, lane_of
+from anton.lane import Batch, Lane
 from anton.queue import Job, Look
-from anton.relation import describe
-from anton.run import Run, Runner, code_of
+from anton.run import Run, Runner
 from anton.settle import World, disconnected
 from anton.threads import Threads
 from anton.write import as_worker
@@ -223,29 +223,9 @@ class Worker:
 
     async def _refresh(self) -> None:
         """Reads the catalogue: handlers of this app that the code still has, and SQL handlers made from psql."""
-        async with self.db.conn() as conn:
-            rows = await self.db.call(conn, "catalogue", self.app.name)
+        lanes = await read_lanes(self.db, self.app, self._lanes)
         self._refreshed = time.monotonic()
-        makers = {table.name: table.make for table in self.app.tables.values() if table.make is not None}
-        lanes: dict[int, Lane] = {}
-        for row in rows:
-            code = code_of(self.app, row["name"]) if row["kind"] == "python" else None
-            if row["kind"] == "python" and (code is None or row["app"] != self.app.name):
-                continue                                               # no code for it here: its jobs wait
-            lane = lane_of(row, code)
-            self._runner.tables[lane.id] = lane.table_id
-            if code is not None:
-                code.relation = await describe(self.db, f"{quote(row['schema_name'])}.{quote(row['table_name'])}")
-                handler = self.app.handlers.get(row["name"])
-                lane.make = makers.get(handler.table.name) if handler is not None else None
-                lane.document = code.relation.document and lane.make is None
-            old = self._lanes.get(lane.id)
-            if old is not None:
-                old.turn_into(lane)
-            lanes[lane.id] = old or lane
-        for id, lane in self._lanes.items():
-            if id not in lanes and not lane.idle:                      # dropped while at work: let it finish
-                lanes[id] = lane
+        self._runner.caller.tables.update({lane.id: lane.table_id for lane in lanes.values()})
         self._lanes = lanes
         self._order = deque(lanes.values())
         self._runner.reader.forget()

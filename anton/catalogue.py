@@ -1,0 +1,40 @@
+"""Catalogue: the lanes a worker has, from what the database says of its handlers and from the code it has for them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from anton.app import App
+from anton.call import code_of
+from anton.db import Database, quote
+from anton.lane import Lane, lane_of
+from anton.relation import describe
+
+
+async def read_lanes(db: Database, app: App, known: Mapping[int, Lane]) -> dict[int, Lane]:
+    """Handlers of this app that the code still has, and SQL handlers made from psql, by id.
+
+    Lanes that are known stay the same objects; one that was dropped stays while it is at work.
+    """
+    async with db.conn() as conn:
+        rows = await db.call(conn, "catalogue", app.name)
+    makers = {table.name: table.make for table in app.tables.values() if table.make is not None}
+    lanes: dict[int, Lane] = {}
+    for row in rows:
+        code = code_of(app, row["name"]) if row["kind"] == "python" else None
+        if row["kind"] == "python" and (code is None or row["app"] != app.name):
+            continue                                                   # no code for it here: its jobs wait
+        lane = lane_of(row, code)
+        if code is not None:
+            code.relation = await describe(db, f"{quote(row['schema_name'])}.{quote(row['table_name'])}")
+            handler = app.handlers.get(row["name"])
+            lane.make = makers.get(handler.table.name) if handler is not None else None
+            lane.document = code.relation.document and lane.make is None
+        old = known.get(lane.id)
+        if old is not None:
+            old.turn_into(lane)
+        lanes[lane.id] = old or lane
+    for id, lane in known.items():
+        if id not in lanes and not lane.idle:                          # dropped while at work: let it finish
+            lanes[id] = lane
+    return lanes
