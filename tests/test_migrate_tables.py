@@ -200,6 +200,11 @@ def test_a_view_is_no_table(shop):
         shop.declare(lambda: Table("seen")).migrate()
 
 
+def test_a_table_that_is_only_watched_is_no_drift(shop):
+    shop.sql("create table readings (id bigint primary key)", "select anton.watch('readings')")
+    assert not shop.migrate(check=True).drift
+
+
 # Names
 
 def test_a_new_name_two_letters_from_an_existing_one_is_taken_for_a_slip(shop):
