@@ -130,22 +130,28 @@ def build(app: App) -> FastAPI:
 
 
 def check_public(app: App, host: str) -> None:
-    """Raises ConfigError when `host` is public and a Webhook would take anything, or a secret is missing."""
+    """Raises ConfigError when `host` is public and a route or Webhook does not say who may call it, or a secret is
+    missing. What is open on purpose is logged.
+    """
     if is_loopback(host):
         return
-    open_ = [f"{w.path} ({w.place})" for w in app.webhooks if w.verify is None]
-    if open_:
-        raise ConfigError(f"{', '.join(open_)} would take requests from anybody on {host}. Say who signs them: "
+    doors = [*((f"{route.method} {route.path}", route) for route in app.routes),
+             *((f"POST {webhook.path}", webhook) for webhook in app.webhooks)]
+    unsaid = [f"{name} ({door.place})" for name, door in doors if door.verify is None]
+    if unsaid:
+        raise ConfigError(f"{', '.join(unsaid)} would take requests from anybody on {host}. Say who signs them: "
                           'verify="slack", secret=env(…); or verify=False when that is meant.', host=host)
     missing = [f"{verifier.of} needs {verifier.unset()}" for verifier in _unset(app)]
     if missing:
         raise ConfigError(f"not set: {'; '.join(missing)}. Without it every request gets 401.", host=host)
+    if open_ := [name for name, door in doors if door.verify is False]:
+        log.warning("open to everybody on %s: %s", host, ", ".join(open_))
 
 
 def server(app: App, host: str = "127.0.0.1", port: int = 3000, **options: Any) -> uvicorn.Server:
     """A uvicorn server to await (`await server(app).serve()`). port 0: any free one. options: uvicorn's.
 
-    Raises ConfigError for an open Webhook on a public address. SIGTERM finishes the requests in flight.
+    Raises ConfigError on a public address when nobody said who may call a route or Webhook. SIGTERM finishes the requests in flight.
     """
     check_public(app, host)
     options = {"timeout_graceful_shutdown": 30, "access_log": False, "log_level": "warning", **options}

@@ -327,17 +327,23 @@ async def test_many_at_once_are_all_there(db):
         assert await count(db, "hooks") == 200
 
 
-async def test_an_open_webhook_is_refused_on_a_public_address(monkeypatch):
+@pytest.mark.parametrize("route", [False, True], ids=["webhook", "route"])
+def test_on_a_public_address_it_must_be_said_who_may_call(monkeypatch, caplog, route):
     def app(**options: Any) -> App:
         with declaring(App("web")) as made:
-            Webhook("/hook", Table("hooks"), **options)
+            if route:
+                post("/hook", **options)(lambda: 200)
+            else:
+                Webhook("/hook", Table("hooks"), **options)
         return made
 
     with pytest.raises(ConfigError, match=r"/hook \(tests/test_web.py:\d+\).*0\.0\.0\.0"):
         web.check_public(app(), "0.0.0.0")
     for host in ("127.0.0.1", "localhost", "::1"):
         web.check_public(app(), host)
+    assert not caplog.records
     web.check_public(app(verify=False), "0.0.0.0")
+    assert "open to everybody on 0.0.0.0: POST /hook" in caplog.text
     monkeypatch.delenv("NO_SUCH", raising=False)
     with pytest.raises(ConfigError, match=r'POST /hook needs env\("NO_SUCH"\)'):
         web.check_public(app(verify="slack", secret=env("NO_SUCH")), "0.0.0.0")
