@@ -135,8 +135,9 @@ def check_public(app: App, host: str) -> None:
     """
     if is_loopback(host):
         return
-    doors = [*((f"{route.method} {route.path}", route) for route in app.routes),
-             *((f"POST {webhook.path}", webhook) for webhook in app.webhooks)]
+    doors: list[tuple[str, sense.Route | sense.Webhook]] = [
+        *((f"{route.method} {route.path}", route) for route in app.routes),
+        *((f"POST {webhook.path}", webhook) for webhook in app.webhooks)]
     unsaid = [f"{name} ({door.place})" for name, door in doors if door.verify is None]
     if unsaid:
         raise ConfigError(f"{', '.join(unsaid)} would take requests from anybody on {host}. Say who signs them: "
@@ -151,7 +152,8 @@ def check_public(app: App, host: str) -> None:
 def server(app: App, host: str = "127.0.0.1", port: int = 3000, **options: Any) -> uvicorn.Server:
     """A uvicorn server to await (`await server(app).serve()`). port 0: any free one. options: uvicorn's.
 
-    Raises ConfigError on a public address when nobody said who may call a route or Webhook. SIGTERM finishes the requests in flight.
+    Raises ConfigError on a public address when nobody said who may call a route or Webhook. SIGTERM finishes the
+    requests in flight.
     """
     check_public(app, host)
     options = {"timeout_graceful_shutdown": 30, "access_log": False, "log_level": "warning", **options}
