@@ -130,9 +130,10 @@ async def reclaim(
     return _jobs(mine, await db.call(conn, "reclaim", worker, mine, handlers, lease, jobs))
 
 
-async def heartbeat(db: Database, conn: Conn, worker: int, tokens: list[int], lease: timedelta) -> set[int]:
-    """Makes the leases last `lease` from now; the tokens that still hold any."""
-    return {row[0] for row in await db.call(conn, "heartbeat", worker, tokens, lease)}
+async def heartbeat(db: Database, conn: Conn, worker: int, tokens: list[int], lease: timedelta,
+                    without: Sequence[int] = ()) -> set[int]:
+    """Makes the leases last `lease` from now, but those of the jobs `without`; the tokens that still hold any."""
+    return {row[0] for row in await db.call(conn, "heartbeat", worker, tokens, lease, without)}
 
 
 async def ack(db: Database, conn: Conn, lease: int, ids: list[int], worker: int, ms: float, gone: int) -> int:
@@ -199,9 +200,9 @@ class Look:
     at: datetime
 
 
-async def poll(db: Database, conn: Conn, worker: int, handlers: list[int]) -> Look:
-    """Readies delayed jobs that are due, and looks what there is to do."""
-    row = (await db.call(conn, "poll", worker, handlers))[0]
+async def poll(db: Database, conn: Conn, worker: int, handlers: list[int], lease: timedelta) -> Look:
+    """Readies delayed jobs that are due, and looks what there is to do; lease: what reclaim() would be asked with."""
+    row = (await db.call(conn, "poll", worker, handlers, lease))[0]
     return Look(row["ready"] or [], row["suspects"], row["wake_at"], row["at"])
 
 

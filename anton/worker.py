@@ -358,7 +358,7 @@ class Worker:
 
     async def _look(self) -> Look:
         async with self.db.conn() as conn:
-            look = await queue.poll(self.db, conn, self.id, list(self._lanes))
+            look = await queue.poll(self.db, conn, self.id, list(self._lanes), self._length)
         self._looked = time.monotonic()
         for id in look.ready:
             self._lanes[id].ready = True

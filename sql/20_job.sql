@@ -131,15 +131,17 @@ begin
   return query select * from leased(p_token);
 end $$;
 
--- heartbeat(worker, tokens, lease) -> the tokens still held
+-- heartbeat(worker, tokens, lease, without) -> the tokens still held
 -- Extends every lease of these tokens; rows that are being settled right now are skipped and count as held.
-create or replace function heartbeat(p_worker int, p_tokens bigint[], p_lease interval) returns setof bigint
+--   without  ids of jobs under these tokens whose leases are left to end
+drop function if exists heartbeat(int, bigint[], interval);
+create or replace function heartbeat(p_worker int, p_tokens bigint[], p_lease interval, p_without bigint[] default '{}') returns setof bigint
 language plpgsql volatile set search_path from current as $$
 declare v_now timestamptz := now(); v_until timestamptz := v_now + p_lease; v_rows tid[];
 begin
   update worker set seen_at = v_now where id = p_worker;
   select array_agg(x.row) into v_rows from (
-    select ctid as row from lease where token = any (p_tokens) for update skip locked) x;
+    select ctid as row from lease where token = any (p_tokens) and id <> all (p_without) for update skip locked) x;
   update lease set lease_until = v_until where ctid = any (v_rows);
   return query select distinct l.token from lease l where l.token = any (p_tokens);
 end $$;
@@ -383,12 +385,16 @@ begin
   return v_n;
 end $$;
 
--- poll(worker, handlers) -> (ready, suspects, wake_at, at)
--- The look of an idle worker: promotes what is due; which handlers have ready jobs; how many of their leases have
--- run out; and when there will be something to do if nobody writes.
-create or replace function poll(p_worker int, p_handlers int[], out ready int[], out suspects int, out wake_at timestamptz, out at timestamptz)
+-- poll(worker, handlers, lease) -> (ready, suspects, wake_at, at)
+-- The look of an idle worker: promotes what is due; which handlers have ready jobs; how many of their leases reclaim()
+-- would take with this lease; and when there will be something to do if nobody writes.
+drop function if exists poll(int, int[]);
+create or replace function poll(p_worker int, p_handlers int[], p_lease interval default null,
+  out ready int[], out suspects int, out wake_at timestamptz, out at timestamptz)
 language plpgsql volatile set search_path from current as $$
-declare v_now timestamptz := now(); v_again boolean := false;
+declare
+  v_now timestamptz := now(); v_again boolean := false;
+  v_back timestamptz := pg_postmaster_start_time() + coalesce(p_lease, setting('lease')::interval);
 begin
   at := v_now;
   perform promote();
@@ -398,7 +404,8 @@ begin
   select array_agg(h.id) into ready from handler h
    where h.id = any (p_handlers) and not h.paused and (h.probe_at is null or h.probe_at <= v_now)
      and exists (select from job j where j.handler_id = h.id);
-  select count(*) filter (where lease_until < v_now), min(lease_until) filter (where lease_until >= v_now)
+  select count(*) filter (where lease_until < v_now and (lease_until = '-infinity' or v_now > v_back)),
+         min(greatest(lease_until, v_back)) filter (where lease_until <> '-infinity' and greatest(lease_until, v_back) >= v_now)
     into suspects, wake_at from lease l
    where l.handler_id = any (p_handlers) and not exists (select from handler h where h.id = l.handler_id and h.paused);
   wake_at := least(wake_at, case when v_again then v_now end, (select min(run_at) from delayed),
