@@ -1,0 +1,10 @@
+"""Chaos: what the engine survives, counted. Real workers, a real Postgres, faults, and a checker.
+
+    producers --history--> file          workers of `anton work`, killed, frozen, cut off
+         \--> Postgres <-----------------/
+    then: drain, and compare the history with what the database holds
+
+    python -m chaos --minutes 30 --seed 1        the table of docs/reliability.md, and benchmarks/results/chaos.json
+
+The product knows nothing of it: fail points and planted bugs are put into the worker's process from here.
+"""

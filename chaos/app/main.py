@@ -1,0 +1,131 @@
+"""The app that is worked under chaos. Outputs have no unique key, so that a second one would be seen."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from typing import Any
+
+from anton import Records, Table, sql
+from anton.errors import WorldError
+from anton.sense import Request, post
+from chaos import points
+
+src = Table("public.src")
+ups = Table("public.ups")
+out_batch = Table("public.out_batch")
+out_each = Table("public.out_each")
+out_chain = Table("public.out_chain")
+out_sql = Table("public.out_sql")
+out_ups = Table("public.out_ups")
+counter = Table("public.counter")
+tally = Table("public.tally")
+risky = Table("public.risky")
+out_risky = Table("public.out_risky")
+shaky = Table("public.shaky")
+out_shaky = Table("public.out_shaky")
+outside = Table("public.outside")
+out_outside = Table("public.out_outside")
+load = Table("public.load")
+out_load = Table("public.out_load")
+near = Table("public.near")
+out_near = Table("public.out_near")
+ping = Table("public.ping")
+pong = Table("public.pong")
+
+
+@src.on_new_records(batch=50)
+def batch(records: Records[Any]) -> None:
+    points.reach("mid_handler")
+    time.sleep(0.005)
+    for record in records:
+        out_batch.append({"src": record["id"]})
+
+
+@src.on_new_records(each=True, concurrency=8, backoff="100ms")
+async def each(record: Any, ctx: Any) -> None:
+    points.reach("mid_each")
+    out_each.append({"src": record["id"]})
+    if record["kind"] == "flaky" and ctx.attempt == 1:
+        raise RuntimeError("not the first time")
+
+
+src.on_new_records.sql("insert into public.out_sql (src) select id from new_records", name="copy", into=out_sql)
+
+
+@src.on_new_records(batch=50)
+def count(records: Records[Any]) -> None:
+    for record in records:
+        counter.select(id=0).update(n=sql("n + 1"))
+
+
+@out_batch.on_new_records
+def chain(records: Records[Any]) -> None:
+    for record in records:
+        out_chain.append({"src": record["src"]})
+
+
+@ups.on_changes
+def changes(records: Records[Any]) -> None:
+    for change in records.changes:
+        out_ups.append({"src": change.key, "v": change.new["v"]}, of=change.new)
+
+
+@ups.on_new_records(each=True, concurrency=2, read="change")
+def add(record: Any) -> None:
+    row = tally.get(record["id"] % 2)
+    tally.select(id=row["id"]).update(n=row["n"] + 1)
+
+
+@risky.on_new_records(batch=50)
+def risk(records: Records[Any]) -> None:
+    for record in records:
+        if record["kind"] == "poison":
+            points.note("poison")
+            os.kill(os.getpid(), signal.SIGKILL)
+        out_risky.append({"src": record["id"]})
+
+
+shaky.on_new_records.sql(
+    "insert into public.out_shaky (src) select id / case when kind = 'bad' then 0 else 1 end from new_records",
+    name="shake", into=out_shaky, attempts=2, backoff="100ms")
+
+
+@outside.on_new_records(batch=100)
+def call(records: Records[Any]) -> None:
+    if points.world_is_down():
+        raise WorldError("the world is away")
+    time.sleep(len(records) / 1000)
+    for record in records:
+        out_outside.append({"src": record["id"]})
+
+
+@load.on_new_records(batch=100, concurrency=1)
+def work(records: Records[Any]) -> None:
+    time.sleep(len(records) / 1000)
+    out_load.extend({"src": record["id"]} for record in records)
+
+
+@near.on_new_records
+def pick_up(records: Records[Any]) -> None:
+    out_near.extend({"src": record["id"]} for record in records)
+
+
+@ping.on_new_records
+def to_pong(records: Records[Any]) -> None:
+    for record in records:
+        pong.append({"hop": record["hop"] + 1})
+
+
+@pong.on_new_records
+def to_ping(records: Records[Any]) -> None:
+    for record in records:
+        ping.append({"hop": record["hop"] + 1})
+
+
+@post("/put")
+def put(request: Request) -> dict[str, int]:
+    id = request.json()["id"]
+    src.append({"id": id, "kind": "http"})
+    return {"id": id}
