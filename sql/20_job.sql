@@ -136,7 +136,8 @@ end $$;
 --   without  ids of jobs under these tokens whose leases are left to end
 drop function if exists heartbeat(int, bigint[], interval);
 create or replace function heartbeat(p_worker int, p_tokens bigint[], p_lease interval, p_without bigint[] default '{}') returns setof bigint
-language plpgsql volatile set search_path from current as $$
+language plpgsql volatile set search_path from current
+set enable_seqscan = off as $$
 declare v_now timestamptz := now(); v_until timestamptz := v_now + p_lease; v_rows tid[];
 begin
   update worker set seen_at = v_now where id = p_worker;
