@@ -260,8 +260,8 @@ _UNFIT = (TypeError, ValueError, ArithmeticError, AttributeError)  # asyncpg's c
 
 
 def _refused(error: BaseException) -> bool:
-    """True when it is the written values that Postgres does not take: data, constraint, policy, or a raise."""
-    if not isinstance(error, asyncpg.PostgresError) or (error.sqlstate or "22")[:2] in ("22", "23", "44", "P0"):
+    """True when it is the written values that Postgres does not take: data, size, constraint, policy, or a raise."""
+    if not isinstance(error, asyncpg.PostgresError) or (error.sqlstate or "22")[:2] in ("22", "23", "44", "54", "P0"):
         return True
     return getattr(error, "server_source_function", "") == "ExecWithCheckOptions"  # row security; it shares 42501
 

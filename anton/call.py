@@ -21,11 +21,11 @@ from anton.app import App
 from anton.ctx import Ctx, Origin
 from anton.db import Database, quote
 from anton.errors import HandlerTimeout, Outcome, UnknownTable
+from anton.fate import Fate, fate_of
 from anton.lane import Lane
 from anton.read import Inputs
 from anton.record import Change, Document, Records, Row
 from anton.relation import Relation, describe, made_keys
-from anton.settle import Fate, fate_of
 from anton.threads import Threads
 from anton.write import WHOLE, OnConflict, Op, Scope, owner, pick
 

@@ -1,12 +1,17 @@
-"""Catalogue: the lanes a worker has, from what the database says of its handlers and from the code it has for them."""
+"""Catalogue: the lanes a worker has, from what the database says of its handlers and from the code it has for them.
+
+And the existing rows that are fed to those that are backfilled.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 
 from anton.app import App
 from anton.call import code_of
 from anton.db import Database, quote
+from anton.errors import UnknownTable
 from anton.lane import Lane, lane_of
 from anton.relation import describe
 
@@ -26,10 +31,11 @@ async def read_lanes(db: Database, app: App, known: Mapping[int, Lane]) -> dict[
             continue                                                   # no code for it here: its jobs wait
         lane = lane_of(row, code)
         if code is not None:
-            code.relation = await describe(db, f"{quote(row['schema_name'])}.{quote(row['table_name'])}")
+            with suppress(UnknownTable):                               # reading it will say so, and the handler waits
+                code.relation = await describe(db, f"{quote(row['schema_name'])}.{quote(row['table_name'])}")
             handler = app.handlers.get(row["name"])
             lane.make = makers.get(handler.table.name) if handler is not None else None
-            lane.document = code.relation.document and lane.make is None
+            lane.document = code.relation is not None and code.relation.document and lane.make is None
         old = known.get(lane.id)
         if old is not None:
             old.turn_into(lane)
@@ -38,3 +44,16 @@ async def read_lanes(db: Database, app: App, known: Mapping[int, Lane]) -> dict[
         if id not in lanes and not lane.idle:                          # dropped while at work: let it finish
             lanes[id] = lane
     return lanes
+
+
+async def feed(db: Database, lanes: Iterable[Lane]) -> int:
+    """Feeds existing rows to handlers that are backfilled. How many; also more than 0 while it has to wait."""
+    fed = 0
+    for lane in list(lanes):
+        if lane.feeding and not lane.waiting and not lane.ready:
+            async with db.conn() as conn:
+                n = await db.call_value(conn, "feed", lane.id)
+            lane.feeding = n is not None
+            lane.ready = bool(n and n > 0)
+            fed += abs(n or 0)
+    return fed

@@ -17,9 +17,9 @@ from typing import Any
 
 from anton.db import Database
 from anton.errors import HandlerTimeout, Outcome
+from anton.fate import Fate, failed, fate_of, is_world
 from anton.lane import Lane
 from anton.read import Inputs
-from anton.settle import Fate, failed, fate_of, is_world
 from anton.threads import Threads
 from anton.write import WHOLE, Op, Scope, owner, pick
 

@@ -23,12 +23,13 @@ log = logging.getLogger("anton.worker")
 
 
 class Heartbeat:
-    """Extends the leases of `tokens()` every lease / 3 until stop().
+    """Extends the leases that `tokens()` names every lease / 3 until stop().
 
-    tokens, lost: called in the heartbeat's thread. lost gets tokens that were asked for and hold nothing any more.
+    tokens: the tokens, and ids of jobs under them whose leases are left to run out. lost: told tokens that were asked
+    for and hold nothing any more. Both are called in the heartbeat's thread.
     """
 
-    def __init__(self, db: Database, worker: int, lease: timedelta, tokens: Callable[[], list[int]],
+    def __init__(self, db: Database, worker: int, lease: timedelta, tokens: Callable[[], tuple[list[int], list[int]]],
                  lost: Callable[[set[int]], None]) -> None:
         self._db, self._worker, self._lease, self._tokens, self._lost = db, worker, lease, tokens, lost
         self._every = lease.total_seconds() / 3
@@ -59,12 +60,13 @@ class Heartbeat:
             while not self._stop.is_set():
                 pause = self._every
                 try:
-                    tokens = self._tokens()
+                    tokens, without = self._tokens()
                     if tokens or time.monotonic() - seen >= SEEN:
                         if conn is None or conn.is_closed():
                             conn = await self._db.connect()
                         held = await asyncio.wait_for(
-                            queue.heartbeat(self._db, conn, self._worker, tokens, self._lease), max(self._every, 1.0))
+                            queue.heartbeat(self._db, conn, self._worker, tokens, self._lease, without),
+                            max(self._every, 1.0))
                         seen = time.monotonic()
                         if len(held) < len(tokens):
                             self._lost(set(tokens) - held)

@@ -178,8 +178,19 @@ async def world_failed(db: Database, conn: Conn, lease: int, ids: list[int], err
 
 async def split(db: Database, conn: Conn, job: Job, parts: int) -> list[Job]:
     """Cuts what is left of a leased job into leases of their own, under the same token."""
-    rows = {row["id"] for row in await db.call(conn, "split", job.token, job.id, parts)}
-    return [part for part in _jobs(job.token, await db.call(conn, "leased", job.token)) if part.id in rows]
+    ids = [row["id"] for row in await db.call(conn, "split", job.token, job.id, parts)]
+    return _jobs(job.token, await db.call(conn, "leased", job.token, ids))
+
+
+async def parts_of(db: Database, conn: Conn, job: Job) -> list[Job]:
+    """What a job was split into and is still held."""
+    return [part for part in _jobs(job.token, await db.call(conn, "leased", job.token))
+            if (part.handler_id, part.change_id) == (job.handler_id, job.change_id) and job.lo <= part.lo <= job.hi]
+
+
+async def held(db: Database, conn: Conn, lease: int, ids: list[int]) -> dict[int, Sequence[int]]:
+    """The jobs among these that are still held under this token, with what is not settled of them."""
+    return {job.id: job.left for job in _jobs(lease, await db.call(conn, "leased", lease, ids))}
 
 
 async def split_crashed(db: Database, conn: Conn, job: Job) -> int:

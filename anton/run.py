@@ -3,7 +3,7 @@
     a record fails     the batch is split by 8 down to single records; those that are done are settled on the way, so
                        an innocent runs again at most 4 times and never after it was settled
     the world fails    what is left goes back, the handler waits (one record probes)
-    the lease is lost  everything is dropped; another worker has it
+    a lease is lost    what was done under it is dropped, another worker has it; the others go on
     a thread is stuck  its record failed; the thread is given up
 
 Handlers of single records (each=True) settle in parts: each.py. SQL handlers run inside their own ack.
@@ -27,10 +27,13 @@ from anton.app import App
 from anton.call import MARGIN, Called, Caller, Interrupted, Stuck
 from anton.db import Database
 from anton.each import AGAIN, SLOW, Each, Pullers
-from anton.errors import HandlerTimeout, LeaseLost, RowChanged, WriteRefused
+from anton.errors import HandlerTimeout, LeaseLost, MissingPrivilege, RowChanged, UnknownTable, WriteRefused
+from anton.fate import Fate, World, failed, fate_of, is_world, no_fit, say
 from anton.lane import FEW, Batch, Lane
 from anton.read import Inputs, Reader
-from anton.settle import Doing, Fate, Settler, World, failed, fate_of, is_world
+from anton.relation import forget
+from anton.rights import explain
+from anton.settle import Doing, Settler
 from anton.threads import Threads
 from anton.write import WHOLE, Op, pick
 
@@ -81,17 +84,29 @@ class Runner:
                     await self._part(run, batch.pick([0]))
                     batch = batch.pick(range(1, batch.size))           # the probe went well
                 await self._parts(run, batch)
-        except World as world:
-            lane.down = world.error
-            await self._leave(run, world.error)
         except LeaseLost:
-            log.warning("worker: %s: the lease was lost; another worker has these records", lane.name)
+            log.warning("worker: %s: a lease was lost; another worker has these records", lane.name)
+            await self._leave(run, None)
         except asyncio.CancelledError:
             await asyncio.shield(self._leave(run, None))
             raise
-        except Exception as error:  # ours, not the handler's: the jobs must not be lost
-            log.exception("worker: %s", lane.name)
-            await self._leave(run, error)
+        except Exception as error:
+            reason = error.error if isinstance(error, World) else error
+            if not isinstance(error, World) and not is_world(error):   # ours, not the handler's: keep the jobs
+                log.exception("worker: %s", lane.name)
+            else:
+                reason = await self._explained(reason)
+                if lane.down is None:
+                    log.warning("worker: %s waits: %s", lane.name, say(reason))
+            lane.down = reason
+            await self._leave(run, reason)
+
+    async def _explained(self, error: BaseException) -> BaseException:
+        """What the world raised, with the GRANT where a right is missing. What is known of tables is looked up anew."""
+        if no_fit(error) is None and not isinstance(error, (UnknownTable, MissingPrivilege)):
+            return error
+        forget(self.db)
+        return await explain(self.db, error)
 
     async def _parts(self, run: Run, batch: Batch) -> None:
         """In parts of at most the lane's batch, and of so many bytes."""
@@ -114,6 +129,10 @@ class Runner:
         """Reads, calls and settles; again for those that must run again. Raises World, LeaseLost."""
         lane = run.lane
         started = time.perf_counter()
+        if not all(job.left for job in batch.jobs):                    # its lease was lost meanwhile
+            batch = Batch([(job, ordinals) for job, ordinals in batch.parts if job.left])
+            if not batch.size:
+                return
         try:
             inputs = await self.read(lane, batch)
             called = await self._call(run, inputs) if inputs.items else Called([], {})
@@ -301,7 +320,7 @@ class Runner:
                 for at in range(0, len(jobs), step):
                     await self._sql_jobs(run, jobs[at:at + step])
             elif jobs[0].size > 1 and len(jobs[0].left) > 1:
-                parts = await self.settler.transact(lambda conn: queue.split(self.db, conn, jobs[0], WAYS))
+                parts = await self.settler.split(jobs[0], WAYS)
                 jobs[0].left = ()
                 run.batch = Batch([*run.batch.parts, *((part, part.left) for part in parts)])
                 for part in parts:
@@ -337,20 +356,12 @@ class Runner:
 
     async def _leave(self, run: Run, error: BaseException | None) -> None:
         """Gives back what is not settled; with an error its handler waits for the world."""
-        left = [job for job in run.batch.jobs if job.left]
-        for token in {job.token for job in left}:
-            mine = [job for job in left if job.token == token]
-            try:
-                if error is None:
-                    await self.settler.give_back(mine)
-                else:
-                    await self.settler.world_failed(mine, error)
-            except LeaseLost:
-                log.warning("worker: %s: the lease was lost; another worker has these records", run.lane.name)
-            except World:  # no database: their lease will end
-                log.warning(
-                    "worker: %s: could not give records back; they come back when their lease ends", run.lane.name
-                )
+        settler, jobs = self.settler, run.batch.jobs
+        try:
+            await (settler.give_back(jobs) if error is None else settler.world_failed(jobs, error))
+        except Exception as again:  # no database: their lease will end
+            log.warning("worker: %s: could not give records back; they come back when their lease ends: %s",
+                        run.lane.name, again)
 
 
 def _doing(inputs: Inputs, ops: list[Op], fates: dict[int, Fate], again: set[int], ms: float, items: list[int] | None,

@@ -11,22 +11,19 @@ connection breaks, even at COMMIT, the same transaction is tried anew: the fence
 from __future__ import annotations
 
 import asyncio
-import errno
+import logging
 import random
-import socket
-import traceback
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
 from functools import partial
-from typing import Literal, TypeVar
+from typing import Any, TypeVar
 
 import asyncpg
 
 from anton import queue
 from anton.db import Conn, Database, translating
-from anton.duration import duration
-from anton.errors import DatabaseUnreachable, Discard, Outcome, Retry, WorldError, WriteRefused
+from anton.errors import BadOption, LeaseLost, WriteRefused
+from anton.fate import TEXT, Fate, World, backoff, disconnected, say
 from anton.lane import Batch, Lane
 from anton.queue import Job
 from anton.relation import Relation
@@ -34,46 +31,16 @@ from anton.write import WHOLE, Op, Output, Rows, apply, pick
 
 T = TypeVar("T")
 
+log = logging.getLogger("anton.worker")
+
 TRIES = 6  # of a transaction that another one got in the way of
-LONGEST = timedelta(hours=6)  # of a backoff
-TEXT = 8000  # characters kept of an error and of a traceback
 
 BLOCKED = (asyncpg.SerializationError, asyncpg.DeadlockDetectedError, asyncpg.LockNotAvailableError,
-           asyncpg.InsufficientResourcesError, asyncpg.PostgresSystemError)
+           asyncpg.InsufficientResourcesError, asyncpg.PostgresSystemError, asyncpg.InvalidCachedStatementError,
+           asyncpg.OutdatedSchemaCacheError)
 IN_THE_WAY = (*BLOCKED, asyncpg.QueryCanceledError)
-_GONE = (OSError, asyncpg.PostgresConnectionError, asyncpg.AdminShutdownError, asyncpg.CrashShutdownError,
-         asyncpg.CannotConnectNowError, asyncpg.IdleSessionTimeoutError, asyncpg.TooManyConnectionsError,
-         asyncpg.InternalClientError, DatabaseUnreachable)
-_NETWORK = {errno.ENETDOWN, errno.ENETUNREACH, errno.ENETRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ETIMEDOUT,
-            errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED, errno.EPIPE}
-_CLIENTS = {"httpx": {"TransportError"}, "httpcore": {"NetworkError", "TimeoutException", "ProtocolError"},
-            "requests": {"ConnectionError", "Timeout", "ChunkedEncodingError"}, "aiohttp": {"ClientConnectionError"},
-            "openai": {"APIConnectionError"}, "anthropic": {"APIConnectionError"}, "grpc": {"UnavailableError"}}
-
-
-def disconnected(error: BaseException) -> bool:
-    """True when the connection to Postgres broke, or none is to be had."""
-    if isinstance(error, asyncpg.InterfaceError):                      # asyncpg's own; also raised for wrong arguments
-        return not isinstance(error, ValueError) and "connection" in str(error)
-    return isinstance(error, _GONE)
-
-
-class World(Exception):
-    """Carries what the outside world raised up to where the jobs are given back."""
-
-    def __init__(self, error: BaseException) -> None:
-        super().__init__(str(error))
-        self.error = error
-
-
-@dataclass(frozen=True, slots=True)
-class Fate:
-    """What becomes of a record that is not done. after: None: the backoff."""
-
-    kind: Literal["retry", "discarded", "failed"]
-    error: str
-    after: timedelta | None = None
-    traceback: str | None = None
+class Unsure(LeaseLost):
+    """The connection broke and what was to be settled is not there any more: that was COMMIT's doing, or it is lost."""
 
 
 @dataclass(slots=True)
@@ -113,6 +80,7 @@ class Settler:
         self._wrote = wrote
         self._alive = alive
         self._tables: dict[int, int] = {}
+        self.settling: set[asyncio.Task[Any] | None] = set()  # in a transaction now: the fence tells them what is lost
 
     async def settle(self, lane: Lane, batch: Batch, doing: Doing) -> None:
         """Commits all of it. Raises WriteRefused, RowChanged, LeaseLost, World."""
@@ -124,10 +92,37 @@ class Settler:
             outputs.clear()
             outputs.extend(await self._write(conn, lane, batch, doing))
 
-        await self.transact(work)
-        _forget(batch, doing)
-        if outputs:
+        if not await self._settled(batch, doing, work):
+            self._wrote({self._tables[op.relation.oid] for op in doing.ops})
+        elif outputs:
             self._wrote({self._tables[output.relation.oid] for output in outputs if output.keys})
+
+    async def _settled(self, batch: Batch, doing: Doing, work: Callable[[Conn], Awaitable[None]]) -> bool:
+        """Commits work, which settles what doing says; False when nothing of that was ours any more, done or lost.
+
+        Raises LeaseLost when some of it still is; then job.left is what the database says.
+        """
+        try:
+            await self.transact(work)
+        except LeaseLost as error:
+            await self.refresh(batch.jobs)
+            left = {job: set(job.left) for job in batch.jobs}
+            if any(ordinal in left[job] for job, ordinal in _records(batch, doing)):
+                raise
+            if not isinstance(error, Unsure):
+                log.warning("worker: the lease was lost; another worker has these records")
+            return False
+        _forget(batch, doing)
+        return True
+
+    async def refresh(self, jobs: Iterable[Job]) -> None:
+        """Sets what is left of these jobs by the database: nothing of those that are not ours any more."""
+        jobs = list(jobs)
+        for token, ids in _by_token(jobs).items():
+            held = await self.lend(partial(queue.held, self.db, lease=token, ids=ids))
+            for job in jobs:
+                if job.token == token:
+                    job.left = held.get(job.id, ())
 
     async def blame(self, ops: list[Op]) -> set[int]:
         """The owners of writes that the database refuses, found by halves, in a transaction that is rolled back.
@@ -170,19 +165,32 @@ class Settler:
             for job, ordinal in batch:
                 await queue.bury(self.db, conn, job.token, job.id, ordinal, reason, error[:TEXT], None)
 
-        await self.transact(work)
-        _forget(batch, Doing())
+        await self._settled(batch, Doing(), work)
 
     async def give_back(self, jobs: Iterable[Job]) -> None:
-        """Jobs that were not finished are ready again; nothing counts against them."""
-        for token, ids in _by_token(jobs).items():
-            await self.transact(partial(_give_back, self.db, token, ids))
+        """Jobs that were not finished are ready again; nothing counts against them. Those that were lost are left."""
+        await self._give(jobs, partial(_give_back, self.db))
 
     async def world_failed(self, jobs: Iterable[Job], error: BaseException) -> None:
-        """Gives the jobs back and lets their handler wait for the world."""
-        text = say(error)
-        for token, ids in _by_token(jobs).items():
-            await self.transact(partial(_world_failed, self.db, token, ids, text))
+        """Gives the jobs back and lets their handler wait for the world. Those that were lost are left."""
+        await self._give(jobs, partial(_world_failed, self.db, say(error)))
+
+    async def _give(self, jobs: Iterable[Job], give: Callable[[int, list[int], Conn], Awaitable[None]]) -> None:
+        jobs = [job for job in jobs if job.left]
+        for _ in range(TRIES):
+            try:
+                for token, ids in _by_token(jobs).items():
+                    await self.transact(partial(give, token, ids))
+                return
+            except LeaseLost:                                          # of one of them
+                await self.refresh(jobs)
+
+    async def split(self, job: Job, ways: int) -> list[Job]:
+        """Cuts what is left of a leased job into leases of their own."""
+        try:
+            return await self.transact(partial(queue.split, self.db, job=job, parts=ways))
+        except Unsure:                                                 # it is cut already
+            return await self.lend(partial(queue.parts_of, self.db, job=job))
 
     async def run_sql(self, lane: Lane, jobs: list[Job]) -> None:
         """Runs a SQL handler over whole jobs of one token, which are settled in the same transaction."""
@@ -190,7 +198,12 @@ class Settler:
             await self.db.call(conn, "limit_statement", max(1, round(lane.timeout.total_seconds() * 1000)))
             await queue.run_sql(self.db, conn, jobs[0].token, [job.id for job in jobs], self.worker)
 
-        await self.transact(work, BLOCKED)
+        try:
+            await self.transact(work, BLOCKED)
+        except LeaseLost as error:
+            await self.refresh(jobs)
+            if not isinstance(error, Unsure) or any(job.left for job in jobs):
+                raise
         for job in jobs:
             job.left = ()
         self._wrote(None)
@@ -212,7 +225,15 @@ class Settler:
     async def transact(
         self, work: Callable[[Conn], Awaitable[T]], again: tuple[type[Exception], ...] = IN_THE_WAY
     ) -> T:
-        """Runs work in a transaction, anew when another one was in its way or the connection broke."""
+        """Runs work in a transaction, anew when another one was in its way or the connection broke. Raises Unsure."""
+        task = asyncio.current_task()
+        self.settling.add(task)
+        try:
+            return await self._transact(work, again)
+        finally:
+            self.settling.discard(task)
+
+    async def _transact(self, work: Callable[[Conn], Awaitable[T]], again: tuple[type[Exception], ...]) -> T:
         lost, tries = 0, 0
         while True:
             try:
@@ -232,6 +253,8 @@ class Settler:
                     if tries >= TRIES:
                         raise World(error) from error
                     pause = 0.02 * 2**tries
+                elif lost and isinstance(error, (LeaseLost, BadOption)):  # gone, or "settled already"
+                    raise Unsure from error
                 else:
                     raise
             await asyncio.sleep(random.uniform(0.5, 1.0) * pause)
@@ -303,69 +326,12 @@ async def _give_back(db: Database, token: int, ids: list[int], conn: Conn) -> No
     await queue.give_back(db, conn, token, ids)
 
 
-async def _world_failed(db: Database, token: int, ids: list[int], error: str, conn: Conn) -> None:
+async def _world_failed(db: Database, error: str, token: int, ids: list[int], conn: Conn) -> None:
     await queue.world_failed(db, conn, token, ids, error)
 
 
 class _Undo(Exception):
     """Rolls a trial back."""
-
-
-def backoff(lane: Lane, attempt: int) -> timedelta:
-    """How long a record waits that has failed attempt + 1 times: doubling, with jitter, at most 6 hours."""
-    wait: timedelta = min(lane.backoff * 2 ** min(attempt, 30), LONGEST)
-    return wait * random.uniform(0.75, 1.25)
-
-
-def say(error: BaseException) -> str:
-    """ "ValueError: bad total", short enough to keep."""
-    return (f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)[:TEXT]
-
-
-def failed(error: BaseException) -> Fate:
-    """The fate of a record whose run raised this."""
-    lines = traceback.format_exception(error)
-    return Fate("failed", say(error), None, "".join(lines)[-TEXT:])
-
-
-def fate_of(outcome: Outcome) -> Fate:
-    """What Retry or Discard means. A retry counts as an attempt, so that there is an end to it."""
-    if isinstance(outcome, Discard):
-        return Fate("discarded", outcome.why or "discarded")
-    why, after = (outcome.why, outcome.after) if isinstance(outcome, Retry) else (str(outcome), None)
-    return Fate("failed", why or "retry", None if after is None else duration(after, "after", "Retry"))
-
-
-def is_world(error: BaseException) -> bool:
-    """True when not the record but something outside fails: no connection, a timeout, 429, 5xx."""
-    if isinstance(error, BaseExceptionGroup):
-        return all(is_world(one) for one in error.exceptions)
-    if isinstance(error, (WorldError, ConnectionError, TimeoutError, socket.gaierror, socket.herror)):
-        return True
-    if error.errno in _NETWORK if isinstance(error, OSError) else disconnected(error):
-        return True
-    for cls in type(error).__mro__:
-        if cls.__name__ in _CLIENTS.get(cls.__module__.partition(".")[0], ()):
-            return True
-    if _status(error) in (408, 429) or 500 <= _status(error) <= 599:
-        return True
-    inner = error.__cause__ or getattr(error, "reason", None)          # urllib keeps its reason there
-    return isinstance(inner, BaseException) and is_world(inner)
-
-
-def _status(error: BaseException) -> int:
-    response = getattr(error, "response", None)
-    for holder, name in (
-        (error, "status_code"),
-        (response, "status_code"),
-        (response, "status"),
-        (error, "status"),
-        (error, "code"),
-    ):
-        status = getattr(holder, name, None)
-        if isinstance(status, int):
-            return status
-    return 0
 
 
 def _units(batch: Batch, doing: Doing) -> list[_Unit]:
@@ -425,14 +391,18 @@ def _by_token(jobs: Iterable[Job]) -> dict[int, list[int]]:
     return tokens
 
 
+def _records(batch: Batch, doing: Doing) -> Iterable[tuple[Job, int]]:
+    """All that doing settles, one way or the other."""
+    return batch if doing.done is None else (batch.at(position) for position in (*doing.done, *doing.fates))
+
+
 def _forget(batch: Batch, doing: Doing) -> None:
     """What is settled is no longer left of its job."""
     if doing.done is None:                                             # all of the batch, one way or the other
         for job, ordinals in batch.parts:
             _done(job, ordinals)
         return
-    for position in (*doing.done, *doing.fates):
-        job, ordinal = batch.at(position)
+    for job, ordinal in _records(batch, doing):
         _done(job, (ordinal,))
 
 

@@ -19,21 +19,22 @@ import time
 from collections import deque
 from collections.abc import Callable, Coroutine
 from datetime import timedelta
-from functools import partial
 from importlib import metadata
 from typing import Any
 
 from anton import action, queue, schedule
 from anton.app import App
-from anton.catalogue import read_lanes
+from anton.catalogue import feed, read_lanes
 from anton.db import Database
 from anton.doorbell import Answer, Doorbell
 from anton.errors import LeaseLost
+from anton.fate import World, disconnected
 from anton.heartbeat import Heartbeat
-from anton.lane import Batch, Lane
+from anton.lane import Lane
+from anton.leases import drop, kept
 from anton.queue import Job, Look
 from anton.run import Run, Runner
-from anton.settle import World, disconnected
+from anton.suspects import work_suspects
 from anton.threads import Threads
 from anton.write import as_worker
 
@@ -96,6 +97,7 @@ class Worker:
         self._rings: deque[float] = deque(maxlen=RINGS)
         self._quiet = False                                            # suspects wait for an empty process
         self._hold = True
+        self._overdue = False                                          # a call blocks the loop
         self._refreshed = 0.0
         self._looked = 0.0
         self._helped = 0.0
@@ -127,6 +129,7 @@ class Worker:
                     failures = 0
                 except Exception as error:                             # the database is away, or we are wrong: go on
                     failures += 1
+                    self._start_chore(self._bell.hush())               # a held bell makes every writer pay
                     if disconnected(error):
                         log.warning("worker: %s; trying again", error)
                     else:
@@ -415,47 +418,24 @@ class Worker:
         for lane in self._order:
             lane.ready = True
 
-    def _tokens(self) -> list[int]:
-        """Leases to keep alive, asked by the heartbeat's thread: all but those of a call that is long overdue."""
-        now = time.monotonic()
-        tokens = {job.token for lane in list(self._lanes.values()) for job in list(lane.waiting)}
-        overdue = set[int]()
-        for run in list(self._active.values()):
-            (overdue if run.overdue_at is not None and now > run.overdue_at else tokens).update(run.tokens)
-        return list(tokens - overdue)
+    def _tokens(self) -> tuple[list[int], list[int]]:
+        """Leases to keep alive, and jobs that are left out. Asked by the heartbeat's thread."""
+        tokens, overdue = kept(list(self._lanes.values()), list(self._active.values()))
+        if overdue and not self._overdue:                              # this loop is blocked: it cannot say so itself
+            self._overdue = True
+            self._runner.stuck()
+        return tokens, overdue
 
     def _lost(self, tokens: set[int]) -> None:
         """These leases went to somebody else. Called in the heartbeat's thread."""
-        def cancel() -> None:
-            for task, run in self._active.items():
-                if run.tokens & tokens:
-                    task.cancel()
-            for lane in self._order:
-                lane.drop(tokens)
-
         with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(cancel)
+            self._loop.call_soon_threadsafe(
+                lambda: drop(tokens, self._order, self._active, self._runner.settler.settling))
 
     async def _suspects(self) -> int:
-        """Jobs whose worker died, each with nothing beside it. One that kills its process alone is cut, then buried."""
-        settler, done = self._runner.settler, 0
-        while not self.draining:
-            async with self.db.conn() as conn:
-                jobs = await queue.reclaim(self.db, conn, self.id, self._length, list(self._lanes))
-            if not jobs:
-                break
-            job = jobs[0]
-            if job.crashes and len(job.left) > 1:
-                await settler.transact(partial(queue.split_crashed, self.db, job=job))
-            elif job.crashes >= self._lanes[job.handler_id].attempts:
-                await settler.bury(
-                    Batch.of(jobs), "crashed", f"its process died {job.crashes} times while this record ran alone"
-                )
-            else:
-                left = len(job.left)
-                await asyncio.wait({self._start(Run(self._lanes[job.handler_id], Batch.of(jobs)))})
-                done += left - len(job.left)
-        return done
+        """Jobs whose worker died, each with nothing beside it."""
+        return await work_suspects(self._runner.settler, self._length, self._lanes,
+                                   lambda run: asyncio.wait({self._start(run)}), lambda: not self.draining)
 
     async def _more(self) -> bool:
         """Nothing runs and nothing is claimed: whether something is due all the same."""
@@ -463,20 +443,8 @@ class Worker:
             await schedule.fire(self.db, conn)
         self._refreshed = 0.0
         look = await self._look()
-        fed = await self._feed()
+        fed = await feed(self.db, self._lanes.values())
         return bool(look.ready or look.suspects or fed)
-
-    async def _feed(self) -> int:
-        """Feeds existing rows to handlers that are backfilled. How many; also more than 0 while it has to wait."""
-        fed = 0
-        for lane in list(self._lanes.values()):
-            if lane.feeding and not lane.waiting and not lane.ready:
-                async with self.db.conn() as conn:
-                    n = await self.db.call_value(conn, "feed", lane.id)
-                lane.feeding = n is not None
-                lane.ready = bool(n and n > 0)
-                fed += abs(n or 0)
-        return fed
 
     async def _chores(self) -> None:
         """Schedules, backfills, housekeeping, the catalogue: beside the loop, at their times or when called."""
@@ -498,7 +466,7 @@ class Worker:
                     self._all_ready()
                 if not self._bell.held:
                     pause = min(pause, REFRESH)
-                if await self._feed():
+                if await feed(self.db, self._lanes.values()):
                     pause = min(pause, 0.2)
                 if self._asleep:
                     self._asleep = False

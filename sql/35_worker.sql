@@ -146,3 +146,38 @@ $$;
 create or replace function wide(p_table int) returns boolean language sql stable set search_path from current as $$
   select coalesce(pg_relation_size(c.reltoastrelid) > 0, false) from watched w join pg_class c on c.oid = w.relid where w.id = p_table
 $$;
+
+-- missing_rights(kind, name, rights, statement) -> (may_not, allow): what "permission denied for <kind> <name>" was about, and its GRANT
+-- Of several objects of this name, the one that the statement names with its schema, else the app's. rights: those that
+-- the statement seems to need; when this role has them all, every one that it lacks.
+create or replace function missing_rights(p_kind text, p_name text, p_rights text[], p_statement text)
+returns table (may_not text, allow text) language plpgsql stable set search_path from current as $$
+declare v_role text := quote_ident(current_user); v_rel oid; v_path text; v_lacking text[]; v_asked text[];
+begin
+  if p_kind = 'schema' then
+    return query select format('use schema %I', p_name), format('grant usage on schema %I to %s;', p_name, v_role)
+      from pg_namespace n where n.nspname = p_name;
+  elsif p_kind = 'function' then
+    return query select format('execute %s', p.oid::regprocedure), format('grant execute on function %s to %s;', p.oid::regprocedure, v_role)
+      from pg_proc p where p.proname = p_name and not has_function_privilege(p.oid, 'execute');
+  else
+    select c.oid, format('%I.%I', n.nspname, c.relname) into v_rel, v_path from pg_class c join pg_namespace n on n.oid = c.relnamespace
+     where c.relname = p_name and (c.relkind = 'S') = (p_kind = 'sequence') and c.relkind in ('r', 'p', 'v', 'm', 'f', 'S')
+       and n.nspname !~ '^pg_(toast|temp)'
+     order by p_statement ~* format('\m%s"?\."?%s', n.nspname, c.relname) desc, n.nspname = setting('app_schema') desc, n.nspname limit 1;
+    if v_rel is null then
+      return;
+    elsif p_kind = 'sequence' then
+      return query select format('use sequence %s', v_path), format('grant usage on sequence %s to %s;', v_path, v_role);
+    else
+      v_lacking := array(select r from unnest(array['delete', 'insert', 'select', 'truncate', 'update']) r
+                          where not has_table_privilege(v_rel, r) and (r <> 'truncate' or r = any (p_rights)));
+      v_asked := array(select r from unnest(v_lacking) r where r = any (p_rights));
+      v_asked := case when v_asked <> '{}' then v_asked else v_lacking end;
+      if v_asked <> '{}' then
+        return query select format('%s on table %s', array_to_string(v_asked, ', '), v_path),
+                            format('grant %s on table %s to %s;', array_to_string(v_asked, ', '), v_path, v_role);
+      end if;
+    end if;
+  end if;
+end $$;

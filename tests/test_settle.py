@@ -16,7 +16,7 @@ from working import Bench, met
 from anton import Ctx, Discard, Records, Retry, Table, queue
 from anton.db import Database
 from anton.errors import WorldError
-from anton.settle import is_world
+from anton.fate import is_world
 
 
 class Refused(Exception):
@@ -614,7 +614,7 @@ async def test_a_record_whose_lease_was_lost_leaves_its_handler_working_when_the
         await bench.until("select exists (select from anton.lease)")
         await met(lambda: bool(seen))
         await bench.sql("delete from anton.lease")                      # another worker has finished it
-        worker._lost(set(worker._tokens()))
+        worker._lost(set(worker._tokens()[0]))
         await met(lambda: not worker._active)
         hold.set()
         await bench.add("a", [{"n": 2}])

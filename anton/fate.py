@@ -1,0 +1,131 @@
+"""Fate: what an exception says: whose fault it was, and what becomes of the record.
+
+    is_world(error)   not the record: the network, a service, the database, a right or a table that is missing
+    failed(error)     the record: it is tried again, and after its attempts a dead letter
+    fate_of(outcome)  the handler said it itself: Retry, Discard
+"""
+
+from __future__ import annotations
+
+import errno
+import random
+import socket
+import traceback
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Literal
+
+import asyncpg
+
+from anton.duration import duration
+from anton.errors import DatabaseUnreachable, Discard, MissingPrivilege, Outcome, Retry, UnknownTable, WorldError
+from anton.lane import Lane
+
+LONGEST = timedelta(hours=6)  # of a backoff
+TEXT = 8000  # characters kept of an error and of a traceback
+
+_GONE = (OSError, asyncpg.PostgresConnectionError, asyncpg.AdminShutdownError, asyncpg.CrashShutdownError,
+         asyncpg.CannotConnectNowError, asyncpg.IdleSessionTimeoutError, asyncpg.TooManyConnectionsError,
+         asyncpg.InternalClientError, DatabaseUnreachable)
+# A right, a table, a column, a function, a type that is missing, or is not what the statement takes it for: whatever
+# the record, this handler cannot work until somebody has seen to it. Also a server that only reads at the moment.
+_NO_FIT = {"42501", "42P01", "42703", "42883", "42704", "42804", "42P10", "428C9", "3F000", "55000", "25006"}
+_NETWORK = {errno.ENETDOWN, errno.ENETUNREACH, errno.ENETRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ETIMEDOUT,
+            errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED, errno.EPIPE}
+_CLIENTS = {"httpx": {"TransportError"}, "httpcore": {"NetworkError", "TimeoutException", "ProtocolError"},
+            "requests": {"ConnectionError", "Timeout", "ChunkedEncodingError"}, "aiohttp": {"ClientConnectionError"},
+            "openai": {"APIConnectionError"}, "anthropic": {"APIConnectionError"}, "grpc": {"UnavailableError"}}
+
+
+def disconnected(error: BaseException) -> bool:
+    """True when the connection to Postgres broke, or none is to be had."""
+    if isinstance(error, asyncpg.InterfaceError):                      # asyncpg's own; also raised for wrong arguments
+        return not isinstance(error, ValueError) and "connection" in str(error)
+    return isinstance(error, _GONE)
+
+
+def no_fit(error: BaseException | None) -> asyncpg.PostgresError | None:
+    """The error by which Postgres says that a right or an object is missing, and not that it refuses this row."""
+    while error is not None:
+        if isinstance(error, asyncpg.PostgresError):
+            source = getattr(error, "server_source_function", "")      # row security shares 42501 with missing rights
+            return error if error.sqlstate in _NO_FIT and source != "ExecWithCheckOptions" else None
+        error = error.__cause__
+    return None
+
+
+class World(Exception):
+    """Carries what the outside world raised up to where the jobs are given back."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+@dataclass(frozen=True, slots=True)
+class Fate:
+    """What becomes of a record that is not done. after: None: the backoff."""
+
+    kind: Literal["retry", "discarded", "failed"]
+    error: str
+    after: timedelta | None = None
+    traceback: str | None = None
+
+
+def backoff(lane: Lane, attempt: int) -> timedelta:
+    """How long a record waits that has failed attempt + 1 times: doubling, with jitter, at most 6 hours."""
+    wait: timedelta = min(lane.backoff * 2 ** min(attempt, 30), LONGEST)
+    return wait * random.uniform(0.75, 1.25)
+
+
+def say(error: BaseException) -> str:
+    """ "ValueError: bad total", short enough to keep."""
+    return (f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)[:TEXT]
+
+
+def failed(error: BaseException) -> Fate:
+    """The fate of a record whose run raised this."""
+    lines = traceback.format_exception(error)
+    return Fate("failed", say(error), None, "".join(lines)[-TEXT:])
+
+
+def fate_of(outcome: Outcome) -> Fate:
+    """What Retry or Discard means. A retry counts as an attempt, so that there is an end to it."""
+    if isinstance(outcome, Discard):
+        return Fate("discarded", outcome.why or "discarded")
+    why, after = (outcome.why, outcome.after) if isinstance(outcome, Retry) else (str(outcome), None)
+    return Fate("failed", why or "retry", None if after is None else duration(after, "after", "Retry"))
+
+
+def is_world(error: BaseException) -> bool:
+    """True when not the record but something outside fails: no connection, a timeout, 429, 5xx, a missing right."""
+    if isinstance(error, BaseExceptionGroup):
+        return all(is_world(one) for one in error.exceptions)
+    if isinstance(error, (WorldError, ConnectionError, TimeoutError, socket.gaierror, socket.herror)):
+        return True
+    if isinstance(error, (MissingPrivilege, UnknownTable)) or no_fit(error) is not None:
+        return True
+    if error.errno in _NETWORK if isinstance(error, OSError) else disconnected(error):
+        return True
+    for cls in type(error).__mro__:
+        if cls.__name__ in _CLIENTS.get(cls.__module__.partition(".")[0], ()):
+            return True
+    if _status(error) in (408, 429) or 500 <= _status(error) <= 599:
+        return True
+    inner = error.__cause__ or getattr(error, "reason", None)          # urllib keeps its reason there
+    return isinstance(inner, BaseException) and is_world(inner)
+
+
+def _status(error: BaseException) -> int:
+    response = getattr(error, "response", None)
+    for holder, name in (
+        (error, "status_code"),
+        (response, "status_code"),
+        (response, "status"),
+        (error, "status"),
+        (error, "code"),
+    ):
+        status = getattr(holder, name, None)
+        if isinstance(status, int):
+            return status
+    return 0

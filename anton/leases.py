@@ -1,0 +1,39 @@
+"""Leases: which a worker keeps alive, and what it drops when they went to somebody else."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterable, Mapping
+
+from anton.lane import Lane
+from anton.run import Run
+
+
+def kept(lanes: Iterable[Lane], runs: Iterable[Run]) -> tuple[list[int], list[int]]:
+    """Tokens of the leases to keep alive, and ids of jobs under them that are left to run out. From any thread.
+
+    Left to run out are the jobs of a call that is long overdue: others may try them.
+    """
+    now = time.monotonic()
+    tokens = {job.token for lane in lanes for job in list(lane.waiting)}
+    overdue: list[int] = []
+    for run in runs:
+        if run.overdue_at is not None and now > run.overdue_at:
+            overdue += [job.id for job in run.batch.jobs if job.left]
+        else:
+            tokens |= run.tokens
+    return list(tokens), overdue
+
+
+def drop(tokens: set[int], lanes: Iterable[Lane], active: Mapping[asyncio.Task[None], Run],
+         settling: set[asyncio.Task[None] | None]) -> None:
+    """Cancels what runs under leases that are lost, and forgets what waits.
+
+    settling: tasks in a transaction. It may have been their own COMMIT that ended the lease; else the fence tells them.
+    """
+    for task, run in active.items():
+        if run.tokens & tokens and task not in settling:
+            task.cancel()
+    for lane in lanes:
+        lane.drop(tokens)
