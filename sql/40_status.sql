@@ -378,7 +378,8 @@ create or replace function show_job(p_job bigint) returns jsonb language sql sta
                             'depth', q.depth, 'tenant', q.tenant, 'change', q.change_id, 'degraded', c.degraded,
                             'keys', coalesce(q.keys, (select jsonb_agg(jsonb_build_array(k) order by o) from unnest(q.ids) with ordinality x (k, o)),
                                              (select jsonb_agg(change_key(c, o) order by o) from generate_series(q.lo, q.hi) o)))
-    from (select job.*, 'ready' as state, null::timestamptz as run_at, null::int as worker_id, null::text as error from job where id = p_job
+    from (select handler_id, id, change_id, at, cause, trace, lo, hi, attempt, crashes, depth, op, tenant, origin, settled, ids, keys,
+                 'ready' as state, null::timestamptz as run_at, null::int as worker_id, null::text as error from job where id = p_job
           union all
           select handler_id, id, change_id, at, cause, trace, lo, hi, attempt, crashes, depth, op, tenant, origin, settled, ids, keys,
                  'delayed', run_at, null, error from delayed where id = p_job
