@@ -2,9 +2,9 @@
 
 Runs in a thread with its own loop. Connections must come without TLS (sslmode=disable).
 
-    cut(connection's choice)   at each commit: None goes on; "after": the server commits, the reply is dropped and the
-                               connection reset; "before": the commit is not sent on
-    freeze(), heal()           a silent partition: nothing passes, nothing is closed; later all of it is reset
+    choose(explicit)   asked at each commit, explicit or of a single statement: None goes on; "after": the server commits,
+                       its reply is dropped and the connection reset; "before": the commit is not sent on
+    freeze(), heal()   a silent partition: nothing passes, nothing is closed; later all of it is reset
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ Cut = Literal["after", "before"] | None
 
 
 class Proxy:
-    """Forwards 127.0.0.1:port to 127.0.0.1:target. counts: commits cut, by how, and what the server said to them."""
+    """Forwards 127.0.0.1:port to 127.0.0.1:target. counts: commits cut, by how, and the tags the server sent for them."""
 
     def __init__(self, target: int) -> None:
         self.target = target
         self.port = 0
-        self.choose: Callable[[], Cut] = lambda: None
+        self.choose: Callable[[bool], Cut] = lambda explicit: None
         self.counts: Counter[str] = Counter()
         self._links: set[Link] = set()
         self._loop = asyncio.new_event_loop()
@@ -113,8 +113,9 @@ class Link:
             size = await self.reader.readexactly(4)
             body = await self.reader.readexactly(int.from_bytes(size, "big") - 4)
             await self.proxy.passing()
-            if (kind == b"Q" and body[:6].upper() == b"COMMIT") or (kind == b"S" and self.idle):
-                cut = self.proxy.choose()
+            explicit = kind == b"Q" and body[:6].upper() == b"COMMIT"
+            if explicit or (kind == b"S" and self.idle):
+                cut = self.proxy.choose(explicit)
                 if cut == "before":
                     self.proxy.counts["before"] += 1
                     return
@@ -137,6 +138,6 @@ class Link:
                 await self.writer.drain()
                 continue
             if kind == b"C":
-                self.proxy.counts["committed" if not body.startswith(b"ROLLBACK") else "rolled back"] += 1
+                self.proxy.counts[body[:-1].decode()] += 1
             if kind in b"ZE":
                 return

@@ -1,0 +1,574 @@
+"""Faults: each a function that does one kind of harm n times, while producers write and workers work.
+
+Named as in docs/reliability.md. A fault ends the load, waits for the drain, checks, and returns what it counted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import signal
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import servers
+
+from chaos.cell import Cell
+from chaos.check import Verdict
+from chaos.history import Producers
+from chaos.points import POINTS
+from chaos.proxy import Cut, Proxy
+
+WORKERS = 3
+PATIENCE = 90.0  # seconds that a drain may take after the last fault
+
+
+@dataclass
+class Result:
+    """What a fault came to. n: how often it was done; more: what else was counted or measured."""
+
+    n: int = 0
+    verdict: Verdict = field(default_factory=Verdict)
+    more: dict[str, Any] = field(default_factory=dict)
+
+
+Fault = Callable[[Cell, int], Result]
+FAULTS: dict[str, tuple[str, Fault]] = {}
+
+
+def fault(name: str, what: str) -> Callable[[Fault], Fault]:
+    """Registers a fault."""
+    def register(function: Fault) -> Fault:
+        FAULTS[name] = what, function
+        return function
+    return register
+
+
+@contextmanager
+def under_load(cell: Cell, result: Result, *, rate: float = 20, url: str | None = None) -> Iterator[Producers]:
+    """Producers write meanwhile; afterwards all is drained and checked."""
+    producers = cell.producers(rate, url)
+    try:
+        yield producers
+    finally:
+        producers.stop()
+    if not cell.workers:
+        cell.start(WORKERS)
+    took = cell.drain(PATIENCE)
+    result.verdict = cell.check()
+    result.verdict.require(took is not None, f"not drained in {PATIENCE:g} s")
+    result.more |= {"drain_s": took, "operations": dict(cell.history.states)}
+
+
+def percentile(values: list[float], q: float) -> float | None:
+    """The smallest value that at least a share q of them do not exceed."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(q * len(ordered)))] if ordered else None
+
+
+# Processes
+
+
+@fault("P1", "SIGKILL of a worker, half at named points, half at any time; half with its supervisor")
+def kills(cell: Cell, n: int, **given: Any) -> Result:
+    """Counts only kills with a lease in flight."""
+    result, points = Result(), itertools.cycle((*POINTS, *[None] * (len(POINTS) // 2)))
+    died = Counter[int]()
+    with under_load(cell, result):
+        end = time.monotonic() + 60 + 4 * n
+        while len(cell.kills) < n and time.monotonic() < end:
+            while len(cell.workers) < WORKERS:
+                cell.start(point=next(points), hits=cell.random.randint(1, 12), **given)
+            time.sleep(cell.random.uniform(0, 0.4))
+            victims = [(stop.pid, stop.point) for stop in cell.stops()]
+            if cell.random.random() < 0.3:
+                children = [pid for one in cell.workers for pid in cell.children(one)]
+                victims += [(pid, "any time") for pid in cell.random.sample(children, min(1, len(children)))]
+            for pid, point in victims:
+                above = cell.supervisor(pid) or 0
+                died[above] += 1
+                cell.kill(pid, point, both=died[above] > 1 or cell.random.random() < 0.5)
+            if cell.left() > 4000:
+                time.sleep(1)
+    redo = cell.redo()
+    result.n = len(cell.kills)
+    result.more |= {"points": dict(Counter(kill.point for kill in cell.kills)), "redo_p50_s": percentile(redo, 0.5),
+                    "redo_p99_s": percentile(redo, 0.99), "leases": sum(len(kill.held) for kill in cell.kills)}
+    return result
+
+
+@fault("P2", "rolling SIGTERM, as a deployment does")
+def rolling(cell: Cell, n: int) -> Result:
+    """Every worker is replaced in turn; jobs are handed back, no attempt is counted."""
+    result, seconds = Result(), list[float]()
+    with under_load(cell, result):
+        cell.start(WORKERS)
+        for _ in range(n):
+            time.sleep(cell.random.uniform(0.2, 0.6))
+            old = cell.random.choice(sorted(cell.workers))
+            cell.start()
+            began = time.monotonic()
+            cell.signal(old, signal.SIGTERM)
+            while Path(f"/proc/{old}").exists() and time.monotonic() - began < 40:
+                time.sleep(0.01)
+            seconds.append(time.monotonic() - began)
+            cell.workers.discard(old)
+    result.n = n
+    result.more |= {"drain_p99_s": percentile(seconds, 0.99)}
+    return result
+
+
+@fault("P3", "SIGSTOP just before the ack, until another worker has the lease; then SIGCONT")
+def zombies(cell: Cell, n: int, seconds: float = 3.0) -> Result:
+    """Stale acks tried, and how many of them were refused."""
+    result, asleep = Result(), dict[int, int]()
+    count = Counter[str]()
+    with under_load(cell, result, rate=30):
+        cell.start(4, point="before_ack", hits=3)
+        cell.start(2)
+        end = time.monotonic() + 30 + seconds * n
+        while count["refused"] + count["accepted"] < n and time.monotonic() < end:
+            time.sleep(0.05)
+            for event in cell.look():
+                if event["what"] == "stopped":
+                    asleep[event["pid"]] = event["token"]
+                elif event["what"] in ("refused", "accepted"):
+                    count[event["what"]] += 1
+            for pid, token in list(asleep.items()):
+                if cell.one("select count(*) from anton.lease where token = %s", token) == (0,):
+                    del asleep[pid]
+                    count["woken"] += 1
+                    cell.signal(pid, signal.SIGCONT)
+        for pid in asleep:
+            cell.signal(pid, signal.SIGCONT)
+    result.n = count["refused"] + count["accepted"]
+    result.verdict.require(not count["accepted"], f"{count['accepted']} stale acks were accepted")
+    result.more |= dict(count)
+    return result
+
+
+@fault("P5", "a record that kills its process, beside innocent ones")
+def poison(cell: Cell, n: int) -> Result:
+    """Until n deaths; each such record has to be a dead letter, and none of its neighbours."""
+    result, next_id = Result(), itertools.count(1)
+    cell.start(2)
+    deaths, rounds = 0, 0
+    end = time.monotonic() + 60 + 3 * n
+    while deaths < n and time.monotonic() < end:
+        ids = [next(next_id) for _ in range(cell.random.randint(5, 30))]
+        bad = cell.random.choice(ids)
+        with psycopg.connect(cell.url) as conn:
+            rows = [(id, "poison" if id == bad else "single") for id in ids]
+            operation = cell.history.begin("risky", "many", ids)
+            conn.cursor().executemany("insert into risky values (%s, %s)", rows) if rounds % 2 else conn.execute(
+                "insert into risky select * from unnest(%s::bigint[], %s::text[])", tuple(map(list, zip(*rows, strict=True))))
+        cell.history.end(operation, "ok")
+        cell.dead.setdefault("risk", Counter())[bad] += 1
+        rounds += 1
+        took = cell.drain(40)
+        deaths = sum(event["what"] == "poison" for event in (cell.look(), cell.events)[1])
+        if took is None or deaths > 20 * rounds:
+            break
+    result.n = deaths
+    result.verdict = cell.check()
+    result.verdict.require(deaths <= 20 * rounds, f"{deaths} deaths for {rounds} records")
+    (result.more["innocent_dead"],) = cell.one(
+        "select count(*) from anton.dead d join risky r on r.id = (d.key ->> 0)::bigint where r.kind <> 'poison'")
+    result.more |= {"records": rounds, "deaths_for_each": deaths / max(1, rounds)}
+    return result
+
+
+@fault("R1", "a record that a SQL handler fails at, beside innocent ones")
+def bad_records(cell: Cell, n: int) -> Result:
+    """Batches of every size up to 40 with one bad record."""
+    result, next_id = Result(), itertools.count(1)
+    cell.start(1)
+    for size in itertools.islice(itertools.cycle(range(2, 41)), n):
+        ids = [next(next_id) for _ in range(size)]
+        bad = cell.random.choice(ids)
+        with psycopg.connect(cell.url) as conn:
+            operation = cell.history.begin("shaky", "many", ids)
+            conn.execute("insert into shaky select id, case when id = %s then 'bad' else '' end from unnest(%s::bigint[]) id",
+                         (bad, ids))
+        cell.history.end(operation, "ok")
+        cell.dead.setdefault("shake", Counter())[bad] += 1
+    took = cell.drain(PATIENCE)
+    result.n = n
+    result.verdict = cell.check()
+    result.verdict.require(took is not None, "not drained")
+    return result
+
+
+# The database
+
+
+def _acks(cell: Cell) -> int:
+    return int(cell.one("select coalesce(max(id), 0) from anton.receipt")[0])
+
+
+def _first_ack(cell: Cell) -> float:
+    """Seconds until the next ack. Producers go on, so there is something to ack."""
+    began, before = time.monotonic(), _acks(cell)
+    while _acks(cell) == before and time.monotonic() - began < 30:
+        time.sleep(0.01)
+    return time.monotonic() - began
+
+
+def _crashes(cell: Cell, n: int, crash: Callable[[], None]) -> Result:
+    result, seconds = Result(), list[float]()
+    with under_load(cell, result):
+        cell.start(WORKERS)
+        for _ in range(n):
+            time.sleep(cell.random.uniform(0.3, 1.5))
+            crash()
+            seconds.append(_first_ack(cell))
+    result.n = n
+    result.more |= {"first_ack_p50_s": percentile(seconds, 0.5), "first_ack_p99_s": percentile(seconds, 0.99)}
+    return result
+
+
+@fault("D1", "Postgres stopped with -m immediate, and started")
+def restarts(cell: Cell, n: int) -> Result:
+    """As a crash of the server would."""
+    return _crashes(cell, n, lambda: servers.restart(cell.server, "immediate"))
+
+
+@fault("D2", "one backend killed with -9; Postgres throws out all others")
+def dead_backends(cell: Cell, n: int) -> Result:
+    """A backend of this cell's database."""
+    def crash() -> None:
+        (pids,) = cell.one("select array_agg(pid) from pg_stat_activity where datname = current_database() "
+                           "and pid <> pg_backend_pid() and backend_type = 'client backend'")
+        if pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(cell.random.choice(pids), signal.SIGKILL)
+        time.sleep(0.05)
+
+    return _crashes(cell, n, crash)
+
+
+@fault("D3", "the postmaster killed with -9, and started")
+def dead_postmasters(cell: Cell, n: int) -> Result:
+    """It cannot start before the last orphan has gone."""
+    def crash() -> None:
+        file = cell.server.folder / "data" / "postmaster.pid"
+        os.kill(int(file.read_text().split()[0]), signal.SIGKILL)
+        end = time.monotonic() + 30
+        while True:
+            time.sleep(0.1)
+            try:
+                servers.start(cell.server)
+                return
+            except servers.NoServer:
+                if time.monotonic() > end:
+                    raise
+
+    return _crashes(cell, n, crash)
+
+
+@fault("D5", "storms of pg_terminate_backend: half of all backends, every 200 ms")
+def storms(cell: Cell, n: int) -> Result:
+    """Whoever they belong to but the harness."""
+    result, ended = Result(), 0
+    with under_load(cell, result):
+        cell.start(WORKERS)
+        time.sleep(0.5)
+        for storm in range(n):
+            ended += cell.one("select count(pg_terminate_backend(pid)) from pg_stat_activity where datname = current_database() "
+                              "and pid <> pg_backend_pid() and random() < 0.5")[0]
+            time.sleep(1.0 if storm % 10 == 9 else 0.2)
+    result.n = n
+    result.more["terminated"] = ended
+    return result
+
+
+# The network
+
+
+def _through(cell: Cell) -> tuple[Proxy, str]:
+    port = int(cell.url.split(":")[-1].split("/")[0])
+    proxy = Proxy(port)
+    return proxy, cell.url.replace(f":{port}/", f":{proxy.port}/")
+
+
+@fault("D6", "COMMIT sent, its reply lost; also replies of single statements, and COMMITs that never arrived")
+def lost_replies(cell: Cell, n: int) -> Result:
+    """Of workers and producers. n counts COMMITs that the server carried out."""
+    result = Result()
+    proxy, url = _through(cell)
+
+    def choose(explicit: bool) -> Cut:
+        dice = cell.random.random()
+        if explicit:
+            return "after" if dice < 0.06 else "before" if dice < 0.08 else None
+        return "after" if dice < 0.004 else None
+
+    try:
+        with under_load(cell, result, url=url):
+            cell.start(WORKERS, url=url)
+            time.sleep(1)
+            proxy.choose = choose
+            end = time.monotonic() + 60 + n
+            while proxy.counts["COMMIT"] < n and time.monotonic() < end:
+                time.sleep(0.1)
+                if cell.left() > 4000:
+                    time.sleep(1)
+            proxy.choose = lambda explicit: None
+    finally:
+        proxy.close()
+    result.n = proxy.counts["COMMIT"]
+    result.more |= {"cut": dict(proxy.counts)}
+    return result
+
+
+@fault("N1", "a silent partition for two leases between some workers and Postgres, the doorbell's connection included")
+def partitions(cell: Cell, n: int) -> Result:
+    """What was frozen is reset at the end, as a kernel that gives up does."""
+    result, seconds = Result(), list[float]()
+    proxy, url = _through(cell)
+    try:
+        with under_load(cell, result):
+            cell.start(2, url=url)
+            cell.start(1)
+            time.sleep(1)
+            for _ in range(n):
+                time.sleep(cell.random.uniform(0.3, 0.8))
+                proxy.freeze()
+                seconds.append(_first_ack(cell))
+                time.sleep(2 * cell.lease)
+                proxy.heal()
+    finally:
+        proxy.close()
+    result.n = n
+    result.more |= {"first_ack_by_others_max_s": max(seconds, default=None)}
+    return result
+
+
+@fault("N7", "through PgBouncer in transaction mode, with kills")
+def pooled(cell: Cell, n: int) -> Result:
+    """Workers are behind it, producers are not."""
+    import working
+
+    with working.pooled(cell.server, cell.name, Path(cell.log).parent) as url:
+        return kills(cell, n, url=url, pooled=True)
+
+
+# Captures, clocks, loops
+
+
+@fault("A5", "triggers disabled, replica mode: what no trigger saw is found by reconcile()")
+def unseen(cell: Cell, n: int) -> Result:
+    """n rows each way."""
+    result = Result()
+    cell.start(1)
+    for way in range(2):
+        ids = list(range(1 + way * n, 1 + way * n + n))
+        with psycopg.connect(cell.url) as conn:
+            conn.execute("alter table near disable trigger all" if way else "set session_replication_role = replica")
+            conn.execute("insert into near select id, '' from unnest(%s::bigint[]) id", (ids,))
+            conn.execute("alter table near enable trigger all" if way else "set session_replication_role = origin")
+        cell.history.end(cell.history.begin("near", "unseen", ids), "ok")
+    (found,) = cell.one("select count(*) from anton.findings()")
+    cell.one("select count(*) from anton.reconcile('near', true)")
+    result.more |= {"findings": found, "drain_s": cell.drain(30)}
+    result.n = 2 * n
+    result.verdict = cell.check()
+    return result
+
+
+@fault("T1", "workers whose clocks are an hour ahead and an hour behind")
+def skewed(cell: Cell, n: int) -> Result:
+    """n kills; no worker may take a lease that is held."""
+    result = Result()
+    for skew in (-3600, 3600):
+        cell.start(1, skew=skew)
+    with under_load(cell, result):
+        time.sleep(3 * cell.lease)
+        steals = Path(str(cell.log) + ".workers").read_text().count("the lease was lost")
+        for _ in range(n):
+            above = cell.random.choice(sorted(cell.workers))
+            for pid in cell.children(above):
+                cell.kill(pid, "any time", both=True)
+            cell.workers.discard(above)
+            cell.start(1, skew=cell.random.choice((-3600, 3600)))
+            time.sleep(cell.random.uniform(0.3, 1.0))
+        if n:
+            cell.end()
+            cell.start(2)
+    result.n = n
+    result.verdict.require(steals == 0, f"{steals} leases were taken from workers that held them")
+    result.more["false_steals"] = steals
+    return result
+
+
+@fault("L3", "two handlers that feed each other")
+def loops(cell: Cell, n: int) -> Result:
+    """The chain ends at the depth limit, as a dead letter."""
+    result = Result(n)
+    cell.start(1)
+    for _ in range(n):
+        cell.one("insert into ping (hop) values (0)")
+    took = cell.drain(60)
+    (rows, dead) = cell.one("select (select count(*) from ping) + (select count(*) from pong), "
+                            "(select count(*) from anton.dead where reason = 'depth')")
+    result.verdict.require(took is not None, "not drained")
+    result.verdict.require(dead == n and rows <= 33 * n, f"{rows} rows and {dead} dead letters for {n} loops")
+    result.more |= {"rows_for_each": rows / n, "dead": dead}
+    return result
+
+
+@fault("C1", "cancel() of jobs that wait, are worked, and are done")
+def cancels(cell: Cell, n: int) -> Result:
+    """What it says is so: true for a job that nobody works any more, false where nothing changed."""
+    result, cancelled = Result(n), 0
+    cell.one("select anton.pause('pick_up')")
+    seen = list[int]()
+    for id in range(1, n + 1):
+        cell.add("near", [id])
+        (job,) = cell.one("select max(id) from anton.job")
+        seen.append(job)
+        if id % 5 == 0 and cell.one("select anton.cancel(%s)", job)[0]:
+            cancelled += 1
+            cell.one("delete from near where id = %s", id)
+            cell.history.end(cell.history.begin("near", "cancelled", [id]), "fail")
+    cell.one("select anton.resume('pick_up')")
+    cell.start(1)
+    result.more["drain_s"] = cell.drain(30)
+    late = sum(bool(cell.one("select anton.cancel(%s)", job)[0]) for job in seen)
+    cell.drain(30)
+    found = Counter(row[0] for row in _rows(cell, "select src from out_near"))
+    for id in range(1, n + 1):
+        wanted = 0 if id % 5 == 0 else 1
+        if found[id] != wanted:
+            result.verdict.wrong.append(f"out_near: {id} is there {found[id]} times, not {wanted}")
+            result.verdict.doubled += max(0, found[id] - wanted)
+    result.verdict.require(late == 0, f"{late} jobs were cancelled after they were done")
+    result.more["cancelled"] = cancelled
+    return result
+
+
+def _rows(cell: Cell, query: str) -> list[Any]:
+    with psycopg.connect(cell.url) as conn:
+        return conn.execute(query).fetchall()
+
+
+@fault("W1", "the last record before a worker goes to sleep")
+def last_records(cell: Cell, n: int) -> Result:
+    """Single inserts, each as soon as the one before was handled; the bell alone may wake the worker."""
+    result, slow = Result(n), list[float]()
+    cell.start(1, lease=60)
+    time.sleep(1)
+    with psycopg.connect(cell.url, autocommit=True) as conn, psycopg.connect(cell.url, autocommit=True) as look:
+        for id in range(1, n + 1):
+            operation = cell.history.begin("near", "single", [id])
+            conn.execute("insert into near values (%s, '')", (id,))
+            cell.history.end(operation, "ok")
+            began = time.monotonic()
+            while look.execute("select count(*) from out_near where src = %s", (id,)).fetchone() == (0,):
+                if time.monotonic() - began > 3:
+                    break
+                time.sleep(0.0002)
+            slow.append(time.monotonic() - began)
+            if slow[-1] > 3:
+                break
+            time.sleep(cell.random.uniform(0, 0.004))
+    result.n = len(slow)
+    result.verdict.require(max(slow) < 3, f"record {len(slow)} was not picked up in 3 s")
+    result.more |= {"pickup_p99_s": percentile(slow, 0.99)}
+    return result
+
+
+@fault("H1", "the web server killed while it answers; 2xx means committed")
+def posts(cell: Cell, n: int) -> Result:
+    """n requests that were answered 200, through servers that are killed."""
+    import http.client
+
+    result, answered, next_id = Result(), 0, itertools.count(1)
+    kills = 0
+    cell.start(1)
+    with servers.socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = one.getsockname()[1]
+    web = 0
+    proxy, url = _through(cell)
+    proxy.choose = lambda explicit: "before" if cell.random.random() < 0.05 else None
+    end = time.monotonic() + 60 + n
+    try:
+        while answered < n and time.monotonic() < end:
+            if not web:
+                (web,) = cell.start(port=port, url=url)
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+            for _ in range(cell.random.randint(5, 40)):
+                id = next(next_id)
+                operation = cell.history.begin("src", "http", [id])
+                try:
+                    connection.request("POST", "/put", f'{{"id": {id}}}', {"content-type": "application/json"})
+                    reply = connection.getresponse()
+                    reply.read()
+                except ConnectionRefusedError:
+                    cell.history.end(operation, "fail")
+                    time.sleep(0.05)
+                    connection.close()
+                    continue
+                except (OSError, http.client.HTTPException):
+                    cell.history.end(operation, "unknown")
+                    connection.close()
+                    continue
+                cell.history.end(operation, "ok" if reply.status == 200 else "unknown")
+                answered += reply.status == 200
+            connection.close()
+            cell.signal(web, signal.SIGKILL)
+            kills, web = kills + 1, 0
+    finally:
+        proxy.close()
+        if web:
+            cell.signal(web, signal.SIGKILL)
+    took = cell.drain(PATIENCE)
+    result.n = answered
+    result.verdict = cell.check()
+    result.verdict.require(took is not None, "not drained")
+    result.more["kills"] = kills
+    return result
+
+
+# Capacity
+
+
+@fault("OUT", "the world away: what a handler calls fails for n seconds")
+def outage(cell: Cell, n: int) -> Result:
+    """Nothing may die; then the backlog is drained, compared with the time its handler needs for it."""
+    result = Result(n)
+    cell.start(1)
+    cell.world.touch()
+    ids, rate = itertools.count(1), 100
+    began = time.monotonic()
+    while time.monotonic() - began < n:
+        cell.add("outside", [next(ids) for _ in range(rate)], "many")
+        time.sleep(max(0.0, 1.0 - (time.monotonic() - began) % 1.0))
+    backlog = cell.one("select count(*) from outside")[0]
+    cell.world.unlink()
+    took = cell.drain(200)
+    ideal = backlog / 1000 / 4                                         # its calls, four at a time
+    result.verdict = cell.check()
+    (died,) = cell.one("select count(*) from anton.dead")
+    probe_s = None
+    if took is not None:
+        (probe_s,) = cell.one("select extract(epoch from min(r.at)) - %s::float8 from anton.receipt r join anton.handler h "
+                              "on h.id = r.handler_id where h.name = 'call'", time.time() - took)
+    result.more |= {"dead": died, "drain_s": took, "ideal_s": ideal, "backlog": backlog, "first_probe_s": float(probe_s or 0)}
+    return result
+
+
+def amcheck(server: servers.Server, name: str) -> str:
+    """What pg_amcheck finds wrong in a database; "" for nothing."""
+    server.sql("create extension if not exists amcheck", database=name)
+    done = subprocess.run([server.bin / "pg_amcheck", "--heapallindexed", server.url(name)], capture_output=True, text=True, check=False)
+    return "" if done.returncode == 0 else (done.stdout + done.stderr)[-500:]
