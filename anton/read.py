@@ -23,7 +23,9 @@ from anton.queue import Job, array
 from anton.record import Change, ChangeOp, Document, Record, Row
 
 OPS: dict[str, ChangeOp] = {"n": "new", "u": "updated", "d": "deleted", "t": "truncate", "r": "rebuilt", "f": "failed"}
-_ANY = " = any ($1::bigint[])"
+_ANY = " = any ((select $1)::bigint[])"
+BY_KEY = " = any ((select $1::text)::bigint[])"                        # a plan for any number of keys: by index
+BY_RANGE = " between $1::bigint and $2::bigint"
 EVENTS = frozenset("trf")  # of a table, not of a record
 
 
@@ -247,8 +249,8 @@ async def _rows(conn: Conn, lane: Lane, ids: list[int]) -> list[Any]:
     assert lane.fetch_sql is not None
     kind, base = Document if lane.document else Row, lane.fetch_sql.removesuffix(_ANY)
     if len(ids) > 1 and ids[-1] - ids[0] == len(ids) - 1 and ids == list(range(ids[0], ids[-1] + 1)):
-        return await conn.fetch(base + " between $1::bigint and $2::bigint", ids[0], ids[-1], record_class=kind)
-    return await conn.fetch(base + " = any ($1::text::bigint[])", array(ids), record_class=kind)
+        return await conn.fetch(base + BY_RANGE, ids[0], ids[-1], record_class=kind)
+    return await conn.fetch(base + BY_KEY, array(ids), record_class=kind)
 
 
 def _id_of(row: Any) -> Any:

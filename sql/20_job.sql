@@ -2,6 +2,7 @@
 -- Any language can be a worker through these functions; Python's names for them are in anton/queue.py.
 -- job holds what is ready, delayed what waits for its time, lease what is being worked. A claim moves rows
 -- from job to lease, so paused, delayed and leased work never lies in the claim's way.
+-- enable_seqscan = off: plans are kept from when a table was small, and statistics lag behind; see tests/test_plans.py.
 
 -- leased(token, ids) -> leased jobs with what a worker needs; keys come from the change when the job does not hold them
 create or replace function leased(p_token bigint, p_ids bigint[] default null) returns table (
@@ -178,7 +179,8 @@ end $$;
 -- writes the receipt, and sets the context for the outputs that follow in the same transaction.
 --   gone  records that had vanished from the table when they were read
 create or replace function ack(p_token bigint, p_ids bigint[], p_worker int, p_ms real, p_gone int default 0)
-returns bigint language plpgsql volatile set search_path from current as $$
+returns bigint language plpgsql volatile set search_path from current
+set enable_seqscan = off as $$
 declare
   v_now timestamptz := now();
   v_receipt bigint := nextval('change_seq');
@@ -221,7 +223,8 @@ end $$;
 -- settle(token, id, ordinals) -> the lease row as it was
 -- Marks records of one job as settled and drops the lease with the last one. NT001 when the lease is lost.
 create or replace function settle(p_token bigint, p_id bigint, p_ordinals int[]) returns lease
-language plpgsql volatile set search_path from current as $$
+language plpgsql volatile set search_path from current
+set enable_seqscan = off as $$
 declare v lease;
 begin
   select * into v from lease where token = p_token and id = p_id for update;
@@ -304,7 +307,8 @@ end $$;
 
 -- give_back(token, ids): leased jobs are ready again at once; nothing is counted against them
 create or replace function give_back(p_token bigint, p_ids bigint[]) returns void
-language plpgsql volatile set search_path from current as $$
+language plpgsql volatile set search_path from current
+set enable_seqscan = off as $$
 declare v_held bigint;
 begin
   with gone as (delete from lease where token = p_token and id = any (p_ids) returning *),
@@ -319,7 +323,8 @@ end $$;
 -- world_failed(token, ids, error) -> when to probe again
 -- The outside world fails, not these records: gives the jobs back and makes their handler wait, 1 s to 60 s.
 create or replace function world_failed(p_token bigint, p_ids bigint[], p_error text) returns timestamptz
-language plpgsql volatile set search_path from current as $$
+language plpgsql volatile set search_path from current
+set enable_seqscan = off as $$
 declare v_now timestamptz := now(); v_handler int; v_probe timestamptz;
 begin
   select handler_id into v_handler from lease where token = p_token and id = any (p_ids) limit 1;
@@ -338,7 +343,8 @@ end $$;
 -- Cuts what is left of a leased job into up to `parts` leases under the same token, each of at least one record.
 create or replace function split(p_token bigint, p_id bigint, p_parts int, p_until timestamptz default null)
 returns table (id bigint, lo int, hi int)
-language plpgsql volatile set search_path from current as $$
+language plpgsql volatile set search_path from current
+set enable_seqscan = off as $$
 #variable_conflict use_column
 declare v lease; v_size int;
 begin

@@ -45,7 +45,7 @@ begin
          string_agg('n' || c.o, ', ' order by c.o) || ', ' || string_agg('o' || c.o, ', ' order by c.o)
     into v_select, v_news, v_olds, v_names
     from unnest(p_cols) with ordinality c (name, o) left join table_columns(v_rel) t on t.name = c.name;
-  return format('select j.change_id, (v.ord + j.lo - 1)::int as ord, %s from unnest($1::bigint[], $2::int[], $3::int[]) j (change_id, lo, hi) join %I.change c on c.id = j.change_id cross join lateral unnest(%s, %s) with ordinality v (%s, ord)',
+  return format('select j.change_id, (v.ord + j.lo - 1)::int as ord, %s from unnest($1::bigint[], $2::int[], $3::int[]) j (change_id, lo, hi) cross join lateral (select * from %I.change c where c.id = j.change_id limit 1) c cross join lateral unnest(%s, %s) with ordinality v (%s, ord)',
                 v_select, current_schema(), v_news, v_olds, v_names);
 end $$;
 
@@ -60,7 +60,7 @@ $$;
 -- change, else the row as it is. One statement, one snapshot: an update is seen with its kept image or not at all.
 create or replace function new_records_sql(w watched, p_lazy boolean) returns text language sql stable set search_path from current as $$
   select case when not p_lazy then now_sql else format(
-    'select t.* from (%s) t where %s not in (select key from kept where not exists (select from %s where k.key = kept.key and k.change_id > kept.since)) union all select %s from kept k join %I.change c on c.id = k.change_id',
+    'select t.* from (%s) t where %s not in (select key from kept where not exists (select from %s where k.key = kept.key and k.change_id > kept.since)) union all select %s from kept k cross join lateral (select * from %I.change c where c.id = k.change_id limit 1) c',
     now_sql, case when w.key_kind = 'id' then format('t.%I::bigint', w.key_columns[1]) else key_json(w, 't') end, asked_sql(w),
     (select string_agg(format('c.olds[array_position(c.cols, %L)][k.ord]::%s', name, type), ', ') from table_columns(w.relid)), current_schema()) end
     from (select format('select %s from %I.%I t where %s', (select string_agg(format('t.%I', name), ', ') from table_columns(w.relid)), w.schema_name, w.table_name,
@@ -83,13 +83,14 @@ $$;
 create or replace function run_sql(p_token bigint, p_ids bigint[], p_worker int) returns bigint
 language plpgsql volatile set search_path from current as $$
 declare
-  h handler; w watched; v_app text := setting('app_schema'); v_receipt bigint; v_body text; v_with text;
+  h handler; w watched; v_app text := setting('app_schema'); v_held bigint; v_handler int; v_receipt bigint; v_body text; v_with text;
   v_cols text[]; v_names text; v_new text; v_old text; v_key text; v_images text; v_settled int[];
   v_new_changes bigint[]; v_new_los int[]; v_new_his int[]; v_old_changes bigint[]; v_old_los int[]; v_old_his int[];
   v_new_ids bigint[]; v_new_keys jsonb; v_old_keys jsonb; v_new_of bigint[]; v_new_since jsonb; v_lazy boolean; v_first bigint;
 begin
-  select x.* into h from lease l join handler x on x.id = l.handler_id where l.token = p_token and l.id = any (p_ids) limit 1;
-  perform fence(p_token, (select count(*) from lease l where l.token = p_token and l.id = any (p_ids)), coalesce(cardinality(p_ids), 0));
+  select count(*), min(handler_id) into v_held, v_handler from leased(p_token, p_ids);
+  perform fence(p_token, v_held, coalesce(cardinality(p_ids), 0));
+  select * into h from handler where id = v_handler;
   select * into w from watched where id = h.table_id;
   with part as (
     select l.*, l.cols is not null and l.op in ('n', 'u') and (h.read = 'change' or w.key_kind = 'none') as new_image,
