@@ -17,7 +17,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
-from anton import relation
+from anton import Table, relation
 from anton.app import App, declaring
 from anton.db import Database, quote
 from anton.migrate import migrate
@@ -105,6 +105,18 @@ class Bench:
             await asyncio.wait_for(task, PATIENCE)
 
 
+async def one_handler(db: Database, handle: Callable[..., Any], table: str = "a", **options: Any) -> Bench:
+    def declare() -> None:
+        Table("b")
+        Table(table).on_new_records(**{"name": "handle", **options})(handle)
+
+    return await Bench.make(db, declare)
+
+
+def numbers(records: Any) -> list[int]:
+    return [record["n"] for record in records]
+
+
 async def met(condition: Callable[[], bool], patience: float = PATIENCE) -> None:
     """Waits until something in this process holds."""
     end = time.monotonic() + patience
@@ -126,9 +138,55 @@ def forget(db: Database) -> None:
     relation.forget(db)
 
 
+@asynccontextmanager
+async def cutting(
+    db: Database, when: bytes, hold: asyncio.Event | None = None
+) -> AsyncIterator[tuple[Database, list[bytes]]]:
+    """A database behind a wire that is cut right after it carried `when` to the server, while cuts are asked for.
+
+    hold: the wire is not cut, the answer waits until this is set. COMMIT is told from "read committed" by its semicolon.
+    """
+    cuts: list[bytes] = []
+    held: set[asyncio.StreamWriter] = set()
+
+    async def pipe(
+        reader: asyncio.StreamReader, writer: asyncio.StreamWriter, other: asyncio.StreamWriter, watch: bool
+    ) -> None:
+        try:
+            while data := await reader.read(65536):
+                if hold is not None and writer in held:
+                    await hold.wait()
+                cut = watch and bool(cuts) and when in data
+                if cut:
+                    cuts.pop()
+                    if hold is not None:
+                        held.add(other)
+                writer.write(data)
+                await writer.drain()
+                if cut and hold is None:
+                    other.transport.abort()                             # the answer never arrives
+        except OSError:
+            pass
+        finally:
+            writer.close()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        host, port = db.host, int(db.port)
+        upstream = await (asyncio.open_unix_connection(f"{host}/.s.PGSQL.{port}") if host.startswith("/")
+                          else asyncio.open_connection(host, port))
+        await asyncio.gather(pipe(reader, upstream[1], writer, True), pipe(upstream[0], writer, writer, False))
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    try:
+        yield Database(f"postgresql://postgres@127.0.0.1:{port}/{db.name}?sslmode=disable"), cuts
+    finally:
+        server.close()
+
+
 @contextmanager
-def pooled(server: Any, name: str, folder: Path) -> Iterator[str]:
-    """The URL of this database behind a pgbouncer in transaction mode, with two server connections."""
+def pooled(server: Any, name: str, folder: Path, size: int = 2) -> Iterator[str]:
+    """The URL of this database behind a pgbouncer in transaction mode, with `size` server connections."""
     binary = shutil.which("pgbouncer", path="/usr/sbin:/usr/bin:/opt/homebrew/bin")
     if binary is None:
         pytest.skip("no pgbouncer on this machine: apt-get install -y pgbouncer")
@@ -143,7 +201,7 @@ def pooled(server: Any, name: str, folder: Path) -> Iterator[str]:
         f"[databases]\n{name} = host={host} port={at} user=postgres\n"
         f"[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\n"
         f"logfile = {folder}/bouncer.log\n"
-        f"auth_type = any\nauth_file = {folder}/users.txt\npool_mode = transaction\ndefault_pool_size = 2\n"
+        f"auth_type = any\nauth_file = {folder}/users.txt\npool_mode = transaction\ndefault_pool_size = {size}\n"
     )
     for path in (folder, *folder.iterdir()):
         path.chmod(0o777)
