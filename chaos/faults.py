@@ -357,7 +357,7 @@ def pooled(cell: Cell, n: int) -> Result:
     """Workers are behind it, producers are not."""
     import working
 
-    with working.pooled(cell.server, cell.name, Path(cell.log).parent) as url:
+    with working.pooled(cell.server, cell.name, Path(cell.log).parent, size=20) as url:
         return kills(cell, n, url=url, pooled=True)
 
 

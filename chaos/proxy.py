@@ -33,7 +33,8 @@ class Proxy:
         self._loop = asyncio.new_event_loop()
         self._open = asyncio.Event()
         started = threading.Event()
-        threading.Thread(target=self._main, args=(started,), daemon=True).start()
+        self._thread = threading.Thread(target=self._main, args=(started,), daemon=True)
+        self._thread.start()
         started.wait()
 
     def _main(self, started: threading.Event) -> None:
@@ -43,14 +44,19 @@ class Proxy:
         self.port = server.sockets[0].getsockname()[1]
         started.set()
         self._loop.run_forever()
+        server.close()
+        left = asyncio.all_tasks(self._loop)
+        for task in left:
+            task.cancel()
+        self._loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
+        self._loop.close()
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         link = Link(self, reader, writer)
         self._links.add(link)
-        try:
+        with suppress(asyncio.CancelledError):                         # we are closed
             await link.run()
-        finally:
-            self._links.discard(link)
+        self._links.discard(link)
 
     async def passing(self) -> None:
         """Waits while frozen."""
@@ -72,6 +78,7 @@ class Proxy:
         """Ends the thread; connections break."""
         self.heal()
         self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(5)
 
 
 class Link:
