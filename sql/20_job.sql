@@ -288,7 +288,8 @@ end $$;
 -- bury(token, id, ordinal, reason, error, traceback) -> dead letter id
 -- Settles one record as a dead letter: its key, its image where one was kept, and why.
 create or replace function bury(p_token bigint, p_id bigint, p_ordinal int, p_reason text, p_error text, p_traceback text)
-returns bigint language plpgsql volatile set search_path from current as $$
+returns bigint language plpgsql volatile set search_path from current
+set enable_seqscan = off as $$
 declare v lease; v_dead bigint := nextval('change_seq');
 begin
   v := settle(p_token, p_id, array[p_ordinal]);
@@ -375,7 +376,8 @@ $$;
 
 -- promote() -> jobs moved
 -- Delayed jobs whose time has come are ready.
-create or replace function promote() returns int language plpgsql volatile set search_path from current as $$
+create or replace function promote() returns int language plpgsql volatile set search_path from current
+set enable_seqscan = off set enable_sort = off as $$
 declare v_now timestamptz := now(); v_n int;
 begin
   if not exists (select from delayed where run_at <= v_now) then
@@ -392,29 +394,44 @@ begin
   return v_n;
 end $$;
 
+-- overdue(handlers, now, back) -> (suspects, wake_at): leases that reclaim() would take, and when it will have more
+-- Reads all leases: an index by time would be one more write for each claim, heartbeat and ack.
+create or replace function overdue(p_handlers int[], p_now timestamptz, p_back timestamptz, out suspects int, out wake_at timestamptz)
+language sql stable set search_path from current set enable_seqscan = on as $$
+  select count(*) filter (where lease_until < p_now and (lease_until = '-infinity' or p_now > p_back)),
+         min(greatest(lease_until, p_back)) filter (where lease_until <> '-infinity' and greatest(lease_until, p_back) >= p_now)
+    from lease l
+   where l.handler_id = any (p_handlers) and not exists (select from handler h where h.id = l.handler_id and h.paused)
+$$;
+
+-- ready(handlers) -> which of them have jobs to claim; promotes what is due first
+create or replace function ready(p_handlers int[]) returns int[] language plpgsql volatile set search_path from current
+set enable_seqscan = off as $$
+declare v_now timestamptz := now();
+begin
+  perform promote();
+  return (select array_agg(h.id) from handler h
+           where h.id = any (p_handlers) and not h.paused and (h.probe_at is null or h.probe_at <= v_now)
+             and exists (select from job j where j.handler_id = h.id));
+end $$;
+
 -- poll(worker, handlers, lease) -> (ready, suspects, wake_at, at)
 -- The look of an idle worker: promotes what is due; which handlers have ready jobs; how many of their leases reclaim()
 -- would take with this lease; and when there will be something to do if nobody writes.
-drop function if exists poll(int, int[]);
 create or replace function poll(p_worker int, p_handlers int[], p_lease interval default null,
   out ready int[], out suspects int, out wake_at timestamptz, out at timestamptz)
-language plpgsql volatile set search_path from current as $$
+language plpgsql volatile set search_path from current
+set enable_seqscan = off as $$
 declare
   v_now timestamptz := now(); v_again boolean := false;
   v_back timestamptz := pg_postmaster_start_time() + coalesce(p_lease, setting('lease')::interval);
 begin
   at := v_now;
-  perform promote();
   if exists (select from job where handler_id = 0) then     -- a table has changed under its triggers
     v_again := mend() > 0 and exists (select from job where handler_id = 0);
   end if;
-  select array_agg(h.id) into ready from handler h
-   where h.id = any (p_handlers) and not h.paused and (h.probe_at is null or h.probe_at <= v_now)
-     and exists (select from job j where j.handler_id = h.id);
-  select count(*) filter (where lease_until < v_now and (lease_until = '-infinity' or v_now > v_back)),
-         min(greatest(lease_until, v_back)) filter (where lease_until <> '-infinity' and greatest(lease_until, v_back) >= v_now)
-    into suspects, wake_at from lease l
-   where l.handler_id = any (p_handlers) and not exists (select from handler h where h.id = l.handler_id and h.paused);
+  ready := ready(p_handlers);
+  select o.suspects, o.wake_at into suspects, wake_at from overdue(p_handlers, v_now, v_back) o;
   wake_at := least(wake_at, case when v_again then v_now end, (select min(run_at) from delayed),
                    (select min(h.probe_at) from handler h where h.id = any (p_handlers) and h.probe_at > v_now and not h.paused));
 end $$;

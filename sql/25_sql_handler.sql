@@ -33,6 +33,14 @@ begin
   return coalesce(v_out, '{}');
 end $$;
 
+-- imaged(change ids, los, his) -> these parts of changes, with the arrays that hold the images; found by id, however few changes there are
+create or replace function imaged(p_changes bigint[], p_los int[], p_his int[]) returns table (change_id bigint, lo int, hi int, cols text[], news text[], olds text[])
+language plpgsql stable set search_path from current set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
+begin
+  return query select j.change_id, j.lo, j.hi, c.cols, c.news, c.olds
+    from unnest(p_changes, p_los, p_his) j (change_id, lo, hi) join change c on c.id = j.change_id;
+end $$;
+
 -- images_sql(table, cols) -> SELECT ($1 change ids, $2 los, $3 his): change_id, ord, n_<col> ..., o_<col> ...
 -- Images as committed, each column found by name and cast back to the type it has now; one dropped since stays text.
 create or replace function images_sql(p_table int, p_cols text[]) returns text language plpgsql stable set search_path from current as $$
@@ -40,12 +48,12 @@ declare v_select text; v_news text; v_olds text; v_names text; v_rel oid;
 begin
   select relid into v_rel from watched where id = p_table;
   select string_agg(format('(v.n%1$s)::%2$s as %3$I, (v.o%1$s)::%2$s as %4$I', c.o, coalesce(t.type, 'text'), 'n_' || c.name, 'o_' || c.name), ', ' order by c.o),
-         string_agg(format('c.news[array_position(c.cols, %1$L):array_position(c.cols, %1$L)][j.lo:j.hi]', c.name), ', ' order by c.o),
-         string_agg(format('c.olds[array_position(c.cols, %1$L):array_position(c.cols, %1$L)][j.lo:j.hi]', c.name), ', ' order by c.o),
+         string_agg(format('c.news[array_position(c.cols, %1$L):array_position(c.cols, %1$L)][c.lo:c.hi]', c.name), ', ' order by c.o),
+         string_agg(format('c.olds[array_position(c.cols, %1$L):array_position(c.cols, %1$L)][c.lo:c.hi]', c.name), ', ' order by c.o),
          string_agg('n' || c.o, ', ' order by c.o) || ', ' || string_agg('o' || c.o, ', ' order by c.o)
     into v_select, v_news, v_olds, v_names
     from unnest(p_cols) with ordinality c (name, o) left join table_columns(v_rel) t on t.name = c.name;
-  return format('select j.change_id, (v.ord + j.lo - 1)::int as ord, %s from unnest($1::bigint[], $2::int[], $3::int[]) j (change_id, lo, hi) cross join lateral (select * from %I.change c where c.id = j.change_id limit 1) c cross join lateral unnest(%s, %s) with ordinality v (%s, ord)',
+  return format('select c.change_id, (v.ord + c.lo - 1)::int as ord, %s from %I.imaged($1, $2, $3) c cross join lateral unnest(%s, %s) with ordinality v (%s, ord)',
                 v_select, current_schema(), v_news, v_olds, v_names);
 end $$;
 

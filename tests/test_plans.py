@@ -1,0 +1,275 @@
+"""Plans: how each statement of the hot path reads the queue, empty and 1,000,000 jobs deep, fresh and after churn.
+
+The statements live inside functions. auto_explain shows the plan of each one that runs; where the server does not
+have it, the statistics of the transaction tell of sequential scans.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import psycopg
+import pytest
+from pg import Pg
+from servers import Server
+
+from anton import read
+
+QUEUE = ("job", "lease", "delayed", "change", "receipt", "output", "dead")
+DEPTHS = (0, 1_000, 1_000_000)
+TOKEN = 7
+
+# By depth: jobs that hold their keys, jobs of chunks of 1,000, changes with images, rows of the user's table.
+FILL = """
+insert into orders (n) select g from generate_series(1, {depth}) g;
+insert into anton.job (handler_id, change_id, at, trace, lo, hi, op, ids)
+  select {small}, g, clock_timestamp(), g, 1, 1, 'n', array[g] from generate_series(1, {depth}) g;
+with c as (
+  insert into anton.change (id, slot, at, xid, table_id, op, n, ids)
+  select nextval('anton.change_seq'), anton.slot(t), t, pg_current_xact_id(), anton.watch('orders'), 'n', 1000,
+         array(select k from generate_series(g * 1000 + 1, g * 1000 + 1000) k)
+    from generate_series(0, {depth} / 1000 - 1) g, anton.now() t returning id, at)
+insert into anton.job (handler_id, change_id, at, trace, lo, hi, op)
+  select {large}, id, at, id, lo, lo + 499, 'n' from c, unnest(array[1, 501]) lo;
+with c as (
+  insert into anton.change (id, slot, at, xid, table_id, op, n, ids, cols, news, olds)
+  select nextval('anton.change_seq'), anton.slot(t), t, pg_current_xact_id(), anton.watch('orders'), 'u', 1, array[g],
+         '{{id,n}}', array[array[g::text], array['2']], array[array[g::text], array['1']]
+    from generate_series(1, {depth} / 100) g, anton.now() t returning id, at)
+insert into anton.job (handler_id, change_id, at, trace, lo, hi, op) select {images}, id, at, id, 1, 1, 'u' from c;
+insert into anton.delayed (handler_id, id, change_id, at, lo, hi, attempt, crashes, depth, op, ids, run_at)
+  select {small}, nextval('anton.change_seq'), g, t, 1, 1, 0, 0, 0, 'n', array[g], t + interval '1 day'
+    from generate_series(1, {depth} / 10) g, anton.now() t;
+insert into anton.lease (handler_id, id, change_id, at, lo, hi, attempt, crashes, depth, op, ids, token, lease_until,
+                         worker_id)
+  select {small}, nextval('anton.change_seq'), g, t, 1, 1, 0, 0, 0, 'n', array[g], g / 100 + 1000, t + interval '1 day',
+         1 from generate_series(1, {depth} / 10) g, anton.now() t;
+"""
+CHURN = """
+delete from anton.job where id % 2 = 0;
+delete from anton.lease where id % 2 = 0;
+insert into anton.job (handler_id, change_id, at, trace, lo, hi, op, ids)
+  select {small}, g, clock_timestamp(), g, 1, 1, 'n', array[g] from generate_series(1, {depth} / 2) g;
+"""
+
+
+class Watched:
+    """A session that sees how its statements are run."""
+
+    def __init__(self, pg: Pg, depth: int, small: int, large: int, images: int, sql: int) -> None:
+        self.pg, self.depth, self.small, self.large, self.images, self.sql_handler = (
+            pg,
+            depth,
+            small,
+            large,
+            images,
+            sql,
+        )
+        self.plans: list[dict[str, Any]] = []
+        self.explains = True
+        self.state = ""
+        try:
+            pg.sql("load 'auto_explain'")
+        except psycopg.errors.UndefinedFile:
+            self.explains = False
+            return
+        for name, value in {
+            "log_min_duration": 0,
+            "log_nested_statements": "on",
+            "log_format": "json",
+            "log_level": "notice",
+        }.items():
+            pg.sql(f"set auto_explain.{name} = '{value}'")
+        pg.conn.add_notice_handler(self._notice)
+
+    def _notice(self, diagnostic: Any) -> None:
+        head, found, plan = (diagnostic.message_primary or "").partition("plan:\n")
+        if found and head.startswith("duration"):
+            self.plans.append(json.loads(plan))
+
+    def fill(self, text: str) -> None:
+        self.pg.sql(*text.format(**self.__dict__).split(";\n")[:-1])
+
+    def run(self, *statements: str, args: tuple[Any, ...] | None = None, but: str = "") -> list[tuple[Any, ...]]:
+        """Runs them, and fails when one reads a table of the queue from end to end, but this one, or sorts it."""
+        self.but = but
+        self.plans.clear()
+        with self.pg.conn.transaction():
+            before, rows = self._scans(), []
+            with psycopg.RawCursor(self.pg.conn) as cursor:
+                for statement in statements:
+                    cursor.execute(statement, args)
+                    rows = cursor.fetchall() if cursor.description else []
+            scanned = self._scans() - before
+        assert self.plans or not self.explains
+        for plan in self.plans:
+            bad = [*self._bad(plan["Plan"])]
+            assert not bad, f"{self.state}: {bad} in: {plan['Query Text']}\n{json.dumps(plan['Plan'], indent=1)}"
+        assert not [name for name in scanned if self._matters(name)], (self.state, statements)
+        return rows
+
+    def _scans(self) -> Counter[str]:
+        """Sequential scans of this session by table, where they are not counted for all yet."""
+        return Counter(dict(self.pg.sql("select relname, seq_scan from pg_stat_xact_all_tables where seq_scan > 0")))
+
+    def _matters(self, relation: str) -> bool:
+        kind = relation.rstrip("0123456789_")
+        if kind == "orders":
+            return self.depth >= 1_000_000  # a small table is best read whole
+        if kind == self.but or kind not in QUEUE:
+            return False
+        return bool(self.pg.value("select pg_relation_size(%s::regclass)", f"anton.{relation}"))
+
+    def _bad(self, node: dict[str, Any]) -> Iterator[str]:
+        relation = node.get("Relation Name", "")
+        if node["Node Type"] == "Seq Scan" and self._matters(relation):
+            yield f"Seq Scan on {relation}"
+        if "Sort" in node["Node Type"]:
+            sorted_ = {name.rstrip("0123456789_") for name in _read(node)} & {"job", "delayed"}
+            yield from (f"Sort of {name}" for name in sorted_)
+        for child in node.get("Plans", ()):
+            yield from self._bad(child)
+
+
+def _read(node: dict[str, Any]) -> Iterator[str]:
+    """The tables that a node's rows are read from directly, not by way of a CTE."""
+    if "Relation Name" in node:
+        yield node["Relation Name"]
+    for child in node.get("Plans", ()):
+        if child.get("Parent Relationship") not in ("InitPlan", "SubPlan"):
+            yield from _read(child)
+
+
+@pytest.fixture(params=DEPTHS, ids=lambda depth: f"{depth} deep")
+def watched(request: Any, server: Server, template: str) -> Iterator[Watched]:
+    """A queue that deep, whose statistics were taken when it was empty."""
+    name = server.clone(template)
+    pg = Pg(server.url(name))
+    try:
+        pg.sql(
+            "create table orders (id bigint generated always as identity primary key, n int)",
+            "create table letters (id bigint primary key)",
+        )
+        small, large = (pg.put(name, "orders", "new", read="now") for name in ("small", "large"))
+        images = pg.put("images", "orders", "updated")
+        body = "insert into letters select id from new_records on conflict do nothing"
+        sql = pg.put("sql", "orders", "new", kind="sql", body=body)
+        pg.sql("analyze orders, letters, anton.job, anton.lease, anton.delayed")
+        watched = Watched(pg, request.param, small, large, images, sql)
+        watched.fill(FILL)
+        pg.sync("orders")
+        yield watched
+    finally:
+        pg.conn.close()
+        server.drop(name)
+
+
+def claim(watched: Watched, *handlers: int, jobs: int = 20) -> list[Any]:
+    n = len(handlers)
+    return watched.run(
+        "select id, change_id, lo, hi, ids from anton.claim(1, $1, $2, $3, $4, $5, '30 s')",
+        args=(TOKEN, list(handlers), [jobs] * n, [4000] * n, [0] * n),
+    )
+
+
+def insert(watched: Watched, n: int) -> None:
+    watched.run(f"insert into orders (n) select g from generate_series(1, {n}) g")
+
+
+def settle(watched: Watched) -> None:
+    """Leaves no lease under TOKEN."""
+    watched.pg.sql(f"delete from anton.lease where token = {TOKEN}")
+
+
+def capture(watched: Watched) -> None:
+    for n in (1, 10, 100):
+        insert(watched, n)
+    watched.run("update orders set n = n + 1 where id = (select max(id) from orders)")
+    watched.run("delete from orders where id = (select max(id) from orders)")
+
+
+def claim_leased_and_ack(watched: Watched) -> None:
+    insert(watched, 1)
+    insert(watched, 20)
+    for handler in (watched.small, watched.large, watched.images):
+        jobs = claim(watched, handler)
+        assert jobs or handler == watched.images
+        watched.run("select * from anton.leased($1)", args=(TOKEN,))
+        watched.run("select * from anton.heartbeat(1, $1, '30 s')", args=([TOKEN],))
+        if jobs:
+            watched.run("select anton.ack($1, $2, 1, 0)", args=(TOKEN, [job[0] for job in jobs]))
+    claim(watched, watched.small, watched.large, watched.images)
+    settle(watched)
+
+
+def fetch_of_rows_and_images(watched: Watched) -> None:
+    insert(watched, 20)
+    watched.pg.sql("update orders set n = n + 1 where id in (select id from orders order by id desc limit 3)")
+    jobs = claim(watched, watched.large)
+    fetch = watched.pg.value("select fetch_sql from anton.watched where table_name = 'orders'")
+    keys = [key for job in jobs for key in job[4]]
+    assert watched.run(fetch, args=(keys,))
+    base = fetch.removesuffix(read._ANY)
+    assert fetch != base
+    watched.run(base + read.BY_KEY, args=("{" + ",".join(map(str, keys)) + "}",))
+    watched.run(base + read.BY_RANGE, args=(keys[0], keys[-1]))
+    settle(watched)
+    jobs = claim(watched, watched.images)
+    select = watched.pg.value("select anton.images_sql(anton.watch('orders'), array['id', 'n'])")
+    assert watched.run(select, args=tuple([job[i] for job in jobs] for i in (1, 2, 3)))
+    settle(watched)
+
+
+def settling_by_record(watched: Watched) -> None:
+    insert(watched, 20)
+    job = claim(watched, watched.large, jobs=1)[0]
+    lo = job[2]
+    watched.run("select anton.ack_part($1, $2, $3, 1, 0)", args=(TOKEN, job[0], [lo, lo + 1]))
+    watched.run("select anton.retry($1, $2, $3, '1 day', 'x', true)", args=(TOKEN, job[0], [lo + 2, lo + 3]))
+    watched.run("select anton.bury($1, $2, $3, 'failed', 'x', null)", args=(TOKEN, job[0], lo + 4))
+    watched.run("select * from anton.split($1, $2, 4)", args=(TOKEN, job[0]))
+    ids = [row[0] for row in watched.run("select id from anton.leased($1)", args=(TOKEN,))]
+    watched.run("select anton.give_back($1, $2)", args=(TOKEN, ids[:1]))
+    watched.run("select anton.world_failed($1, $2, 'x')", args=(TOKEN, ids[1:]))
+    watched.pg.sql("update anton.handler set failing_since = null, probe_at = null, failures = 0")
+
+
+def sql_handlers(watched: Watched) -> None:
+    """Their statement is planned for each call, so that few changes may be read whole."""
+    insert(watched, 20)
+    insert(watched, 1)
+    jobs = claim(watched, watched.sql_handler)
+    few = "change" if watched.depth < 1_000_000 else ""
+    watched.run("select anton.run_sql($1, $2, 1)", args=(TOKEN, [job[0] for job in jobs]), but=few)
+
+
+def promotion(watched: Watched) -> None:
+    watched.run("select anton.promote()")
+    watched.pg.sql("update anton.delayed set run_at = anton.now() where id in (select id from anton.delayed limit 10)")
+    watched.run("select anton.promote()")
+
+
+def looking(watched: Watched) -> None:
+    """Leases have no index by time, which each heartbeat would have to keep: there are as many as are being worked."""
+    handlers = [watched.small, watched.large, watched.images, watched.sql_handler]
+    watched.run("select * from anton.poll(1, $1)", args=(handlers,), but="lease")
+    watched.run("select * from anton.reclaim(1, $1, $2, '30 s', 1)", args=(TOKEN, handlers), but="lease")
+
+
+CHECKS = (looking, capture, claim_leased_and_ack, fetch_of_rows_and_images, settling_by_record, sql_handlers, promotion)
+
+
+def test_no_statement_of_the_hot_path_reads_the_queue_whole_or_sorts_it(watched: Watched) -> None:
+    for state in ("fresh", "churned", "analyzed"):
+        if state == "churned":  # half of it is dead rows
+            watched.fill(CHURN)
+        if state == "analyzed":
+            watched.pg.sql("analyze")
+        for mode in ("auto", "force_generic_plan"):  # planned for this call; planned for any
+            watched.pg.sql(f"set plan_cache_mode = {mode}", "discard plans")
+            for check in CHECKS:
+                watched.state = f"{check.__name__}, {state}, {mode}"
+                check(watched)
