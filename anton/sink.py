@@ -315,7 +315,9 @@ class Models(_Plain):
         values = self.to_row(record)
         if self.hidden or (self.at >= 0 and values[self.at] is None):
             key, values = self.with_key(values)
-            if not self.hidden:
+            if self.hidden:
+                record = _beside(record, self.key, key) if given else beside(record, self.key, key)
+            else:
                 record = _with(record, self.key, key) if given else _set(record, self.key, key)
         self.put((owner.get(), values))
         return record
@@ -333,6 +335,8 @@ class Models(_Plain):
         if self.hidden and isinstance(row, Mapping):
             row = dict(row)
             key = row.pop(self.key, None)
+        elif self.hidden and isinstance(row, self.model):
+            key = row.__dict__.get(self.key)
         record = row if isinstance(row, self.model) else self.valid(row)
         values = (*((key,) if self.hidden else ()), *self.to_row(record))
         missing = [name for name in self.relation.key if values[self.columns.index(name)] is None]
@@ -373,11 +377,25 @@ def _set(record: BaseModel, name: str, value: Any) -> BaseModel:
     return record
 
 
+def beside(record: BaseModel, name: str, value: Any) -> BaseModel:
+    """record.id of a model without that field: neither dumped nor compared, as functools.cached_property's values."""
+    record.__dict__[name] = value
+    return record
+
+
+def _beside(record: BaseModel, name: str, value: Any) -> BaseModel:
+    return beside(_copy(record), name, value)
+
+
 def _with(record: BaseModel, name: str, value: Any) -> BaseModel:
     """A copy with one field set; the user's own object stays as it is."""
+    return _set(_copy(record), name, value)
+
+
+def _copy(record: BaseModel) -> BaseModel:
     copy = object.__new__(type(record))
-    _put(copy, "__dict__", {**record.__dict__, name: value})
-    _put(copy, "__pydantic_fields_set__", {*record.__pydantic_fields_set__, name})
+    _put(copy, "__dict__", {**record.__dict__})
+    _put(copy, "__pydantic_fields_set__", {*record.__pydantic_fields_set__})
     _put(copy, "__pydantic_extra__", record.__pydantic_extra__ and {**record.__pydantic_extra__})
     _put(copy, "__pydantic_private__", record.__pydantic_private__ and {**record.__pydantic_private__})
     return copy

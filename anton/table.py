@@ -23,7 +23,7 @@ from anton.event import Event
 from anton.query import Query
 from anton.record import Record
 from anton.relation import Relation, described
-from anton.sink import Columns, Documents, Models, Sink
+from anton.sink import Columns, Documents, Models, Sink, beside
 from anton.write import Rows, Scope, apply, find_scope, owner, scope, transaction
 
 T = TypeVar("T")
@@ -96,7 +96,7 @@ class Table(Generic[T]):
         return Event(self, "truncate", ("truncate",))
 
     def append(self, row: T | Mapping[str, Any], *, of: object = None) -> T:
-        """Records one insert and returns its record with the final key.
+        """Records one insert and returns its record with the final key: record.id, even if the model has no such field.
 
         row: the model or a dict. of: the input record it belongs to, or all of them; default: the one at hand.
         Raises InvalidRecord for what does not fit, NoScope in async code with nothing around.
@@ -230,4 +230,10 @@ def _maker(shape: Shape[Any]) -> Callable[[Any], Any]:
     flags = ", by_alias=False, by_name=True" if aliased else ""
     validate = shape.model.__pydantic_validator__.validate_python
     made: Callable[[Any], Any] = eval(f"lambda row: validate({{{fields}}}{flags})", {"validate": validate})
-    return made
+    if not shape.hidden_id:
+        return made
+
+    def with_id(row: Any) -> Any:
+        return beside(made(row), "id", row["id"]) if "id" in row.keys() else made(row)  # noqa: SIM118
+
+    return with_id

@@ -123,6 +123,20 @@ def test_a_model_without_its_key_gets_one_from_the_database(app: App) -> None:
     assert hidden.get(1) == Hidden(name="y")
 
 
+@pytest.mark.parametrize("row", [{"name": "x"}, Hidden(name="x")], ids=["dict", "model"])
+def test_the_key_of_a_model_without_one_is_reached_on_its_records(app: App, row: Any) -> None:
+    hidden = Table("hidden", Hidden)
+    record: Any = hidden.append(row)
+    read: Any = hidden.get(record.id)
+    assert read.id == record.id == 1
+    assert record == read == Hidden(name="x") and record.model_dump() == {"name": "x"}
+    assert not hasattr(row, "id")                                      # the user's own object is as it was
+    changed = read.model_copy(update={"name": "y"})
+    hidden.upsert(changed)
+    assert [one.name for one in hidden.select()] == ["y"]
+    assert hidden.append(read).id == 2                                 # type: ignore[attr-defined]
+
+
 def test_adopted_tables_with_odd_names(app: App) -> None:
     items = Table("shop.Order Items")
     record = items.append({"select": 1, "Größe": "XL"})
