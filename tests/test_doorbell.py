@@ -189,3 +189,23 @@ def test_behind_a_transaction_pooler_there_is_no_bell():
         return await Doorbell(Database("postgresql://127.0.0.1:1/x", pooled=True), lambda: None).announce()
 
     assert asyncio.run(announce()) is Answer.OFF and os.getpid()
+
+
+async def test_the_bell_is_let_go_when_the_look_after_an_announcement_fails(db: Database):
+    bench, arrived = await idle_worker(db)
+    await bench.sql("alter function anton.poll(int, int[], interval) rename to poll_before")
+    await bench.sql("create table failed (n int)")
+    await bench.sql(f"""create function anton.poll(p_worker int, p_handlers int[], p_lease interval,
+        out ready int[], out suspects int, out wake_at timestamptz, out at timestamptz) language plpgsql as $$
+        begin
+          if ({HELD}) and not exists (select from public.failed) then
+            raise exception 'no look while the bell is held';
+          end if;
+          select * into ready, suspects, wake_at, at from anton.poll_before(p_worker, p_handlers, p_lease);
+        end $$""")
+    async with bench.running():
+        await bench.until(HELD)
+        await bench.until(f"select not ({HELD})")
+        await bench.sql("insert into failed values (1)")
+        await bench.add("a", [{"n": 1}])
+        assert await asyncio.wait_for(arrived.get(), 10) == 1

@@ -1,19 +1,17 @@
-"""Settle: a record fails, the world fails, a write is refused, a row changed, a lease is lost, COMMIT says nothing."""
+"""Settle: a record fails, the world fails, a write is refused, a row changed, a call takes too long."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
 from datetime import timedelta
 from typing import Any
 
 import pytest
-from working import Bench, met
+from working import Bench, numbers, one_handler
 
-from anton import Ctx, Discard, Records, Retry, Table, queue
+from anton import Ctx, Discard, Records, Retry, Table
 from anton.db import Database
 from anton.errors import WorldError
 from anton.fate import is_world
@@ -25,18 +23,6 @@ class Refused(Exception):
     def __init__(self, status_code: int) -> None:
         super().__init__(f"status {status_code}")
         self.status_code = status_code
-
-
-async def one_handler(db: Database, handle: Callable[..., Any], table: str = "a", **options: Any) -> Bench:
-    def declare() -> None:
-        Table("b")
-        Table(table).on_new_records(**{"name": "handle", **options})(handle)
-
-    return await Bench.make(db, declare)
-
-
-def numbers(records: Any) -> list[int]:
-    return [record["n"] for record in records]
 
 
 @pytest.mark.parametrize("size", [1, 7, 1000, 4000])
@@ -403,43 +389,6 @@ async def test_a_stuck_thread_is_given_up_its_record_fails_and_the_others_are_do
         never.set()
 
 
-async def test_a_worker_that_lost_its_lease_changes_nothing(db: Database):
-    inside, go = asyncio.Event(), asyncio.Event()
-
-    async def handle(records: Records) -> None:
-        inside.set()
-        await go.wait()
-        tables["b"].extend({"n": n} for n in numbers(records))
-
-    bench = await one_handler(db, handle)
-    tables = bench.app.tables
-    await bench.add("a", ({"n": n} for n in range(5)))
-    async with bench.running(on_suspects=lambda: None):
-        await inside.wait()
-        await bench.sql("update anton.lease set lease_until = '-infinity'")
-        async with db.conn() as conn:
-            taken = await queue.reclaim(db, conn, 0, timedelta(minutes=1), [1])
-        assert len(taken) == 1
-        go.set()
-    assert await bench.count("b") == 0 and await bench.count("anton.receipt") == 0
-    assert await bench.value("select token from anton.lease") == taken[0].token
-
-
-async def test_the_heartbeat_keeps_a_lease_while_the_handler_blocks_the_loop(db: Database):
-    blocked = threading.Event()
-
-    async def handle(records: Records) -> None:
-        blocked.wait(2.5)                                               # bad manners, and several leases long
-        tables["b"].extend({"n": n} for n in numbers(records))
-
-    bench = await one_handler(db, handle)
-    tables = bench.app.tables
-    await bench.add("a", ({"n": n} for n in range(5)))
-    async with bench.running(lease=timedelta(seconds=0.6), on_suspects=lambda: None):
-        await bench.until_done()
-    assert await bench.count("b") == 5
-
-
 async def test_a_chain_without_end_is_cut_at_the_depth_limit_and_named(db: Database):
     def declare() -> None:
         ping, pong = Table("ping"), Table("pong")
@@ -518,110 +467,6 @@ async def test_a_settlement_that_deadlocks_is_tried_again(db: Database):
     assert await bench.column("select data->>'by' from b") == ["handler", "handler"]
 
 
-@asynccontextmanager
-async def cutting(db: Database, when: bytes) -> AsyncIterator[tuple[Database, list[bytes]]]:
-    """A database behind a wire that is cut right after it carried `when` to the server, while cuts are asked for."""
-    cuts: list[bytes] = []
-
-    async def pipe(
-        reader: asyncio.StreamReader, writer: asyncio.StreamWriter, other: asyncio.StreamWriter, watch: bool
-    ) -> None:
-        try:
-            while data := await reader.read(65536):
-                writer.write(data)
-                await writer.drain()
-                if watch and cuts and when in data:
-                    cuts.pop()
-                    other.transport.abort()                             # the answer never arrives
-        except OSError:
-            pass
-        finally:
-            writer.close()
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        host, port = db.host, int(db.port)
-        upstream = await (asyncio.open_unix_connection(f"{host}/.s.PGSQL.{port}") if host.startswith("/")
-                          else asyncio.open_connection(host, port))
-        await asyncio.gather(pipe(reader, upstream[1], writer, True), pipe(upstream[0], writer, writer, False))
-
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    port = server.sockets[0].getsockname()[1]
-    try:
-        yield Database(f"postgresql://postgres@127.0.0.1:{port}/{db.name}?sslmode=disable"), cuts
-    finally:
-        server.close()
-
-
-@pytest.mark.parametrize("when", [b"COMMIT", b"COPY", b"BEGIN"])
-async def test_a_connection_that_breaks_while_settling_loses_and_doubles_nothing(db: Database, when: bytes):
-    runs: Counter[int] = Counter()
-
-    def handle(records: Records) -> None:
-        runs.update(numbers(records))
-        for record in records:
-            tables["b"].append({"n": record["n"]})
-
-    bench = await one_handler(db, handle)
-    tables = bench.app.tables
-    async with cutting(db, when) as (proxied, cuts):
-        there = Bench(proxied, bench.app)
-        async with there.running():
-            for n in range(5):
-                cuts.append(b"cut")
-                await bench.add("a", ({"n": n * 20 + m} for m in range(20)))
-                await bench.until("select count(*) = $1 from b", (n + 1) * 20)
-                await bench.until_done()
-                assert not cuts
-        await proxied.close()
-    assert await bench.value("select count(distinct data->>'n') from b") == 100 == await bench.count("b")
-    assert set(runs.values()) == {1} and await bench.left() == {}
-
-
-async def test_a_restart_of_every_backend_burns_no_attempt(db: Database):
-    attempts: set[int] = set()
-
-    async def handle(record: Any, ctx: Ctx) -> None:
-        attempts.add(ctx.attempt)
-        tables["b"].append({"n": record["n"]})
-
-    bench = await one_handler(db, handle, each=True)
-    tables = bench.app.tables
-    async with bench.running():
-        for n in range(30):
-            await bench.add("a", ({"n": n * 10 + m} for m in range(10)))
-            if n % 5 == 0:
-                async with db.conn() as conn:
-                    await conn.execute("select pg_terminate_backend(pid) from pg_stat_activity "
-                                       "where datname = current_database() and pid <> pg_backend_pid()")
-        await bench.until_done()
-    assert await bench.value("select count(distinct data->>'n') from b") == 300 == await bench.count("b")
-    assert attempts == {1} and await bench.left() == {}
-
-
-async def test_a_record_whose_lease_was_lost_leaves_its_handler_working_when_the_world_fails_late(db: Database):
-    seen: list[int] = []
-    hold = threading.Event()
-
-    def handle(record: Any) -> None:
-        seen.append(record["n"])
-        if record["n"] == 1:
-            hold.wait(20)
-            raise ConnectionError("the peer is away")
-
-    bench = await one_handler(db, handle, each=True)
-    async with bench.running() as worker:
-        await bench.add("a", [{"n": 1}])
-        await bench.until("select exists (select from anton.lease)")
-        await met(lambda: bool(seen))
-        await bench.sql("delete from anton.lease")                      # another worker has finished it
-        worker._lost(set(worker._tokens()[0]))
-        await met(lambda: not worker._active)
-        hold.set()
-        await bench.add("a", [{"n": 2}])
-        await bench.until_done()
-    assert seen == [1, 2]
-
-
 async def test_deleted_records_whose_filter_fails_reach_the_handler(db: Database):
     seen: list[int] = []
 
@@ -649,17 +494,6 @@ async def test_a_key_that_moved_leaves_its_first_record_to_a_sql_handler(db: Dat
     await bench.sql("update kept set id = 100")
     await bench.work()
     assert await bench.column("select id from kept_out order by id") == [1, 100]
-
-
-async def test_leases_of_a_dead_worker_are_freed_beside_one_that_its_backend_still_settles(db: Database):
-    bench = await one_handler(db, lambda records: None, batch=1)
-    await bench.add("a", [{"n": 1}, {"n": 2}])
-    await bench.sql(
-        "select id from anton.claim(7, 42, array(select id from anton.handler), '{10}', '{10}', '{0}', '30 s')"
-    )
-    async with db.tx() as conn:
-        await conn.execute("select anton.ack(42, array(select min(id) from anton.lease), 7, 0)")
-        assert await asyncio.wait_for(bench.value("select anton.worker_died(7)"), 5) == 1
 
 
 async def test_two_reconciles_at_once_queue_what_was_missed_once(db: Database):

@@ -144,7 +144,7 @@ async def cutting(
 ) -> AsyncIterator[tuple[Database, list[bytes]]]:
     """A database behind a wire that is cut right after it carried `when` to the server, while cuts are asked for.
 
-    hold: the wire is not cut, the answer waits until this is set. COMMIT is told from "read committed" by its semicolon.
+    hold: the wire is not cut, the answer waits until this is set. b"COMMIT;": a BEGIN says "committed" too.
     """
     cuts: list[bytes] = []
     held: set[asyncio.StreamWriter] = set()

@@ -1,0 +1,326 @@
+"""Leases: kept while their calls run, lost, given back; connections that break take nothing along."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import Counter
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from working import Bench, cutting, met, numbers, one_handler
+
+from anton import Ctx, Records, Table, queue
+from anton.db import Database
+from anton.heartbeat import Heartbeat
+
+
+async def test_a_worker_that_lost_its_lease_changes_nothing(db: Database):
+    inside, go = asyncio.Event(), asyncio.Event()
+
+    async def handle(records: Records) -> None:
+        inside.set()
+        await go.wait()
+        tables["b"].extend({"n": n} for n in numbers(records))
+
+    bench = await one_handler(db, handle)
+    tables = bench.app.tables
+    await bench.add("a", ({"n": n} for n in range(5)))
+    async with bench.running(on_suspects=lambda: None):
+        await inside.wait()
+        await bench.sql("update anton.lease set lease_until = '-infinity'")
+        async with db.conn() as conn:
+            taken = await queue.reclaim(db, conn, 0, timedelta(minutes=1), [1])
+        assert len(taken) == 1
+        go.set()
+    assert await bench.count("b") == 0 and await bench.count("anton.receipt") == 0
+    assert await bench.value("select token from anton.lease") == taken[0].token
+
+
+async def test_the_heartbeat_keeps_a_lease_while_the_handler_blocks_the_loop(db: Database):
+    blocked = threading.Event()
+
+    async def handle(records: Records) -> None:
+        blocked.wait(2.5)                                               # bad manners, and several leases long
+        tables["b"].extend({"n": n} for n in numbers(records))
+
+    bench = await one_handler(db, handle)
+    tables = bench.app.tables
+    await bench.add("a", ({"n": n} for n in range(5)))
+    async with bench.running(lease=timedelta(seconds=0.6), on_suspects=lambda: None):
+        await bench.until_done()
+    assert await bench.count("b") == 5
+
+
+@pytest.mark.parametrize("when", [b"COMMIT;", b"COPY", b"BEGIN"])
+async def test_a_connection_that_breaks_while_settling_loses_and_doubles_nothing(db: Database, when: bytes):
+    runs: Counter[int] = Counter()
+
+    def handle(records: Records) -> None:
+        runs.update(numbers(records))
+        for record in records:
+            tables["b"].append({"n": record["n"]})
+
+    bench = await one_handler(db, handle)
+    tables = bench.app.tables
+    async with cutting(db, when) as (proxied, cuts):
+        there = Bench(proxied, bench.app)
+        async with there.running():
+            for n in range(5):
+                cuts.append(b"cut")
+                await bench.add("a", ({"n": n * 20 + m} for m in range(20)))
+                await bench.until("select count(*) = $1 from b", (n + 1) * 20)
+                await bench.until_done()
+                assert not cuts
+        await proxied.close()
+    assert await bench.value("select count(distinct data->>'n') from b") == 100 == await bench.count("b")
+    assert set(runs.values()) == {1} and await bench.left() == {}
+
+
+async def test_a_restart_of_every_backend_burns_no_attempt(db: Database):
+    attempts: set[int] = set()
+
+    async def handle(record: Any, ctx: Ctx) -> None:
+        attempts.add(ctx.attempt)
+        tables["b"].append({"n": record["n"]})
+
+    bench = await one_handler(db, handle, each=True)
+    tables = bench.app.tables
+    async with bench.running():
+        for n in range(30):
+            await bench.add("a", ({"n": n * 10 + m} for m in range(10)))
+            if n % 5 == 0:
+                async with db.conn() as conn:
+                    await conn.execute("select pg_terminate_backend(pid) from pg_stat_activity "
+                                       "where datname = current_database() and pid <> pg_backend_pid()")
+        await bench.until_done()
+    assert await bench.value("select count(distinct data->>'n') from b") == 300 == await bench.count("b")
+    assert attempts == {1} and await bench.left() == {}
+
+
+async def test_a_record_whose_lease_was_lost_leaves_its_handler_working_when_the_world_fails_late(db: Database):
+    seen: list[int] = []
+    hold = threading.Event()
+
+    def handle(record: Any) -> None:
+        seen.append(record["n"])
+        if record["n"] == 1:
+            hold.wait(20)
+            raise ConnectionError("the peer is away")
+
+    bench = await one_handler(db, handle, each=True)
+    async with bench.running() as worker:
+        await bench.add("a", [{"n": 1}])
+        await bench.until("select exists (select from anton.lease)")
+        await met(lambda: bool(seen))
+        await bench.sql("delete from anton.lease")                      # another worker has finished it
+        worker._lost(set(worker._tokens()[0]))
+        await met(lambda: not worker._active)
+        hold.set()
+        await bench.add("a", [{"n": 2}])
+        await bench.until_done()
+    assert seen == [1, 2]
+
+
+async def test_leases_of_a_dead_worker_are_freed_beside_one_that_its_backend_still_settles(db: Database):
+    bench = await one_handler(db, lambda records: None, batch=1)
+    await bench.add("a", [{"n": 1}, {"n": 2}])
+    await bench.sql(
+        "select id from anton.claim(7, 42, array(select id from anton.handler), '{10}', '{10}', '{0}', '30 s')"
+    )
+    async with db.tx() as conn:
+        await conn.execute("select anton.ack(42, array(select min(id) from anton.lease), 7, 0)")
+        assert await asyncio.wait_for(bench.value("select anton.worker_died(7)"), 5) == 1
+
+
+@pytest.mark.parametrize("jobs", [1, 8])
+async def test_when_the_answer_to_a_commit_is_lost_the_other_parts_of_a_split_batch_go_on(
+    db: Database, jobs: int, caplog: Any
+):
+    runs: Counter[int] = Counter()
+
+    def handle(records: Records) -> None:
+        runs.update(numbers(records))
+        if len(records) == 8:
+            cuts.append(b"cut")                                         # of the first part that is settled
+            raise ValueError("find the one")
+        for record in records:
+            tables["b"].append({"n": record["n"]})
+
+    bench = await one_handler(db, handle)
+    tables = bench.app.tables
+    for n in range(jobs):
+        await bench.add("a", ({"n": m} for m in range(n * 8 // jobs, (n + 1) * 8 // jobs)))
+    async with cutting(db, b"COMMIT;") as (proxied, cuts):
+        async with Bench(proxied, bench.app).running():
+            await bench.until_done()                                    # before the lease of 30 s ends
+        await proxied.close()
+    assert set(runs.values()) == {2} and not cuts
+    assert sorted(await bench.column("select (data->>'n')::int from b")) == list(range(8))
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+async def test_when_the_answer_to_a_commit_is_lost_records_of_one_call_each_run_once(db: Database, caplog: Any):
+    runs: Counter[int] = Counter()
+
+    def handle(record: Any) -> None:                                    # in a thread: the wire is in the loop
+        runs[record["n"]] += 1
+        if record["n"] % 100 == 50:
+            cuts.append(b"cut")
+        tables["b"].append({"n": record["n"]})
+
+    bench = await one_handler(db, handle, each=True, concurrency=3)
+    tables = bench.app.tables
+    async with cutting(db, b"COMMIT;") as (proxied, cuts):
+        async with Bench(proxied, bench.app).running():
+            await bench.add("a", ({"n": n} for n in range(600)))
+            await bench.until_done()
+        await proxied.close()
+    assert await bench.value("select count(distinct data->>'n') from b") == 600 == await bench.count("b")
+    assert set(runs.values()) == {1} and not [record for record in caplog.records if record.exc_info]
+
+
+async def test_a_sql_handler_goes_on_when_the_answer_to_a_commit_is_lost(db: Database, caplog: Any):
+    def declare() -> None:
+        a = Table("a")
+        Table("b")
+        a.on_new_records.sql(
+            "insert into b (data) select jsonb_build_object('n', 10 / (data->>'n')::int) from new_records",
+            name="divide", attempts=1,
+        )
+
+    bench = await Bench.make(db, declare)
+    await bench.add("a", ({"n": n} for n in range(60)))
+    async with cutting(db, b"COMMIT;") as (proxied, cuts):
+        cuts += [b"cut", b"cut", b"cut"]
+        async with Bench(proxied, bench.app).running():
+            await bench.until("select count(*) = 59 from b")
+            await bench.until_done()
+        await proxied.close()
+    assert await bench.left() == {"dead": 1} and not cuts
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+async def test_a_run_whose_own_commit_ended_its_lease_is_not_cancelled_for_it(db: Database):
+    def handle(records: Records) -> None:
+        cuts.append(b"hold")                                            # the answer to the COMMIT that settles these
+        tables["b"].extend({"n": n} for n in numbers(records))
+
+    bench = await one_handler(db, handle)
+    tables = bench.app.tables
+    answer = asyncio.Event()
+    async with cutting(db, b"COMMIT;", answer) as (proxied, cuts):
+        async with Bench(proxied, bench.app).running(lease=timedelta(seconds=0.3)) as worker:
+            await bench.add("a", [{"n": 1}])
+            try:
+                await bench.until("select exists (select from b) and not exists (select from anton.lease)")
+                [task] = worker._active
+                for _ in range(2):                                      # heartbeats that find nothing
+                    seen = await bench.value("select max(seen_at) from anton.worker")
+                    await bench.until("select max(seen_at) > $1 from anton.worker", seen)
+                assert not task.cancelling()
+            finally:
+                answer.set()
+            await met(task.done)
+            assert not task.cancelled()
+        await proxied.close()
+    assert await bench.count("b") == 1 and await bench.left() == {}
+
+
+async def test_a_call_that_is_long_overdue_loses_its_own_lease_alone(db: Database):
+    inside: set[str] = set()
+    go, stuck = asyncio.Event(), list[int]()
+
+    def declare() -> None:
+        a = Table("a")
+
+        @a.on_new_records(name="one")
+        async def one(records: Records) -> None:
+            inside.add("one")
+            await go.wait()
+
+        @a.on_new_records(name="two")
+        async def two(records: Records) -> None:
+            inside.add("two")
+            await go.wait()
+
+    bench = await Bench.make(db, declare)
+    await bench.add("a", [{}])
+    async with bench.running(lease=timedelta(seconds=0.6), on_suspects=lambda: None,
+                             on_stuck=lambda: stuck.append(1)) as worker:
+        await met(lambda: len(inside) == 2)
+        assert await bench.value("select count(distinct token) from anton.lease") == 1
+        next(run for run in worker._active.values() if run.lane.name == "one").overdue_at = time.monotonic() - 1
+        await bench.until("select exists (select from anton.lease l join anton.handler h on h.id = l.handler_id "
+                          "where h.name = 'one' and lease_until < anton.now() - interval '1 second')")
+        assert await bench.value("select lease_until > anton.now() from anton.lease l join anton.handler h "
+                                 "on h.id = l.handler_id where h.name = 'two'")
+        assert stuck == [1]                                             # its process is replaced
+        go.set()
+        await bench.until_done()
+
+
+async def test_the_heartbeat_goes_on_whatever_it_meets(db: Database, caplog: Any):
+    asked: list[int] = []
+    lost: list[set[int]] = []
+
+    def tokens() -> tuple[list[int], list[int]]:
+        asked.append(1)
+        if len(asked) == 1:
+            raise RuntimeError("dictionary changed size during iteration")
+        return ([7] if len(asked) < 4 else []), []
+
+    def tell(some: set[int]) -> None:
+        lost.append(some)
+        if len(lost) == 1:
+            raise ValueError("the loop has ended")
+
+    heart = Heartbeat(db, 0, timedelta(seconds=0.06), tokens, tell)
+    try:
+        await met(lambda: len(asked) > 4)
+        assert lost == [{7}, {7}]
+    finally:
+        heart.stop()
+    assert "dictionary changed size" in caplog.text
+
+
+async def test_of_jobs_that_go_back_the_lost_ones_keep_nobody(db: Database):
+    bench = await one_handler(db, lambda records: None)
+    for n in range(3):
+        await bench.add("a", [{"n": n}])
+    worker = bench.worker()
+    handlers = await bench.column("select id from anton.handler")
+    async with db.conn() as conn:
+        jobs = await queue.claim(db, conn, 1, timedelta(minutes=1), handlers, [10], [100], [0])
+    await bench.sql("delete from anton.lease where id = $1", jobs[1].id)
+    await worker._runner.settler.give_back(jobs)
+    assert await bench.left() == {"job": 2}
+    async with db.conn() as conn:
+        jobs = await queue.claim(db, conn, 1, timedelta(minutes=1), handlers, [10], [100], [0])
+    await bench.sql("delete from anton.lease where id = $1", jobs[0].id)
+    await worker._runner.settler.world_failed(jobs, ConnectionError("away"))
+    assert await bench.left() == {"job": 1}
+    assert await bench.value("select failing_error from anton.handler") == "ConnectionError: away"
+
+
+async def test_after_the_server_came_back_nobody_asks_for_suspects_that_are_not_to_be_had(db: Database):
+    lease = timedelta(days=3650)                                        # the server is up for less than that
+    bench = await one_handler(db, lambda records: None)
+    await bench.add("a", [{"n": 1}])
+    handlers = await bench.column("select id from anton.handler")
+    async with db.conn() as conn:
+        await queue.claim(db, conn, 1, lease, handlers, [1], [1], [0])
+        await conn.execute("update anton.lease set lease_until = now() - interval '1 minute'")
+        look = await queue.poll(db, conn, 1, handlers, lease)
+        assert look.suspects == 0 and await queue.reclaim(db, conn, 1, lease, handlers) == []
+        assert look.wake_at == await conn.fetchval("select pg_postmaster_start_time() + $1::interval", lease)
+        told: list[int] = []
+        async with bench.running(lease=lease, on_suspects=lambda: told.append(1)):
+            await bench.add("a", [{"n": 2}])
+            await bench.until("select exists (select from anton.receipt)")
+        assert not told
+        await conn.execute("update anton.lease set lease_until = '-infinity'")     # its parent saw it die
+        assert (await queue.poll(db, conn, 1, handlers, lease)).suspects == 1
+        assert len(await queue.reclaim(db, conn, 1, lease, handlers)) == 1
