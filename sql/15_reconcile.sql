@@ -77,8 +77,8 @@ begin
   v_rel := format('%I.%I', w.schema_name, w.table_name);
   v_code := capture_groups(w, p_what ->> 'event', p_what ->> 'source', array(select jsonb_array_elements_text(p_what -> 'handlers')::int), true);
   foreach v_name in array array['new_records', 'old_records'] loop
-    if to_regclass('pg_temp.' || v_name) is not null then
-      execute format('drop table pg_temp.%I', v_name);
+    if to_regclass('pg_temp.' || v_name) is not null then  -- the caller's own: it makes room meanwhile
+      execute format('alter table pg_temp.%I rename to %I', v_name, 'anton_' || v_name);
     end if;
     execute format('create temp table %I on commit drop as select n.* from change c, jsonb_array_elements(c.keys -> ''rows'') with ordinality r (v, o),
                       jsonb_populate_record(null::%s, r.v -> %s) n where c.id = any (%L::bigint[]) and r.v -> %3$s <> ''null'' order by c.id, r.o',
@@ -95,6 +95,11 @@ begin
   v_trace := coalesce(%L, v_change);%s
 end$f$, capture_variables(), p_at, p_tenant, p_cause, p_depth, p_trace, v_code));
   drop table pg_temp.new_records, pg_temp.old_records;
+  foreach v_name in array array['new_records', 'old_records'] loop
+    if to_regclass('pg_temp.anton_' || v_name) is not null then
+      execute format('alter table pg_temp.%I rename to %I', 'anton_' || v_name, v_name);
+    end if;
+  end loop;
   delete from change where id = any (p_changes);
   perform ring();
 end $$;
@@ -152,7 +157,7 @@ begin
   select a.attname into v_stamp
     from pg_attribute a join pg_attrdef d on d.adrelid = a.attrelid and d.adnum = a.attnum
    where a.attrelid = w.relid and a.atttypid = 'timestamptz'::regtype and a.attnotnull and not a.attisdropped
-     and pg_get_expr(d.adbin, d.adrelid) ~ '^(now|(\w+\.)?clock_timestamp|statement_timestamp|transaction_timestamp)\(\)$|^CURRENT_TIMESTAMP$'
+     and pg_get_expr(d.adbin, d.adrelid) ~ '^(\w+\.)?(now|clock_timestamp|statement_timestamp|transaction_timestamp)\(\)$|^CURRENT_TIMESTAMP$'
    order by a.attname <> 'created_at', a.attnum limit 1;
   v_since := case when w.key_kind = 'none' then null
                   when w.key_kind = 'id' then format('new.%I > h.enabled_key', w.key_columns[1])
@@ -162,6 +167,7 @@ begin
   v_horizon := horizon();
   if v_since is not null and v_wait is null then
     for h in select * from handler x where x.table_id = w.id and x.enabled and x.enabled_at is not null and 'new' = any (x.ops) order by x.id loop
+      perform from backfill where handler_id = h.id and finished_at is null for update;   -- no page is fed meanwhile
       execute format($f$
         with candidate as materialized (
           select %1$s as key
@@ -174,6 +180,9 @@ begin
       v_found := v_found + coalesce(jsonb_array_length(v_keys), 0);
       if p_fix and v_keys is not null then
         perform queue_keys(h, w, v_keys);
+        if h.feeding then
+          insert into fed (handler_id, key) select h.id, k from jsonb_array_elements(v_keys) k on conflict do nothing;
+        end if;
       end if;
       if h.where_sql is not null then
         v_cannot := v_cannot || format('handler %s: a record that failed its filter when it was new and passes now looks as if it had been missed', h.name);

@@ -68,7 +68,7 @@ $$;
 -- change, else the row as it is. One statement, one snapshot: an update is seen with its kept image or not at all.
 create or replace function new_records_sql(w watched, p_lazy boolean) returns text language sql stable set search_path from current as $$
   select case when not p_lazy then now_sql else format(
-    'select t.* from (%s) t where %s not in (select key from kept where not exists (select from %s where k.key = kept.key and k.change_id > kept.since)) union all select %s from kept k cross join lateral (select * from %I.change c where c.id = k.change_id limit 1) c',
+    'select t.* from (%s) t where %s not in (select key from kept where not exists (select from %s where k.key = kept.key and (k.change_id > kept.since or k.change_id is null))) union all select %s from kept k cross join lateral (select * from %I.change c where c.id = k.change_id limit 1) c',
     now_sql, case when w.key_kind = 'id' then format('t.%I::bigint', w.key_columns[1]) else key_json(w, 't') end, asked_sql(w),
     (select string_agg(format('c.olds[array_position(c.cols, %L)][k.ord]::%s', name, type), ', ') from table_columns(w.relid)), current_schema()) end
     from (select format('select %s from %I.%I t where %s', (select string_agg(format('t.%I', name), ', ') from table_columns(w.relid)), w.schema_name, w.table_name,
@@ -103,14 +103,16 @@ begin
   with part as (
     select l.*, l.cols is not null and l.op in ('n', 'u') and (h.read = 'change' or w.key_kind = 'none') as new_image,
            l.cols is not null and l.op in ('u', 'd') as old_image,
-           case when l.degraded is not null and h.where_sql is not null then passes(h.id, l.ids, l.keys, l.op) end as passing
+           case when l.degraded is not null and h.where_sql is not null then passes(h.id, l.ids, l.keys, l.op) end as passing,
+           -- the row as it was then: no image came with it, and updates keep the first
+           case when h.read = 'change' and w.key_kind <> 'none' and l.op = 'n' and l.cols is null and l.degraded is null then l.change_id end as since
       from leased(p_token, p_ids) l
   ), ids as (
-    select u.id, p.change_id from part p cross join lateral unnest(p.ids) with ordinality u (id, o)
+    select u.id, p.since from part p cross join lateral unnest(p.ids) with ordinality u (id, o)
      where p.op in ('n', 'u') and not p.new_image
        and (p.settled is null or p.lo + o - 1 <> all (p.settled)) and (p.passing is null or o = any (p.passing))
   ), bare as (
-    select p.op, p.change_id, p.new_image, p.old_image, case when p.ids is not null then jsonb_build_array(p.ids[o - p.lo + 1]) else p.keys -> (o - p.lo) end as key
+    select p.op, p.since, p.new_image, p.old_image, case when p.ids is not null then jsonb_build_array(p.ids[o - p.lo + 1]) else p.keys -> (o - p.lo) end as key
       from part p, generate_series(p.lo, p.hi) o
      where not (p.op = 't' or p.op = 'n' and (p.new_image or w.key_kind = 'id') or p.op = 'd' and p.old_image or p.new_image and p.old_image)
        and o <> all (coalesce(p.settled, '{}')) and (p.passing is null or o - p.lo + 1 = any (p.passing))
@@ -121,12 +123,12 @@ begin
          (select array_agg(hi order by id) from part where old_image), (select settled from part where settled is not null limit 1),
          i.ids, (select jsonb_agg(key) from bare where op in ('n', 'u') and not new_image),
          (select jsonb_agg(key) from bare where op in ('u', 'd') and not old_image),
-         i.changes, (select jsonb_agg(jsonb_build_array(key, change_id)) from bare where op in ('n', 'u') and not new_image),
-         (select min(change_id) from part),
-         (select h.read = 'change' and w.key_kind <> 'none' and bool_and(op = 'n' and cols is null and degraded is null) from part)
+         i.changes, (select jsonb_agg(jsonb_build_array(key, since)) from bare where op in ('n', 'u') and not new_image),
+         (select min(since) from part)
     into v_new_changes, v_new_los, v_new_his, v_old_changes, v_old_los, v_old_his, v_settled, v_new_ids, v_new_keys, v_old_keys,
-         v_new_of, v_new_since, v_first, v_lazy
-    from (select array_agg(id) as ids, array_agg(change_id) as changes from ids) i;
+         v_new_of, v_new_since, v_first
+    from (select array_agg(id) as ids, array_agg(since) as changes from ids) i;
+  v_lazy := v_first is not null;
   v_receipt := ack(p_token, p_ids, p_worker, 0, 0);
   select array_agg(name), string_agg(quote_ident(name), ', '), string_agg(quote_ident('n_' || name), ', '), string_agg(quote_ident('o_' || name), ', '),
          string_agg(format('%s::%s', case when name = any (w.key_columns) then format('(k ->> %s)', array_position(w.key_columns, name) - 1) else 'null' end, type), ', ')

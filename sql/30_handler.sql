@@ -90,6 +90,7 @@ end $$;
 create or replace function backfill(p_handler text) returns void language plpgsql volatile set search_path from current as $$
 declare v_id int := find_handler(p_handler); h handler; w watched;
 begin
+  perform pg_advisory_xact_lock(1634628723, (select oid::int from pg_namespace where nspname = current_schema()));   -- beside a reconcile() both would take a missed record
   select * into h from handler where id = v_id for update;
   select * into w from watched where id = h.table_id;
   if not 'new' = any (h.ops) or w.key_kind = 'none' then
