@@ -23,7 +23,7 @@ from anton.queue import Job, array
 from anton.record import Change, ChangeOp, Document, Record, Row
 
 OPS: dict[str, ChangeOp] = {"n": "new", "u": "updated", "d": "deleted", "t": "truncate", "r": "rebuilt", "f": "failed"}
-_ANY = " = any ((select $1)::bigint[])"
+_ANY = " = any ((select $1::bigint[])::bigint[])"
 BY_KEY = " = any ((select $1::text)::bigint[])"                        # a plan for any number of keys: by index
 BY_RANGE = " between $1::bigint and $2::bigint"
 EVENTS = frozenset("trf")  # of a table, not of a record

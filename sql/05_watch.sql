@@ -63,7 +63,7 @@ begin
   v_kind := case when v_keys is null then 'none'
                  when cardinality(v_keys) = 1 and v_types[1] in ('smallint', 'integer', 'bigint') then 'id' else 'key' end;
   if v_kind = 'id' then                                    -- in a subquery, so that many keys are not planned as a scan of the table
-    v_fetch := format('select t.xmin as _xmin, t.* from %I.%I t where t.%I = any ((select $1)::bigint[])', v_schema, v_name, v_keys[1]);
+    v_fetch := format('select t.xmin as _xmin, t.* from %I.%I t where t.%I = any ((select $1::bigint[])::bigint[])', v_schema, v_name, v_keys[1]);
   elsif v_kind = 'key' then
     select format('select k.o as _ord, t.xmin as _xmin, t.* from jsonb_array_elements($1::jsonb) with ordinality k (v, o) join %s t on %s',
                   format('%I.%I', v_schema, v_name), string_agg(format('t.%I = (k.v ->> %s)::%s', c, o - 1, v_types[o]), ' and ' order by o))
