@@ -83,6 +83,7 @@ class _Apply:
                                                   records=feed)
         except asyncpg.PostgresError as error:
             if not _refused(error):
+                error.query = f"copy {relation.sql}"  # type: ignore[attr-defined]  # asyncpg names no COPY
                 raise
             line = re.search(r"\d+", (getattr(error, "context", None) or "").removeprefix(f"COPY {relation.table}, "))
             at = int(line[0]) - 1 if line and int(line[0]) <= len(rows) else None

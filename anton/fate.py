@@ -29,7 +29,7 @@ _GONE = (OSError, asyncpg.PostgresConnectionError, asyncpg.AdminShutdownError, a
          asyncpg.InternalClientError, DatabaseUnreachable)
 # A right, a table, a column, a function, a type that is missing, or is not what the statement takes it for: whatever
 # the record, this handler cannot work until somebody has seen to it. Also a server that only reads at the moment.
-_NO_FIT = {"42501", "42P01", "42703", "42883", "42704", "42804", "42P10", "428C9", "3F000", "55000", "25006"}
+_NO_FIT = {"42501", "42P01", "42703", "42883", "42704", "42804", "42809", "42P10", "428C9", "3F000", "55000", "25006"}
 _NETWORK = {errno.ENETDOWN, errno.ENETUNREACH, errno.ENETRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ETIMEDOUT,
             errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED, errno.EPIPE}
 _CLIENTS = {"httpx": {"TransportError"}, "httpcore": {"NetworkError", "TimeoutException", "ProtocolError"},

@@ -27,7 +27,7 @@ from anton.app import App
 from anton.call import MARGIN, Called, Caller, Interrupted, Stuck
 from anton.db import Database
 from anton.each import AGAIN, SLOW, Each, Pullers
-from anton.errors import HandlerTimeout, LeaseLost, MissingPrivilege, RowChanged, UnknownTable, WriteRefused
+from anton.errors import HandlerTimeout, LeaseLost, RowChanged, WriteRefused
 from anton.fate import Fate, World, failed, fate_of, is_world, no_fit, say
 from anton.lane import FEW, Batch, Lane
 from anton.read import Inputs, Reader
@@ -102,10 +102,10 @@ class Runner:
             await self._leave(run, reason)
 
     async def _explained(self, error: BaseException) -> BaseException:
-        """What the world raised, with the GRANT where a right is missing. What is known of tables is looked up anew."""
-        if no_fit(error) is None and not isinstance(error, (UnknownTable, MissingPrivilege)):
-            return error
-        forget(self.db)
+        """What the world raised, with the GRANT where a right is missing. A table that is not as known is read anew."""
+        missing = no_fit(error)
+        if missing is not None and not isinstance(missing, asyncpg.UndefinedColumnError):
+            forget(self.db)                                            # without the column records would be blamed
         return await explain(self.db, error)
 
     async def _parts(self, run: Run, batch: Batch) -> None:

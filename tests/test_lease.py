@@ -164,18 +164,23 @@ async def test_when_the_answer_to_a_commit_is_lost_the_other_parts_of_a_split_ba
 
 async def test_when_the_answer_to_a_commit_is_lost_records_of_one_call_each_run_once(db: Database, caplog: Any):
     runs: Counter[int] = Counter()
+    go = threading.Event()
 
     def handle(record: Any) -> None:                                    # in a thread: the wire is in the loop
         runs[record["n"]] += 1
-        if record["n"] % 100 == 50:
-            cuts.append(b"cut")
+        if record["n"] == 599:
+            cuts.append(b"cut")                                         # of what settles the others of its job
+            go.wait(20)
         tables["b"].append({"n": record["n"]})
 
-    bench = await one_handler(db, handle, each=True, concurrency=3)
+    bench = await one_handler(db, handle, each=True, concurrency=1)
     tables = bench.app.tables
     async with cutting(db, b"COMMIT;") as (proxied, cuts):
         async with Bench(proxied, bench.app).running():
             await bench.add("a", ({"n": n} for n in range(600)))
+            await bench.until("select count(*) = 599 from b")
+            assert await bench.value("select settled is not null from anton.lease")
+            go.set()
             await bench.until_done()
         await proxied.close()
     assert await bench.value("select count(distinct data->>'n') from b") == 600 == await bench.count("b")
