@@ -208,6 +208,8 @@ class MigrationFailed(MigrationError):
 class FrozenChanged(MigrationError):
     """A migration that was run is not what it was. file."""
 
+    file: str
+
     def __init__(self, file: str) -> None:
         super().__init__(f"{file} was changed after it had been run. Put it back as it was, and write the change as "
                          "a new migration: anton makemigration NAME", file=file)

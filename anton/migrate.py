@@ -188,7 +188,14 @@ class Run(Steps):
         if unknown:
             raise MigrationError(f'database "{self.db.name}" was migrated by a newer Anton: this one does not have '
                                  f'{", ".join(unknown)}. Upgrade anton-framework, and run again: anton migrate')
-        pending = self._pending(files, done)
+        try:
+            pending = self._pending(files, done)
+        except FrozenChanged as error:
+            raise MigrationError(
+                f'database "{self.db.name}" was migrated by an Anton whose {error.file} is not that of this release. '
+                "Released ones never change: it was a version between releases. Start with another database, or drop "
+                f"all that the runtime keeps, and run anton migrate again: drop schema {self.schema} cascade;",
+                name=error.file) from error
         if pending and self.dry and done:                              # tried here, they would lock the queue in use
             for file in pending:
                 self.plan.steps.append(self._migration(file, "anton", settings))

@@ -16,6 +16,7 @@ import json
 import os
 import secrets
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -300,6 +301,9 @@ class Demo:
         where = os.path.relpath(BOT)
         print(f"Why did it say that?   (cd {where} && anton why {self.first})      "
               "Make it yours: anton new mybot && cd mybot && anton dev")
+        activate = Path(sys.executable).with_name("activate")
+        if shutil.which("anton") is None and activate.exists():
+            print(f"(anton is not on your PATH yet: source {os.path.relpath(activate)})")
 
     # Its parts
 

@@ -124,6 +124,12 @@ def test_a_file_may_run_outside_a_transaction(shop):
     assert not shop.migrate().steps
 
 
+def test_a_database_of_a_version_between_releases_is_told_apart(shop):
+    shop.sql("update anton.migration set sha256 = 'x' where name = 'migrations/0001_init.sql'")
+    with pytest.raises(MigrationError, match=r"whose migrations/0001_init.sql is not .*drop schema anton"):
+        shop.migrate()
+
+
 def test_an_older_anton_does_not_touch_what_a_newer_one_made(shop):
     shop.sql("insert into anton.migration (set_name, name, sha256) values ('anton', 'migrations/9999_future.sql', 'x')")
     with pytest.raises(MigrationError, match=r"migrated by a newer Anton: .*9999_future"):
