@@ -6,14 +6,12 @@ And the existing rows that are fed to those that are backfilled.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 
 from anton.app import App
 from anton.call import code_of
 from anton.db import Database, quote
-from anton.errors import UnknownTable
 from anton.lane import Lane, lane_of
-from anton.relation import describe
+from anton.relation import describe_all
 
 
 async def read_lanes(db: Database, app: App, known: Mapping[int, Lane]) -> dict[int, Lane]:
@@ -25,14 +23,17 @@ async def read_lanes(db: Database, app: App, known: Mapping[int, Lane]) -> dict[
         rows = await db.call(conn, "catalogue", app.name)
     makers = {table.name: table.make for table in app.tables.values() if table.make is not None}
     lanes: dict[int, Lane] = {}
+    codes = {row["id"]: code_of(app, row["name"]) if row["kind"] == "python" and row["app"] == app.name else None
+             for row in rows}
+    names = {row["id"]: f"{quote(row['schema_name'])}.{quote(row['table_name'])}" for row in rows if codes[row["id"]]}
+    relations = await describe_all(db, set(names.values()))
     for row in rows:
-        code = code_of(app, row["name"]) if row["kind"] == "python" else None
-        if row["kind"] == "python" and (code is None or row["app"] != app.name):
+        code = codes[row["id"]]
+        if row["kind"] == "python" and code is None:
             continue                                                   # no code for it here: its jobs wait
         lane = lane_of(row, code)
         if code is not None:
-            with suppress(UnknownTable):                               # reading it will say so, and the handler waits
-                code.relation = await describe(db, f"{quote(row['schema_name'])}.{quote(row['table_name'])}")
+            code.relation = relations.get(names[row["id"]])            # None: reading it will say so; it waits
             handler = app.handlers.get(row["name"])
             lane.make = makers.get(handler.table.name) if handler is not None else None
             lane.document = code.relation is not None and code.relation.document and lane.make is None

@@ -26,7 +26,7 @@ AHEAD = 4  # batches that a lane claims ahead whose calls are five times quicker
 GATHER = 0.25  # seconds that a batch waits for claims that are under way
 TOGETHER = 1000  # records that a lane with each=True reads and settles together; each has a call of its own anyway
 SKIP = 256  # jobs of other tenants that a batch looks past
-MOST_JOBS = 4000  # jobs of one claim
+MOST_JOBS = 1000  # jobs of one claim
 
 
 class Batch:

@@ -217,6 +217,11 @@ async def poll(db: Database, conn: Conn, worker: int, handlers: list[int], lease
     return Look(row["ready"] or [], row["suspects"], row["wake_at"], row["at"])
 
 
+async def ready(db: Database, conn: Conn, handlers: list[int]) -> list[int]:
+    """Which of these handlers have jobs: of poll() only this, for a worker that is busy and looks often."""
+    return await db.call_value(conn, "ready", handlers) or []
+
+
 async def passes(db: Database, conn: Conn, handler: int, job: Job) -> set[int]:
     """Ordinals of a degraded job whose records pass the handler's filter as they are now, or may: deleted ones."""
     found = await db.call_value(conn, "passes", handler, job.ids, job.keys, job.op.encode())

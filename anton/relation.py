@@ -12,7 +12,7 @@ import asyncio
 import os
 import threading
 import weakref
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import length_hint
 from typing import Any, TypeVar
@@ -75,8 +75,8 @@ class Relation:
 value = asyncpg.Record.__getitem__  # a column of a row, whatever names its class shows
 
 
-_RELATION = """
-select c.oid::bigint as oid, n.nspname as schema, c.relname as name, c.relkind::text as kind,
+_RELATIONS = """
+select q.name as asked, c.oid::bigint as oid, n.nspname as schema, c.relname as name, c.relkind::text as kind,
        row_security_active(c.oid) as guarded, w.id as table_id,
        exists (select from pg_catalog.pg_trigger g where g.tgrelid = c.oid and not g.tgisinternal
                   and g.tgfoid not in (select p.oid from pg_catalog.pg_proc p join pg_catalog.pg_namespace s
@@ -93,16 +93,19 @@ select c.oid::bigint as oid, n.nspname as schema, c.relname as name, c.relkind::
                 unnest(i.indkey) with ordinality k (num, at)
            join pg_catalog.pg_attribute a on a.attrelid = c.oid and a.attnum = k.num
           where k.at <= i.indnkeyatts), '{{}}') as key
-  from pg_catalog.pg_class c join pg_catalog.pg_namespace n on n.oid = c.relnamespace
+  from unnest($1::text[], $3::text[]) q (name, path)
+  join pg_catalog.pg_class c on c.oid = pg_catalog.to_regclass(q.path)
+  join pg_catalog.pg_namespace n on n.oid = c.relnamespace
   left join {schema}.watched w on w.relid = c.oid
- where c.oid = pg_catalog.to_regclass($1)
 """
 _COLUMNS = """
-select a.attname as name, format_type(a.atttypid, a.atttypmod) as type, a.attnotnull as notnull,
+select a.attrelid::bigint as oid, a.attname as name,
+       format_type(a.atttypid, a.atttypmod) as type, a.attnotnull as notnull,
        a.attidentity = 'a' as always, a.attgenerated <> '' as generated,
        exists (select from pg_catalog.pg_constraint f where f.contype = 'f' and f.confrelid = a.attrelid
                   and a.attnum = any (f.confkey)) as referenced,
-       case when a.attidentity <> '' then format('nextval(%L::regclass)', pg_get_serial_sequence($2, a.attname))
+       case when a.attidentity <> '' then 
+              format('nextval(%L::regclass)', pg_get_serial_sequence(a.attrelid::regclass::text, a.attname))
             when a.attgenerated = '' then pg_get_expr(d.adbin, d.adrelid) end as default,
        coalesce(e.typtype, t.typtype) in ('e', 'r', 'm')
          or coalesce(e.typnamespace, b.typnamespace, t.typnamespace) = 'pg_catalog'::regnamespace as plain
@@ -110,8 +113,8 @@ select a.attname as name, format_type(a.atttypid, a.atttypmod) as type, a.attnot
   left join pg_catalog.pg_type b on b.oid = nullif(t.typbasetype, 0)
   left join pg_catalog.pg_type e on e.oid = nullif(t.typelem, 0) and t.typcategory = 'A'
   left join pg_catalog.pg_attrdef d on d.adrelid = a.attrelid and d.adnum = a.attnum
- where a.attrelid = $1::bigint::oid and a.attnum > 0 and not a.attisdropped
- order by a.attnum
+ where a.attrelid = any ($1::bigint[]::oid[]) and a.attnum > 0 and not a.attisdropped
+ order by a.attrelid, a.attnum
 """
 _NAMES = """
 select c.relname::text from pg_catalog.pg_class c
@@ -126,23 +129,37 @@ _keys: weakref.WeakKeyDictionary[Database, dict[tuple[int, str], Keys]] = weakre
 
 async def describe(db: Database, name: str, *, fresh: bool = False) -> Relation:
     """The table as it is now; looked up once per process unless fresh. Raises UnknownTable."""
-    known = _known.setdefault(db, {})
-    if name in known and not fresh:
-        return known[name]
-    async with db.conn() as conn:
-        row = await conn.fetchrow(_RELATION.format(schema=quote(db.schema)), identifier(name), db.schema)
-        if row is None:
-            raise UnknownTable(name, [found[0] for found in await conn.fetch(_NAMES)], db.name)
-        path = f"{quote(row['schema'])}.{quote(row['name'])}"
-        found = await conn.fetch(_COLUMNS, row["oid"], path)
-    columns = {c["name"]: Attribute(c["name"], c["type"], c["notnull"], c["default"], c["always"], c["plain"],
-                                    c["generated"], c["referenced"]) for c in found}
-    known[name] = Relation(
+    found = (await describe_all(db, [name], fresh=fresh)).get(name)
+    if found is None:
+        async with db.conn() as conn:
+            raise UnknownTable(name, [row[0] for row in await conn.fetch(_NAMES)], db.name)
+    return found
+
+
+async def describe_all(db: Database, names: Iterable[str], *, fresh: bool = False) -> dict[str, Relation]:
+    """Those of these tables that are there, by their name; looked up together, and once per process unless fresh."""
+    names, known = list(names), _known.setdefault(db, {})
+    asked = [name for name in names if fresh or name not in known]
+    if asked:
+        async with db.conn() as conn:
+            rows = await conn.fetch(_RELATIONS.format(schema=quote(db.schema)), asked, db.schema,
+                                    [identifier(name) for name in asked])
+            columns: dict[int, dict[str, Attribute]] = {row["oid"]: {} for row in rows}
+            for c in await conn.fetch(_COLUMNS, list(columns)):
+                columns[c["oid"]][c["name"]] = Attribute(c["name"], c["type"], c["notnull"], c["default"], c["always"],
+                                                         c["plain"], c["generated"], c["referenced"])
+        for name in asked:
+            known.pop(name, None)
+        known |= {row["asked"]: _relation(row["asked"], row, columns[row["oid"]]) for row in rows}
+    return {name: known[name] for name in names if name in known}
+
+
+def _relation(name: str, row: asyncpg.Record, columns: dict[str, Attribute]) -> Relation:
+    return Relation(
         name, row["schema"], row["name"], identifier(name), row["oid"], row["table_id"], columns, tuple(row["key"]),
         copy=row["kind"] in "rpf" and not row["guarded"] and all(c.plain for c in columns.values()),
         versioned=row["kind"] in "rpm", triggers=row["triggers"],
         document={c.name: c.type for c in columns.values()} == _DOCUMENT)
-    return known[name]
 
 
 def described(db: Database, name: str, *, fresh: bool = False) -> Relation:

@@ -35,14 +35,16 @@ from anton.app import App, load_app
 from anton.component import check_credentials
 from anton.db import Database, set_database
 from anton.errors import AntonError, NotMigrated
-from anton.worker import SLOTS, Worker
+from anton.worker import GRACE, SLOTS, Worker
 
 log = logging.getLogger("anton.supervisor")
 
 PULSE = 2.0  # seconds between two signs of life of a child
 DEAF = 60.0  # without one for so long, its interpreter is stuck: it has lost its leases and is killed
+STUBBORN = GRACE + 15.0  # so long after it was told to drain it is killed: a handler blocks its loop
 QUICK = 10.0  # a child that lived shorter is replaced after a pause
 CANNOT = 78  # exit status of a child that cannot start
+SWITCH = 0.0005  # seconds that a handler's thread keeps the interpreter from the loop; Python's 5 ms add up
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 SUSPECTS, REPLACE, ALIVE = b"s", b"r", b"."  # what a child says on its pipe, besides its worker id: b"w17\n"
@@ -50,7 +52,7 @@ SUSPECTS, REPLACE, ALIVE = b"s", b"r", b"."  # what a child says on its pipe, be
 
 @dataclass(eq=False)
 class Child:
-    """A forked process. worker: its id in the database, 0 before it registered."""
+    """A forked process. worker: its id in the database, 0 before it registered. told: when to drain, 0: not yet."""
 
     kind: Literal["worker", "suspects"]
     pid: int
@@ -59,6 +61,7 @@ class Child:
     worker: int = 0
     heard: float = 0.0
     replaced: bool = False
+    told: float = 0.0
     text: bytes = b""
 
 
@@ -112,6 +115,7 @@ class Supervisor:
         self.signals += 1
         tell = (signal.SIGTERM, signal.SIGINT, signal.SIGKILL)[min(self.signals, 3) - 1]
         for child in self.children.values():
+            child.told = child.told or time.monotonic()
             with contextlib.suppress(ProcessLookupError):
                 os.kill(child.pid, tell)
 
@@ -173,7 +177,7 @@ class Supervisor:
             if head == SUSPECTS:
                 self._suspects()
             elif head == REPLACE and not child.replaced:
-                child.replaced = True
+                child.replaced, child.told = True, child.told or time.monotonic()
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(child.pid, signal.SIGTERM)
 
@@ -227,14 +231,14 @@ class Supervisor:
             return 0
 
     def _check(self) -> None:
-        """Kills children whose interpreter is stuck."""
+        """Kills children whose interpreter is stuck, or whose loop is."""
         now = time.monotonic()
         for child in list(self.children.values()):
-            if child.worker and now - child.heard > DEAF:
+            if (child.worker and now - child.heard > DEAF) or (child.told and now - child.told > STUBBORN):
                 log.warning("%s %s (pid %s) is stuck and is killed", child.kind, child.worker, child.pid)
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(child.pid, signal.SIGKILL)
-                child.heard = now
+                child.heard = child.told = now
 
     # In the child
 
@@ -256,6 +260,7 @@ class Supervisor:
         gc.collect()
         gc.freeze()
         gc.set_threshold(100_000, 50, 100)                             # rows come and go in batches, without cycles
+        sys.setswitchinterval(SWITCH)
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             runner.run(_told(worker, worker.run() if kind == "worker" else worker.run_suspects()))
         return 0

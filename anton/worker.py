@@ -47,7 +47,9 @@ OTHERS = (1.0, 2.0)  # while another worker is announced
 REFRESH, SOON = 5.0, 0.5  # seconds between readings of the handler catalogue; when there is a reason to look
 HOUSEKEEPING = 60.0
 RINGS = 30  # in a second; above that polling is cheaper for the writers
-LOOK = 0.05  # seconds between looks while claims bring work
+LOOK, LOOK_ALL = 0.03, 1.0  # seconds between looks while claims bring work: for the others' jobs; for suspects, too
+PACE = 0.025  # seconds between claims while jobs flow in; each one costs, however few it brings
+FLOW, WITHIN = 32, 0.1  # they flow when the last three claims brought so many jobs in so many seconds
 MANY = 64  # lanes; with more, a look tells which are worth a claim
 GRACE = 30.0  # seconds that a drain waits for what runs
 
@@ -99,7 +101,8 @@ class Worker:
         self._hold = True
         self._overdue = False                                          # a call blocks the loop
         self._refreshed = 0.0
-        self._looked = 0.0
+        self._looked = self._peeked = 0.0
+        self._claims: deque[tuple[float, list[Lane], int]] = deque(maxlen=3)  # when, for whom, how many jobs
         self._helped = 0.0
         self._errands: set[asyncio.Task[None]] = set()
         self._wake = asyncio.Event()
@@ -124,8 +127,10 @@ class Worker:
                     if not await self._claim():
                         self._unknown()
                         await self._rest()
-                    elif time.monotonic() - self._looked > LOOK:
-                        await self._look()                             # a deep handler must not hide the others' work
+                    elif time.monotonic() - self._looked > LOOK_ALL:
+                        await self._look()
+                    elif time.monotonic() - self._peeked > LOOK:
+                        await self._peek()                             # a deep handler must not hide the others' work
                     failures = 0
                 except Exception as error:                             # the database is away, or we are wrong: go on
                     failures += 1
@@ -255,6 +260,8 @@ class Worker:
             mine[job.handler_id].append(job)
         for lane, asked_jobs, asked, start in zip(wanted, jobs, records, after, strict=True):
             lane.claimed(mine[lane.id], asked_jobs, asked, start, now, took)
+        if claimed:
+            self._claims.append((now, [lane for lane in wanted if mine[lane.id]], len(claimed)))
         self._dispatch()
         if any(lane.ready and not lane.wants() for lane in wanted):
             await self._help()
@@ -335,6 +342,8 @@ class Worker:
             if not self._quiet or not self._active:
                 await self._look()
             return
+        if self._flowing() and await self._paced():
+            return
         look = await self._look()
         if self._wanted():
             return
@@ -359,10 +368,28 @@ class Worker:
                 self._all_ready()
             self._called = True
 
+    def _flowing(self) -> bool:
+        """Jobs come in faster than claims are worth making."""
+        return (len(self._claims) == 3 and time.monotonic() - self._claims[0][0] < WITHIN
+                and sum(jobs for _, _, jobs in self._claims) >= FLOW)
+
+    async def _paced(self) -> bool:
+        """Waits until the next claim is due, without a look, for those who had jobs just now. Whether one is."""
+        at, lanes, _ = self._claims[-1]
+        while not (self.draining or self._quiet or self._wanted()):
+            left = at + PACE - time.monotonic()
+            if left <= 0:
+                for lane in lanes:
+                    lane.ready = True
+                break
+            await self._nap(left)
+            self._dispatch()
+        return bool(self._wanted())
+
     async def _look(self) -> Look:
         async with self.db.conn() as conn:
             look = await queue.poll(self.db, conn, self.id, list(self._lanes), self._length)
-        self._looked = time.monotonic()
+        self._looked = self._peeked = time.monotonic()
         for id in look.ready:
             self._lanes[id].ready = True
         if look.suspects:
@@ -374,6 +401,16 @@ class Worker:
                     await self._suspects()
                     self._quiet = False
         return look
+
+    async def _peek(self) -> None:
+        """Which lanes that were found empty have something."""
+        self._peeked = time.monotonic()
+        flowing = self._claims[-1][1] if self._flowing() else ()
+        empty = [lane.id for lane in self._order if not (lane.ready or lane in flowing)]
+        if empty:
+            async with self.db.conn() as conn:
+                for id in await queue.ready(self.db, conn, empty):
+                    self._lanes[id].ready = True
 
     def _ring(self) -> None:
         self._rung = True

@@ -118,7 +118,7 @@ def pickup_polling(run: Run) -> Rows:
 @bench(at_most("fair_pickup_p99_ms", 250, "ms"))
 def fair_pickup(run: Run) -> Rows:
     """1,000 handlers with work, one of them 1M jobs deep: probes of the others."""
-    deep, handlers, count = run.size(1_000_000, 100_000), run.size(1000, 100), run.size(2000, 300)
+    deep, handlers, count = run.size(1_000_000, 100_000), run.size(1000, 100), run.size(1000, 200)
     os.environ["BENCH_HANDLERS"] = str(handlers)
     with run.server.database("fair") as url, connect(url) as conn:
         for i in range(handlers):
