@@ -3,11 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Iterable, Mapping
 
 from anton.lane import Lane
 from anton.run import Run
+
+
+class Pulse:
+    """Whether an event loop runs, as another thread sees it."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop, self._asked = loop, False
+
+    def missed(self) -> bool:
+        """True when the loop has run nothing since the last call."""
+        missed, self._asked = self._asked, True
+        with contextlib.suppress(RuntimeError):                        # it has ended just now
+            self._loop.call_soon_threadsafe(self._answer)
+        return missed
+
+    def _answer(self) -> None:
+        self._asked = False
 
 
 def kept(lanes: Iterable[Lane], runs: Iterable[Run]) -> tuple[list[int], list[int]]:

@@ -261,10 +261,10 @@ class Runner:
         quiet = min(1.0, max(SLOW, lane.timeout.total_seconds() / 10))
         try:
             while not each.over:
+                run.overdue_at = time.monotonic() + lane.timeout.total_seconds() + MARGIN
                 self.pullers.pull(lane)
                 await each.wait(SLOW if lane.items and not lane.handler.is_async else quiet)
                 self.pullers.more(lane)
-                run.overdue_at = time.monotonic() + lane.timeout.total_seconds() + MARGIN
                 if each.world is not None:
                     each.drop()
                 if each.gather(self.pullers.open_chunks):

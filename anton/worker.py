@@ -31,7 +31,7 @@ from anton.errors import LeaseLost
 from anton.fate import World, disconnected
 from anton.heartbeat import Heartbeat
 from anton.lane import Lane
-from anton.leases import drop, kept
+from anton.leases import Pulse, drop, kept
 from anton.queue import Job, Look
 from anton.run import Run, Runner
 from anton.suspects import work_suspects
@@ -99,7 +99,7 @@ class Worker:
         self._rings: deque[float] = deque(maxlen=RINGS)
         self._quiet = False                                            # suspects wait for an empty process
         self._hold = True
-        self._overdue = False                                          # a call blocks the loop
+        self._overdue = False                                          # a call that blocks the loop, and was told
         self._refreshed = 0.0
         self._looked = self._peeked = 0.0
         self._claims: deque[tuple[float, list[Lane], int]] = deque(maxlen=3)  # when, for whom, how many jobs
@@ -205,6 +205,7 @@ class Worker:
             raise
         as_worker(+1)
         self._loop = asyncio.get_running_loop()
+        self._pulse = Pulse(self._loop)
         self._heart = Heartbeat(self.db, self.id, self._length, self._tokens, self._lost)
         return True
 
@@ -458,7 +459,7 @@ class Worker:
     def _tokens(self) -> tuple[list[int], list[int]]:
         """Leases to keep alive, and jobs that are left out. Asked by the heartbeat's thread."""
         tokens, overdue = kept(list(self._lanes.values()), list(self._active.values()))
-        if overdue and not self._overdue:                              # this loop is blocked: it cannot say so itself
+        if self._pulse.missed() and overdue and not self._overdue:     # a call blocks this loop, which cannot say so
             self._overdue = True
             self._runner.stuck()
         return tokens, overdue

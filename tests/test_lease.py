@@ -262,7 +262,7 @@ async def test_a_call_that_is_long_overdue_loses_its_own_lease_alone(db: Databas
                           "where h.name = 'one' and lease_until < anton.now() - interval '1 second')")
         assert await bench.value("select lease_until > anton.now() from anton.lease l join anton.handler h "
                                  "on h.id = l.handler_id where h.name = 'two'")
-        assert stuck == [1]                                             # its process is replaced
+        assert not stuck                                                # the loop runs: nobody is replaced
         go.set()
         await bench.until_done()
 

@@ -262,6 +262,27 @@ def handle(record):
             time.sleep(0.02)
 
 
+def test_a_process_whose_loop_a_handler_blocks_is_replaced_and_its_neighbours_are_done(started):
+    folder = started("""
+import time
+import anton.run, anton.supervisor
+
+anton.run.MARGIN, anton.supervisor.STUBBORN = 0.5, 1.0
+
+@a.on_new_records(each=True, timeout="500ms", attempts=1)
+async def handle(record):
+    if record["n"] == 3:
+        time.sleep(1000)
+    b.append({"n": record["n"]})
+""")
+    with folder.working("--lease", "1s"):
+        for n in range(8):
+            folder.add([n])
+        folder.until_done()
+    assert folder.outputs() == [n for n in range(8) if n != 3]
+    assert folder.column("select reason from anton.dead") == ["crashed"]
+
+
 def test_as_many_processes_work_as_were_asked_for_and_dead_ones_are_replaced(started):
     folder = started("""
 @a.on_new_records(each=True, concurrency=1)
