@@ -1,7 +1,7 @@
 """Chaos: what the engine survives, counted. Real workers, a real Postgres, faults, and a checker.
 
-    producers --history--> file          workers of `anton work`, killed, frozen, cut off
-         \--> Postgres <-----------------/
+    producers -> history, a file outside Postgres
+    producers -> Postgres <- workers of `anton work`, killed, frozen, cut off
     then: drain, and compare the history with what the database holds
 
     python -m chaos --minutes 30 --seed 1        the table of docs/reliability.md, and benchmarks/results/chaos.json

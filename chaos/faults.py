@@ -126,28 +126,36 @@ def rolling(cell: Cell, n: int) -> Result:
     return result
 
 
-@fault("P3", "SIGSTOP just before the ack, until another worker has the lease; then SIGCONT")
+@fault("P3", "SIGSTOP just before the ack, until another worker has a lease of it; then SIGCONT")
 def zombies(cell: Cell, n: int, seconds: float = 3.0) -> Result:
-    """Stale acks tried, and how many of them were refused."""
-    result, asleep = Result(), dict[int, int]()
-    count = Counter[str]()
+    """Stale acks tried, and how many of them were refused. Who took the lease is stopped meanwhile, and holds it."""
+    result, asleep, takers = Result(), dict[int, dict[str, Any]](), dict[int, float]()
+    woken, count = set[int](), Counter[str]()
     with under_load(cell, result, rate=30):
         cell.start(4, point="before_ack", hits=3)
-        cell.start(2)
+        cell.start(2, point="reaper_mid", hits=1)
         end = time.monotonic() + 30 + seconds * n
         while count["refused"] + count["accepted"] < n and time.monotonic() < end:
-            time.sleep(0.05)
+            time.sleep(0.03)
             for event in cell.look():
-                if event["what"] == "stopped":
-                    asleep[event["pid"]] = event["token"]
-                elif event["what"] in ("refused", "accepted"):
+                if event["what"] == "stopped" and event["point"] == "before_ack":
+                    asleep[event["pid"]] = event
+                elif event["what"] == "stopped":
+                    takers[event["pid"]] = time.monotonic()
+                elif event["pid"] in woken and event["what"] in ("refused", "accepted"):
+                    woken.discard(event["pid"])
                     count[event["what"]] += 1
-            for pid, token in list(asleep.items()):
-                if cell.one("select count(*) from anton.lease where token = %s", token) == (0,):
+            for pid, event in list(asleep.items()):
+                (held,) = cell.one("select count(*) from anton.lease where token = %s and id = any(%s)", event["token"], event["ids"])
+                if held < len(event["ids"]):
                     del asleep[pid]
-                    count["woken"] += 1
+                    woken.add(pid)
                     cell.signal(pid, signal.SIGCONT)
-        for pid in asleep:
+            for pid, since in list(takers.items()):
+                if time.monotonic() - since > 0.25:
+                    del takers[pid]
+                    cell.signal(pid, signal.SIGCONT)
+        for pid in (*asleep, *takers):
             cell.signal(pid, signal.SIGCONT)
     result.n = count["refused"] + count["accepted"]
     result.verdict.require(not count["accepted"], f"{count['accepted']} stale acks were accepted")

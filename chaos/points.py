@@ -87,7 +87,8 @@ def install() -> None:
 
     def fenced(call: Call) -> Call:
         async def wrapped(db: Any, conn: Any, token: int, *args: Any) -> Any:
-            woken = reach("before_ack", token=token)
+            ids = args[0] if isinstance(args[0], list) else [args[0]]
+            woken = reach("before_ack", token=token, ids=ids)
             try:
                 found = await call(db, conn, token, *args)
             except LeaseLost:
