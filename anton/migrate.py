@@ -210,8 +210,29 @@ class Run(Steps):
                                      f"{literal(place)} where name = 'app_schema'", settings), vital=True)
         again = sqlfile.read(share("sql"))
         if pending or self._changed(again, done):
-            await self.step(self._folder("anton", again, settings), SQL_FOLDER, vital=True)
+            await self._functions(again, settings)
         return True
+
+    async def _functions(self, files: Sequence[SqlFile], settings: tuple[str, ...]) -> None:
+        """Runs sql/. What Postgres does not replace, as its result is another one now, is dropped before.
+
+        Never what somebody else's view or column uses: that is said.
+        """
+        drops: list[str] = []
+        while True:
+            try:
+                await self.step(self._folder("anton", files, settings, drops), SQL_FOLDER, vital=True)
+                return
+            except MigrationFailed as error:
+                drop = _in_the_way(error.__cause__)
+                if drop is None or drop in drops:
+                    if not isinstance(error.__cause__, asyncpg.DependentObjectsStillExistError):
+                        raise
+                    users = str(error.__cause__.detail).replace("\n", "\n  ")
+                    raise MigrationError(f"this release makes functions of schema {self.schema} anew, and others use "
+                                         f"what it has to drop for that:\n  {users}\nDrop these, run again: anton "
+                                         "migrate, and make them again.", name=users) from error
+                drops.insert(0, drop)
 
     async def _make_schema(self) -> None:
         """The schema, owned by a role that nobody logs in as when one can be made."""
@@ -306,8 +327,9 @@ class Run(Steps):
     def _migration(self, file: SqlFile, set_name: str, settings: tuple[str, ...]) -> Step:
         return Step(file.name, f"{file.text.rstrip()}\n{self._record(set_name, [file])}", settings)
 
-    def _folder(self, set_name: str, files: Sequence[SqlFile], settings: tuple[str, ...]) -> Step:
-        texts = [f"-- {file.name}\n{file.text.rstrip()}" for file in files]
+    def _folder(self, set_name: str, files: Sequence[SqlFile], settings: tuple[str, ...],
+                drops: Sequence[str] = ()) -> Step:
+        texts = [*drops, *(f"-- {file.name}\n{file.text.rstrip()}" for file in files)]
         forget = f"delete from {self.schema}.migration where set_name = {literal(set_name)} and name like 'sql/%';"
         return Step("sql/, all of it", "\n\n".join((*texts, forget + "\n" + self._record(set_name, files))), settings)
 
@@ -325,6 +347,19 @@ _MIGRATION_TABLE = """create table if not exists migration (
   at timestamptz not null default clock_timestamp(),
   primary key (set_name, name)
 )"""
+
+
+_VIEW = "drop view if exists status;"                                  # it uses functions, and is made again
+
+
+def _in_the_way(error: BaseException | None) -> str | None:
+    """What to drop, so that this CREATE OR REPLACE goes through; its hint names the function."""
+    if isinstance(error, asyncpg.InvalidTableDefinitionError):         # other columns
+        return _VIEW
+    if isinstance(error, asyncpg.DependentObjectsStillExistError):
+        return _VIEW if str(error.detail).startswith("view status depends") else None
+    named = re.search(r"DROP FUNCTION (.*\))", str(getattr(error, "hint", None) or ""))
+    return f"drop function {named[1]};" if isinstance(error, asyncpg.InvalidFunctionDefinitionError) and named else None
 
 
 def _together(errors: Sequence[AntonError]) -> AntonError:

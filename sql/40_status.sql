@@ -1,8 +1,7 @@
 -- What is going on: the view status, and why a record is what it is.
 
 -- status: a row for each handler. Records, not jobs; rate over the last minute; why says what holds it up.
-drop view if exists status;
-create view status as
+create or replace view status as
 with clock as (select now() as at),
 recent as (                                               -- the newest receipts, by primary key: cheap however many there are
   select r.handler_id, r.n, r.at from clock, lateral (
