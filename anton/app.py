@@ -12,9 +12,11 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from anton import config
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
     from anton.handler import Handler
     from anton.sense import Route, Webhook
     from anton.table import Table
+
+
+_NOT_OWN = (Path(__file__).parent, Path(os.__file__).parent)          # Anton's, and Python's
 
 
 class App:
@@ -119,6 +124,26 @@ def load_app(target: str | None = None, folder: Path | str = ".") -> App:
     with declaring(app):
         importlib.import_module(module)
     return app
+
+
+def own_frames(error: BaseException) -> list[TracebackType]:
+    """The error's traceback without Anton's, Python's and installed packages' frames; outermost first."""
+    found, at = [], error.__traceback__
+    while at is not None:
+        path = Path(at.tb_frame.f_code.co_filename)
+        if path.is_absolute() and not any(path.is_relative_to(place) for place in _NOT_OWN) \
+                and "site-packages" not in path.parts:
+            found.append(at)
+        at = at.tb_next
+    return found
+
+
+def while_loading(error: BaseException) -> str | None:
+    """What the app's own module raised while it was loaded, with the app's own lines; None for any other error."""
+    if not any(frame.f_code is load_app.__code__ for frame, _ in traceback.walk_tb(error.__traceback__)):
+        return None
+    own = traceback.StackSummary.extract((at.tb_frame, at.tb_lineno) for at in own_frames(error))
+    return "the app cannot be loaded:\n" + "".join((*own.format(), *traceback.format_exception_only(error))).rstrip()
 
 
 def open_database(settings: config.Config | None = None, database: str | None = None) -> Database:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from anton import verbs
+from anton.app import while_loading
 from anton.errors import AntonError, ConfigError, DeclarationError, UnknownHandler, UnknownTable, did_you_mean
 from anton.share import version
 from anton.verbs import FOUND, USAGE, emit
@@ -143,6 +144,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return FOUND
+    except Exception as error:
+        told = while_loading(error)
+        if told is None:
+            raise
+        if args.json:
+            emit(args, {"error": told, "kind": type(error).__name__}, "")
+        print(f"anton: {told}", file=sys.stderr)
+        return USAGE
 
 
 def _asked_wrongly(error: AntonError) -> bool:

@@ -120,7 +120,8 @@ def translated(error: BaseException) -> AntonError | None:
     if not isinstance(error, asyncpg.PostgresError):
         return None
     hint = getattr(error, "hint", None)
-    return from_sqlstate(error.sqlstate, f"{error.args[0]}. {hint}" if hint else str(error.args[0]))
+    return from_sqlstate(error.sqlstate,
+                         f"{error.args[0]}. {hint[:1].upper()}{hint[1:]}" if hint else str(error.args[0]))
 
 
 def is_away(error: BaseException) -> bool:

@@ -73,7 +73,9 @@ def do_migrate(args: Args) -> int:
     lines += [str(error) for error in plan.refused] + plan.notes
     if plan.dba:
         lines += ["Let someone who may run:", *plan.dba]
-    emit(args, facts, "\n".join(line for line in lines if line) or f'database "{db.name}" is as declared')
+    main = app.folder / "main.py"
+    nothing = "" if app.tables or main.exists() else f" (nothing: there is no {main})"
+    emit(args, facts, "\n".join(line for line in lines if line) or f'database "{db.name}" is as declared{nothing}')
     return FOUND if plan.dba or plan.refused or (args.check and plan.drift) else OK
 
 

@@ -14,11 +14,13 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import socket
 import time
 import typing
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
+from types import TracebackType
 from typing import Annotated, Any
 from urllib.parse import parse_qsl
 
@@ -33,7 +35,7 @@ from starlette.requests import Request as Incoming
 from starlette.types import ASGIApp
 
 from anton import sense, write
-from anton.app import App, load_app, shown
+from anton.app import App, load_app, own_frames, shown
 from anton.config import is_loopback
 from anton.db import current_database, is_away
 from anton.errors import BadSignature, ConfigError, InvalidRecord, RowChanged, WriteRefused
@@ -157,7 +159,30 @@ def server(app: App, host: str = "127.0.0.1", port: int = 3000, **options: Any) 
     """
     check_public(app, host)
     options = {"timeout_graceful_shutdown": 30, "access_log": False, "log_level": "warning", **options}
-    return uvicorn.Server(uvicorn.Config(asgi(app), host=host, port=port, **options))
+    logging.getLogger("uvicorn.error").addFilter(_own_lines)           # each only once, however often it is added
+    return Server(uvicorn.Config(asgi(app), host=host, port=port, **options))
+
+
+class Server(uvicorn.Server):
+    """uvicorn's, but it raises ConfigError where it cannot listen."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        try:
+            await super().startup(sockets)
+        except SystemExit as error:
+            host, port = self.config.host, self.config.port
+            raise ConfigError(f"cannot listen on port {port} of {host}: {error.__context__ or 'see above'}. End what "
+                              "uses it, or take another: --port", host=host, port=port) from error
+
+
+def _own_lines(record: logging.LogRecord) -> bool:
+    """A traceback is logged without the frames of the frameworks, where it has others: what a route raised."""
+    if record.exc_info and record.exc_info[1] is not None and (own := own_frames(record.exc_info[1])):
+        rest = None
+        for at in reversed(own):
+            rest = TracebackType(rest, at.tb_frame, at.tb_lasti, at.tb_lineno)
+        record.exc_info = (record.exc_info[0], record.exc_info[1], rest)
+    return True
 
 
 def port_of(server: uvicorn.Server) -> int:
