@@ -15,7 +15,7 @@ begin
   perform watch(format('%I.%I', w.schema_name, w.table_name));
   update watched set shape = shape(watched) where id = p_table returning * into w;
   if w.key_kind = 'none' and exists (select from handler where table_id = p_table and enabled and ops && array['updated', 'deleted']) then
-    raise exception using errcode = 'NT004', message = format('table %I.%I has no primary key: its updated and deleted records cannot be handled', w.schema_name, w.table_name),
+    raise exception using errcode = 'NT005', message = format('table %I.%I has no primary key: its updated and deleted records cannot be handled', w.schema_name, w.table_name),
       hint = format('alter table %I.%I add primary key (…)', w.schema_name, w.table_name);
   end if;
   v_settings := image_settings(w, w.key_kind = 'none' or exists (select from handler where table_id = p_table and enabled and read = 'change'));

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import anton
+from anton import errors
 from anton.cli import parser
 from anton.config import Settings
 
@@ -91,6 +92,15 @@ def test_links_lead_somewhere(page: Path) -> None:
             heads = [re.sub(r"[^\w\- ]", "", head).strip().lower().replace(" ", "-")
                      for head in re.findall(r"^#+ (.*)$", text(other), flags=re.M)]
             assert anchor in heads, f"{page.name}: {target}"
+
+
+def test_the_table_of_errors_has_every_class_and_every_sqlstate() -> None:
+    rows = dict(re.findall(r"^\| `(\w+)` \| (?:`(NT\d+)`)? ?\|", text(REPO / "docs" / "errors.md"), flags=re.M))
+    classes = {name: found for name, found in vars(errors).items()
+               if isinstance(found, type) and issubclass(found, errors.AntonError) and found is not errors.AntonError}
+    assert rows == {name: found.__dict__.get("sqlstate") or "" for name, found in classes.items()}
+    raised = set(re.findall(r"errcode = '(NT\d+)'", text(*(REPO / "sql").glob("*.sql"))))
+    assert raised <= set(rows.values()) and raised >= set(errors.SQLSTATES) - {"NT000"}
 
 
 def test_every_key_of_autonomous_json_is_documented() -> None:
