@@ -8,3 +8,8 @@
 
 The product knows nothing of it: fail points and planted bugs are put into the worker's process from here.
 """
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))  # their code starts the servers

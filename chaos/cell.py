@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import os
@@ -20,19 +19,21 @@ from random import Random
 from typing import Any
 
 import psycopg
+import servers
+
+from chaos.check import Verdict, check
+from chaos.history import History, Producers, attempt, write
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
-
-import servers  # noqa: E402  (the tests' code that starts a server)
-
-from chaos.check import Verdict, check  # noqa: E402
-from chaos.history import History, Producers, attempt, write  # noqa: E402
-
 APP = Path(__file__).resolve().parent / "app"
 LEASE = 1.0
-SETTINGS = {"fsync": "on", "full_page_writes": "on", "max_prepared_transactions": "0", "autovacuum_naptime": "5s",
-            "max_connections": "200"}
+SETTINGS = {
+    "fsync": "on",
+    "full_page_writes": "on",
+    "max_prepared_transactions": "0",
+    "autovacuum_naptime": "5s",
+    "max_connections": "200",
+}
 TABLES = """
 create table src (id bigint primary key, kind text not null);
 create table ups (id bigint primary key, v bigint not null);
@@ -48,8 +49,10 @@ insert into tally select n, 0 from generate_series(0, 1) n;
 create table out_ups (id bigint generated always as identity primary key, src bigint not null, v bigint not null);
 create table ping (id bigint generated always as identity primary key, hop int not null);
 create table pong (id bigint generated always as identity primary key, hop int not null);
-""" + "".join(f"create table out_{name} (id bigint generated always as identity primary key, src bigint not null);\n"
-              for name in ("batch", "each", "chain", "sql", "risky", "shaky", "outside", "load", "near"))
+""" + "".join(
+    f"create table out_{name} (id bigint generated always as identity primary key, src bigint not null);\n"
+    for name in ("batch", "each", "chain", "sql", "risky", "shaky", "outside", "load", "near")
+)
 
 
 @contextmanager
@@ -97,8 +100,16 @@ class Cell:
     patched: modules of the worker that are replaced, by name. sql: statements that replace functions of the runtime.
     """
 
-    def __init__(self, server: servers.Server, template: str, seed: int, *, lease: float = LEASE,
-                 patched: dict[str, str] | None = None, sql: list[str] | None = None) -> None:
+    def __init__(
+        self,
+        server: servers.Server,
+        template: str,
+        seed: int,
+        *,
+        lease: float = LEASE,
+        patched: dict[str, str] | None = None,
+        sql: list[str] | None = None,
+    ) -> None:
         self.server = server
         self.random = Random(seed)
         self.seed = seed
@@ -110,7 +121,7 @@ class Cell:
         self.log, self.world = folder / "events", folder / "world-is-down"
         self.log.touch()
         self.history = History(folder / "history")
-        self.workers: set[int] = set()                                 # supervisors
+        self.workers: set[int] = set()  # supervisors
         self.kills: list[Kill] = []
         self.dead: dict[str, Counter[Any]] = {}
         self._offset = 0
@@ -119,9 +130,20 @@ class Cell:
         self._conn: psycopg.Connection[Any] | None = None
         for statement in sql or []:
             self.one(statement)
-        settings = {"url": self.url, "app": str(APP), "log": str(self.log), "world": str(self.world), "patched": patched or {}}
-        self._zygote = subprocess.Popen([sys.executable, "-m", "chaos.zygote", json.dumps(settings)], cwd=ROOT, text=True,
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        settings = {
+            "url": self.url,
+            "app": str(APP),
+            "log": str(self.log),
+            "world": str(self.world),
+            "patched": patched or {},
+        }
+        self._zygote = subprocess.Popen(
+            [sys.executable, "-m", "chaos.zygote", json.dumps(settings)],
+            cwd=ROOT,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
         self._said()
 
     def __enter__(self) -> Cell:
@@ -147,7 +169,7 @@ class Cell:
     # Processes
 
     def start(self, n: int = 1, **given: Any) -> list[int]:
-        """Starts supervisors of one worker each. point, hits: where their worker stops itself; url, pooled, slots, skew."""
+        """Starts supervisors of one worker each. point, hits: where that stops itself; url, pooled, slots, skew."""
         assert self._zygote.stdin is not None
         pids = []
         for _ in range(n):
@@ -237,15 +259,20 @@ class Cell:
         """What a worker's process holds now."""
         with contextlib.suppress(psycopg.Error):
             at, held = self.one(
-                "select clock_timestamp(), array(select format('%%s %%s %%s %%s', handler_id, change_id, lo, hi) from anton.lease "
-                "where worker_id in (select id from anton.worker where pid = %s and stopped_at is null))", pid)
+                "select clock_timestamp(), array(select format('%%s %%s %%s %%s', handler_id, change_id, lo, hi) "
+                "from anton.lease where worker_id in "
+                "(select id from anton.worker where pid = %s and stopped_at is null))",
+                pid,
+            )
             return Kill(at, "", [tuple(map(int, part.split())) for part in held])  # type: ignore[misc]
         return None
 
     def add(self, table: str, ids: list[int], kind: str = "single") -> None:
         """One acknowledged insert."""
         with psycopg.connect(self.url, autocommit=True) as conn:
-            if not attempt(self.history, self.history.begin(table, kind, ids), conn, lambda conn: write(conn, table, ids, kind)):
+            if not attempt(
+                self.history, self.history.begin(table, kind, ids), conn, lambda conn: write(conn, table, ids, kind)
+            ):
                 raise RuntimeError(f"insert into {table} failed")
 
     def producers(self, rate: float = 20, url: str | None = None) -> Producers:
@@ -254,7 +281,10 @@ class Cell:
 
     def left(self) -> int:
         """Jobs that are not done."""
-        (n,) = self.one("select (select count(*) from anton.job) + (select count(*) from anton.lease) + (select count(*) from anton.delayed)")
+        (n,) = self.one(
+            "select (select count(*) from anton.job) + (select count(*) from anton.lease) "
+            "+ (select count(*) from anton.delayed)"
+        )
         return int(n)
 
     def drain(self, patience: float = 60) -> float | None:
@@ -263,7 +293,7 @@ class Cell:
         while self.left():
             if time.monotonic() - began > patience:
                 return None
-            for stop in self.stops():                                  # nobody stops now
+            for stop in self.stops():  # nobody stops now
                 self.signal(stop.pid, signal.SIGCONT)
             time.sleep(0.05)
         return time.monotonic() - began
@@ -275,19 +305,26 @@ class Cell:
         return check(self._conn, list(self.history.read()), self.dead)
 
     def redo(self) -> list[float]:
-        """For each kill, the seconds until the last record it had leased was settled again."""
-        times = []
-        for kill in self.kills:
-            handlers, changes, los, his = map(list, zip(*kill.held, strict=True))
+        """For each kill, the seconds until the last record that it was the last to hold was settled."""
+        times, later = [], list[tuple[int, int, int, int]]()
+        for kill in reversed(self.kills):
+            parts = [
+                part
+                for part in kill.held
+                if not any(part[:2] == other[:2] and part[2] <= other[3] and other[2] <= part[3] for other in later)
+            ]
+            later += kill.held
+            if not parts:
+                continue
             (last,) = self.one(
-                "select extract(epoch from max(r.at) - %s)::float8 from unnest(%s::int[], %s::bigint[], %s::int[], %s::int[]) h (handler, change, lo, hi) "
-                "cross join lateral (select x.at from anton.receipt x, unnest(x.change_ids, x.los, x.his) p (change, lo, hi) "
-                "where x.handler_id = h.handler and x.change_ids @> array[h.change] and p.change = h.change and p.lo <= h.hi and p.hi >= h.lo) r",
-                kill.at, handlers, changes, los, his)
+                "select extract(epoch from max(r.at) - %s)::float8 "
+                "from unnest(%s::int[], %s::bigint[], %s::int[], %s::int[]) h (handler, change, lo, hi) "
+                "cross join lateral ("
+                "select x.at from anton.receipt x, unnest(x.change_ids, x.los, x.his) p (change, lo, hi) "
+                "where x.handler_id = h.handler and x.change_ids @> array[h.change] "
+                "and p.change = h.change and p.lo <= h.hi and p.hi >= h.lo) r",
+                kill.at,
+                *map(list, zip(*parts, strict=True)),
+            )
             times.append(max(0.0, last or 0.0))
         return times
-
-
-def run(coroutine: Any) -> Any:
-    """Runs a coroutine to its end."""
-    return asyncio.run(coroutine)

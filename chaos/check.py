@@ -50,7 +50,9 @@ class Verdict:
             self.wrong.append(text)
 
 
-def check(conn: psycopg.Connection[Any], history: list[Operation], dead: dict[str, Counter[Any]] | None = None) -> Verdict:
+def check(
+    conn: psycopg.Connection[Any], history: list[Operation], dead: dict[str, Counter[Any]] | None = None
+) -> Verdict:
     """Compares all of it. dead: the dead letters that have to be there, by handler: keys that have no output."""
     verdict = Verdict()
     dead = dead or {}
@@ -63,11 +65,22 @@ def check(conn: psycopg.Connection[Any], history: list[Operation], dead: dict[st
         n = len(operation.rows)
         verdict.acked += n if operation.state == "ok" else 0
         verdict.unknown += n if operation.state in ("unknown", "begun") else 0
-    present = {table: _present(verdict, table, history, column) for table in ("src", "risky", "shaky", "outside", "load", "near")}
+    present = {
+        table: _present(verdict, table, history, column)
+        for table in ("src", "risky", "shaky", "outside", "load", "near")
+    }
     for table in OF_SRC:
         verdict.compare(table, present["src"], column(f"select src from {table}"))
-    for table, handler in (("risky", "risk"), ("shaky", "shake"), ("outside", "call"), ("load", "work"), ("near", "pick_up")):
-        verdict.compare(f"out_{table}", present[table] - dead.get(handler, Counter()), column(f"select src from out_{table}"))
+    for table, handler in (
+        ("risky", "risk"),
+        ("shaky", "shake"),
+        ("outside", "call"),
+        ("load", "work"),
+        ("near", "pick_up"),
+    ):
+        verdict.compare(
+            f"out_{table}", present[table] - dead.get(handler, Counter()), column(f"select src from out_{table}")
+        )
     _upserts(verdict, history, column)
     counted = {int(id): int(n) for id, n in conn.execute("select id, n from counter").fetchall()}
     for bucket, n in Counter(0 for _ in present["src"]).items():
@@ -117,8 +130,12 @@ def _nothing_left(verdict: Verdict, conn: psycopg.Connection[Any], dead: dict[st
     for table in ("job", "lease", "delayed"):
         n = conn.execute(f"select count(*) from anton.{table}").fetchone()
         verdict.require(n == (0,), f"{n and n[0]} rows are left in {table}")
-    letters = Counter((row[0], row[1][0]) for row in conn.execute(
-        "select h.name, d.key from anton.dead d join anton.handler h on h.id = d.handler_id").fetchall())
+    letters = Counter(
+        (row[0], row[1][0])
+        for row in conn.execute(
+            "select h.name, d.key from anton.dead d join anton.handler h on h.id = d.handler_id"
+        ).fetchall()
+    )
     wanted = Counter({(handler, key): n for handler, keys in dead.items() for key, n in keys.items()})
     for (handler, key), n in ((letters - wanted) + (wanted - letters)).items():
         verdict.require(False, f"dead letters of {handler}: {key}, {n} more or fewer than there should be")
@@ -126,14 +143,18 @@ def _nothing_left(verdict: Verdict, conn: psycopg.Connection[Any], dead: dict[st
 
 def _receipts(verdict: Verdict, conn: psycopg.Connection[Any], present: dict[str, Counter[Any]]) -> None:
     """Each handler's receipts name as many records as it was given, and as many outputs as there are."""
-    rows = conn.execute("select h.name, sum(r.n)::bigint from anton.receipt r join anton.handler h on h.id = r.handler_id "
-                        "group by 1").fetchall()
+    rows = conn.execute(
+        "select h.name, sum(r.n)::bigint from anton.receipt r join anton.handler h on h.id = r.handler_id group by 1"
+    ).fetchall()
     settled = {str(name): int(n) for name, n in rows}
     for handler in OF_SRC.values():
         n = len(present["src"])
         verdict.require(settled.get(handler, 0) == n, f"receipts of {handler} say {settled.get(handler, 0)}, not {n}")
     for table in ("out_batch", "out_each", "out_ups"):
-        row = conn.execute(f"select (select count(*) from {table}), (select coalesce(sum(cardinality(o.ids)), 0) from "
-                           "anton.output o join anton.watched w on w.id = o.table_id where w.table_name = %s)", (table,)).fetchone()
+        row = conn.execute(
+            f"select (select count(*) from {table}), (select coalesce(sum(cardinality(o.ids)), 0) from "
+            "anton.output o join anton.watched w on w.id = o.table_id where w.table_name = %s)",
+            (table,),
+        ).fetchone()
         assert row is not None
         verdict.require(row[0] == row[1], f"{row[1]} outputs are noted for the {row[0]} rows of {table}")

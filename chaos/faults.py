@@ -46,9 +46,11 @@ FAULTS: dict[str, tuple[str, Fault]] = {}
 
 def fault(name: str, what: str) -> Callable[[Fault], Fault]:
     """Registers a fault."""
+
     def register(function: Fault) -> Fault:
         FAULTS[name] = what, function
         return function
+
     return register
 
 
@@ -78,8 +80,12 @@ def percentile(values: list[float], q: float) -> float | None:
 
 
 @fault("P1", "SIGKILL of a worker, half at named points, half at any time; half with its supervisor")
-def kills(cell: Cell, n: int, **given: Any) -> Result:
+def kills(cell: Cell, n: int) -> Result:
     """Counts only kills with a lease in flight."""
+    return _kills(cell, n)
+
+
+def _kills(cell: Cell, n: int, **given: Any) -> Result:
     result, points = Result(), itertools.cycle((*POINTS, *[None] * (len(POINTS) // 2)))
     died = Counter[int]()
     with under_load(cell, result):
@@ -100,8 +106,12 @@ def kills(cell: Cell, n: int, **given: Any) -> Result:
                 time.sleep(1)
     redo = cell.redo()
     result.n = len(cell.kills)
-    result.more |= {"points": dict(Counter(kill.point for kill in cell.kills)), "redo_p50_s": percentile(redo, 0.5),
-                    "redo_p99_s": percentile(redo, 0.99), "leases": sum(len(kill.held) for kill in cell.kills)}
+    result.more |= {
+        "points": dict(Counter(kill.point for kill in cell.kills)),
+        "redo_p50_s": percentile(redo, 0.5),
+        "redo_p99_s": percentile(redo, 0.99),
+        "leases": sum(len(kill.held) for kill in cell.kills),
+    }
     return result
 
 
@@ -146,7 +156,9 @@ def zombies(cell: Cell, n: int, seconds: float = 3.0) -> Result:
                     woken.discard(event["pid"])
                     count[event["what"]] += 1
             for pid, event in list(asleep.items()):
-                (held,) = cell.one("select count(*) from anton.lease where token = %s and id = any(%s)", event["token"], event["ids"])
+                (held,) = cell.one(
+                    "select count(*) from anton.lease where token = %s and id = any(%s)", event["token"], event["ids"]
+                )
                 if held < len(event["ids"]):
                     del asleep[pid]
                     woken.add(pid)
@@ -177,7 +189,9 @@ def poison(cell: Cell, n: int) -> Result:
             rows = [(id, "poison" if id == bad else "single") for id in ids]
             operation = cell.history.begin("risky", "many", ids)
             conn.cursor().executemany("insert into risky values (%s, %s)", rows) if rounds % 2 else conn.execute(
-                "insert into risky select * from unnest(%s::bigint[], %s::text[])", tuple(map(list, zip(*rows, strict=True))))
+                "insert into risky select * from unnest(%s::bigint[], %s::text[])",
+                tuple(map(list, zip(*rows, strict=True))),
+            )
         cell.history.end(operation, "ok")
         cell.dead.setdefault("risk", Counter())[bad] += 1
         rounds += 1
@@ -189,7 +203,8 @@ def poison(cell: Cell, n: int) -> Result:
     result.verdict = cell.check()
     result.verdict.require(deaths <= 20 * rounds, f"{deaths} deaths for {rounds} records")
     (result.more["innocent_dead"],) = cell.one(
-        "select count(*) from anton.dead d join risky r on r.id = (d.key ->> 0)::bigint where r.kind <> 'poison'")
+        "select count(*) from anton.dead d join risky r on r.id = (d.key ->> 0)::bigint where r.kind <> 'poison'"
+    )
     result.more |= {"records": rounds, "deaths_for_each": deaths / max(1, rounds)}
     return result
 
@@ -204,8 +219,10 @@ def bad_records(cell: Cell, n: int) -> Result:
         bad = cell.random.choice(ids)
         with psycopg.connect(cell.url) as conn:
             operation = cell.history.begin("shaky", "many", ids)
-            conn.execute("insert into shaky select id, case when id = %s then 'bad' else '' end from unnest(%s::bigint[]) id",
-                         (bad, ids))
+            conn.execute(
+                "insert into shaky select id, case when id = %s then 'bad' else '' end from unnest(%s::bigint[]) id",
+                (bad, ids),
+            )
         cell.history.end(operation, "ok")
         cell.dead.setdefault("shake", Counter())[bad] += 1
     took = cell.drain(PATIENCE)
@@ -252,9 +269,12 @@ def restarts(cell: Cell, n: int) -> Result:
 @fault("D2", "one backend killed with -9; Postgres throws out all others")
 def dead_backends(cell: Cell, n: int) -> Result:
     """A backend of this cell's database."""
+
     def crash() -> None:
-        (pids,) = cell.one("select array_agg(pid) from pg_stat_activity where datname = current_database() "
-                           "and pid <> pg_backend_pid() and backend_type = 'client backend'")
+        (pids,) = cell.one(
+            "select array_agg(pid) from pg_stat_activity where datname = current_database() "
+            "and pid <> pg_backend_pid() and backend_type = 'client backend'"
+        )
         if pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(cell.random.choice(pids), signal.SIGKILL)
@@ -266,6 +286,7 @@ def dead_backends(cell: Cell, n: int) -> Result:
 @fault("D3", "the postmaster killed with -9, and started")
 def dead_postmasters(cell: Cell, n: int) -> Result:
     """It cannot start before the last orphan has gone."""
+
     def crash() -> None:
         file = cell.server.folder / "data" / "postmaster.pid"
         os.kill(int(file.read_text().split()[0]), signal.SIGKILL)
@@ -290,8 +311,10 @@ def storms(cell: Cell, n: int) -> Result:
         cell.start(WORKERS)
         time.sleep(0.5)
         for storm in range(n):
-            ended += cell.one("select count(pg_terminate_backend(pid)) from pg_stat_activity where datname = current_database() "
-                              "and pid <> pg_backend_pid() and random() < 0.5")[0]
+            ended += cell.one(
+                "select count(pg_terminate_backend(pid)) from pg_stat_activity where datname = current_database() "
+                "and pid <> pg_backend_pid() and random() < 0.5"
+            )[0]
             time.sleep(1.0 if storm % 10 == 9 else 0.2)
     result.n = n
     result.more["terminated"] = ended
@@ -301,7 +324,7 @@ def storms(cell: Cell, n: int) -> Result:
 # The network
 
 
-def _through(cell: Cell) -> tuple[Proxy, str]:
+def through(cell: Cell) -> tuple[Proxy, str]:
     port = int(cell.url.split(":")[-1].split("/")[0])
     proxy = Proxy(port)
     return proxy, cell.url.replace(f":{port}/", f":{proxy.port}/")
@@ -311,7 +334,7 @@ def _through(cell: Cell) -> tuple[Proxy, str]:
 def lost_replies(cell: Cell, n: int) -> Result:
     """Of workers and producers. n counts COMMITs that the server carried out."""
     result = Result()
-    proxy, url = _through(cell)
+    proxy, url = through(cell)
 
     def choose(explicit: bool) -> Cut:
         dice = cell.random.random()
@@ -341,7 +364,7 @@ def lost_replies(cell: Cell, n: int) -> Result:
 def partitions(cell: Cell, n: int) -> Result:
     """What was frozen is reset at the end, as a kernel that gives up does."""
     result, seconds = Result(), list[float]()
-    proxy, url = _through(cell)
+    proxy, url = through(cell)
     try:
         with under_load(cell, result):
             cell.start(2, url=url)
@@ -366,217 +389,13 @@ def pooled(cell: Cell, n: int) -> Result:
     import working
 
     with working.pooled(cell.server, cell.name, Path(cell.log).parent, size=20) as url:
-        return kills(cell, n, url=url, pooled=True)
-
-
-# Captures, clocks, loops
-
-
-@fault("A5", "triggers disabled, replica mode: what no trigger saw is found by reconcile()")
-def unseen(cell: Cell, n: int) -> Result:
-    """n rows each way."""
-    result = Result()
-    cell.start(1)
-    for way in range(2):
-        ids = list(range(1 + way * n, 1 + way * n + n))
-        with psycopg.connect(cell.url) as conn:
-            conn.execute("alter table near disable trigger all" if way else "set session_replication_role = replica")
-            conn.execute("insert into near select id, '' from unnest(%s::bigint[]) id", (ids,))
-            conn.execute("alter table near enable trigger all" if way else "set session_replication_role = origin")
-        cell.history.end(cell.history.begin("near", "unseen", ids), "ok")
-    (found,) = cell.one("select count(*) from anton.findings()")
-    cell.one("select count(*) from anton.reconcile('near', true)")
-    result.more |= {"findings": found, "drain_s": cell.drain(30)}
-    result.n = 2 * n
-    result.verdict = cell.check()
-    return result
-
-
-@fault("T1", "workers whose clocks are an hour ahead and an hour behind")
-def skewed(cell: Cell, n: int) -> Result:
-    """n kills; no worker may take a lease that is held."""
-    result = Result()
-    for skew in (-3600, 3600):
-        cell.start(1, skew=skew)
-    with under_load(cell, result):
-        time.sleep(3 * cell.lease)
-        steals = Path(str(cell.log) + ".workers").read_text().count("the lease was lost")
-        for _ in range(n):
-            above = cell.random.choice(sorted(cell.workers))
-            for pid in cell.children(above):
-                cell.kill(pid, "any time", both=True)
-            cell.workers.discard(above)
-            cell.start(1, skew=cell.random.choice((-3600, 3600)))
-            time.sleep(cell.random.uniform(0.3, 1.0))
-        if n:
-            cell.end()
-            cell.start(2)
-    result.n = n
-    result.verdict.require(steals == 0, f"{steals} leases were taken from workers that held them")
-    result.more["false_steals"] = steals
-    return result
-
-
-@fault("L3", "two handlers that feed each other")
-def loops(cell: Cell, n: int) -> Result:
-    """The chain ends at the depth limit, as a dead letter."""
-    result = Result(n)
-    cell.start(1)
-    for _ in range(n):
-        cell.one("insert into ping (hop) values (0)")
-    took = cell.drain(60)
-    (rows, dead) = cell.one("select (select count(*) from ping) + (select count(*) from pong), "
-                            "(select count(*) from anton.dead where reason = 'depth')")
-    result.verdict.require(took is not None, "not drained")
-    result.verdict.require(dead == n and rows <= 33 * n, f"{rows} rows and {dead} dead letters for {n} loops")
-    result.more |= {"rows_for_each": rows / n, "dead": dead}
-    return result
-
-
-@fault("C1", "cancel() of jobs that wait, are worked, and are done")
-def cancels(cell: Cell, n: int) -> Result:
-    """What it says is so: true for a job that nobody works any more, false where nothing changed."""
-    result, cancelled = Result(n), 0
-    cell.one("select anton.pause('pick_up')")
-    seen = list[int]()
-    for id in range(1, n + 1):
-        cell.add("near", [id])
-        (job,) = cell.one("select max(id) from anton.job")
-        seen.append(job)
-        if id % 5 == 0 and cell.one("select anton.cancel(%s)", job)[0]:
-            cancelled += 1
-            cell.one("delete from near where id = %s", id)
-            cell.history.end(cell.history.begin("near", "cancelled", [id]), "fail")
-    cell.one("select anton.resume('pick_up')")
-    cell.start(1)
-    result.more["drain_s"] = cell.drain(30)
-    late = sum(bool(cell.one("select anton.cancel(%s)", job)[0]) for job in seen)
-    cell.drain(30)
-    found = Counter(row[0] for row in _rows(cell, "select src from out_near"))
-    for id in range(1, n + 1):
-        wanted = 0 if id % 5 == 0 else 1
-        if found[id] != wanted:
-            result.verdict.wrong.append(f"out_near: {id} is there {found[id]} times, not {wanted}")
-            result.verdict.doubled += max(0, found[id] - wanted)
-    result.verdict.require(late == 0, f"{late} jobs were cancelled after they were done")
-    result.more["cancelled"] = cancelled
-    return result
-
-
-def _rows(cell: Cell, query: str) -> list[Any]:
-    with psycopg.connect(cell.url) as conn:
-        return conn.execute(query).fetchall()
-
-
-@fault("W1", "the last record before a worker goes to sleep")
-def last_records(cell: Cell, n: int) -> Result:
-    """Single inserts, each as soon as the one before was handled; the bell alone may wake the worker."""
-    result, slow = Result(n), list[float]()
-    cell.start(1, lease=60)
-    time.sleep(1)
-    with psycopg.connect(cell.url, autocommit=True) as conn, psycopg.connect(cell.url, autocommit=True) as look:
-        for id in range(1, n + 1):
-            operation = cell.history.begin("near", "single", [id])
-            conn.execute("insert into near values (%s, '')", (id,))
-            cell.history.end(operation, "ok")
-            began = time.monotonic()
-            while look.execute("select count(*) from out_near where src = %s", (id,)).fetchone() == (0,):
-                if time.monotonic() - began > 3:
-                    break
-                time.sleep(0.0002)
-            slow.append(time.monotonic() - began)
-            if slow[-1] > 3:
-                break
-            time.sleep(cell.random.uniform(0, 0.004))
-    result.n = len(slow)
-    result.verdict.require(max(slow) < 3, f"record {len(slow)} was not picked up in 3 s")
-    result.more |= {"pickup_p99_s": percentile(slow, 0.99)}
-    return result
-
-
-@fault("H1", "the web server killed while it answers; 2xx means committed")
-def posts(cell: Cell, n: int) -> Result:
-    """n requests that were answered 200, through servers that are killed."""
-    import http.client
-
-    result, answered, next_id = Result(), 0, itertools.count(1)
-    kills = 0
-    cell.start(1)
-    with servers.socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = one.getsockname()[1]
-    web = 0
-    proxy, url = _through(cell)
-    proxy.choose = lambda explicit: "before" if cell.random.random() < 0.05 else None
-    end = time.monotonic() + 60 + n
-    try:
-        while answered < n and time.monotonic() < end:
-            if not web:
-                (web,) = cell.start(port=port, url=url)
-            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
-            for _ in range(cell.random.randint(5, 40)):
-                id = next(next_id)
-                operation = cell.history.begin("src", "http", [id])
-                try:
-                    connection.request("POST", "/put", f'{{"id": {id}}}', {"content-type": "application/json"})
-                    reply = connection.getresponse()
-                    reply.read()
-                except ConnectionRefusedError:
-                    cell.history.end(operation, "fail")
-                    time.sleep(0.05)
-                    connection.close()
-                    continue
-                except (OSError, http.client.HTTPException):
-                    cell.history.end(operation, "unknown")
-                    connection.close()
-                    continue
-                cell.history.end(operation, "ok" if reply.status == 200 else "unknown")
-                answered += reply.status == 200
-            connection.close()
-            cell.signal(web, signal.SIGKILL)
-            kills, web = kills + 1, 0
-    finally:
-        proxy.close()
-        if web:
-            cell.signal(web, signal.SIGKILL)
-    took = cell.drain(PATIENCE)
-    result.n = answered
-    result.verdict = cell.check()
-    result.verdict.require(took is not None, "not drained")
-    result.more["kills"] = kills
-    return result
-
-
-# Capacity
-
-
-@fault("OUT", "the world away: what a handler calls fails for n seconds")
-def outage(cell: Cell, n: int) -> Result:
-    """Nothing may die; then the backlog is drained, compared with the time its handler needs for it."""
-    result = Result(n)
-    cell.start(1)
-    cell.world.touch()
-    ids, rate = itertools.count(1), 100
-    began = time.monotonic()
-    while time.monotonic() - began < n:
-        cell.add("outside", [next(ids) for _ in range(rate)], "many")
-        time.sleep(max(0.0, 1.0 - (time.monotonic() - began) % 1.0))
-    backlog = cell.one("select count(*) from outside")[0]
-    cell.world.unlink()
-    took = cell.drain(200)
-    ideal = backlog / 1000 / 4                                         # its calls, four at a time
-    result.verdict = cell.check()
-    (died,) = cell.one("select count(*) from anton.dead")
-    probe_s = None
-    if took is not None:
-        (probe_s,) = cell.one("select extract(epoch from min(r.at)) - %s::float8 from anton.receipt r join anton.handler h "
-                              "on h.id = r.handler_id where h.name = 'call'", time.time() - took)
-    result.more |= {"dead": died, "drain_s": took, "ideal_s": ideal, "backlog": backlog, "first_probe_s": float(probe_s or 0)}
-    return result
+        return _kills(cell, n, url=url, pooled=True)
 
 
 def amcheck(server: servers.Server, name: str) -> str:
     """What pg_amcheck finds wrong in a database; "" for nothing."""
     server.sql("create extension if not exists amcheck", database=name)
-    done = subprocess.run([server.bin / "pg_amcheck", "--heapallindexed", server.url(name)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [server.bin / "pg_amcheck", "--heapallindexed", server.url(name)], capture_output=True, text=True, check=False
+    )
     return "" if done.returncode == 0 else (done.stdout + done.stderr)[-500:]

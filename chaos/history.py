@@ -24,7 +24,7 @@ Conn = psycopg.Connection[Any]
 
 @dataclass
 class Operation:
-    """One transaction of a producer. rows: what it writes to `table`, ids or (id, v). state: ok, fail, unknown, begun."""
+    """One transaction of a producer. rows: ids that it writes, or (id, v). state: begun, ok, fail or unknown."""
 
     number: int
     table: str
@@ -97,8 +97,9 @@ class Producers:
         self._keys = itertools.count(1)
         self._pause = threads / rate
         self._stop = threading.Event()
-        self._threads = [threading.Thread(target=self._main, args=(Random(seed * 100 + n),), daemon=True)
-                         for n in range(threads)]
+        self._threads = [
+            threading.Thread(target=self._main, args=(Random(seed * 100 + n),), daemon=True) for n in range(threads)
+        ]
         for thread in self._threads:
             thread.start()
 
@@ -129,9 +130,16 @@ class Producers:
             version = next(self._keys)
             rows: list[Any] = [(id, version) for id in random.sample(range(50), random.randint(1, 3))]
             operation = self.history.begin("ups", kind, rows)
-            return attempt(self.history, operation, conn, lambda conn: conn.execute(
-                "insert into ups (id, v) select * from unnest(%s::bigint[], %s::bigint[]) on conflict (id) "
-                "do update set v = excluded.v", tuple(map(list, zip(*sorted(rows), strict=True)))))
+            return attempt(
+                self.history,
+                operation,
+                conn,
+                lambda conn: conn.execute(
+                    "insert into ups (id, v) select * from unnest(%s::bigint[], %s::bigint[]) on conflict (id) "
+                    "do update set v = excluded.v",
+                    tuple(map(list, zip(*sorted(rows), strict=True))),
+                ),
+            )
         n = {"single": 1, "many": random.randint(2, 40), "copy": 100, "rollback": random.randint(1, 40)}[kind]
         ids = [next(self._keys) for _ in range(n)]
         operation = self.history.begin("src", kind, ids)
@@ -146,5 +154,7 @@ def write(conn: Conn, table: str, ids: list[int], kind: str) -> None:
             for row in rows:
                 copy.write_row(row)
     else:
-        conn.execute(f"insert into {table} (id, kind) select * from unnest(%s::bigint[], %s::text[])",
-                     tuple(map(list, zip(*rows, strict=True))))
+        conn.execute(
+            f"insert into {table} (id, kind) select * from unnest(%s::bigint[], %s::text[])",
+            tuple(map(list, zip(*rows, strict=True))),
+        )

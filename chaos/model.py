@@ -33,7 +33,7 @@ class Job:
     run_at: float = 0.0
     alone: bool = False
     tenant: str | None = None
-    locked: bool = False                                               # by a transaction that is still open
+    locked: bool = False  # by a transaction that is still open
 
 
 @dataclass
@@ -76,8 +76,11 @@ class Queue:
 
     def expired(self) -> list[Part]:
         """Leases that ran out and may be taken."""
-        return [part for part, job in self.jobs.items()
-                if job.place == "lease" and job.until[0] <= self.now and not job.locked and not self.paused]
+        return [
+            part
+            for part, job in self.jobs.items()
+            if job.place == "lease" and job.until[0] <= self.now and not job.locked and not self.paused
+        ]
 
     def reclaim(self, token: int, part: Part) -> None:
         """A suspect: it runs alone, and if it did already its crash is counted."""
@@ -126,8 +129,9 @@ class Queue:
         """Each waits by itself."""
         job = self.settle(token, part, ordinals)
         for o in ordinals:
-            self.jobs[part[0], o, o] = Job("delayed", attempt=job.attempt + burn, crashes=job.crashes,
-                                           run_at=self.now + after, tenant=job.tenant)
+            self.jobs[part[0], o, o] = Job(
+                "delayed", attempt=job.attempt + burn, crashes=job.crashes, run_at=self.now + after, tenant=job.tenant
+            )
 
     def bury(self, token: int, part: Part, ordinal: int) -> None:
         """A dead letter."""
@@ -184,7 +188,7 @@ class Rules:
 def explore(rules: Rules = Rules()) -> tuple[int, list[str]]:
     """How many states there are, and what is wrong in any of them.
 
-    leases: 0 ready, -1 done, else the token. outputs: how often each was written. Budgets: expiries, crashes, lost replies.
+    leases: 0 ready, -1 done, else the token. outputs: how often each was written. The rest: what may still happen.
     """
     start: State = ((0, 0), (0, 0), (None, None), 1, 2, 1, 1)
     seen, todo, wrong = {start}, deque([start]), list[str]()
@@ -215,18 +219,36 @@ def _moves(state: State, rules: Rules) -> Iterator[State]:
         return tuple(value if n in set(at) else old for n, old in enumerate(values))
 
     for w, held in enumerate(workers):
-        def holding(what: tuple[int, tuple[int, ...]] | None, w: int = w) -> tuple[tuple[int, tuple[int, ...]] | None, ...]:
+
+        def holding(
+            what: tuple[int, tuple[int, ...]] | None, w: int = w
+        ) -> tuple[tuple[int, tuple[int, ...]] | None, ...]:
             return tuple(what if n == w else old for n, old in enumerate(workers))
 
         if held is None:
             ready = [n for n, lease in enumerate(leases) if lease == 0]
-            for some in ([ready[:1], ready] if len(ready) > 1 else [ready] if ready else []):
-                yield put(leases, some, token), outputs, holding((token, tuple(some))), token + 1, expiries, crashes, replies
-            for n, lease in enumerate(leases):                         # a lease that ran out, or whose worker is gone
+            for some in [ready[:1], ready] if len(ready) > 1 else [ready] if ready else []:
+                yield (
+                    put(leases, some, token),
+                    outputs,
+                    holding((token, tuple(some))),
+                    token + 1,
+                    expiries,
+                    crashes,
+                    replies,
+                )
+            for n, lease in enumerate(leases):  # a lease that ran out, or whose worker is gone
                 alive = any(other is not None and other[0] == lease for other in workers)
                 if lease > 0 and (expiries or not alive):
-                    yield (put(leases, [n], token), outputs, holding((token, (n,))), token + 1, expiries - alive, crashes,
-                           replies)
+                    yield (
+                        put(leases, [n], token),
+                        outputs,
+                        holding((token, (n,))),
+                        token + 1,
+                        expiries - alive,
+                        crashes,
+                        replies,
+                    )
             continue
         mine, jobs = held
         if rules.ack_needs_token:
@@ -238,7 +260,7 @@ def _moves(state: State, rules: Rules) -> Iterator[State]:
         written = tuple(count + (n in write) for n, count in enumerate(outputs))
         acked = put(leases, found, -1) if good else leases
         yield acked, written, holding(None), token, expiries, crashes, replies
-        if replies:                                                    # it is tried again, and the fence tells
+        if replies:  # it is tried again, and the fence tells
             yield acked, written, workers, token, expiries, crashes, replies - 1
         if crashes:
             yield leases, outputs, holding(None), token, expiries, crashes - 1, replies

@@ -16,8 +16,16 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-POINTS = ("after_claim", "mid_handler", "mid_each", "before_ack", "before_commit", "commit_sent_no_reply",
-          "after_commit", "reaper_mid")
+POINTS = (
+    "after_claim",
+    "mid_handler",
+    "mid_each",
+    "before_ack",
+    "before_commit",
+    "commit_sent_no_reply",
+    "after_commit",
+    "reaper_mid",
+)
 
 _armed: str | None = None
 _hits = 1
@@ -83,6 +91,7 @@ def install() -> None:
             if found or not some:
                 reach(point)
             return found
+
         return wrapped
 
     def fenced(call: Call) -> Call:
@@ -98,6 +107,7 @@ def install() -> None:
             if woken:
                 note("accepted", token=token)
             return found
+
         return wrapped
 
     execute = asyncpg.Connection.execute

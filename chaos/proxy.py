@@ -2,7 +2,7 @@
 
 Runs in a thread with its own loop. Connections must come without TLS (sslmode=disable).
 
-    choose(explicit)   asked at each commit, explicit or of a single statement: None goes on; "after": the server commits,
+    choose(explicit)   asked at each commit, explicit or of one statement: None goes on; "after": the server commits,
                        its reply is dropped and the connection reset; "before": the commit is not sent on
     freeze(), heal()   a silent partition: nothing passes, nothing is closed; later all of it is reset
 """
@@ -22,7 +22,7 @@ Cut = Literal["after", "before"] | None
 
 
 class Proxy:
-    """Forwards 127.0.0.1:port to 127.0.0.1:target. counts: commits cut, by how, and the tags the server sent for them."""
+    """Forwards 127.0.0.1:port to 127.0.0.1:target. counts: commits cut, by how, and the server's tags."""
 
     def __init__(self, target: int) -> None:
         self.target = target
@@ -54,7 +54,7 @@ class Proxy:
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         link = Link(self, reader, writer)
         self._links.add(link)
-        with suppress(asyncio.CancelledError):                         # we are closed
+        with suppress(asyncio.CancelledError):  # we are closed
             await link.run()
         self._links.discard(link)
 
@@ -68,10 +68,12 @@ class Proxy:
 
     def heal(self) -> None:
         """Resets every connection there is, and lets new ones pass."""
+
         def do() -> None:
             for link in list(self._links):
                 link.reset()
             self._open.set()
+
         self._loop.call_soon_threadsafe(do)
 
     def close(self) -> None:
@@ -87,7 +89,7 @@ class Link:
     def __init__(self, proxy: Proxy, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.proxy, self.reader, self.writer = proxy, reader, writer
         self.server: asyncio.StreamWriter | None = None
-        self.idle = True                                               # outside a transaction, as the server said last
+        self.idle = True  # outside a transaction, as the server said last
         self.swallow = False
 
     async def run(self) -> None:

@@ -35,7 +35,7 @@ class Planted:
 def main() -> None:
     """Until the input ends."""
     settings = json.loads(sys.argv[1])
-    sys.meta_path.insert(0, Planted(settings["patched"]))  # type: ignore[arg-type]
+    sys.meta_path.insert(0, Planted(settings["patched"]))
     import asyncpg  # noqa: F401
     import uvloop  # noqa: F401
 
@@ -49,7 +49,7 @@ def main() -> None:
     data = b""
     while True:
         with contextlib.suppress(ChildProcessError):
-            while (ended := os.waitpid(-1, os.WNOHANG)[0]):
+            while ended := os.waitpid(-1, os.WNOHANG)[0]:
                 children.discard(ended)
         if not select.select([0], [], [], 0.05)[0]:
             continue
@@ -72,7 +72,7 @@ def _be(settings: dict[str, Any], given: dict[str, Any]) -> None:
     """The forked process: a supervisor with its workers, or a web server."""
     status = 1
     try:
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)                     # dies with the zygote
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # dies with the zygote
         out = os.open(settings["log"] + ".workers", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         null = os.open("/dev/null", os.O_RDONLY)
         os.dup2(null, 0)
@@ -85,15 +85,17 @@ def _be(settings: dict[str, Any], given: dict[str, Any]) -> None:
         points.arm(given.get("point"), given.get("hits", 1), settings["log"], settings["world"])
         if given.get("skew"):
             real, skew = time.time, given["skew"]
-            time.time = lambda: real() + skew  # type: ignore[method-assign]
+            time.time = lambda: real() + skew
         db = Database(given.get("url") or settings["url"], pooled=given.get("pooled", False), source="chaos")
         if given.get("port"):
             status = _serve(db, settings["app"], given["port"])
         else:
-            status = supervisor.work(db, folder=settings["app"], slots=given.get("slots"),
-                                     lease=timedelta(seconds=given.get("lease", 1.0)))
+            status = supervisor.work(
+                db, folder=settings["app"], slots=given.get("slots"), lease=timedelta(seconds=given.get("lease", 1.0))
+            )
     except BaseException as error:
         import traceback
+
         traceback.print_exception(error)
     finally:
         sys.stderr.flush()

@@ -16,7 +16,14 @@ import psycopg
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 from pg import Pg
 from servers import Server
 
@@ -41,22 +48,24 @@ class Machine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        for conn in self.conns:                                        # what a run that failed has left open
+        for conn in self.conns:  # what a run that failed has left open
             conn.execute("rollback")
         self.model = Queue()
         self.random = random.Random(0)
         self.tokens: list[int] = []
-        self.past: list[tuple[int, list[int]]] = []                    # what any token ever held: (token, ids)
-        self.open: dict[int, tuple[int, int, str | None]] = {}         # writer: (change, records, tenant)
-        self.acks: dict[int, tuple[int, list[Part]]] = {}              # worker: an ack that is not committed
+        self.past: list[tuple[int, list[int]]] = []  # what any token ever held: (token, ids)
+        self.open: dict[int, tuple[int, int, str | None]] = {}  # writer: (change, records, tenant)
+        self.acks: dict[int, tuple[int, list[Part]]] = {}  # worker: an ack that is not committed
         self.ids: dict[Part, int] = {}
         self.next_id = 1
-        self.sql("delete from anton.job; delete from anton.lease; delete from anton.delayed; delete from anton.dead; "
-                 "delete from anton.receipt; truncate orders, results; update anton.handler set paused = false; "
-                 f"update test_clock set ahead = interval '{AHEAD} s'")
+        self.sql(
+            "delete from anton.job; delete from anton.lease; delete from anton.delayed; delete from anton.dead; "
+            "delete from anton.receipt; truncate orders, results; update anton.handler set paused = false; "
+            f"update test_clock set ahead = interval '{AHEAD} s'"
+        )
 
     def teardown(self) -> None:
-        """Every worker is gone, and one that comes then finds and finishes all: I9. Then each output is there once: I6."""
+        """Every worker is gone; one that comes then finds and finishes all (I9), each output once (I6)."""
         for worker in list(self.acks):
             self.crash(worker)
         for writer in list(self.open):
@@ -150,9 +159,19 @@ class Machine(RuleBasedStateMachine):
 
     def claim(self, worker: int, jobs: int, records: int) -> int:
         token = self.random.getrandbits(63)
-        order = sorted((part for part, job in self.model.jobs.items() if job.place == "job"), key=lambda part: self.ids[part])
-        rows = self.ask(worker, "select change_id, lo, hi, id, ids, settled from anton.claim(%s, %s, array[%s]::int[], array[%s]::int[], "
-                        "array[%s]::int[], array[0]::bigint[], '30 s')", worker + 1, token, self.handler, jobs, records)
+        order = sorted(
+            (part for part, job in self.model.jobs.items() if job.place == "job"), key=lambda part: self.ids[part]
+        )
+        rows = self.ask(
+            worker,
+            "select change_id, lo, hi, id, ids, settled from anton.claim(%s, %s, array[%s]::int[], array[%s]::int[], "
+            "array[%s]::int[], array[0]::bigint[], '30 s')",
+            worker + 1,
+            token,
+            self.handler,
+            jobs,
+            records,
+        )
         wanted = self.model.claim(token, order, jobs, records)
         assert [tuple(row[:3]) for row in rows] == wanted
         assert all(len(row[4]) == row[2] - row[1] + 1 for row in rows)
@@ -173,8 +192,13 @@ class Machine(RuleBasedStateMachine):
 
     def reclaim(self, worker: int) -> Part | None:
         token = self.random.getrandbits(63)
-        rows = self.ask(worker, "select change_id, lo, hi, id, crashes from anton.reclaim(%s, %s, array[%s]::int[], '30 s', 1)",
-                        worker + 1, token, self.handler)
+        rows = self.ask(
+            worker,
+            "select change_id, lo, hi, id, crashes from anton.reclaim(%s, %s, array[%s]::int[], '30 s', 1)",
+            worker + 1,
+            token,
+            self.handler,
+        )
         self.note(token, [row[3] for row in rows])
         expired = self.model.expired()
         assert bool(rows) == bool(expired)
@@ -193,12 +217,17 @@ class Machine(RuleBasedStateMachine):
         if part is None or worker in self.acks or self.model.jobs[part].settled:
             return
         token, tenant = self.model.jobs[part].token, self.model.jobs[part].tenant
-        parts = [part] + [other for other, job in self.model.jobs.items() if job.token == token and other != part
-                          and job.tenant == tenant and not job.settled and not job.locked][:data.draw(st.integers(0, 2))]
+        parts = [part] + [
+            other
+            for other, job in self.model.jobs.items()
+            if job.token == token and other != part and job.tenant == tenant and not job.settled and not job.locked
+        ][: data.draw(st.integers(0, 2))]
         parts.sort(key=lambda part: self.ids[part])
         assert token is not None
         self.ask(worker, "begin")
-        self.ack(worker, token, [self.ids[part] for part in parts], [(p[0], o) for p in parts for o in self.model.left(p)])
+        self.ack(
+            worker, token, [self.ids[part] for part in parts], [(p[0], o) for p in parts for o in self.model.left(p)]
+        )
         if data.draw(st.booleans()):
             self.ask(worker, "commit")
             self.model.ack(token, parts)
@@ -214,8 +243,15 @@ class Machine(RuleBasedStateMachine):
 
     def write(self, worker: int, receipt: int, records: list[tuple[int, int]]) -> None:
         """An output for each record."""
-        self.ask(worker, "insert into results (receipt, change, ordinal, tenant) select %s, c, o, nullif(current_setting('anton.tenant', true), '') "
-                 "from unnest(%s::bigint[], %s::int[]) x (c, o)", receipt, [c for c, _ in records], [o for _, o in records])
+        self.ask(
+            worker,
+            "insert into results (receipt, change, ordinal, tenant) select %s, c, o, "
+            "nullif(current_setting('anton.tenant', true), '') "
+            "from unnest(%s::bigint[], %s::int[]) x (c, o)",
+            receipt,
+            [c for c, _ in records],
+            [o for _, o in records],
+        )
 
     @precondition(lambda self: self.acks)
     @rule(data=st.data(), ends=st.sampled_from(["commit", "crash", "lost reply"]))
@@ -227,7 +263,7 @@ class Machine(RuleBasedStateMachine):
         token, parts = self.acks.pop(worker)
         self.ask(worker, "commit")
         self.model.ack(token, parts)
-        if ends == "lost reply":                                       # the worker tries once more: the fence tells
+        if ends == "lost reply":  # the worker tries once more: the fence tells
             with pytest.raises(Refused):
                 self.ask(worker, "select anton.ack(%s, %s::bigint[], 1, 1)", token, [self.ids[part] for part in parts])
 
@@ -242,25 +278,43 @@ class Machine(RuleBasedStateMachine):
         for part in parts:
             self.model.jobs[part].locked = False
 
-    @precondition(lambda self: self.past)
-    @rule(data=st.data(), what=st.sampled_from(["ack", "give_back", "split", "retry", "bury", "ack_part", "world_failed"]))
-    def zombie(self, data: Any, what: str) -> None:
-        """Whatever a token once held, tried again: refused if a part of it is not held any more, else as it should be."""
-        token, ids = data.draw(st.sampled_from(self.past))
-        parts = [part for part, id in self.ids.items() if id in ids and self.model.jobs[part].token == token]
-        if len(parts) == len(ids):
-            return                                                     # still its own: other rules do that
-        calls = {"ack": "ack(%s, %s::bigint[], 1, 1)", "give_back": "give_back(%s, %s::bigint[])",
-                 "world_failed": "world_failed(%s, %s::bigint[], 'late')", "split": "split(%s, %s, 8)",
-                 "retry": "retry(%s, %s, array[1], '1 s', 'late', true)", "bury": "bury(%s, %s, 1, 'failed', 'late', null)",
-                 "ack_part": "ack_part(%s, %s, array[1], 1, 1)"}
-        gone = [id for id in ids if id not in {self.ids[part] for part in parts}]
-        locked = {self.ids[part] for part, job in self.model.jobs.items() if job.locked}
-        if locked & set(ids) or (len(gone) < len(ids) and what == "world_failed"):
+    def lost(self) -> list[tuple[int, list[int]]]:
+        """What a token held and does not hold any more, some of it; those first that others hold."""
+        held = {id: self.model.jobs[part].token for part, id in self.ids.items()}
+        lost = [(token, ids) for token, ids in self.past if any(held.get(id) != token for id in ids)]
+        others = [(token, ids) for token, ids in lost if all(held.get(id) for id in ids)]
+        return others or lost
+
+    @precondition(lambda self: self.lost())
+    @rule(data=st.data())
+    def zombie(self, data: Any) -> None:
+        """All that may be said with a token, about what it does not hold any more: refused, each and every one."""
+        token, ids = data.draw(st.sampled_from(self.lost()))
+        mine = {self.ids[part] for part, job in self.model.jobs.items() if job.token == token}
+        if {self.ids[part] for part, job in self.model.jobs.items() if job.locked} & set(ids):
             return
-        with pytest.raises(Refused):
-            self.ask(0 if 0 not in self.acks else 2 if 2 not in self.open else 1, f"select anton.{calls[what]}", token,
-                     ids if what in ("ack", "give_back", "world_failed") else gone[0])
+        gone = next(id for id in ids if id not in mine)
+        calls = [
+            ("ack(%s, %s::bigint[], 1, 1)", ids),
+            ("give_back(%s, %s::bigint[])", ids),
+            ("split(%s, %s, 8)", gone),
+            ("retry(%s, %s, array[1], '1 s', 'late', true)", gone),
+            ("ack_part(%s, %s, array[1], 1, 1)", gone),
+            ("bury(%s, %s, 1, 'failed', 'late', null)", gone),
+            ("world_failed(%s, %s::bigint[], 'late')", [gone]),
+        ]
+        for call, what in calls:
+            with pytest.raises(Refused):
+                self.ask(
+                    0 if 0 not in self.acks else 2 if 2 not in self.open else 1, f"select anton.{call}", token, what
+                )
+
+    @rule(worker=st.integers(0, 1))
+    def steals(self, worker: int) -> None:
+        """All leases end, and a suspect is taken."""
+        self.move(31)
+        if worker not in self.acks:
+            self.reclaim(worker)
 
     @rule(data=st.data(), worker=st.integers(0, 1))
     def settles_some(self, data: Any, worker: int) -> None:
@@ -275,8 +329,15 @@ class Machine(RuleBasedStateMachine):
             self.ack_parts(worker, token, part, ordinals)
         elif how == "retry":
             after, burn = data.draw(st.sampled_from([0, 10, 100])), data.draw(st.booleans())
-            self.ask(worker, "select anton.retry(%s, %s, %s::int[], make_interval(secs => %s), 'no', %s)", token, self.ids[part],
-                     ordinals, after, burn)
+            self.ask(
+                worker,
+                "select anton.retry(%s, %s, %s::int[], make_interval(secs => %s), 'no', %s)",
+                token,
+                self.ids[part],
+                ordinals,
+                after,
+                burn,
+            )
             self.model.retry(token, part, ordinals, after, burn)
         else:
             self.ask(worker, "select anton.bury(%s, %s, %s, 'failed', 'no', null)", token, self.ids[part], ordinals[0])
@@ -285,7 +346,9 @@ class Machine(RuleBasedStateMachine):
     def ack_parts(self, worker: int, token: int, part: Part, ordinals: list[int]) -> None:
         """Some records of a job are done, with their outputs."""
         with self.conns[worker].transaction():
-            (receipt,) = self.ask(worker, "select anton.ack_part(%s, %s, %s::int[], 1, 1)", token, self.ids[part], ordinals)[0]
+            (receipt,) = self.ask(
+                worker, "select anton.ack_part(%s, %s, %s::int[], 1, 1)", token, self.ids[part], ordinals
+            )[0]
             self.write(worker, receipt, [(part[0], o) for o in ordinals])
         self.model.ack_part(token, part, ordinals)
 
@@ -334,11 +397,23 @@ class Machine(RuleBasedStateMachine):
         if part is not None:
             assert self.sql("select anton.cancel(%s)", self.ids[part]) == self.model.cancel(part)
 
+    @precondition(lambda self: self.past)
+    @rule(data=st.data())
+    def cancels_late(self, data: Any) -> None:
+        """A job that is done, or was cut or given back: I7."""
+        _, ids = data.draw(st.sampled_from(self.past))
+        for id in set(ids) - set(self.ids.values()):
+            assert self.sql("select anton.cancel(%s)", id) is False
+
     @precondition(lambda self: self.model.dead)
     @rule(data=st.data())
     def replays(self, data: Any) -> None:
         change, ordinal = data.draw(st.sampled_from(sorted(self.model.dead)))
-        job = self.sql("select anton.replay((select id from anton.dead where change_id = %s and ordinal = %s limit 1))", change, ordinal)
+        job = self.sql(
+            "select anton.replay((select id from anton.dead where change_id = %s and ordinal = %s limit 1))",
+            change,
+            ordinal,
+        )
         found = self.look.execute("select change_id, tenant from anton.job where id = %s", (job,)).fetchone()
         assert found is not None
         self.model.dead.pop((change, ordinal))
@@ -346,32 +421,64 @@ class Machine(RuleBasedStateMachine):
 
     @invariant()
     def equal(self) -> None:
-        """I1, I3, I5-I8, I12, I13: the whole queue is as the model has it, and each output is there for what is done."""
+        """I1, I3, I5-I8, I12, I13: the queue is as the model has it, and all outputs of what is done are there."""
         rows = self.sql(STATE)
         self.ids = {(row["change_id"], row["lo"], row["hi"]): row["id"] for row in rows}
         assert len(self.ids) == len(rows), "I1: a record is in two places"
-        found = {(row["change_id"], row["lo"], row["hi"]): (row["place"], frozenset(row["settled"] or ()), row["attempt"], row["crashes"],
-                                                            row["token"], row["tenant"]) for row in rows}
-        assert found == {part: (job.place, job.settled, job.attempt, job.crashes, None if job.token is None else str(job.token), job.tenant)
-                         for part, job in self.model.jobs.items()}
-        outputs = Counter((row[0], row[1]) for row in self.look.execute("select change, ordinal from results").fetchall())
+        found = {
+            (row["change_id"], row["lo"], row["hi"]): (
+                row["place"],
+                frozenset(row["settled"] or ()),
+                row["attempt"],
+                row["crashes"],
+                row["token"],
+                row["tenant"],
+            )
+            for row in rows
+        }
+        assert found == {
+            part: (
+                job.place,
+                job.settled,
+                job.attempt,
+                job.crashes,
+                None if job.token is None else str(job.token),
+                job.tenant,
+            )
+            for part, job in self.model.jobs.items()
+        }
+        outputs = Counter(
+            (row[0], row[1]) for row in self.look.execute("select change, ordinal from results").fetchall()
+        )
         assert outputs == Counter(self.model.done)
-        dead = {(row[0], row[1]): row[2] for row in self.look.execute("select change_id, ordinal, attempt from anton.dead").fetchall()}
+        dead = {
+            (row[0], row[1]): row[2]
+            for row in self.look.execute("select change_id, ordinal, attempt from anton.dead").fetchall()
+        }
         assert dead == self.model.dead
-        assert self.sql("select count(*) from results r join anton.receipt x on x.id = r.receipt where r.tenant is distinct from "
-                        "nullif(x.tenant, '')") == 0, "I13"
+        assert (
+            self.sql(
+                "select count(*) from results r join anton.receipt x on x.id = r.receipt "
+                "where r.tenant is distinct from "
+                "nullif(x.tenant, '')"
+            )
+            == 0
+        ), "I13"
 
 
 @pytest.fixture
 def machine(server: Server, template: str) -> Iterator[type[Machine]]:
     name = server.clone(template)
     pg = Pg(server.url(name))
-    pg.sql("create table orders (id bigint primary key)",
-           "create table results (receipt bigint, change bigint, ordinal int, tenant text)",
-           "create table test_clock (ahead interval not null)", "insert into test_clock values ('0')",
-           "grant select on test_clock to public",
-           "create or replace function anton.now() returns timestamptz language sql volatile as "
-           "'select pg_catalog.clock_timestamp() + (select ahead from public.test_clock)'")
+    pg.sql(
+        "create table orders (id bigint primary key)",
+        "create table results (receipt bigint, change bigint, ordinal int, tenant text)",
+        "create table test_clock (ahead interval not null)",
+        "insert into test_clock values ('0')",
+        "grant select on test_clock to public",
+        "create or replace function anton.now() returns timestamptz language sql volatile as "
+        "'select pg_catalog.clock_timestamp() + (select ahead from public.test_clock)'",
+    )
     for bug in BUGS:
         if bug.name == os.environ.get("ANTON_BUG"):
             with planted(bug) as (_, statements):
@@ -386,6 +493,15 @@ def machine(server: Server, template: str) -> Iterator[type[Machine]]:
 
 
 def test_the_queue_is_as_the_model_has_it_whatever_happens(machine: type[Machine]) -> None:
-    run_state_machine_as_test(machine, settings=settings(
-        max_examples=int(os.environ.get("ANTON_EXAMPLES", "20")), stateful_step_count=int(os.environ.get("ANTON_STEPS", "40")),
-        deadline=None, phases=(Phase.generate,), suppress_health_check=list(HealthCheck), print_blob=True, database=None))
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=int(os.environ.get("ANTON_EXAMPLES", "20")),
+            stateful_step_count=int(os.environ.get("ANTON_STEPS", "40")),
+            deadline=None,
+            phases=(Phase.generate,),
+            suppress_health_check=list(HealthCheck),
+            print_blob=True,
+            database=None,
+        ),
+    )

@@ -56,7 +56,7 @@ src.on_new_records.sql("insert into public.out_sql (src) select id from new_reco
 
 @src.on_new_records(batch=50)
 def count(records: Records[Any]) -> None:
-    for record in records:
+    for _ in records:
         counter.select(id=0).update(n=sql("n + 1"))
 
 
@@ -75,6 +75,7 @@ def changes(records: Records[Any]) -> None:
 @ups.on_new_records(each=True, concurrency=2, read="change")
 def add(record: Any) -> None:
     row = tally.get(record["id"] % 2)
+    assert row is not None
     tally.select(id=row["id"]).update(n=row["n"] + 1)
 
 
@@ -89,10 +90,14 @@ def risk(records: Records[Any]) -> None:
 
 shaky.on_new_records.sql(
     "insert into public.out_shaky (src) select id / case when kind = 'bad' then 0 else 1 end from new_records",
-    name="shake", into=out_shaky, attempts=2, backoff="100ms")
+    name="shake",
+    into=out_shaky,
+    attempts=2,
+    backoff="100ms",
+)
 
 
-@outside.on_new_records(batch=100)
+@outside.on_new_records(batch=100, concurrency=1)
 def call(records: Records[Any]) -> None:
     if points.world_is_down():
         raise WorldError("the world is away")

@@ -1,0 +1,152 @@
+"""python -m chaos [--minutes M] [--seed S] [FAULT | FAULT=N | bugs ...]
+
+Without names all faults, as often as the minutes allow, and the planted bugs. 60 minutes reach the N of every bar.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+import traceback
+
+import servers
+
+from chaos import capacity, cell, edges, report  # noqa: F401  (faults register themselves)
+from chaos.bugs import BUGS, Bug, planted
+from chaos.faults import FAULTS, Result, amcheck
+
+# How often in 60 minutes. The faults of a bar have its N.
+FULL = {
+    "P1": 1000,
+    "P2": 200,
+    "P3": 300,
+    "P5": 200,
+    "R1": 100,
+    "D1": 100,
+    "D2": 100,
+    "D3": 20,
+    "D5": 200,
+    "D6": 500,
+    "N1": 40,
+    "N7": 60,
+    "A5": 1000,
+    "T1": 40,
+    "L3": 20,
+    "C1": 200,
+    "W1": 3000,
+    "H1": 500,
+    "OUT": 60,
+    "L1": 60,
+    "D12": 500_000,
+}
+FIXED = {
+    name for name, (_, what) in FAULTS.items() if what.__module__ == capacity.__name__
+}  # seconds and sizes that a bar names
+TRIALS = 3  # of each bug
+
+
+def done(server: servers.Server, template: str, name: str, n: int, seed: int) -> Result:
+    """One fault in a database of its own."""
+    with cell.Cell(server, template, seed) as one:
+        result = FAULTS[name][1](one, n)
+        if name in ("D1", "D2", "D3"):
+            found = amcheck(server, one.name)
+            result.verdict.require(not found, f"pg_amcheck: {found}")
+        one.end()
+    return result
+
+
+def catch(server: servers.Server, template: str, bug: Bug, seed: int) -> tuple[int, str]:
+    """In which trial a bug was caught, 0 for none, and by what."""
+    for trial in range(1, TRIALS + 1):
+        if bug.fault == "S1":
+            words = [
+                sys.executable,
+                "-m",
+                "pytest",
+                "-q",
+                "-x",
+                "-p",
+                "no:cacheprovider",
+                "tests/test_state_machine.py",
+            ]
+            environment = {
+                **os.environ,
+                "ANTON_BUG": bug.name,
+                "ANTON_TEST_SERVER": "system",
+                "ANTON_EXAMPLES": str(bug.n),
+            }
+            ended = subprocess.run(words, cwd=cell.ROOT, env=environment, capture_output=True, text=True, check=False)
+            if ended.returncode == 1 and "AssertionError" in ended.stdout:
+                return trial, "the state machine"
+            continue
+        with planted(bug) as (files, statements):
+            with cell.Cell(server, template, seed + trial, patched=files, sql=statements) as one:
+                result = FAULTS[bug.fault][1](one, bug.n)
+                one.end()
+        if result.verdict.text:
+            return trial, result.verdict.text
+    return 0, ""
+
+
+def controls(server: servers.Server, template: str, seed: int) -> Result:
+    """How many of the planted bugs were caught, and after how many trials."""
+    result = Result()
+    for bug in BUGS:
+        began = time.monotonic()
+        trial, how = catch(server, template, bug, seed)
+        result.n += trial > 0
+        result.more[bug.name] = trial
+        said = f"caught in trial {trial} by {bug.fault}: {how[:80]}" if trial else "MISSED"
+        print(f"      {bug.name:<42}{said}  {time.monotonic() - began:.0f} s", flush=True)
+    return result
+
+
+def main() -> int:
+    """The exit status: 0 when nothing was wrong."""
+    parser = argparse.ArgumentParser(prog="chaos", description=__doc__)
+    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("names", nargs="*")
+    given = parser.parse_args()
+    share = min(1.0, given.minutes / 60)
+    wanted: dict[str, int] = {}
+    for word in given.names or [*FULL, "bugs"]:
+        name, _, n = word.partition("=")
+        if name != "bugs" and name not in FAULTS:
+            parser.error(f'no fault "{name}"; there are: {", ".join(FAULTS)}, bugs')
+        full = FULL.get(name, 0)
+        wanted[name] = int(n) if n else full if name in FIXED else max(min(full, 3), round(full * share))
+    results: dict[str, Result] = {}
+    with cell.cluster() as server:
+        template = cell.make_template(server)
+        shown = ("fsync", "synchronous_commit", "full_page_writes", "server_version")
+        settings = (
+            ", ".join(f"{name}={server.sql(f'show {name}')[0][0]}" for name in shown) + f", lease={cell.LEASE:g} s"
+        )
+        print(f"seed {given.seed}; {settings}", flush=True)
+        for name, n in wanted.items():
+            began = time.monotonic()
+            try:
+                results[name] = (
+                    controls(server, template, given.seed)
+                    if name == "bugs"
+                    else done(server, template, name, n, given.seed)
+                )
+            except Exception as error:
+                traceback.print_exc()
+                results[name] = Result()
+                results[name].verdict.wrong.append(f"{type(error).__name__}: {error}")
+            print(report.line(name, results[name]), f" {time.monotonic() - began:.0f} s", flush=True)
+            report.save({name: results[name]} if not results[name].verdict.wrong or results[name].n else {}, given.seed)
+        print(report.table(results, given.seed, settings))
+    wrong = [name for name, result in results.items() if result.verdict.text]
+    missed = [row["name"] for row in report.rows(results) if not row["ok"] and given.minutes >= 60]
+    return 1 if wrong or missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
