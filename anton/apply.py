@@ -18,7 +18,7 @@ import asyncpg
 from anton.db import Conn, quote
 from anton.errors import RowChanged, WriteRefused
 from anton.op import Form, Op, Output, Rows, Step
-from anton.relation import Relation, columns_sql
+from anton.relation import Relation, columns_sql, forget_spare
 
 COPY_FROM = 17  # rows from which COPY is quicker than INSERT
 MOST = 10_000  # rows, or steps, of one statement
@@ -85,6 +85,8 @@ class _Apply:
             if not _refused(error):
                 error.query = f"copy {relation.sql}"  # type: ignore[attr-defined]  # asyncpg names no COPY
                 raise
+            if isinstance(error, asyncpg.UniqueViolationError):
+                forget_spare(relation, error)
             line = re.search(r"\d+", (getattr(error, "context", None) or "").removeprefix(f"COPY {relation.table}, "))
             at = int(line[0]) - 1 if line and int(line[0]) <= len(rows) else None
             raise WriteRefused({owners[at]} if at is not None else _only(owners), error) from error
@@ -110,6 +112,8 @@ class _Apply:
         except (asyncpg.PostgresError, *_UNFIT) as error:
             if not _refused(error):
                 raise
+            if isinstance(error, asyncpg.UniqueViolationError):
+                forget_spare(relation, error)
             position = re.search(r"query argument \$(\d+)", str(error)) if not many else None
             at = (int(position[1]) - 1) // len(columns) if position else None
             raise WriteRefused({owners[at]} if at is not None else _only(owners), error) from error

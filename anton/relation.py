@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import threading
 import weakref
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
@@ -203,6 +204,10 @@ class Keys:
         if length_hint(left):
             self._spare.append(left)
 
+    def forget(self) -> None:
+        """Those that are left are not to be used."""
+        self._spare.clear()
+
     async def _fetch(self, size: int) -> Iterator[Any]:
         default = self._column.default
         contiguous = str(default).startswith("nextval(")
@@ -225,6 +230,18 @@ class Keys:
                 f"select pg_get_serial_sequence({literal(self._relation.sql)}, {literal(self._column.name)})")
         return MissingPrivilege(f'take keys for "{self._relation.name}" ({default})', role,
                                 [f"grant usage on sequence {sequence} to {quote(role)};"])
+
+
+def forget_spare(relation: Relation, error: asyncpg.UniqueViolationError) -> None:
+    """After a key was given out twice, no more of those that are left are: the sequence was set back meanwhile.
+
+    TRUNCATE … RESTART IDENTITY and ALTER SEQUENCE do that. The write is refused; made again, it gets a new key.
+    """
+    named = re.match(r"Key \((.*?)\)=", error.detail or "")
+    for supplies in list(_keys.values()):
+        for (oid, column), supply in list(supplies.items()):
+            if oid == relation.oid and named and named[1].strip('"') == column:
+                supply.forget()
 
 
 def keys(db: Database, relation: Relation, column: str) -> Keys | None:
