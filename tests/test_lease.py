@@ -6,14 +6,16 @@ import asyncio
 import threading
 import time
 from collections import Counter
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
 import pytest
+from servers import migrate, restart, running
 from working import Bench, cutting, met, numbers, one_handler
 
 from anton import Ctx, Records, Table, queue
-from anton.db import Database
+from anton.db import Database, set_database
 from anton.heartbeat import Heartbeat
 
 
@@ -98,6 +100,36 @@ async def test_a_restart_of_every_backend_burns_no_attempt(db: Database):
         await bench.until_done()
     assert await bench.value("select count(distinct data->>'n') from b") == 300 == await bench.count("b")
     assert attempts == {1} and await bench.left() == {}
+
+
+@pytest.mark.parametrize("mode", ["fast", "immediate"])
+async def test_a_restart_of_the_server_burns_no_attempt_and_loses_nothing(server: Any, mode: str):
+    attempts: set[int] = set()
+    with running(server.kind) as own:                                   # the others' server stays up
+        own.sql("create database restarted")
+        await asyncio.to_thread(migrate, own.url("restarted"))
+        db = Database(own.url("restarted"), source="the test")
+        set_database(db)
+
+        def handle(records: Records, ctx: Ctx) -> None:
+            attempts.add(ctx.attempt)
+            tables["b"].extend({"n": n} for n in numbers(records))
+
+        bench = await one_handler(db, handle, batch=5)
+        tables = bench.app.tables
+        async with bench.running(lease=timedelta(seconds=2)):
+            for n in range(3):
+                await bench.add("a", ({"n": n * 100 + m} for m in range(100)))
+                await bench.until("select count(*) > $1 from b", n * 100)
+                await asyncio.to_thread(restart, own, mode)
+                await asyncio.to_thread(own.sql, "select 1")
+                with suppress(Exception):
+                    await bench.value("select 1")                       # connections of before
+            await bench.until_done()
+        assert await bench.value("select count(distinct data->>'n') from b") == 300 == await bench.count("b")
+        assert await bench.left() == {} and attempts == {1}
+        await db.close()
+        set_database(None)
 
 
 async def test_a_record_whose_lease_was_lost_leaves_its_handler_working_when_the_world_fails_late(db: Database):

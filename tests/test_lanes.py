@@ -1,0 +1,202 @@
+"""Lanes: which handler runs next, in how many calls at a time, and when its records are settled."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import Counter
+from typing import Any
+
+from working import Bench
+
+from anton import Records, Table
+from anton.db import Database
+
+
+async def test_a_worker_claims_only_what_it_has_code_for(db: Database):
+    def declare() -> None:
+        a, b = Table("a"), Table("b")
+
+        @a.on_new_records
+        def known(records: Records) -> None:
+            b.extend({} for _ in records)
+
+    bench = await Bench.make(db, declare)
+    await bench.add("a", ({} for _ in range(3)))
+    await Bench(db, type(bench.app)("other")).work()
+    assert await bench.count("anton.job") == 1
+    await bench.work()
+    assert await bench.count("b") == 3 and await bench.left() == {}
+
+
+async def test_a_paused_handler_waits_and_costs_the_others_nothing(db: Database):
+    def declare() -> None:
+        a, b = Table("a"), Table("b")
+
+        @a.on_new_records
+        def one(records: Records) -> None:
+            b.extend({"by": "one"} for _ in records)
+
+        @a.on_new_records
+        def two(records: Records) -> None:
+            b.extend({"by": "two"} for _ in records)
+
+    bench = await Bench.make(db, declare)
+    await bench.sql("select anton.pause('one')")
+    await bench.add("a", ({} for _ in range(3)))
+    await bench.work()
+    assert await bench.column("select distinct data->>'by' from b") == ["two"]
+    await bench.sql("select anton.resume('one')")
+    await bench.work()
+    assert await bench.count("b") == 6
+
+
+async def test_no_handler_runs_in_more_calls_than_its_concurrency_and_all_in_no_more_than_the_slots(db: Database):
+    now: Counter[str] = Counter()
+    most: Counter[str] = Counter()
+
+    def declare() -> None:
+        a = Table("a")
+
+        def enter(name: str) -> None:
+            now[name] += 1
+            most[name] = max(most[name], now[name])
+            most["all"] = max(most["all"], sum(now.values()))
+
+        for name, limit in (("one", 1), ("two", 2), ("three", 3)):
+            @a.on_new_records(name=name, batch=1, concurrency=limit)
+            async def count(records: Records, name: str = name) -> None:
+                enter(name)
+                await asyncio.sleep(0.002)
+                now[name] -= 1
+
+    bench = await Bench.make(db, declare)
+    await bench.add("a", ({} for _ in range(30)))
+    await bench.work(slots=5)
+    assert most["one"] == 1 and most["two"] == 2 and most["three"] <= 3 and most["all"] <= 5
+    assert await bench.left() == {}
+
+
+async def test_records_of_one_call_each_run_side_by_side_up_to_the_concurrency(db: Database):
+    most = {"async": 0, "threads": 0}
+    inside = {"async": 0, "threads": 0}
+    all_in = threading.Event()
+    met = asyncio.Event()
+
+    def declare() -> None:
+        a = Table("a")
+
+        @a.on_new_records(each=True, concurrency=7)
+        async def coroutines(record: Any) -> None:
+            inside["async"] += 1
+            most["async"] = max(most["async"], inside["async"])
+            if inside["async"] == 7:
+                met.set()
+            await met.wait()
+            inside["async"] -= 1
+
+        @a.on_new_records(each=True, concurrency=5)
+        def threads(record: Any) -> None:
+            inside["threads"] += 1
+            most["threads"] = max(most["threads"], inside["threads"])
+            if inside["threads"] == 5:
+                all_in.set()
+            assert all_in.wait(10)
+            inside["threads"] -= 1
+
+    bench = await Bench.make(db, declare)
+    await bench.add("a", ({} for _ in range(40)))
+    await bench.work()
+    assert most == {"async": 7, "threads": 5} and await bench.left() == {}
+
+
+async def test_a_slow_record_does_not_keep_finished_ones_from_being_settled(db: Database):
+    go = asyncio.Event()
+
+    def declare() -> None:
+        a, b = Table("a"), Table("b")
+
+        @a.on_new_records(each=True, concurrency=2)
+        async def handle(record: Any) -> None:
+            if record["n"] == 0:
+                await go.wait()
+            b.append({"n": record["n"]})
+
+        @a.on_new_records(each=True, concurrency=1)
+        def one_thread(record: Any) -> None:
+            if record["n"] == 49:
+                asyncio.run_coroutine_threadsafe(go.wait(), loop).result(10)
+            b.append({"n": record["n"] + 1000})
+
+    loop = asyncio.get_running_loop()
+    bench = await Bench.make(db, declare)
+    await bench.add("a", ({"n": n} for n in range(50)))
+    async with bench.running():
+        await bench.until("select (select count(*) from b) = 98", patience=5)
+        assert await bench.value("select sum(hi - lo + 1 - coalesce(cardinality(settled), 0)) from anton.lease") == 2
+        go.set()
+        await bench.until_done()
+    assert await bench.count("b") == 100
+
+
+async def test_many_records_of_one_call_each_are_settled_by_hundreds(db: Database):
+    def declare() -> None:
+        a, b = Table("a"), Table("b")
+
+        @a.on_new_records(each=True)
+        def handle(record: Any) -> None:
+            b.append({"n": record["n"]})
+
+    bench = await Bench.make(db, declare)
+    await bench.add("a", ({"n": n} for n in range(5000)))
+    await bench.work()
+    assert await bench.value("select count(distinct data->>'n') from b") == 5000 == await bench.count("b")
+    assert await bench.left() == {} and await bench.value("select sum(n) from anton.receipt") == 5000
+
+
+async def test_a_deep_handler_does_not_starve_a_shallow_one(db: Database):
+    done: list[str] = []
+
+    def declare() -> None:
+        deep, shallow = Table("deep"), Table("shallow")
+
+        @deep.on_new_records(batch=10)
+        async def slow(records: Records) -> None:
+            await asyncio.sleep(0.001)
+            done.append("slow")
+
+        @shallow.on_new_records
+        async def quick(records: Records) -> None:
+            done.append("quick")
+
+    bench = await Bench.make(db, declare)
+    await bench.add("deep", ({} for _ in range(3000)))
+    await bench.add("shallow", [{}])
+    await bench.work(slots=4)
+    assert "quick" in done[:20] and done.count("slow") == 300
+
+
+async def test_max_wait_gathers_records_of_several_commits_into_one_call(db: Database):
+    sizes: list[int] = []
+
+    def declare() -> None:
+        a = Table("a")
+
+        @a.on_new_records(batch=10, max_wait="30s")
+        def full(records: Records) -> None:
+            sizes.append(len(records))
+
+        @a.on_new_records(max_wait="200ms", name="soon")
+        def soon(records: Records) -> None:
+            pass
+
+    bench = await Bench.make(db, declare)
+    async with bench.running():
+        for _ in range(9):
+            await bench.add("a", [{}])
+        await bench.until("select exists (select from anton.receipt r join anton.handler h on h.id = r.handler_id "
+                          "where h.name = 'soon')")
+        assert sizes == []
+        await bench.add("a", [{}])
+        await bench.until_done()
+    assert sizes == [10]
