@@ -174,7 +174,7 @@ begin
             from handler h, %2$s new cross join lateral (select $1 - (($1 - new.xmin::text::bigint) & 4294967295) as xid) x   -- 32 bits to 64
            where h.id = %3$s and %4$s and x.xid between $2 and $1 and not pg_visible_in_snapshot(x.xid::text::xid8, h.enabled_snapshot)
              and (select (%5$s)::boolean from (select new.*) as row_))
-        select jsonb_agg(key) from candidate c where not exists (select from traced(%3$s) t where t = c.key)$f$,
+        select jsonb_agg(key order by key) from candidate c where not exists (select from traced(%3$s) t where t = c.key)$f$,
         key_json(w, 'new'), v_rel, h.id, v_since, coalesce(bind(h.where_sql, h.params), 'true'))
         into v_keys using pg_snapshot_xmax(pg_current_snapshot())::text::bigint, greatest(v_horizon, pg_snapshot_xmin(h.enabled_snapshot)::text::bigint);
       v_found := v_found + coalesce(jsonb_array_length(v_keys), 0);
