@@ -205,10 +205,14 @@ class Cell:
         self.signal(pid, signal.SIGSTOP)
         held = self.held(pid)
         above = self.supervisor(pid)
-        if both and above is not None:
+        others: list[int] = []
+        if both and above is not None:  # its other children would end by themselves
+            others = [one for one in self.children(above) if one != pid]
             self.signal(above, signal.SIGKILL)
             self.workers.discard(above)
         self.signal(pid, signal.SIGKILL)
+        for one in others:
+            self.kill(one, "with its supervisor", both=False)
         if held is None or not held.held:
             return None
         held.point = point

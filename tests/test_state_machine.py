@@ -1,7 +1,7 @@
 """The queue's SQL functions in any order, over several connections, against the model in chaos/model.py.
 
 Time is anton.now(), which the test moves; nothing sleeps. After every step the whole queue is compared with the model.
-ANTON_EXAMPLES: how many runs (20), of ANTON_STEPS steps (40). ANTON_BUG: a bug of chaos/bugs.py to catch.
+ANTON_EXAMPLES: how many runs (12), of ANTON_STEPS steps (40). ANTON_BUG: a bug of chaos/bugs.py to catch.
 """
 
 from __future__ import annotations
@@ -120,9 +120,18 @@ class Machine(RuleBasedStateMachine):
 
     # Writers
 
-    @initialize()
-    def begin(self) -> None:
+    @initialize(sizes=st.lists(st.integers(1, 7), min_size=2, max_size=4))
+    def begin(self, sizes: list[int]) -> None:
+        for n in sizes:
+            self.append(n, None)
+            self.end(2, True)
         self.equal()
+        token = self.claim(0, 2, 20)
+        assert token
+
+    def any(self, place: str) -> bool:
+        """Whether a part is in that place."""
+        return any(job.place == place for job in self.model.jobs.values())
 
     @precondition(lambda self: len(self.open) < 2)
     @rule(n=st.integers(1, 7), tenant=st.sampled_from([None, None, "acme"]))
@@ -152,6 +161,7 @@ class Machine(RuleBasedStateMachine):
 
     # Workers
 
+    @precondition(lambda self: self.any("job"))
     @rule(worker=st.integers(0, 1), jobs=st.integers(1, 3), records=st.integers(1, 12))
     def claims(self, worker: int, jobs: int, records: int) -> None:
         if worker not in self.acks:
@@ -185,6 +195,7 @@ class Machine(RuleBasedStateMachine):
         if ids:
             self.past.append((token, ids))
 
+    @precondition(lambda self: self.any("lease"))
     @rule(worker=st.integers(0, 1))
     def reclaims(self, worker: int) -> None:
         if worker not in self.acks:
@@ -210,6 +221,7 @@ class Machine(RuleBasedStateMachine):
         assert rows[0][4] == self.model.jobs[part].crashes, "I8"
         return part
 
+    @precondition(lambda self: self.any("lease"))
     @rule(data=st.data(), worker=st.integers(0, 1))
     def acks_whole(self, data: Any, worker: int) -> None:
         """Whole jobs of one token, with their outputs in the same transaction; left open, or committed."""
@@ -309,6 +321,7 @@ class Machine(RuleBasedStateMachine):
                     0 if 0 not in self.acks else 2 if 2 not in self.open else 1, f"select anton.{call}", token, what
                 )
 
+    @precondition(lambda self: self.any("lease"))
     @rule(worker=st.integers(0, 1))
     def steals(self, worker: int) -> None:
         """All leases end, and a suspect is taken."""
@@ -316,6 +329,7 @@ class Machine(RuleBasedStateMachine):
         if worker not in self.acks:
             self.reclaim(worker)
 
+    @precondition(lambda self: self.any("lease"))
     @rule(data=st.data(), worker=st.integers(0, 1))
     def settles_some(self, data: Any, worker: int) -> None:
         part = self.part(data)
@@ -352,6 +366,7 @@ class Machine(RuleBasedStateMachine):
             self.write(worker, receipt, [(part[0], o) for o in ordinals])
         self.model.ack_part(token, part, ordinals)
 
+    @precondition(lambda self: self.any("lease"))
     @rule(data=st.data(), ways=st.sampled_from([2, 8]))
     def gives_back_or_splits(self, data: Any, ways: int) -> None:
         part = self.part(data)
@@ -381,6 +396,7 @@ class Machine(RuleBasedStateMachine):
         self.model.now += seconds
         self.sql("update test_clock set ahead = ahead + make_interval(secs => %s)", seconds)
 
+    @precondition(lambda self: self.any("delayed"))
     @rule()
     def poll(self) -> None:
         self.look.execute("select * from anton.poll(1, array[%s]::int[])", (self.handler,))
@@ -496,7 +512,7 @@ def test_the_queue_is_as_the_model_has_it_whatever_happens(machine: type[Machine
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=int(os.environ.get("ANTON_EXAMPLES", "20")),
+            max_examples=int(os.environ.get("ANTON_EXAMPLES", "12")),
             stateful_step_count=int(os.environ.get("ANTON_STEPS", "40")),
             deadline=None,
             phases=(Phase.generate,),
