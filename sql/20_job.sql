@@ -28,19 +28,26 @@ begin
      order by l.handler_id, l.id;
 end $$;
 
--- claim(worker, token, handlers, jobs, records, after, lease) -> leased jobs
+-- many(rows) -> them; the planner takes it for a thousand, where it would take the array for ten and join in nested loops
+create or replace function many(p_rows tid[]) returns setof tid language sql volatile rows 1000 set search_path from current as $$
+  select unnest(p_rows)
+$$;
+
+-- claim(worker, token, handlers, jobs, records, after, lease, lazy) -> leased jobs
 -- For each handler i leases at most jobs[i] jobs of about records[i] records with id > after[i]; never waits
 -- for a row another holds. Paused handlers yield nothing, a failing one a single job when its probe is due.
 --   token  64 random bits, new for each call: every later call on these jobs must show it
 --   after  0, or the last id claimed, to step over rows a pinned xmin keeps dead
+--   lazy   this transaction holds nothing else and its commit need not reach the disk: a claim that a crash of the
+--          server takes back was never made, and no ack can outlast it
 create or replace function claim(p_worker int, p_token bigint, p_handlers int[], p_jobs int[], p_records int[],
-  p_after bigint[], p_lease interval)
+  p_after bigint[], p_lease interval, p_lazy boolean default false)
 returns table (
   handler_id int, id bigint, change_id bigint, at timestamptz, cause bigint, trace bigint, lo int, hi int,
   attempt smallint, crashes smallint, depth smallint, op "char", tenant text, origin text, settled int[],
   ids bigint[], keys jsonb, cols text[], degraded text, table_id int, ms_waiting real, probe boolean)
 language plpgsql volatile set search_path from current
-set enable_seqscan = off as $$
+set enable_seqscan = off set plan_cache_mode = force_generic_plan as $$
 #variable_conflict use_column
 declare
   v_now timestamptz := now();
@@ -49,6 +56,9 @@ declare
   v_failing boolean;
   v_probes int[];
 begin
+  if p_lazy then
+    perform set_config('synchronous_commit', 'off', true);
+  end if;
   with wanted as materialized (
     select w.handler_id, case when h.failing_since is null then w.jobs else least(w.jobs, 1) end as jobs, w.records, w.after,
            h.failing_since is not null as failing
@@ -80,7 +90,7 @@ begin
   end if;
   return query
     with taken as (
-      delete from job where ctid = any (v_rows) returning *
+      delete from job using many(v_rows) r (row) where job.ctid = r.row returning job.*
     ), held as (
       insert into lease as l (handler_id, id, change_id, at, cause, trace, lo, hi, attempt, crashes, depth, op, tenant, origin,
                               settled, ids, keys, token, lease_until, worker_id)
