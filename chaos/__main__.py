@@ -80,7 +80,7 @@ def catch(server: servers.Server, template: str, bug: Bug, seed: int) -> tuple[i
                 "ANTON_EXAMPLES": str(bug.n),
             }
             ended = subprocess.run(words, cwd=cell.ROOT, env=environment, capture_output=True, text=True, check=False)
-            if ended.returncode == 1 and "AssertionError" in ended.stdout:
+            if ended.returncode == 1 and "Failing test case" in ended.stdout:
                 return trial, "the state machine"
             continue
         with planted(bug) as (files, statements):

@@ -41,7 +41,7 @@ BUGS = (
             ),
         ),
         "P3",
-        4,
+        8,
     ),
     Bug(
         "outputs committed before the ack",
