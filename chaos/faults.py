@@ -28,7 +28,7 @@ from chaos.points import POINTS
 from chaos.proxy import Cut, Proxy
 
 WORKERS = 3
-PATIENCE = 40.0  # seconds that a drain may take after the last fault
+PATIENCE = 60.0  # seconds that a drain may take after the last fault
 
 
 @dataclass
