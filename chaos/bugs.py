@@ -90,7 +90,7 @@ BUGS = (
             (JOB, " order by job.id limit w.jobs for update skip locked) j", " order by job.id limit w.jobs) j"),
             (
                 JOB,
-                "      delete from job where ctid = any (v_rows) returning *\n    ), held",
+                "      delete from job using many(v_rows) r (row) where job.ctid = r.row returning job.*\n    ), held",
                 "      select * from job where ctid = any (v_rows)\n    ), cut as (delete from job where ctid = any (v_rows)\n    ), held",
             ),
         ),

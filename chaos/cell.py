@@ -153,10 +153,13 @@ class Cell:
         assert self._zygote.stdin is not None
         self._zygote.stdin.close()
         self._zygote.wait(10)
+        assert self._zygote.stdout is not None
+        self._zygote.stdout.close()
         if self._conn is not None:
             self._conn.close()
         with contextlib.suppress(psycopg.Error):
             self.server.drop(self.name)
+        self.history.close()
         self._folder.cleanup()
 
     def _said(self) -> str:

@@ -59,6 +59,10 @@ class History:
     def _write(self, line: list[Any]) -> None:
         os.write(self._file, json.dumps(line).encode() + b"\n")
 
+    def close(self) -> None:
+        """Nothing more is noted."""
+        os.close(self._file)
+
     def read(self) -> Iterator[Operation]:
         """All operations, from the file."""
         os.fsync(self._file)
