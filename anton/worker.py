@@ -235,6 +235,9 @@ class Worker:
         lanes = await read_lanes(self.db, self.app, self._lanes)
         self._refreshed = time.monotonic()
         self._runner.caller.tables.update({lane.id: lane.table_id for lane in lanes.values()})
+        if len(lanes) > MANY:
+            for id in lanes.keys() - self._lanes.keys():
+                lanes[id].ready = False
         self._lanes = lanes
         self._order = deque(lanes.values())
         self._runner.reader.forget()
@@ -365,8 +368,7 @@ class Worker:
         self._start_chore(self._bell.hush())                           # on its own connection, before the claim's
         if self._rung:
             self._rung = False
-            if len(self._lanes) <= MANY:
-                self._all_ready()
+            self._all_ready()
             self._called = True
 
     def _flowing(self) -> bool:
@@ -453,8 +455,11 @@ class Worker:
                 lane.ready = True
 
     def _all_ready(self) -> None:
-        for lane in self._order:
-            lane.ready = True
+        """Any lane may have jobs: a claim asks them all, or with many, a look tells which to ask."""
+        self._peeked = 0.0
+        if len(self._lanes) <= MANY:
+            for lane in self._order:
+                lane.ready = True
 
     def _tokens(self) -> tuple[list[int], list[int]]:
         """Leases to keep alive, and jobs that are left out. Asked by the heartbeat's thread."""
