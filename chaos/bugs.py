@@ -95,7 +95,7 @@ BUGS = (
             ),
         ),
         "P2",
-        3,
+        12,
     ),
     Bug(
         "heartbeat that revives a lost lease",
