@@ -48,7 +48,7 @@ async def read_lanes(db: Database, app: App, known: Mapping[int, Lane]) -> dict[
 
 
 async def feed(db: Database, lanes: Iterable[Lane]) -> int:
-    """Feeds existing rows to handlers that are backfilled. How many; also more than 0 while it has to wait."""
+    """Feeds existing rows to handlers that are backfilled. How many; more than 0 while more is to be seen."""
     fed = 0
     for lane in list(lanes):
         if lane.feeding and not lane.waiting and not lane.ready:
@@ -56,5 +56,5 @@ async def feed(db: Database, lanes: Iterable[Lane]) -> int:
                 n = await db.call_value(conn, "feed", lane.id)
             lane.feeding = n is not None
             lane.ready = bool(n and n > 0)
-            fed += abs(n or 0)
+            fed += 0 if n is None else max(n, 1)
     return fed

@@ -395,14 +395,14 @@ class Worker:
         self._looked = self._peeked = time.monotonic()
         for id in look.ready:
             self._lanes[id].ready = True
-        if look.suspects:
-            if self._on_suspects is not None:
-                self._on_suspects()
-            else:
-                self._quiet = True
-                if not self._active:
-                    await self._suspects()
-                    self._quiet = False
+        self._quiet = bool(look.suspects) and self._on_suspects is None
+        if look.suspects and self._on_suspects is not None:
+            self._on_suspects()
+        elif self._quiet and not self._active:
+            try:
+                await self._suspects()
+            finally:
+                self._quiet = False
         return look
 
     async def _peek(self) -> None:

@@ -361,3 +361,30 @@ async def test_after_the_server_came_back_nobody_asks_for_suspects_that_are_not_
         await conn.execute("update anton.lease set lease_until = '-infinity'")     # its parent saw it die
         assert (await queue.poll(db, conn, 1, handlers, lease)).suspects == 1
         assert len(await queue.reclaim(db, conn, 1, lease, handlers)) == 1
+
+
+async def test_a_worker_that_made_room_for_suspects_goes_on_when_another_took_them(db: Database):
+    inside, go = asyncio.Event(), asyncio.Event()
+
+    async def handle(records: Records) -> None:
+        inside.set()
+        await go.wait()
+
+    bench = await one_handler(db, handle)
+    handlers = await bench.column("select id from anton.handler")
+    await bench.add("a", [{"n": 1}])
+    async with bench.running() as worker:
+        await inside.wait()
+        async with db.conn() as conn:
+            async with conn.transaction():                              # a job that this worker never sees ready
+                await conn.execute("insert into a (data) values ($1)", {"n": 2})
+                lost = await queue.claim(db, conn, 0, timedelta(minutes=1), handlers, [9], [9], [0])
+                await conn.execute("update anton.lease set lease_until = '-infinity' where worker_id = 0")
+            assert len(lost) == 1
+            await met(lambda: worker._quiet)
+            [job] = await queue.reclaim(db, conn, 0, timedelta(minutes=1), handlers)
+            await queue.ack(db, conn, job.token, [job.id], 0, 0.0, 0)
+        go.set()
+        await bench.add("a", [{"n": 3}])
+        await bench.until_done()
+    assert await bench.value("select sum(n) from anton.receipt") == 3

@@ -345,6 +345,22 @@ async def test_backfill_feeds_rows_that_were_there_before(db: Database):
     assert await bench.value("select count(distinct data->>'n') from b") == 3100 == await bench.count("b")
 
 
+async def test_backfill_goes_on_past_ten_thousand_rows_that_its_filter_leaves_out(db: Database):
+    def declare() -> None:
+        orders, b = Table("orders"), Table("b")
+
+        @orders.on_new_records(since="beginning", where="total > 12000")
+        def copy(records: Records) -> None:
+            b.extend({"n": record["total"]} for record in records)
+
+    async with db.conn() as conn:
+        await conn.execute("create table orders (id bigint generated always as identity primary key, total int)")
+        await conn.execute("insert into orders (total) select generate_series(1, 12005)")
+    bench = await Bench.make(db, declare)
+    await bench.work()
+    assert await bench.column("select (data->>'n')::int from b order by 1") == [12001, 12002, 12003, 12004, 12005]
+
+
 @pytest.mark.parametrize("each", [False, True])
 async def test_a_handler_that_was_renamed_goes_on_with_its_jobs(db: Database, each: bool):
     def before() -> None:
