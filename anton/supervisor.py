@@ -182,9 +182,9 @@ class Supervisor:
                     os.kill(child.pid, signal.SIGTERM)
 
     def _suspects(self) -> None:
-        """Starts the process that runs them, at most four times a second: they may not be to be had yet."""
+        """Starts the process that runs them, at most once a second: they may not be to be had yet."""
         there = any(child.kind == "suspects" for child in self.children.values())
-        if not there and not self.signals and time.monotonic() - self._suspected_at > 0.25:
+        if not there and not self.signals and time.monotonic() - self._suspected_at > 1.0:
             self._suspected_at = time.monotonic()
             self._fork("suspects")
 

@@ -1,6 +1,6 @@
 """The short form of `make chaos`, on the system's server: what it finds in the engine, and in engines with a bug.
 
-The long form has more faults and larger numbers, see docs/reliability.md.
+The long form has more faults, larger numbers, and the bugs that take minutes to catch: see docs/reliability.md.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from chaos.report import bound
 SEED = 11
 SHORT = {
     "P1": 60,
-    "P3": 8,
     "P5": 8,
     "R1": 10,
     "D1": 4,
@@ -33,6 +32,11 @@ SHORT = {
     "C1": 15,
     "H1": 30,
 }
+
+SLOW = {"ack without token", "attempt not counted on a crash", "claim without the row lock"}  # a minute or more each
+ELSEWHERE = {"W1", "S1"}  # faults of other tests
+
+QUICK = [bug for bug in BUGS if bug.fault not in ELSEWHERE and bug.name not in SLOW]
 
 pytestmark = pytest.mark.skipif(os.environ.get("ANTON_TEST_SERVER") != "system", reason="on the system's server only")
 
@@ -53,7 +57,7 @@ def test_nothing_is_lost_or_doubled_by(name: str, chaos: tuple[Server, str]) -> 
     assert result.n >= SHORT[name]
 
 
-@pytest.mark.parametrize("bug", [bug for bug in BUGS if bug.fault not in ("W1", "S1")], ids=lambda bug: bug.name)
+@pytest.mark.parametrize("bug", QUICK, ids=lambda bug: bug.name)
 def test_a_planted_bug_is_caught(bug: Bug, chaos: tuple[Server, str]) -> None:
     assert catch(*chaos, bug, SEED)[0]
 
