@@ -1,0 +1,72 @@
+"""The README's table of figures, from benchmarks/results/latest.json.
+
+    python -m benchmarks.readme        # writes it between the marks in README.md
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+REPO = Path(__file__).parent.parent
+MARKS = re.compile(r"(<!-- bench: [^>]* -->\n).*?(<!-- /bench -->)", re.DOTALL)
+LINES = {
+    "1M records → Python batch handler → table, exactly once": ["python_batch_vs_floor"],
+    "the same, Pydantic models in and out": ["python_typed_vs_floor"],
+    "the same, one Python call per record": ["python_record_vs_floor"],
+    "the same, SQL handler": ["sql_handler_vs_floor"],
+    "against graphile-worker 0.17: batches; one-record jobs": ["python_batch_vs_graphile", "small_jobs_vs_graphile"],
+    "single-row inserts with a subscriber, against bare; while it is drained": [
+        "single_insert_vs_bare", "single_row_sustained"],
+    "ten subscribers against one": ["fanout_10"],
+    "UPDATE of 1M rows with images, time against bare": ["update_images_vs_bare"],
+    "commit → handler starts: p50, p99": ["pickup_p50_ms", "pickup_p99_ms"],
+    "p99 at half load; beside a long writer; polling": [
+        "pickup_loaded_p99_ms", "pickup_long_writer_p99_ms", "pickup_polling_p99_ms"],
+    "speed with 1M jobs queued; 500k blocked jobs ahead; a held snapshot": [
+        "backlog_1m_jobs_ratio", "blocked_ahead_ratio", "old_xmin_ratio"],
+    "1,000 handlers, one 1M deep: p99 of the others": ["fair_pickup_p99_ms"],
+    "one poison record in 100k: time against clean": ["poison_ratio"],
+    "idle worker: CPU; queries; memory": ["idle_cpu_percent", "idle_queries_per_s", "idle_rss_mb"],
+    "memory: 1M records; 2,000 rows of 1 MB": ["peak_rss_mb", "wide_rows_rss_mb"],
+    "`import anton`; `anton dev` from cold to the first event": ["import_ms", "dev_cold_s"],
+}
+
+
+def table(report: list[dict[str, Any]]) -> str:
+    """The figures in Markdown: what, as measured, bar, records/s and core where CPU time was counted."""
+    rows = {row["name"]: row for row in report}
+    lines = ["| what | measured | bar | records/s per core |", "|---|---|---|---|"]
+    for what, names in LINES.items():
+        found = [rows[name] for name in names]
+        cpu = [f"{1e6 / row['cpu_s_per_1m']:,.0f}" for row in found if row.get("cpu_s_per_1m")]
+        lines.append(f"| {what} | {'; '.join(map(_value, found))} | {'; '.join(map(_bar, found))} | {'; '.join(cpu)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _value(row: dict[str, Any]) -> str:
+    if row["value"] is None:
+        return "not measured"
+    unit = {"ratio": "×"}.get(row["unit"], row["unit"])
+    text = f"{row['value']:.3g} {unit}".replace(" ×", "×").replace(" %", "%").replace(" /s", "/s")
+    return text if row["ok"] else f"**{text}, missed**"
+
+
+def _bar(row: dict[str, Any]) -> str:
+    return f"{'≥' if row['unit'] == 'ratio' and row['name'] not in _AT_MOST else '≤'} {row['bar']:g}"
+
+
+_AT_MOST = ("update_images_vs_bare", "poison_ratio")
+
+
+def filled(readme: str, report: list[dict[str, Any]]) -> str:
+    """The README with these figures in it."""
+    return MARKS.sub(lambda found: found[1] + table(report) + found[2], readme)
+
+
+if __name__ == "__main__":
+    page = REPO / "README.md"
+    figures = json.loads((REPO / "benchmarks/results/latest.json").read_text())
+    page.write_text(filled(page.read_text(), figures))
