@@ -94,18 +94,20 @@ class Reader:
         items: list[Any] = [None] * batch.size
         images: dict[int, tuple[Any, Any]] = {}
         now: list[int] = []
-        for position, (job, _) in enumerate(batch):
+        imaged: list[int] = []
+        for position, (job, ordinal) in enumerate(batch):
             if job.op in EVENTS:
                 continue
-            if job.cols is None or (lane.read == "now" and lane.key_kind != "none" and job.op != "d"):
+            if job.op == "d" and job.cols is None:                     # its image is missing: the key is what is left
+                key = job.key(ordinal)
+                items[position] = Record(
+                    dict(zip(lane.key_columns, key if isinstance(key, list) else [key], strict=False))
+                )
+            elif job.cols is None or (lane.read == "now" and lane.key_kind != "none" and job.op != "d"):
                 now.append(position)
-        left = set(now)
-        gone = [
-            position
-            for position in range(batch.size)
-            if position not in left and batch.at(position)[0].op not in EVENTS
-        ]
-        for position, (old, new) in (await self._by_image(conn, lane, batch, gone)).items():
+            else:
+                imaged.append(position)
+        for position, (old, new) in (await self._by_image(conn, lane, batch, imaged)).items():
             items[position] = old if new is None else new
             images[position] = old, new
         found, twins = await self._by_key(conn, lane, batch, now)
@@ -161,7 +163,7 @@ class Reader:
             job, ordinal = batch.at(position)
             key = job.key(ordinal)
             one = keys.setdefault(tuple(map(str, key)) if isinstance(key, list) else key, position)
-            if one != position and job.op != "d":
+            if one != position:
                 twins.setdefault(one, []).append(position)
         if not keys or lane.fetch_sql is None:
             return {}, {}
@@ -176,13 +178,6 @@ class Reader:
             values = [job.key(ordinal) for job, ordinal in map(batch.at, asked)]
             rows = await conn.fetch(lane.fetch_sql, values, record_class=kind)
             found = {asked[asyncpg.Record.__getitem__(row, "_ord") - 1]: row for row in rows}
-        for position in asked:
-            job, ordinal = batch.at(position)
-            if job.op == "d" and position not in found:                # its image is missing: the key is what is left
-                key = job.key(ordinal)
-                found[position] = Record(
-                    dict(zip(lane.key_columns, key if isinstance(key, list) else [key], strict=False))
-                )
         return found, twins
 
     async def _by_image(self, conn: Conn, lane: Lane, batch: Batch, positions: list[int]) -> dict[int, tuple[Any, Any]]:

@@ -345,6 +345,29 @@ async def test_backfill_feeds_rows_that_were_there_before(db: Database):
     assert await bench.value("select count(distinct data->>'n') from b") == 3100 == await bench.count("b")
 
 
+async def test_a_deletion_without_an_image_is_an_event_of_its_own_beside_others_of_its_key(db: Database):
+    seen: list[tuple[str, Any, Any]] = []
+
+    def declare() -> None:
+        orders = Table("orders")
+
+        @orders.on_changes(where="1 / total > 0")
+        def note(records: Records) -> None:
+            for change in records.changes:
+                seen.append((change.op, change.key, change.new and change.new["total"]))
+                if change.op == "deleted":
+                    orders.select(id=change.key).update(noted=True)
+
+    async with db.conn() as conn:
+        await conn.execute("create table orders (id bigint primary key, total int, noted bool)")
+    bench = await Bench.make(db, declare)
+    for statement in ("insert into orders values (1, 0)", "delete from orders", "insert into orders values (1, 0)"):
+        await bench.sql(statement)
+    await bench.work()
+    assert sorted(seen[:2]) == [("deleted", 1, None), ("new", 1, 0)]
+    assert await bench.value("select string_agg(error, chr(10)) from anton.dead") is None
+
+
 async def test_backfill_goes_on_past_ten_thousand_rows_that_its_filter_leaves_out(db: Database):
     def declare() -> None:
         orders, b = Table("orders"), Table("b")
