@@ -313,7 +313,7 @@ returns text language sql stable set search_path from current as $$
   select string_agg(capture_group(w, p_event, p_source, g.ids, g.batches, g.images, g.where_sql, g.params, g.columns, g.first, p_mend), '' order by g.ids[1])
     from (select row_number() over (order by min(h.id)) = 1 and p_source = 'statement' as first, array_agg(h.id order by h.id) as ids,
                  array_agg(least(h.batch, 1000) order by h.id) as batches,
-                 bool_or(w.key_kind = 'none' or h.read = 'change' and not (p_event = 'new' and h.kind = 'sql')) as images, h.where_sql, h.params,
+                 bool_or(w.key_kind = 'none' or p_event = 'deleted' or h.read = 'change' and not (p_event = 'new' and h.kind = 'sql')) as images, h.where_sql, h.params,
                  case when p_event = 'updated' then h.columns end as columns
             from handler h
            where h.table_id = w.id and case when p_handlers is null then h.enabled and p_event = any (h.ops) else h.id = any (p_handlers) end

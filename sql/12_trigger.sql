@@ -18,7 +18,7 @@ begin
     raise exception using errcode = 'NT005', message = format('table %I.%I has no primary key: its updated and deleted records cannot be handled', w.schema_name, w.table_name),
       hint = format('alter table %I.%I add primary key (…)', w.schema_name, w.table_name);
   end if;
-  v_settings := image_settings(w, w.key_kind = 'none' or exists (select from handler where table_id = p_table and enabled and read = 'change'));
+  v_settings := image_settings(w, w.key_kind = 'none' or exists (select from handler where table_id = p_table and enabled and (read = 'change' or 'deleted' = any (ops))));
   foreach v_event in array array['new', 'updated', 'deleted', 'moved', 'truncate'] loop
     v_name := format('t%s_%s', p_table, v_event);
     v_body := case when v_event = 'truncate' then capture_truncate(p_table) else capture_body(p_table, v_event) end;

@@ -20,6 +20,7 @@ from benchmarks.harness import (
     percentile,
     save,
 )
+from benchmarks.readme import REPO, filled, table
 from benchmarks.server import connect
 from benchmarks.subject import check, same_rows, wait_idle
 
@@ -95,3 +96,10 @@ def test_a_percentile_is_a_value_that_was_measured() -> None:
     assert percentile(range(1, 101), 99) == 99
     assert percentile([5.0], 50) == 5.0
     assert percentile([1.0, 2.0, 3.0], 50) == 2.0
+
+
+def test_the_readme_shows_the_figures_that_were_measured() -> None:
+    page = (REPO / "README.md").read_text()
+    report = json.loads((REPO / "benchmarks/results/latest.json").read_text())
+    assert filled(page, report) == page
+    assert len(table(report).splitlines()) > 2

@@ -345,6 +345,25 @@ async def test_backfill_feeds_rows_that_were_there_before(db: Database):
     assert await bench.value("select count(distinct data->>'n') from b") == 3100 == await bench.count("b")
 
 
+async def test_a_deleted_record_is_the_row_as_it_was_also_with_read_now(db: Database):
+    seen: list[str] = []
+
+    def declare() -> None:
+        orders = Table("orders")
+
+        @orders.on_deleted_records(read="now")
+        def note(records: Records) -> None:
+            seen.extend(record["name"] for record in records)
+
+    async with db.conn() as conn:
+        await conn.execute("create table orders (id bigint primary key, name text)")
+    bench = await Bench.make(db, declare)
+    await bench.sql("insert into orders values (1, 'one')")
+    await bench.sql("delete from orders")
+    await bench.work()
+    assert seen == ["one"]
+
+
 async def test_a_deletion_without_an_image_is_an_event_of_its_own_beside_others_of_its_key(db: Database):
     seen: list[tuple[str, Any, Any]] = []
 
