@@ -210,7 +210,7 @@ async def test_psql_can_schedule_and_every_needs_no_python(db):
 
 
 @pytest.mark.parametrize("cron, tz, what", [
-    ("0 3 * *", "UTC", "five fields"), ("nightly", "UTC", "no cron"), ("0 3 * * *", "Mars/Base", "Mars/Base")])
+    ("0 3 * *", "UTC", "Five fields"), ("nightly", "UTC", "no cron"), ("0 3 * * *", "Mars/Base", "Mars/Base")])
 async def test_psql_is_told_what_is_wrong(db, cron, tz, what):
     with pytest.raises(BadOption, match=what):
         async with db.conn() as conn:

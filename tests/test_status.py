@@ -203,7 +203,7 @@ async def test_why_says_what_it_cannot_find(ready: Database) -> None:
         await conn.execute("create table unwatched (id int primary key)")
         with pytest.raises(UnknownTable, match='table "unwatched" is not watched'):
             await status.ask(ready, conn, "why", "unwatched", "1")
-        with pytest.raises(BadOption, match=r'"s" is no key of public\.c.*its key is x, y'):
+        with pytest.raises(BadOption, match=r'"s" is no key of public\.c.*Its key is x, y'):
             await status.ask(ready, conn, "why", "c", "s")
         assert await why(ready, conn, "a", "99") == [(0, "a/99", None, "origin")]
 
