@@ -388,3 +388,13 @@ async def test_a_worker_that_made_room_for_suspects_goes_on_when_another_took_th
         await bench.add("a", [{"n": 3}])
         await bench.until_done()
     assert await bench.value("select sum(n) from anton.receipt") == 3
+
+
+async def test_a_lazy_claim_leaves_no_other_transaction_without_the_disk(db: Database):
+    async with db.conn() as conn:
+        await conn.execute("set synchronous_commit = on")
+        for lazy, kept in ((True, "off"), (False, "on")):
+            async with conn.transaction():
+                await db.call(conn, "claim", 1, 1, [], [], [], [], timedelta(seconds=30), lazy)
+                assert await conn.fetchval("show synchronous_commit") == kept
+            assert await conn.fetchval("show synchronous_commit") == "on"
