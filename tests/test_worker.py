@@ -147,7 +147,7 @@ async def test_what_is_gone_is_settled_and_counted_and_a_key_comes_once(db: Data
     await bench.sql("update a set data = '{\"n\": -1}' where id <= 10")
     await bench.sql("delete from a where id > 25")
     await bench.work()
-    assert sorted(seen) == list(range(1, 31))                           # once, though ten changed twice; five as deleted
+    assert sorted(seen) == list(range(1, 31))  # once, though ten changed twice; five as deleted
     assert await bench.left() == {}
     assert await bench.value("select sum(n) from anton.receipt") == 45
     assert await bench.value("select sum(gone) from anton.receipt") == 5
