@@ -50,23 +50,24 @@ async def handled(bench: Bench, role: Database, count: int = 30) -> Bench:
     return Bench(role, bench.app)
 
 
-@pytest.mark.parametrize("each", [False, True])
-async def test_a_right_to_insert_that_is_missing_makes_the_handler_wait_and_is_named(
-    db: Database, role: Database, each: bool, caplog: Any
-):
+def copy_a_to_b(each: bool) -> None:
+    b = Table("b")
+
     def batch(records: Records) -> None:
         for record in records:
             one(record)
 
     def one(record: Any) -> None:
-        tables["b"].append({"n": record["n"]})
+        b.append({"n": record["n"]})
 
-    def declare() -> None:
-        Table("b")
-        Table("a").on_new_records(name="handle", attempts=1, each=each)(one if each else batch)
+    Table("a").on_new_records(name="handle", attempts=1, each=each)(one if each else batch)
 
-    bench = await Bench.make(db, declare)
-    tables = bench.app.tables
+
+@pytest.mark.parametrize("each", [False, True])
+async def test_a_right_to_insert_that_is_missing_makes_the_handler_wait_and_is_named(
+    db: Database, role: Database, each: bool, caplog: Any
+):
+    bench = await Bench.make(db, lambda: copy_a_to_b(each))
     there = await handled(bench, role)
     await there.work()
     [row] = await bench.sql("select state, why, ready from anton.status")
@@ -165,19 +166,7 @@ async def test_what_is_gone_from_the_schema_makes_the_handler_wait_until_it_is_b
 ):
     away, back, says = GONE[what]
 
-    def batch(records: Records) -> None:
-        for record in records:
-            one(record)
-
-    def one(record: Any) -> None:
-        tables["b"].append({"n": record["n"]})
-
-    def declare() -> None:
-        Table("b")
-        Table("a").on_new_records(name="handle", attempts=1, each=each)(one if each else batch)
-
-    bench = await Bench.make(db, declare)
-    tables = bench.app.tables
+    bench = await Bench.make(db, lambda: copy_a_to_b(each))
     await bench.add("a", [{"n": -1}])
     await bench.work()                                                  # so that the process knows the table
     await bench.sql(away)
