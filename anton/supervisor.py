@@ -43,6 +43,7 @@ PULSE = 2.0  # seconds between two signs of life of a child
 DEAF = 60.0  # without one for so long, its interpreter is stuck: it has lost its leases and is killed
 STUBBORN = GRACE + 15.0  # so long after it was told to drain it is killed: a handler blocks its loop
 QUICK = 10.0  # a child that lived shorter is replaced after a pause
+AGAIN = 0.2  # seconds between two starts of the process for suspects
 CANNOT = 78  # exit status of a child that cannot start
 SWITCH = 0.0005  # seconds that a handler's thread keeps the interpreter from the loop; Python's 5 ms add up
 
@@ -182,9 +183,9 @@ class Supervisor:
                     os.kill(child.pid, signal.SIGTERM)
 
     def _suspects(self) -> None:
-        """Starts the process that runs them, at most once a second: they may not be to be had yet."""
+        """Starts the process that runs them, not at once again: they may not be to be had yet."""
         there = any(child.kind == "suspects" for child in self.children.values())
-        if not there and not self.signals and time.monotonic() - self._suspected_at > 1.0:
+        if not there and not self.signals and time.monotonic() - self._suspected_at > AGAIN:
             self._suspected_at = time.monotonic()
             self._fork("suspects")
 

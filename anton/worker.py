@@ -17,7 +17,7 @@ import random
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from datetime import timedelta
 from importlib import metadata
 from typing import Any
@@ -32,6 +32,7 @@ from anton.fate import World, disconnected
 from anton.heartbeat import Heartbeat
 from anton.lane import Lane
 from anton.leases import Pulse, drop, kept
+from anton.pace import Pace
 from anton.queue import Job, Look
 from anton.run import Run, Runner
 from anton.suspects import work_suspects
@@ -41,15 +42,9 @@ from anton.write import as_worker
 log = logging.getLogger("anton.worker")
 
 SLOTS = 32  # calls at a time, of all handlers together
-POLL = 0.04  # seconds between looks without a bell
-BUSY_POLL = 0.025  # while an open writer holds the bell back, or it rings all the time
-OTHERS = (1.0, 2.0)  # while another worker is announced
 REFRESH, SOON = 5.0, 0.5  # seconds between readings of the handler catalogue; when there is a reason to look
 HOUSEKEEPING = 60.0
-RINGS = 30  # in a second; above that polling is cheaper for the writers
-LOOK, LOOK_ALL = 0.03, 1.0  # seconds between looks while claims bring work: for the others' jobs; for suspects, too
-PACE = 0.025  # seconds between claims while jobs flow in; each one costs, however few it brings
-FLOW, WITHIN = 32, 0.1  # they flow when the last three claims brought so many jobs in so many seconds
+LOOK, LOOK_ALL = 0.03, 0.3  # seconds between looks while claims bring work: for the others' jobs; for suspects, too
 MANY = 64  # lanes; with more, a look tells which are worth a claim
 GRACE = 30.0  # seconds that a drain waits for what runs
 
@@ -96,13 +91,12 @@ class Worker:
         self._called = False                                           # by a ring; nothing was claimed since
         self._stale = False                                            # the catalogue may be
         self._asleep = False                                           # the announced worker may be
-        self._rings: deque[float] = deque(maxlen=RINGS)
+        self._pace = Pace()
         self._quiet = False                                            # suspects wait for an empty process
         self._hold = True
         self._overdue = False                                          # a call that blocks the loop, and was told
         self._refreshed = 0.0
         self._looked = self._peeked = 0.0
-        self._claims: deque[tuple[float, list[Lane], int]] = deque(maxlen=3)  # when, for whom, how many jobs
         self._helped = 0.0
         self._errands: set[asyncio.Task[None]] = set()
         self._wake = asyncio.Event()
@@ -265,7 +259,7 @@ class Worker:
         for lane, asked_jobs, asked, start in zip(wanted, jobs, records, after, strict=True):
             lane.claimed(mine[lane.id], asked_jobs, asked, start, now, took)
         if claimed:
-            self._claims.append((now, [lane for lane in wanted if mine[lane.id]], len(claimed)))
+            self._pace.claimed(now, [lane for lane in wanted if mine[lane.id]], len(claimed))
         self._dispatch()
         if any(lane.ready and not lane.wants() for lane in wanted):
             await self._help()
@@ -346,16 +340,16 @@ class Worker:
             if not self._quiet or not self._active:
                 await self._look()
             return
-        if self._flowing() and await self._paced():
+        flowing = self._pace.flowing(time.monotonic())
+        if flowing and await self._paced(flowing):
             return
         look = await self._look()
         if self._wanted():
             return
-        answer = Answer.WRITER if self._flapping() else await self._bell.announce()
+        answer = None if self._pace.flapping(time.monotonic()) else await self._bell.announce()
         if answer is Answer.BELL:
             look = await self._look()
-        longest = {Answer.BELL: self._length.total_seconds(), Answer.WRITER: BUSY_POLL, Answer.OFF: POLL,
-                   Answer.OTHER: random.uniform(*OTHERS)}[answer]
+        longest = self._pace.wait(answer, self._length.total_seconds())
         if look.wake_at is not None:
             longest = min(longest, max(0.001, (look.wake_at - look.at).total_seconds()))
         deadline = time.monotonic() + longest
@@ -371,16 +365,10 @@ class Worker:
             self._all_ready()
             self._called = True
 
-    def _flowing(self) -> bool:
-        """Jobs come in faster than claims are worth making."""
-        return (len(self._claims) == 3 and time.monotonic() - self._claims[0][0] < WITHIN
-                and sum(jobs for _, _, jobs in self._claims) >= FLOW)
-
-    async def _paced(self) -> bool:
+    async def _paced(self, lanes: Sequence[Lane]) -> bool:
         """Waits until the next claim is due, without a look, for those who had jobs just now. Whether one is."""
-        at, lanes, _ = self._claims[-1]
         while not (self.draining or self._quiet or self._wanted()):
-            left = at + PACE - time.monotonic()
+            left = self._pace.next_claim() - time.monotonic()
             if left <= 0:
                 for lane in lanes:
                     lane.ready = True
@@ -408,7 +396,7 @@ class Worker:
     async def _peek(self) -> None:
         """Which lanes that were found empty have something."""
         self._peeked = time.monotonic()
-        flowing = self._claims[-1][1] if self._flowing() else ()
+        flowing = self._pace.flowing(self._peeked)
         empty = [lane.id for lane in self._order if not (lane.ready or lane in flowing)]
         if empty:
             async with self.db.conn() as conn:
@@ -417,7 +405,7 @@ class Worker:
 
     def _ring(self) -> None:
         self._rung = True
-        self._rings.append(time.monotonic())
+        self._pace.rung(time.monotonic())
         self._wake.set()
 
     def _unknown(self) -> None:
@@ -425,10 +413,6 @@ class Worker:
         if self._called:
             self._called, self._stale = False, True
             self._loop.call_later(max(0.0, self._refreshed + SOON - time.monotonic()), self._errand.set)
-
-    def _flapping(self) -> bool:
-        """The bell rings all the time: writers pay for each ring."""
-        return len(self._rings) == RINGS and time.monotonic() - self._rings[0] < 1.0
 
     async def _help(self) -> None:
         """There is more than this worker takes: the others may look, once a second."""
