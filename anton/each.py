@@ -273,13 +273,13 @@ class Pullers:
 
     def _start(self, lane: Lane, mine: set[Puller]) -> None:
         puller = Puller(lane)
-        mine.add(puller)
-        lane.running += 1
         if lane.handler.is_async:
             puller.task = asyncio.create_task(_pull_async(puller))
         else:
             context = contextvars.copy_context()
             puller.task = self._threads.submit(lambda: context.run(_pull_sync, puller))
+        mine.add(puller)                                               # there may be no thread to be had
+        lane.running += 1
         puller.task.add_done_callback(lambda _: self._ended(puller, mine))
 
     def _ended(self, puller: Puller, mine: set[Puller]) -> None:

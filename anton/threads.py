@@ -12,6 +12,8 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from anton.errors import WorldError
+
 IDLE = 30.0  # seconds after which a thread without work ends
 
 
@@ -25,13 +27,21 @@ class Threads:
         self._lock = threading.Lock()
 
     def submit(self, fn: Callable[[], Any]) -> asyncio.Future[Any]:
-        """Starts fn in a thread. Cancelling the future gives the thread up; what fn then returns is dropped."""
+        """Starts fn in a thread. Cancelling the future gives the thread up; what fn then returns is dropped.
+
+        Raises WorldError when no thread can be made.
+        """
         future = asyncio.get_running_loop().create_future()
         with self._lock:
             spare = self._free > self._tasks.qsize()
             self._tasks.put((fn, future))
         if not spare:
-            threading.Thread(target=self._work, name=self._name, daemon=True).start()
+            try:
+                threading.Thread(target=self._work, name=self._name, daemon=True).start()
+            except (RuntimeError, MemoryError) as error:               # no memory for its stack, or too many
+                future.cancel()
+                raise WorldError(f"no thread for a handler: {error}. Give the process more memory, or lower "
+                                 "concurrency= and --slots.") from error
         return future
 
     def _work(self) -> None:
@@ -48,7 +58,8 @@ class Threads:
                 continue
             with self._lock:
                 self._free -= 1
-            self._run(fn, future)
+            if not future.cancelled():
+                self._run(fn, future)
             del fn, future
 
     def _run(self, fn: Callable[[], Any], future: asyncio.Future[Any]) -> None:

@@ -15,8 +15,8 @@ REPO = Path(__file__).parent.parent
 PACKAGE = REPO / "anton"
 
 LAYERS = [
-    "errors secret share threads",
-    "db duration embedded verify template plan",
+    "errors secret share",
+    "db duration embedded verify template plan threads",
     "config columns relation queue doorbell status sqlfile",
     "op",
     "apply",

@@ -9,7 +9,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from working import Bench, numbers, one_handler
+from working import Bench, met, numbers, one_handler
 
 from anton import Ctx, Discard, Records, Retry, Table
 from anton.db import Database
@@ -476,3 +476,27 @@ async def test_two_reconciles_at_once_queue_what_was_missed_once(db: Database):
 async def _sql(db: Database, text: str) -> None:
     async with db.conn() as conn:
         await conn.execute(text)
+
+
+@pytest.mark.parametrize("each", [False, True])
+async def test_a_handler_for_which_no_thread_can_be_started_waits_and_no_record_is_blamed(db: Database, each: bool):
+    def batch(records: Records) -> None:
+        tables["b"].extend({"n": n} for n in numbers(records))
+
+    def one(record: Any) -> None:
+        tables["b"].append({"n": record["n"]})
+
+    bench = await one_handler(db, one if each else batch, each=each, attempts=1, concurrency=1)
+    tables = bench.app.tables
+    async with bench.running() as worker:
+        await met(lambda: hasattr(worker, "_heart"))
+        usual = threading.stack_size(1 << 46)  # more than there is
+        try:
+            await bench.add("a", ({"n": n} for n in range(20)))
+            error = await bench.until("select max(failing_error) from anton.handler")
+        finally:
+            threading.stack_size(usual)
+        assert "no thread for a handler" in error
+        await bench.advance(timedelta(minutes=2))
+        await bench.until("select count(*) = 20 from b")
+    assert await bench.left() == {}
