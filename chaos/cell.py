@@ -42,6 +42,13 @@ create table shaky (id bigint primary key, kind text not null);
 create table outside (id bigint primary key, kind text not null);
 create table load (id bigint primary key, kind text not null);
 create table near (id bigint primary key, kind text not null);
+create table odd (id bigint primary key, kind text not null);
+create table slow (id bigint primary key, kind text not null);
+create table drift (id bigint primary key, v text, w text);
+create table out_kept (id bigint generated always as identity primary key, src bigint not null, v text);
+create table clash (id bigint primary key, kind text not null);
+create table shared (id bigint primary key, n bigint not null);
+insert into shared select n, 0 from generate_series(1, 4) n;
 create table counter (id bigint primary key, n bigint not null);
 insert into counter values (0, 0);
 create table tally (id bigint primary key, n bigint not null);
@@ -51,8 +58,11 @@ create table ping (id bigint generated always as identity primary key, hop int n
 create table pong (id bigint generated always as identity primary key, hop int not null);
 """ + "".join(
     f"create table out_{name} (id bigint generated always as identity primary key, src bigint not null);\n"
-    for name in ("batch", "each", "chain", "sql", "risky", "shaky", "outside", "load", "near")
-)
+    for name in (
+        *("batch", "each", "chain", "sql", "risky", "shaky", "outside", "load", "near"),
+        *("odd", "slow", "drift", "drift_sql", "clash"),
+    )
+) + "alter table out_near add at bigint;\n"
 
 
 @contextmanager
@@ -172,7 +182,10 @@ class Cell:
     # Processes
 
     def start(self, n: int = 1, **given: Any) -> list[int]:
-        """Starts supervisors of one worker each. point, hits: where that stops itself; url, pooled, slots, skew."""
+        """Starts supervisors of one worker each. point, hits: where that stops itself; url, pooled, slots, skew.
+
+        memory: MB that it may grow by. net: a pid whose network it is put into.
+        """
         assert self._zygote.stdin is not None
         pids = []
         for _ in range(n):

@@ -11,6 +11,19 @@ import psycopg
 from chaos.history import Operation
 
 OF_SRC = {"out_batch": "batch", "out_each": "each", "out_sql": "copy", "out_chain": "chain"}
+OUTPUTS = {  # table -> (its source, the handler)
+    "out_risky": ("risky", "risk"),
+    "out_shaky": ("shaky", "shake"),
+    "out_outside": ("outside", "call"),
+    "out_load": ("load", "work"),
+    "out_near": ("near", "pick_up"),
+    "out_odd": ("odd", "bear"),
+    "out_slow": ("slow", "block"),
+    "out_drift": ("drift", "follow"),
+    "out_drift_sql": ("drift", "follow_sql"),
+    "out_kept": ("drift", "keep"),
+    "out_clash": ("clash", "up"),
+}
 
 
 @dataclass
@@ -67,19 +80,13 @@ def check(
         verdict.unknown += n if operation.state in ("unknown", "begun") else 0
     present = {
         table: _present(verdict, table, history, column)
-        for table in ("src", "risky", "shaky", "outside", "load", "near")
+        for table in dict.fromkeys(("src", *(source for source, _ in OUTPUTS.values())))
     }
     for table in OF_SRC:
         verdict.compare(table, present["src"], column(f"select src from {table}"))
-    for table, handler in (
-        ("risky", "risk"),
-        ("shaky", "shake"),
-        ("outside", "call"),
-        ("load", "work"),
-        ("near", "pick_up"),
-    ):
+    for table, (source, handler) in OUTPUTS.items():
         verdict.compare(
-            f"out_{table}", present[table] - dead.get(handler, Counter()), column(f"select src from out_{table}")
+            table, present[source] - dead.get(handler, Counter()), column(f"select src from {table}")
         )
     _upserts(verdict, history, column)
     counted = {int(id): int(n) for id, n in conn.execute("select id, n from counter").fetchall()}

@@ -12,11 +12,13 @@ import ctypes
 import importlib.util
 import json
 import os
+import resource
 import select
 import signal
 import sys
 import time
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 
@@ -82,6 +84,10 @@ def _be(settings: dict[str, Any], given: dict[str, Any]) -> None:
         from anton.db import Database
         from chaos import points
 
+        if given.get("net"):
+            _enter(given["net"])
+        if given.get("memory"):
+            _limit(given["memory"])
         points.arm(given.get("point"), given.get("hits", 1), settings["log"], settings["world"])
         if given.get("skew"):
             real, skew = time.time, given["skew"]
@@ -100,6 +106,20 @@ def _be(settings: dict[str, Any], given: dict[str, Any]) -> None:
     finally:
         sys.stderr.flush()
         os._exit(status)
+
+
+def _enter(pid: int) -> None:
+    """Into the network of another process."""
+    with Path(f"/proc/{pid}/ns/net").open() as net:
+        if ctypes.CDLL(None, use_errno=True).setns(net.fileno(), 0):
+            raise OSError(ctypes.get_errno(), "setns")
+
+
+def _limit(megabytes: int) -> None:
+    """How much more this process and its children may each take."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    most = pages * resource.getpagesize() + megabytes * 1_000_000
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
 
 
 def _serve(db: Any, folder: str, port: int) -> int:

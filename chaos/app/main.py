@@ -31,6 +31,17 @@ load = Table("public.load")
 out_load = Table("public.out_load")
 near = Table("public.near")
 out_near = Table("public.out_near")
+odd = Table("public.odd")
+out_odd = Table("public.out_odd")
+slow = Table("public.slow")
+out_slow = Table("public.out_slow")
+drift = Table("public.drift")
+out_drift = Table("public.out_drift")
+out_drift_sql = Table("public.out_drift_sql")
+out_kept = Table("public.out_kept")
+clash = Table("public.clash")
+out_clash = Table("public.out_clash")
+shared = Table("public.shared")
 ping = Table("public.ping")
 pong = Table("public.pong")
 
@@ -114,7 +125,79 @@ def work(records: Records[Any]) -> None:
 
 @near.on_new_records
 def pick_up(records: Records[Any]) -> None:
-    out_near.extend({"src": record["id"]} for record in records)
+    at = time.monotonic_ns()
+    out_near.extend({"src": record["id"], "at": at} for record in records)
+
+
+@odd.on_new_records(batch=20, timeout="1s", attempts=2, backoff="100ms")
+def bear(records: Records[Any]) -> None:
+    for record in records:
+        if record["kind"] == "hang":
+            time.sleep(20)  # in C: nothing interrupts it
+        elif record["kind"] == "spin":
+            end = time.monotonic() + 20
+            while time.monotonic() < end:
+                pass
+        elif record["kind"] == "hungry":
+            hoard = []
+            try:
+                while len(hoard) < 4096:
+                    hoard.append(bytearray(1 << 20))
+            finally:
+                time.sleep(0.2)  # the others, too, find nothing left meanwhile
+        out_odd.append({"src": record["id"]})
+
+
+@slow.on_new_records(batch=20)
+async def block(records: Records[Any]) -> None:
+    for record in records:
+        if record["kind"] == "block":
+            time.sleep(2.5)  # noqa: ASYNC251 - the whole loop
+        out_slow.append({"src": record["id"]})
+
+
+@drift.on_new_records(batch=20)
+def follow(records: Records[Any]) -> None:
+    for record in records:
+        assert record["v"]
+        out_drift.append({"src": record["id"]})
+
+
+drift.on_new_records.sql(
+    "insert into public.out_drift_sql (src) select id from new_records where w <> ''",
+    name="follow_sql",
+    into=out_drift_sql,
+)
+
+
+@drift.on_new_records(batch=20)
+def keep(records: Records[Any]) -> None:
+    for record in records:
+        out_kept.append({"src": record["id"], "v": "kept"})
+
+
+@clash.on_new_records(batch=5, concurrency=2)
+def up(records: Records[Any]) -> None:
+    for record in records:
+        for id in (1, 2, 3, 4):
+            shared.select(id=id).update(n=sql("n + 1"))
+        out_clash.append({"src": record["id"]})
+
+
+@clash.on_new_records(batch=5, concurrency=2)
+def down(records: Records[Any]) -> None:
+    for _ in records:
+        for id in (4, 3, 2, 1):
+            shared.select(id=id).update(n=sql("n + 1"))
+
+
+clash.on_new_records.sql(
+    "with slowly as materialized (select count(*) as n from new_records), "
+    "a as (update public.shared set n = shared.n + slowly.n from slowly where id = 3 returning 1), "
+    "b as (update public.shared set n = shared.n + slowly.n from slowly, a where id = 2) select 1",
+    name="across",
+    into=shared,
+)
 
 
 @ping.on_new_records
