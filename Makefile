@@ -28,7 +28,7 @@ lint: $(READY)
 	@$(BIN)/ruff check .
 
 types: $(READY)
-	@$(BIN)/mypy -p anton -p anton_components
+	@$(BIN)/mypy -p anton -p anton_components -p chaos
 
 lock: $(READY)        ## pins every dependency anew; needs python 3.11, see CONTRIBUTING
 	@$(BIN)/pip-compile --quiet --upgrade --generate-hashes --allow-unsafe --strip-extras --no-header \

@@ -20,12 +20,16 @@ from chaos.cell import ROOT
 
 @dataclass(frozen=True)
 class Bug:
-    """edits: (file, as shipped, with the bug). fault, n: what catches it, and how much of it in one trial."""
+    """edits: (file, as shipped, with the bug). fault, n: what catches it, and how much of it in one trial.
+
+    sign: what the verdict has to say, as a pattern: a bug that is caught for another reason is not caught.
+    """
 
     name: str
     edits: tuple[tuple[str, str, str], ...]
     fault: str
     n: int
+    sign: str
 
 
 JOB, RUN = "sql/20_job.sql", "anton/settle.py"
@@ -40,8 +44,9 @@ BUGS = (
                 "delete from lease where id = any (p_ids) returning *\n  ), ranked",
             ),
         ),
-        "P3",
-        8,
+        "P3a",
+        2,
+        r"\d stale acks were accepted",
     ),
     Bug(
         "outputs committed before the ack",
@@ -54,8 +59,9 @@ BUGS = (
                 "        if not await self._settled(batch, doing, work):\n            self._wrote({",
             ),
         ),
-        "P1",
-        8,
+        "P1a",
+        2,
+        r"doubled \d",
     ),
     Bug(
         "2xx before COMMIT",
@@ -69,6 +75,7 @@ BUGS = (
         ),
         "H1",
         60,
+        r"lost \d.*acknowledged src",
     ),
     Bug(
         "lease on the worker's clock",
@@ -81,8 +88,9 @@ BUGS = (
                 '    mine = token()\n    return _jobs(mine, await db.call(conn, "claim"',
             ),
         ),
-        "T1",
+        "T1a",
         2,
+        "a lease of",
     ),
     Bug(
         "claim without the row lock",
@@ -94,8 +102,9 @@ BUGS = (
                 "      select * from job where ctid = any (v_rows)\n    ), cut as (delete from job where ctid = any (v_rows)\n    ), held",
             ),
         ),
-        "P2",
-        12,
+        "Q1",
+        3,
+        r"doubled \d",
     ),
     Bug(
         "heartbeat that revives a lost lease",
@@ -108,14 +117,16 @@ BUGS = (
                 "     and p_tokens[1] is not null;\n",
             ),
         ),
-        "S1",
-        40,
+        "P3b",
+        2,
+        "leases were taken from the harness",
     ),
     Bug(
         "split that drops the odd record",
         ((JOB, "from generate_series(v.lo, v.hi, v_size) s) p", "from generate_series(v.lo, v.hi - 1, v_size) s) p"),),
         "R1",
         12,
+        r"lost \d",
     ),
     Bug(
         "retry that keeps the record's output",
@@ -132,8 +143,9 @@ BUGS = (
                 "where.get(who if first is None else first[who], 0)) == n",
             ),
         ),
-        "P2",
+        "R2",
         2,
+        r"doubled \d.*out_each",
     ),
     Bug(
         "ack that does not check its row count",
@@ -144,8 +156,9 @@ BUGS = (
                 "  if v_held = 0 then return v_receipt; end if;\n  if v_mixed then",
             ),
         ),
-        "P3",
-        4,
+        "P3a",
+        2,
+        r"\d stale acks were accepted",
     ),
     Bug(
         "doorbell without the second look",
@@ -157,8 +170,9 @@ BUGS = (
                 "        if False:\n            longest = min",
             ),
         ),
-        "W1",
-        1500,
+        "W2",
+        3,
+        "was not picked up",
     ),
     Bug(
         "cancel that brings a done job back",
@@ -174,12 +188,14 @@ BUGS = (
         ),
         "C1",
         10,
+        r"doubled \d",
     ),
     Bug(
         "attempt not counted on a crash",
         ((JOB, "crashes = crashes + case when alone then 1 else 0 end", "crashes = crashes"),),
         "P5",
-        40,
+        8,
+        "deaths for",
     ),
 )
 

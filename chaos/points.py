@@ -10,6 +10,7 @@ import asyncio
 import json
 import os
 import signal
+import threading
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -26,12 +27,14 @@ POINTS = (
     "after_commit",
     "reaper_mid",
 )
+LATE = 3.0  # seconds at most that a worker which woke at before_late_ack waits for its heart to beat
 
 _armed: str | None = None
 _hits = 1
 _left = 1
 _log = -1
 _world: Path | None = None
+_beat = threading.Event()  # a heartbeat was answered
 
 
 def arm(point: str | None, hits: int, log: str, world: str) -> None:
@@ -82,6 +85,7 @@ def install() -> None:
     import asyncpg
 
     from anton import queue
+    from anton.doorbell import Doorbell
     from anton.errors import LeaseLost
     from anton.settle import Settler
 
@@ -98,6 +102,10 @@ def install() -> None:
         async def wrapped(db: Any, conn: Any, token: int, *args: Any) -> Any:
             ids = args[0] if isinstance(args[0], list) else [args[0]]
             woken = reach("before_ack", token=token, ids=ids)
+            if reach("before_late_ack", token=token, ids=ids):
+                woken = True
+                _beat.clear()
+                await asyncio.to_thread(_beat.wait, LATE)
             try:
                 found = await call(db, conn, token, *args)
             except LeaseLost:
@@ -107,6 +115,21 @@ def install() -> None:
             if woken:
                 note("accepted", token=token)
             return found
+
+        return wrapped
+
+    def beating(call: Call) -> Call:
+        async def wrapped(*args: Any, **named: Any) -> Any:
+            found = await call(*args, **named)
+            _beat.set()
+            return found
+
+        return wrapped
+
+    def before(point: str, call: Call) -> Call:
+        async def wrapped(*args: Any, **named: Any) -> Any:
+            reach(point)
+            return await call(*args, **named)
 
         return wrapped
 
@@ -124,8 +147,11 @@ def install() -> None:
     wrapped: Any = queue
     wrapped.claim = after("after_claim", queue.claim, some=True)
     wrapped.reclaim = after("reaper_mid", queue.reclaim, some=True)
+    wrapped.heartbeat = beating(queue.heartbeat)
     for name in ("ack", "ack_part", "run_sql"):
         setattr(wrapped, name, fenced(getattr(queue, name)))
+    bell: Any = Doorbell
+    bell.announce = before("before_announce", Doorbell.announce)
     settler: Any = Settler
     settler._write = after("before_commit", Settler._write)
     settler.transact = after("after_commit", Settler.transact)

@@ -1,0 +1,186 @@
+"""Direct: one harm, at one place, in seconds. What other faults meet by chance among thousands of records, these do.
+
+The harness is a worker here, too: it claims and takes leases through the functions that any worker calls.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+from collections import Counter
+from typing import Any
+
+import psycopg
+
+from chaos.cell import Cell
+from chaos.faults import PATIENCE, Result, fault
+
+SOON = 10.0  # seconds that a worker has to come to its point, or to go on from there
+AWAKE = 3.0  # seconds that a worker which rests may take to see a record
+
+
+def _asleep(cell: Cell, point: str, n: int, **given: Any) -> list[dict[str, Any]]:
+    """n workers, each stopped at the point with a record of its own: of a Python handler, of one in SQL, in turn."""
+    found = list[dict[str, Any]]()
+    for id in range(1, n + 1):
+        cell.add(("near", "shaky")[id % 2], [id])
+        cell.start(point=point, **given)
+        found.append(_stopped(cell, point))
+    return found
+
+
+def _stopped(cell: Cell, point: str) -> dict[str, Any]:
+    """The next worker that comes to its point. Raises TimeoutError."""
+    end = time.monotonic() + SOON
+    while time.monotonic() < end:
+        for event in cell.look():
+            if event["what"] == "stopped":
+                return event
+        time.sleep(0.01)
+    raise TimeoutError(f"no worker came to {point} in {SOON:g} s")
+
+
+def _finish(cell: Cell, result: Result) -> Result:
+    took = cell.drain(PATIENCE)
+    verdict = cell.check()
+    verdict.wrong += result.verdict.wrong
+    result.verdict = verdict
+    verdict.require(took is not None, f"not drained in {PATIENCE:g} s")
+    result.more["drain_s"] = took
+    return result
+
+
+@fault("P1a", "SIGKILL of workers and their supervisors just before the ack")
+def killed_before_ack(cell: Cell, n: int) -> Result:
+    """Nothing that the handler wrote is there yet."""
+    result = Result()
+    for event in _asleep(cell, "before_ack", n):
+        result.n += cell.kill(event["pid"], "before_ack", both=True) is not None
+    cell.start()
+    return _finish(cell, result)
+
+
+def _zombies(cell: Cell, n: int, point: str) -> Result:
+    """n workers sleep at the point; the harness takes their leases; they wake and go on."""
+    result, count, token = Result(), Counter[str](), cell.random.getrandbits(62)
+    asleep = _asleep(cell, point, n)
+    (me,) = cell.one("select anton.register_worker('chaos', 'harness', 0, '')")
+    wanted, mine = sum(len(event["ids"]) for event in asleep), "select count(*) from anton.lease where token = %s"
+    end = time.monotonic() + SOON
+    while cell.one(mine, token)[0] < wanted and time.monotonic() < end:
+        cell.one(
+            "select count(*) from anton.reclaim(%s, %s, array(select id from anton.handler), %s, 100)",
+            me,
+            token,
+            f"{cell.lease} s",
+        )
+        cell.one("select count(*) from anton.heartbeat(%s, array[%s::bigint], '10 min')", me, token)
+        time.sleep(0.02)
+    for event in asleep:
+        cell.signal(event["pid"], signal.SIGCONT)
+    end = time.monotonic() + SOON
+    while count.total() < n and time.monotonic() < end:
+        count.update(event["what"] for event in cell.look() if event["what"] in ("refused", "accepted"))
+        time.sleep(0.01)
+    (held,) = cell.one(mine, token)
+    result.verdict.require(held == wanted, f"{wanted - held} of {wanted} leases were taken from the harness")
+    result.verdict.require(count["accepted"] == 0, f"{count['accepted']} stale acks were accepted")
+    result.verdict.require(count.total() == n, f"{n - count.total()} zombies did not try their ack")
+    with contextlib.suppress(psycopg.DatabaseError):  # what is gone is in the verdict
+        cell.one("select anton.give_back(%s, array(select id from anton.lease where token = %s))", token, token)
+    result.n = count.total()
+    result.more |= dict(count)
+    return _finish(cell, result)
+
+
+@fault("P3a", "SIGSTOP just before the ack, until the harness has the lease; then SIGCONT")
+def stale_acks(cell: Cell, n: int) -> Result:
+    """n stale acks; each is refused, and the harness keeps its leases."""
+    return _zombies(cell, n, "before_ack")
+
+
+@fault("P3b", "as P3a, and the heart of the zombie beats before it tries its ack")
+def stale_hearts(cell: Cell, n: int) -> Result:
+    """n heartbeats with tokens that hold nothing any more, then n stale acks."""
+    return _zombies(cell, n, "before_late_ack")
+
+
+@fault("R2", "records that fail their first run, beside others, each in a call of its own")
+def first_runs(cell: Cell, n: int) -> Result:
+    """n of them in a statement of 5 n records. What a failed run wrote is not there."""
+    cell.add("src", list(range(16, 16 + 5 * n)), "many")
+    result = Result(n)
+    cell.start()
+    return _finish(cell, result)
+
+
+@fault("Q1", "a claim whose transaction stays open, beside a worker that claims from the same handler")
+def open_claims(cell: Cell, n: int) -> Result:
+    """n jobs are claimed by the harness, and n that come later by the worker, which waits for nobody."""
+    result, token = Result(n), cell.random.getrandbits(62)
+    (handler,) = cell.one("select id from anton.handler where name = 'pick_up'")
+    for id in range(1, n + 1):
+        cell.add("near", [id])
+    with psycopg.connect(cell.url) as conn:
+        rows = conn.execute(
+            "select id, ids from anton.claim(1, %s, array[%s], array[%s], array[%s], array[0::bigint], '10 min')",
+            (token, handler, n, n),
+        ).fetchall()
+        for id in range(n + 1, 2 * n + 1):
+            cell.add("near", [id])
+        cell.start()
+        end = time.monotonic() + SOON
+        while time.monotonic() < end and cell.one("select count(*) from out_near") != (n,):
+            if cell.one("select count(*) from pg_locks where not granted") != (0,):
+                break
+            time.sleep(0.01)
+        conn.execute("select anton.ack(%s, %s::bigint[], 1, 1)", (token, [row[0] for row in rows]))
+        conn.execute("insert into out_near (src) select unnest(%s::bigint[])", ([row[1][0] for row in rows],))
+    return _finish(cell, result)
+
+
+@fault("T1a", "what leases they get whose clocks are an hour ahead and an hour behind")
+def skewed_claims(cell: Cell, n: int) -> Result:
+    """n leases, each as long as it was asked for."""
+    result, asked = Result(), 30.0
+    for id in range(1, n + 1):
+        cell.add("near", [id])
+        cell.start(point="after_claim", lease=asked, skew=3600 * (-1) ** id)
+        event = _stopped(cell, "after_claim")
+        (left,) = cell.one(
+            "select extract(epoch from min(l.lease_until) - now())::float8 from anton.lease l "
+            "join anton.worker w on w.id = l.worker_id where w.pid = %s",
+            event["pid"],
+        )
+        result.n += 1
+        result.verdict.require(left is not None and 0 < left <= asked, f"a lease of {left} s, not of {asked:g}")
+        cell.signal(event["pid"], signal.SIGCONT)
+    return _finish(cell, result)
+
+
+@fault("W2", "a record that is written between a worker's look and its announcement")
+def second_looks(cell: Cell, n: int) -> Result:
+    """n of them, each to a worker that has just started; its lease is so long that it has no other reason to look."""
+    result, slow = Result(), list[float]()
+    for id in range(1, n + 1):
+        cell.start(lease=60, point="before_announce")
+        event = _stopped(cell, "before_announce")
+        cell.add("near", [id])
+        cell.signal(event["pid"], signal.SIGCONT)
+        began = time.monotonic()
+        while cell.one("select count(*) from out_near where src = %s", id) == (0,):
+            if time.monotonic() - began > AWAKE:
+                result.verdict.wrong.append(f"record {id} was not picked up in {AWAKE:g} s")
+                break
+            for stop in cell.stops():
+                cell.signal(stop.pid, signal.SIGCONT)
+            time.sleep(0.005)
+        slow.append(time.monotonic() - began)
+        if result.verdict.wrong:
+            break
+        cell.drain(SOON)
+        cell.end()
+    result.n = len(slow)
+    result.more["pickup_max_s"] = max(slow)
+    return _finish(cell, result)
