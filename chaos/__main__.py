@@ -13,7 +13,7 @@ import traceback
 
 import servers
 
-from chaos import capacity, cell, direct, edges, report  # noqa: F401  (faults register themselves)
+from chaos import capacity, cell, database, direct, edges, handlers, report  # noqa: F401  (faults register themselves)
 from chaos.bugs import BUGS, Bug, planted
 from chaos.faults import FAULTS, Result, amcheck
 
