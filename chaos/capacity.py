@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import itertools
-import threading
 import time
-from collections.abc import Iterator
 
 import psycopg
 
-from benchmarks.proc import rss_mb
+from benchmarks.proc import peak_rss, rss_mb
 from chaos.cell import Cell
 from chaos.faults import Result, fault, percentile
+from chaos.offer import offering
 
+PROBES = (0.02, 0.08)  # seconds between those, as in `make bench BENCH=pickup`
 CAPACITY = 1000  # records/s of the handlers `call` and `work`
 
 
@@ -48,64 +48,57 @@ def outage(cell: Cell, n: int) -> Result:
     return result
 
 
-def _pick_ups(cell: Cell, ids: Iterator[int], seconds: float) -> list[float]:
-    """Ten single inserts a second, and how long each takes to be handled."""
-    times = []
-    end = time.monotonic() + seconds
-    with psycopg.connect(cell.url, autocommit=True) as conn:
-        while time.monotonic() < end:
-            id = next(ids)
-            operation = cell.history.begin("near", "single", [id])
-            conn.execute("insert into near values (%s, '')", (id,))
-            cell.history.end(operation, "ok")
-            began = time.monotonic()
-            while conn.execute("select count(*) from out_near where src = %s", (id,)).fetchone() == (0,):
-                time.sleep(0.001)
-            times.append(time.monotonic() - began)
-            time.sleep(max(0.0, 0.1 - times[-1]))
-    return times
+def _pick_ups(cell: Cell, first: int, seconds: float) -> tuple[dict[str, float], int]:
+    """From the reply to COMMIT until the handler's first line, of single inserts at random times from a process of
+    its own: percentiles in ms, how late that process was itself, and the next id."""
+    with offering(cell.url, "near", seconds, PROBES, first=first) as offer:
+        committed, late = offer.wait().committed, offer.late
+    end = time.monotonic() + 30
+    while cell.one("select count(*) from out_near where src >= %s", first) != (len(committed),):
+        if time.monotonic() > end:
+            raise RuntimeError(f"{len(committed)} rows were written to near, and not as many handled")
+        time.sleep(0.2)
+    with psycopg.connect(cell.url) as conn:
+        found = dict(conn.execute("select src, at from out_near where src >= %s", (first,)).fetchall())
+    waits = [max(0.0, (found[id] - at) / 1e6) for id, at in committed.items()]
+    cell.history.end(cell.history.begin("near", "single", committed), "ok")
+    shown = {f"p{round(q * 100)}_ms": percentile(waits, q) or 0.0 for q in (0.5, 0.9, 0.99)}
+    return shown | {"n": len(waits), "late_p99_ms": 1000 * (percentile(late, 0.99) or 0.0)}, first + len(committed)
 
 
 @fault("L1", "ten times what a handler can do, offered for n seconds whatever comes of it")
 def overload(cell: Cell, n: int) -> Result:
     """The handler goes on at its pace, its neighbour is not disturbed, the worker does not grow."""
-    result, near = Result(n), itertools.count(1)
+    result, parts = Result(n), 10
     (worker,) = cell.start(1, lease=30)
-    cell.one("create index on out_near (src)")
-    _pick_ups(cell, near, 1)
-    idle = percentile(_pick_ups(cell, near, max(5, n / 4)), 0.99) or 1.0
-    ids, stop = itertools.count(1), threading.Event()
-
-    def offer() -> None:
-        began = time.monotonic()
-        for second in itertools.count(1):
-            for part in range(10):
-                cell.add("load", [next(ids) for _ in range(CAPACITY)], "many")
-                if stop.wait(max(0.0, began + second - 1 + (part + 1) / 10 - time.monotonic())):
-                    return
-
-    thread = threading.Thread(target=offer)
-    thread.start()
-    time.sleep(2)
-    (before,), began, small = cell.one("select count(*) from out_load"), time.monotonic(), rss_mb(worker) or 0.0
-    busy = percentile(_pick_ups(cell, near, n), 0.99) or 0.0
-    (after,), seconds, large = (
-        cell.one("select count(*) from out_load"),
-        time.monotonic() - began,
-        rss_mb(worker) or 0.0,
-    )
-    stop.set()
-    thread.join()
-    (offered,) = cell.one("select count(*) from load")
+    _, near = _pick_ups(cell, 1, 3)
+    idle, near = _pick_ups(cell, near, max(5, n / 2))
+    with offering(cell.url, "load", n + 10, (1 / parts, 1 / parts), rows=10 * CAPACITY // parts) as load:
+        time.sleep(2)
+        (before,), began, memory = cell.one("select count(*) from out_load"), time.monotonic(), [_memory(worker)]
+        with peak_rss(worker) as peak:
+            busy, _ = _pick_ups(cell, near, n)
+        (after,), seconds = cell.one("select count(*) from out_load"), time.monotonic() - began
+        memory.append(_memory(worker))
+        if load.process.poll() is not None:
+            raise RuntimeError("the load ended before the probes did")
+        (twice,) = cell.one("select count(*) - count(distinct src) from out_load")
+        load.wait()
+    result.verdict.doubled += twice
     result.more |= {
         "goodput": (after - before) / seconds / CAPACITY,
-        "neighbour_ratio": busy / idle,
-        "idle_p99_s": idle,
-        "busy_p99_s": busy,
-        "offered": offered,
-        "rss_growth_mb": large - small,
+        "neighbour_ratio": busy["p99_ms"] / idle["p99_ms"],
+        "idle": idle,
+        "busy": busy,
+        "offered_per_s": load.rows * len(load.committed) / (n + 10),
+        "load_late_p99_ms": 1000 * (percentile(load.late, 0.99) or 0.0),
+        "rss_mb": [round(one, 1) for one in (*memory, *peak)],
     }
     return result
+
+
+def _memory(pid: int) -> float:
+    return rss_mb(pid) or 0.0
 
 
 @fault("D12", "a snapshot held open while n single-record jobs are worked")

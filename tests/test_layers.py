@@ -21,7 +21,7 @@ LAYERS = [
     "op",
     "apply",
     "write app heartbeat lane ddl",
-    "record schedule action fate flow steps",
+    "record schedule action fate flow steps pace",
     "sink read component settle rights",
     "query each",
     "ctx",
