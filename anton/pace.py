@@ -1,4 +1,4 @@
-"""Pace: how soon a worker claims again, or asks for the bell again."""
+"""Pace: how soon a worker claims again, asks for the bell again, or tries again what failed."""
 
 from __future__ import annotations
 
@@ -19,12 +19,18 @@ FLOW, WITHIN = 32, 0.1  # they flow when the last three claims brought so many j
 
 
 class Pace:
-    """What lately came of claims and of the bell. Times are the event loop's, in seconds."""
+    """What lately came of claims and of the bell. Times are the event loop's, in seconds. failures: in a row."""
 
     def __init__(self) -> None:
         self._claims: deque[tuple[float, Sequence[Lane], int]] = deque(maxlen=3)
         self._rings: deque[float] = deque(maxlen=RINGS)
         self._held_back = 0                                            # announcements in a row
+        self.failures = 0
+
+    def failed(self) -> float:
+        """The database is away, or we are wrong: how long to wait, with jitter."""
+        self.failures = min(self.failures + 1, 10)
+        return min(5.0, 0.1 * 2.0**self.failures) * random.uniform(0.5, 1.0)
 
     def claimed(self, now: float, lanes: Sequence[Lane], jobs: int) -> None:
         """A claim at `now` brought so many jobs for these lanes."""

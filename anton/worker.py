@@ -13,13 +13,11 @@ import asyncio
 import contextlib
 import logging
 import os
-import random
 import socket
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from datetime import timedelta
-from importlib import metadata
 from typing import Any
 
 from anton import action, queue, schedule
@@ -35,6 +33,7 @@ from anton.leases import Pulse, drop, kept
 from anton.pace import Pace
 from anton.queue import Job, Look
 from anton.run import Run, Runner
+from anton.share import version
 from anton.suspects import work_suspects
 from anton.threads import Threads
 from anton.write import as_worker
@@ -109,10 +108,8 @@ class Worker:
 
     async def run(self) -> None:
         """Works until drain() or stop(); then what runs is finished within the grace, and the rest given back."""
-        failures = 0
         while not self.draining and not await self._begin():
-            failures += 1
-            await self._nap(min(5.0, 0.1 * 2**failures) * random.uniform(0.5, 1.0))
+            await self._nap(self._pace.failed())
         chores = asyncio.create_task(self._chores())
         try:
             while not self.draining:
@@ -125,15 +122,14 @@ class Worker:
                         await self._look()
                     elif time.monotonic() - self._peeked > LOOK:
                         await self._peek()                             # a deep handler must not hide the others' work
-                    failures = 0
+                    self._pace.failures = 0
                 except Exception as error:                             # the database is away, or we are wrong: go on
-                    failures += 1
                     self._start_chore(self._bell.hush())               # a held bell makes every writer pay
                     if disconnected(error):
                         log.warning("worker: %s; trying again", error)
                     else:
                         log.exception("worker: trying again")
-                    await self._nap(min(5.0, 0.1 * 2**failures) * random.uniform(0.5, 1.0))
+                    await self._nap(self._pace.failed())
         finally:
             chores.cancel()
             await self._end()
@@ -184,9 +180,8 @@ class Worker:
             async with self.db.conn() as conn:
                 settings = {row["name"]: row["value"] for row in await self.db.call(conn, "worker_settings")}
                 self._length = self._lease or await conn.fetchval("select $1::text::interval", settings["lease"])
-                self.id = await queue.register_worker(
-                    self.db, conn, self.app.name, socket.gethostname(), os.getpid(), _version()
-                )
+                self.id = await queue.register_worker(self.db, conn, self.app.name, socket.gethostname(), os.getpid(),
+                                                      version())
             if self._started is not None:
                 self._started(self.id)
             self._runner.settler.worker = self.id
@@ -249,9 +244,8 @@ class Worker:
         jobs = [lane.jobs_for(n) for lane, n in zip(wanted, records, strict=True)]
         after = [lane.start_from(now) for lane in wanted]
         async with self.db.conn() as conn:
-            claimed = await queue.claim(
-                self.db, conn, self.id, self._length, [lane.id for lane in wanted], jobs, records, after
-            )
+            claimed = await queue.claim(self.db, conn, self.id, self._length, [lane.id for lane in wanted], jobs,
+                                        records, after)
         took = time.monotonic() - now
         mine: dict[int, list[Job]] = {lane.id: [] for lane in wanted}
         for job in claimed:
@@ -422,12 +416,10 @@ class Worker:
 
     async def _nap(self, seconds: float) -> None:
         """Until something wakes the worker, at most so long."""
-        if self._wake.is_set():
-            self._wake.clear()
-            return
-        timer = asyncio.get_running_loop().call_later(seconds, self._wake.set)
-        await self._wake.wait()
-        timer.cancel()
+        if not self._wake.is_set():
+            timer = asyncio.get_running_loop().call_later(seconds, self._wake.set)
+            await self._wake.wait()
+            timer.cancel()
         self._wake.clear()
 
     # What happens around it
@@ -506,10 +498,3 @@ class Worker:
             self._errand.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._errand.wait(), max(0.02, pause))
-
-
-def _version() -> str:
-    try:
-        return metadata.version("anton-framework")
-    except metadata.PackageNotFoundError:
-        return "0"
