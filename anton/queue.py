@@ -1,4 +1,4 @@
-"""Queue: the Python names of the SQL functions in sql/20_job.sql and sql/35_worker.sql.
+"""Queue: the Python names of the SQL functions in sql/20_job.sql, sql/22_steer.sql and sql/35_worker.sql.
 
     claim -> (handler) -> ack | ack_part | retry | bury | give_back | world_failed
 

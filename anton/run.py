@@ -28,7 +28,7 @@ from anton.call import MARGIN, Called, Caller, Interrupted, Stuck
 from anton.db import Database
 from anton.each import AGAIN, SLOW, Each, Pullers
 from anton.errors import HandlerTimeout, LeaseLost, RowChanged, WriteRefused
-from anton.fate import Fate, World, failed, fate_of, is_world, no_fit, say
+from anton.fate import Fate, World, failed, fate_of, gone, is_world, no_fit, say
 from anton.lane import FEW, Batch, Lane
 from anton.read import Inputs, Reader
 from anton.relation import forget
@@ -59,16 +59,21 @@ class Run:
 
 
 class Runner:
-    """Runs batches for one worker. wrote: told the tables of a commit; stuck: told of a thread that was given up."""
+    """Runs batches for one worker.
+
+    wrote: told the tables of a commit; stuck: told of a thread that was given up; back: told that a probe went well.
+    """
 
     def __init__(self, db: Database, app: App, threads: Threads, *,
                  wrote: Callable[[set[int] | None], None] = lambda tables: None,
-                 stuck: Callable[[], None] = lambda: None, alive: Callable[[], bool] = lambda: True) -> None:
+                 stuck: Callable[[], None] = lambda: None, back: Callable[[], None] = lambda: None,
+                 alive: Callable[[], bool] = lambda: True) -> None:
         self.db = db
         self.caller = Caller(db, app, threads)
         self.settler = Settler(db, wrote, alive)
         self.reader = Reader(db)
         self.stuck = stuck
+        self.back = back
         self.pullers = Pullers(threads, stuck)
         self.depth_limit = 32
 
@@ -83,6 +88,8 @@ class Runner:
                 if batch.parts[0][0].probe:
                     await self._part(run, batch.pick([0]))
                     batch = batch.pick(range(1, batch.size))           # the probe went well
+                    lane.ready = True                                  # other slots need not wait for the rest of it
+                    self.back()
                 await self._parts(run, batch)
         except LeaseLost:
             log.warning("worker: %s: a lease was lost; another worker has these records", lane.name)
@@ -291,6 +298,11 @@ class Runner:
         run.overdue_at = time.monotonic() + run.lane.timeout.total_seconds() + MARGIN
         try:
             return await self.caller.call(run.lane, inputs)
+        except KeyError as error:
+            missing = gone(run.lane, inputs.items[0], error)
+            if missing is None:
+                raise
+            raise World(missing) from error
         finally:
             run.overdue_at = None
 

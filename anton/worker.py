@@ -102,7 +102,7 @@ class Worker:
         self._errand = asyncio.Event()
         self._bell = Doorbell(db, self._ring)
         self._runner = Runner(db, app, Threads(), wrote=self._wrote, stuck=on_stuck or (lambda: None),
-                              alive=lambda: not self.draining or self._grace > 0)
+                              back=self._wake.set, alive=lambda: not self.draining or self._grace > 0)
         if capture:
             action.set_effects("capture")
 

@@ -178,7 +178,7 @@ BUGS = (
         "cancel that brings a done job back",
         (
             (
-                JOB,
+                "sql/22_steer.sql",
                 "into v;\n  end if;\n  if v.id is null then\n    return false;",
                 "into v;\n  end if;\n  if v.id is null then\n"
                 "    insert into job (handler_id, change_id, at, lo, hi, op, ids) select r.handler_id, r.change_ids[1], r.at, r.los[1], r.his[1], 'n', r.ids\n"

@@ -114,6 +114,13 @@ begin
      order by l.handler_id, l.id;
 end $$;
 
+-- back(lease) -> until when leases that ran out are left to their holders
+-- A server that was away let every lease run out: they get one lease's time to come back. Not when the clock was set
+-- back to before the server's start: that would keep the leases of the dead until it is there again.
+create or replace function back(p_lease interval) returns timestamptz language sql volatile set search_path from current as $$
+  select case when now() < pg_postmaster_start_time() then '-infinity' else pg_postmaster_start_time() + p_lease end
+$$;
+
 -- reclaim(worker, token, handlers, lease, jobs) -> leased jobs
 -- Takes leases that ran out: their worker died or lost its way. They are suspects: run each alone, in a process
 -- of its own. crashes counts the earlier runs that were alone when they died.
@@ -124,13 +131,11 @@ returns table (
   ids bigint[], keys jsonb, cols text[], degraded text, table_id int, ms_waiting real, probe boolean)
 language plpgsql volatile set search_path from current as $$
 #variable_conflict use_column
-declare v_now timestamptz := now(); v_until timestamptz := v_now + p_lease; v_rows tid[];
+declare v_now timestamptz := now(); v_until timestamptz := v_now + p_lease; v_back timestamptz := back(p_lease); v_rows tid[];
 begin
   select array_agg(x.row) into v_rows from (
     select l.ctid as row from lease l
-     where l.lease_until < v_now and l.handler_id = any (p_handlers)
-       -- a server that was away let every lease run out: its holders get one lease's time to come back
-       and (l.lease_until = '-infinity' or v_now > pg_postmaster_start_time() + p_lease)
+     where l.lease_until < v_now and l.handler_id = any (p_handlers) and (l.lease_until = '-infinity' or v_now > v_back)
        and not exists (select from handler h where h.id = l.handler_id and h.paused)
      order by l.lease_until, l.id limit p_jobs for update of l skip locked) x;
   if v_rows is null then
@@ -331,8 +336,15 @@ begin
   perform fence(p_token, v_held, cardinality(p_ids));
 end $$;
 
+-- patience(since, now) -> how long a handler waits that has been failing since then: a fifteenth of that time, 1 s to
+-- 60 s. So an outage is at most a fifteenth longer for whoever waits, however long it was; over an hour it costs 125 probes.
+create or replace function patience(p_since timestamptz, p_now timestamptz) returns interval
+language sql immutable set search_path from current as $$
+  select greatest(interval '1 s', least(interval '60 s', (p_now - p_since) / 15))
+$$;
+
 -- world_failed(token, ids, error) -> when to probe again
--- The outside world fails, not these records: gives the jobs back and makes their handler wait, 1 s to 60 s.
+-- The outside world fails, not these records: gives the jobs back and makes their handler wait, see patience().
 create or replace function world_failed(p_token bigint, p_ids bigint[], p_error text) returns timestamptz
 language plpgsql volatile set search_path from current
 set enable_seqscan = off as $$
@@ -340,12 +352,12 @@ declare v_now timestamptz := now(); v_handler int; v_probe timestamptz;
 begin
   select handler_id into v_handler from lease where token = p_token and id = any (p_ids) limit 1;
   perform give_back(p_token, p_ids);
-  -- jobs in flight fail together: one outage is one step of the backoff
+  -- jobs in flight fail together: they are one failure
   update handler set failing_since = coalesce(failing_since, v_now), failing_error = p_error, failed_at = v_now,
-         failures = failures + case when failed_at is null or failing_since is null
-                                      or v_now >= failed_at + least(interval '30 s', interval '500 ms' * power(2, greatest(failures - 1, 0))) then 1 else 0 end
-   where id = v_handler;
-  update handler set probe_at = v_now + least(interval '60 s', interval '1 s' * power(2, least(failures - 1, 10)))
+         failures = failures + case when failing_since is null or failed_at is null
+                                      or v_now >= failed_at + 0.5 * patience(failing_since, failed_at) then 1 else 0 end,
+         -- jitter only shortens it: handlers that one service failed do not come back to it together
+         probe_at = v_now + patience(coalesce(failing_since, v_now), v_now) * (0.8 + 0.2 * random())
    where id = v_handler returning probe_at into v_probe;
   return v_probe;
 end $$;
@@ -434,7 +446,7 @@ language plpgsql volatile set search_path from current
 set enable_seqscan = off as $$
 declare
   v_now timestamptz := now(); v_again boolean := false;
-  v_back timestamptz := pg_postmaster_start_time() + coalesce(p_lease, setting('lease')::interval);
+  v_back timestamptz := back(coalesce(p_lease, setting('lease')::interval));
 begin
   at := v_now;
   if exists (select from job where handler_id = 0) then     -- a table has changed under its triggers
@@ -455,80 +467,3 @@ $$;
 create or replace function stop_worker(p_worker int) returns void language sql volatile set search_path from current as $$
   update worker set stopped_at = t from now() t where id = p_worker
 $$;
-
--- pause(handler), resume(handler): its jobs wait, and cost the claim nothing
-create or replace function pause(p_handler text) returns void language plpgsql volatile set search_path from current as $$
-declare v_id int := find_handler(p_handler);
-begin
-  update handler set paused = true where id = v_id;
-end $$;
-
-create or replace function resume(p_handler text) returns void language plpgsql volatile set search_path from current as $$
-declare v_id int := find_handler(p_handler);
-begin
-  update handler set paused = false where id = v_id;
-  perform ring();
-end $$;
-
--- cancel(job) -> whether it was still waiting. A job that is being worked or done is not touched.
-create or replace function cancel(p_job bigint) returns boolean language plpgsql volatile set search_path from current as $$
-declare v job; v_now timestamptz := now();
-begin
-  delete from job where id = p_job and handler_id <> 0 returning * into v;
-  if v.id is null then
-    delete from delayed where id = p_job and handler_id <> 0
-    returning handler_id, id, change_id, at, cause, trace, lo, hi, attempt, crashes, depth, op, tenant, origin, settled, ids, keys into v;
-  end if;
-  if v.id is null then
-    return false;
-  end if;
-  insert into receipt (id, slot, at, handler_id, n, change_ids, los, his, causes, ids, keys, depth, trace, tenant)   -- of nothing done
-  values (nextval('change_seq'), slot(v_now), v_now, v.handler_id, 0, array[v.change_id], array[v.lo], array[v.hi], array[v.cause], v.ids, v.keys, v.depth, v.trace, v.tenant);
-  return true;
-end $$;
-
--- replay(dead letter) -> its new job. The idempotency key stays what it was.
-create or replace function replay(p_dead bigint) returns bigint language plpgsql volatile set search_path from current as $$
-declare v dead; v_job bigint := nextval('change_seq'); v_change bigint; v_now timestamptz := now(); v_kind text;
-begin
-  delete from dead where id = p_dead returning * into v;
-  if v.id is null then
-    raise exception using errcode = 'NT000', message = format('no dead letter %s', p_dead), hint = 'anton dead list';
-  end if;
-  v_change := nextval('change_seq');
-  select w.key_kind into v_kind from handler h join watched w on w.id = h.table_id where h.id = v.handler_id;
-  insert into change (id, slot, at, xid, table_id, op, n, ids, keys, cols, news, olds, cause, depth, trace, tenant)
-  select v_change, slot(v_now), v_now, pg_current_xact_id(), h.table_id, v.op, 1,
-         case when v_kind = 'id' and v.key is not null then array[(v.key ->> 0)::bigint] end, case when v_kind <> 'id' and v.key is not null then jsonb_build_array(v.key) end,
-         v.cols, v.news, v.olds, v.cause, v.depth, v.trace, v.tenant
-    from handler h where h.id = v.handler_id;
-  insert into job (handler_id, id, change_id, at, cause, trace, lo, hi, depth, op, tenant, origin)
-  values (v.handler_id, v_job, v_change, v_now, v.cause, v.trace, 1, 1, v.depth, v.op, v.tenant,
-          coalesce(v.origin, v.handler_id || ':' || v.change_id || ':' || v.ordinal));
-  perform ring();
-  return v_job;
-end $$;
-
--- replay(handler) -> how many dead letters became jobs again
-create or replace function replay(p_handler text) returns bigint language plpgsql volatile set search_path from current as $$
-declare v_id int := find_handler(p_handler); v_n bigint;
-begin
-  select count(replay(d.id)) into v_n from (select id from dead where handler_id = v_id order by id) d;
-  return v_n;
-end $$;
-
--- drop_dead(id) -> whether there was one
-create or replace function drop_dead(p_dead bigint) returns boolean language plpgsql volatile set search_path from current as $$
-declare v dead; v_now timestamptz := now(); v_id boolean;
-begin
-  delete from dead where id = p_dead returning * into v;
-  if v.id is null then
-    return false;
-  end if;
-  select w.key_kind = 'id' into v_id from handler h join watched w on w.id = h.table_id where h.id = v.handler_id;
-  insert into receipt (id, slot, at, handler_id, n, change_ids, los, his, causes, ids, keys, depth, trace, tenant)   -- of nothing done
-  values (nextval('change_seq'), slot(v_now), v_now, v.handler_id, 0, array[v.change_id], array[v.ordinal], array[v.ordinal], array[v.cause],
-          case when v_id and v.key is not null then array[(v.key ->> 0)::bigint] end, case when not v_id and v.key is not null then jsonb_build_array(v.key) end,
-          v.depth, v.trace, v.tenant);
-  return true;
-end $$;

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import Counter
+from datetime import timedelta
 from typing import Any
 
-from working import Bench
+from working import PATIENCE, Bench, one_handler
 
 from anton import Records, Table
 from anton.db import Database
+from anton.errors import WorldError
 
 
 async def test_a_worker_claims_only_what_it_has_code_for(db: Database):
@@ -200,3 +202,23 @@ async def test_max_wait_gathers_records_of_several_commits_into_one_call(db: Dat
         await bench.add("a", [{}])
         await bench.until_done()
     assert sizes == [10]
+
+
+async def test_after_a_probe_that_went_well_the_other_calls_do_not_wait_for_the_rest_of_its_job(db: Database):
+    down, together = True, threading.Barrier(2)
+
+    def handle(records: Records) -> None:
+        if down:
+            raise WorldError("away")
+        if len(records) > 1:
+            together.wait(PATIENCE)
+
+    bench = await one_handler(db, handle, batch=10, concurrency=2, attempts=1)
+    for _ in range(2):
+        await bench.add("a", ({"n": n} for n in range(10)))
+    await bench.work()
+    assert await bench.left() == {"job": 2}
+    down = False
+    await bench.advance(timedelta(seconds=2))
+    await bench.work()
+    assert await bench.left() == {}

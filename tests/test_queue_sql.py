@@ -589,17 +589,18 @@ def test_a_failing_handler_probes_with_one_record_and_resumes(queue: Queue) -> N
     assert len(queue.claim(queue.h)[1]) == 2
 
 
-def test_each_probe_that_fails_doubles_the_wait_up_to_a_minute(queue: Queue) -> None:
+def test_a_failing_handler_probes_after_a_fifteenth_of_its_outage_from_a_second_to_a_minute(queue: Queue) -> None:
     queue.insert(1)
-    waits, now = [], 0.0
-    for _ in range(9):
-        queue.clock(f"{now} s")
+    bounds = []
+    for seconds in (0, 10, 60, 600, 3600, 86_400):
+        queue.clock(f"{seconds} s")
         token, ids = queue.ids()
         queue.sql("select anton.world_failed(%s, %s::bigint[], 'down')", args=(token, ids))
         handler = queue.handler()
-        waits.append(round((handler.probe_at - handler.failed_at).total_seconds()))
-        now += waits[-1] + 1
-    assert waits == [1, 2, 4, 8, 16, 32, 60, 60, 60]
+        most = max(timedelta(seconds=1), min(timedelta(minutes=1), (handler.failed_at - handler.failing_since) / 15))
+        assert most * 0.79 <= handler.probe_at - handler.failed_at <= most * 1.01
+        bounds.append(round(most.total_seconds()))
+    assert bounds == [1, 1, 4, 40, 60, 60] and queue.handler().failures == 6
 
 
 def test_jobs_in_flight_that_fail_together_are_one_step_of_the_wait(queue: Queue) -> None:

@@ -1,0 +1,78 @@
+-- What people do to the queue: pause and resume a handler, cancel a job, replay or drop a dead letter.
+
+-- pause(handler), resume(handler): its jobs wait, and cost the claim nothing
+create or replace function pause(p_handler text) returns void language plpgsql volatile set search_path from current as $$
+declare v_id int := find_handler(p_handler);
+begin
+  update handler set paused = true where id = v_id;
+end $$;
+
+create or replace function resume(p_handler text) returns void language plpgsql volatile set search_path from current as $$
+declare v_id int := find_handler(p_handler);
+begin
+  update handler set paused = false where id = v_id;
+  perform ring();
+end $$;
+
+-- cancel(job) -> whether it was still waiting. A job that is being worked or done is not touched.
+create or replace function cancel(p_job bigint) returns boolean language plpgsql volatile set search_path from current as $$
+declare v job; v_now timestamptz := now();
+begin
+  delete from job where id = p_job and handler_id <> 0 returning * into v;
+  if v.id is null then
+    delete from delayed where id = p_job and handler_id <> 0
+    returning handler_id, id, change_id, at, cause, trace, lo, hi, attempt, crashes, depth, op, tenant, origin, settled, ids, keys into v;
+  end if;
+  if v.id is null then
+    return false;
+  end if;
+  insert into receipt (id, slot, at, handler_id, n, change_ids, los, his, causes, ids, keys, depth, trace, tenant)   -- of nothing done
+  values (nextval('change_seq'), slot(v_now), v_now, v.handler_id, 0, array[v.change_id], array[v.lo], array[v.hi], array[v.cause], v.ids, v.keys, v.depth, v.trace, v.tenant);
+  return true;
+end $$;
+
+-- replay(dead letter) -> its new job. The idempotency key stays what it was.
+create or replace function replay(p_dead bigint) returns bigint language plpgsql volatile set search_path from current as $$
+declare v dead; v_job bigint := nextval('change_seq'); v_change bigint; v_now timestamptz := now(); v_kind text;
+begin
+  delete from dead where id = p_dead returning * into v;
+  if v.id is null then
+    raise exception using errcode = 'NT000', message = format('no dead letter %s', p_dead), hint = 'anton dead list';
+  end if;
+  v_change := nextval('change_seq');
+  select w.key_kind into v_kind from handler h join watched w on w.id = h.table_id where h.id = v.handler_id;
+  insert into change (id, slot, at, xid, table_id, op, n, ids, keys, cols, news, olds, cause, depth, trace, tenant)
+  select v_change, slot(v_now), v_now, pg_current_xact_id(), h.table_id, v.op, 1,
+         case when v_kind = 'id' and v.key is not null then array[(v.key ->> 0)::bigint] end, case when v_kind <> 'id' and v.key is not null then jsonb_build_array(v.key) end,
+         v.cols, v.news, v.olds, v.cause, v.depth, v.trace, v.tenant
+    from handler h where h.id = v.handler_id;
+  insert into job (handler_id, id, change_id, at, cause, trace, lo, hi, depth, op, tenant, origin)
+  values (v.handler_id, v_job, v_change, v_now, v.cause, v.trace, 1, 1, v.depth, v.op, v.tenant,
+          coalesce(v.origin, v.handler_id || ':' || v.change_id || ':' || v.ordinal));
+  perform ring();
+  return v_job;
+end $$;
+
+-- replay(handler) -> how many dead letters became jobs again
+create or replace function replay(p_handler text) returns bigint language plpgsql volatile set search_path from current as $$
+declare v_id int := find_handler(p_handler); v_n bigint;
+begin
+  select count(replay(d.id)) into v_n from (select id from dead where handler_id = v_id order by id) d;
+  return v_n;
+end $$;
+
+-- drop_dead(id) -> whether there was one
+create or replace function drop_dead(p_dead bigint) returns boolean language plpgsql volatile set search_path from current as $$
+declare v dead; v_now timestamptz := now(); v_id boolean;
+begin
+  delete from dead where id = p_dead returning * into v;
+  if v.id is null then
+    return false;
+  end if;
+  select w.key_kind = 'id' into v_id from handler h join watched w on w.id = h.table_id where h.id = v.handler_id;
+  insert into receipt (id, slot, at, handler_id, n, change_ids, los, his, causes, ids, keys, depth, trace, tenant)   -- of nothing done
+  values (nextval('change_seq'), slot(v_now), v_now, v.handler_id, 0, array[v.change_id], array[v.ordinal], array[v.ordinal], array[v.cause],
+          case when v_id and v.key is not null then array[(v.key ->> 0)::bigint] end, case when not v_id and v.key is not null then jsonb_build_array(v.key) end,
+          v.depth, v.trace, v.tenant);
+  return true;
+end $$;
