@@ -99,6 +99,7 @@ class Lane:
     ready: the queue may hold more of it. after: the last job id claimed. width: bytes of its widest rows lately, 0: not
     known; wide: its table has values stored out of line.
     rate: records/s settled lately; seconds: of a call lately. document: the table has no model and was made by Anton.
+    had: every column that its table was ever seen with.
     make: an instance of the table's model from a row. down: what the world raised; nothing starts until calls ended.
     """
 
@@ -121,6 +122,7 @@ class Lane:
     key_kind: str
     fetch_sql: str | None
     feeding: bool = False
+    had: frozenset[str] = frozenset()
     document: bool = False
     make: Callable[[Mapping[str, Any]], Any] | None = None
     waiting: deque[Job] = field(default_factory=deque)
@@ -273,6 +275,7 @@ class Lane:
             "key_kind",
             "fetch_sql",
             "feeding",
+            "had",
             "document",
             "make",
         ):
@@ -310,4 +313,4 @@ def lane_of(row: Any, handler: Any) -> Lane:
         row["id"], row["name"], handler, row["kind"], each, row["read"], row["where_sql"] is not None,
         row["batch"], row["max_wait"], concurrency, row["timeout"], row["attempts"],
         row["backoff"], row["table_id"], f"{row['schema_name']}.{row['table_name']}", tuple(row["key_columns"]),
-        row["key_kind"], row["fetch_sql"], row["feeding"])
+        row["key_kind"], row["fetch_sql"], row["feeding"], frozenset(row["had"]))

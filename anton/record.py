@@ -277,7 +277,15 @@ class Changes(_Owned[Change[T]]):
         return self._items[index]
 
 
+class NoColumn(KeyError):
+    """A record has no such column, or value of its data. column: its name."""
+
+    column: Any
+
+
 def _missing(name: Any, record: Any) -> KeyError:
     names = cast("KeysView[str]", record.keys())
     later = " What the database fills in can be read after the commit." if isinstance(record, Appended) else ""
-    return KeyError(f'no "{name}" in this record.{did_you_mean(str(name), names)} It has: {", ".join(names)}.{later}')
+    error = NoColumn(f'no "{name}" in this record.{did_you_mean(str(name), names)} It has: {", ".join(names)}.{later}')
+    error.column = name
+    return error

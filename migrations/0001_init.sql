@@ -18,6 +18,7 @@ create table watched (
   relid oid not null,
   key_columns text[] not null default '{}',       -- empty: no key, records travel as images
   key_types text[] not null default '{}',         -- format_type() of each
+  had text[] not null default '{}',               -- every column it was ever seen with
   key_kind text not null check (key_kind in ('id', 'key', 'none')),  -- one integer column | anything else | none
   app text,                                       -- the app that made it; null: adopted
   model jsonb,                                    -- the declared columns, for drift and makemigration

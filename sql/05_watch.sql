@@ -69,11 +69,13 @@ begin
                   format('%I.%I', v_schema, v_name), string_agg(format('t.%I = (k.v ->> %s)::%s', c, o - 1, v_types[o]), ' and ' order by o))
       into v_fetch from unnest(v_keys) with ordinality x (c, o);
   end if;
-  insert into watched as w (schema_name, table_name, relid, key_columns, key_types, key_kind, fetch_sql)
-  values (v_schema, v_name, v_rel, coalesce(v_keys, '{}'), coalesce(v_types, '{}'), v_kind, v_fetch)
+  insert into watched as w (schema_name, table_name, relid, key_columns, key_types, key_kind, fetch_sql, had)
+  values (v_schema, v_name, v_rel, coalesce(v_keys, '{}'), coalesce(v_types, '{}'), v_kind, v_fetch,
+          array(select name from table_columns(v_rel)))
   on conflict (schema_name, table_name) do update
      set relid = excluded.relid, key_columns = excluded.key_columns, key_types = excluded.key_types,
-         key_kind = excluded.key_kind, fetch_sql = excluded.fetch_sql
+         key_kind = excluded.key_kind, fetch_sql = excluded.fetch_sql,
+         had = w.had || array(select c from unnest(excluded.had) c where c <> all (w.had))
   returning id into v_id;
   return v_id;
 end $$;

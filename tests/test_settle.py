@@ -500,3 +500,27 @@ async def test_a_handler_for_which_no_thread_can_be_started_waits_and_no_record_
         await bench.advance(timedelta(minutes=2))
         await bench.until("select count(*) = 20 from b")
     assert await bench.left() == {}
+
+
+@pytest.mark.parametrize("each", [False, True])
+async def test_a_handler_whose_table_lost_a_column_names_it_and_waits_until_it_is_back(db: Database, each: bool):
+    def batch(records: Records) -> None:
+        for record in records:
+            one(record)
+
+    def one(record: Any) -> None:
+        tables["b"].append({"v": record["v"]})
+
+    async with db.conn() as conn:
+        await conn.execute("create table plain (id bigint primary key, v text)")
+    bench = await one_handler(db, one if each else batch, "plain", each=each, attempts=1)
+    tables = bench.app.tables
+    await bench.sql("alter table plain rename v to w")
+    await bench.sql("insert into plain select n, 'v' from generate_series(1, 20) n")
+    await bench.work()
+    assert 'no column "v" any more' in await bench.value("select failing_error from anton.handler")
+    assert await bench.count("anton.dead") == 0
+    await bench.sql("alter table plain rename w to v")
+    await bench.advance(timedelta(minutes=2))
+    await bench.work()
+    assert await bench.left() == {} and await bench.count("b") == 20
