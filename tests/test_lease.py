@@ -363,6 +363,19 @@ async def test_after_the_server_came_back_nobody_asks_for_suspects_that_are_not_
         assert len(await queue.reclaim(db, conn, 1, lease, handlers)) == 1
 
 
+async def test_a_clock_set_back_to_before_the_servers_start_keeps_no_leases_of_the_dead(db: Database):
+    lease = timedelta(seconds=1)
+    bench = await one_handler(db, lambda records: None)
+    await bench.advance(-timedelta(days=3650))
+    await bench.add("a", [{"n": 1}])
+    handlers = await bench.column("select id from anton.handler")
+    async with db.conn() as conn:
+        await queue.claim(db, conn, 1, lease, handlers, [1], [1], [0])
+        await bench.advance(timedelta(seconds=2))
+        assert (await queue.poll(db, conn, 2, handlers, lease)).suspects == 1
+        assert len(await queue.reclaim(db, conn, 2, lease, handlers)) == 1
+
+
 async def test_a_worker_that_made_room_for_suspects_goes_on_when_another_took_them(db: Database):
     inside, go = asyncio.Event(), asyncio.Event()
 
