@@ -66,9 +66,9 @@ create table pong (id bigint generated always as identity primary key, hop int n
 
 
 @contextmanager
-def cluster() -> Iterator[servers.Server]:
-    """A private cluster of the system's Postgres, with fsync. Raises servers.NoServer."""
-    with servers.running("system", **SETTINGS) as server:
+def cluster(**settings: str) -> Iterator[servers.Server]:
+    """A private cluster of the system's Postgres, with fsync and these settings. Raises servers.NoServer."""
+    with servers.running("system", **{**SETTINGS, **settings}) as server:
         yield server
 
 
