@@ -59,7 +59,7 @@ def _pick_ups(cell: Cell, first: int, seconds: float) -> tuple[dict[str, float],
             raise RuntimeError(f"{len(committed)} rows were written to near, and not as many handled")
         time.sleep(0.2)
     with psycopg.connect(cell.url) as conn:
-        found = dict(conn.execute("select src, at from out_near where src >= %s", (first,)).fetchall())
+        found: dict[int, int] = dict(conn.execute("select src, at from out_near where src >= %s", (first,)).fetchall())
     waits = [max(0.0, (found[id] - at) / 1e6) for id, at in committed.items()]
     cell.history.end(cell.history.begin("near", "single", committed), "ok")
     shown = {f"p{round(q * 100)}_ms": percentile(waits, q) or 0.0 for q in (0.5, 0.9, 0.99)}
