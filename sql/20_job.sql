@@ -336,11 +336,11 @@ begin
   perform fence(p_token, v_held, cardinality(p_ids));
 end $$;
 
--- patience(since, now) -> how long a handler waits that has been failing since then: a fifteenth of that time, 1 s to
--- 60 s. So an outage is at most a fifteenth longer for whoever waits, however long it was; over an hour it costs 125 probes.
+-- patience(since, now) -> how long a handler waits that has been failing since then: a twentieth of that time, 1 s to
+-- 60 s. So an outage is at most a twentieth longer for whoever waits, however long it was; over an hour it costs 150 probes.
 create or replace function patience(p_since timestamptz, p_now timestamptz) returns interval
 language sql immutable set search_path from current as $$
-  select greatest(interval '1 s', least(interval '60 s', (p_now - p_since) / 15))
+  select greatest(interval '1 s', least(interval '60 s', (p_now - p_since) / 20))
 $$;
 
 -- world_failed(token, ids, error) -> when to probe again
