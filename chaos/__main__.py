@@ -13,7 +13,7 @@ import traceback
 
 import servers
 
-from chaos import capacity, cell, database, direct, edges, handlers, report  # noqa: F401  (faults register themselves)
+from chaos import capacity, cell, database, direct, edges, handlers, report, wire  # noqa: F401  (faults register themselves)
 from chaos.bugs import BUGS, Bug, planted
 from chaos.faults import FAULTS, Result, amcheck
 
@@ -40,6 +40,18 @@ FULL = {
     "OUT": 60,
     "L1": 60,
     "D12": 500_000,
+    "D12b": 5,
+    "P4": 15,
+    "P6": 12,
+    "P7": 8,
+    "A3": 6,
+    "L2": 20_000,
+    "D7": 300,
+    "D11": 8,
+    "D13": 60,
+    "A4": 1_000_000,
+    "T2": 12,
+    "N3": 3,
     "P1a": 20,
     "P3a": 20,
     "P3b": 10,
@@ -107,6 +119,9 @@ def main() -> int:
         name, _, n = word.partition("=")
         if name != "bugs" and name not in FAULTS:
             parser.error(f'no fault "{name}"; there are: {", ".join(FAULTS)}, bugs')
+        if name == "N3" and not wire.possible():
+            print("N3 is left out: it takes root, to make a network of its own")
+            continue
         full = FULL.get(name, 0)
         wanted[name] = int(n) if n else full if name in FIXED else max(min(full, 3), round(full * share))
     results: dict[str, Result] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -69,7 +70,7 @@ def deadlocks(cell: Cell, n: int) -> Result:
     result.n = met()
     (records,) = cell.one("select count(*) from clash")
     with psycopg.connect(cell.url) as conn:
-        found = dict(conn.execute("select id, n from shared").fetchall())
+        found: dict[int, int] = dict(conn.execute("select id, n from shared").fetchall())
     across = {2: records, 3: records}
     for id in range(1, SHARED + 1):
         wanted = 2 * records + across.get(id, 0) + added[id]
@@ -263,6 +264,27 @@ def _jump(cell: Cell, seconds: float) -> None:
     )
 
 
+def _held(cell: Cell, pid: int) -> int:
+    (n,) = cell.one(
+        "select count(*) from anton.lease l join anton.worker w on w.id = l.worker_id where w.pid = %s", pid
+    )
+    return int(n)
+
+
+def _kill_one(cell: Cell) -> int:
+    """Kills a worker that holds a lease, with its supervisor; its pid, 0 when none did in 5 s."""
+    end = time.monotonic() + 5
+    while time.monotonic() < end:
+        for pid in [pid for one in sorted(cell.workers) for pid in cell.children(one)]:
+            cell.signal(pid, signal.SIGSTOP)
+            if _held(cell, pid):
+                cell.kill(pid, "any time", both=True)
+                return pid
+            cell.signal(pid, signal.SIGCONT)
+            time.sleep(0.01)
+    return 0
+
+
 @fault("T2", "the database's clock jumps an hour ahead and an hour back")
 def jumps(cell: Cell, n: int) -> Result:
     """Ahead all leases end at once: none is taken twice, nothing doubled. Back: work goes on; a worker that dies is
@@ -291,18 +313,10 @@ def jumps(cell: Cell, n: int) -> Result:
             _jump(cell, ahead)
             seconds.append(_first_ack(cell))
             settle()
-            victim = next((pid for one in sorted(cell.workers) for pid in cell.children(one)), None)
-            if ahead == -3600 and victim is not None:
+            time.sleep(cell.lease)  # what was held before the jump back is held until that time comes again
+            if ahead == -3600 and (victim := _kill_one(cell)):
                 began = time.monotonic()
-                cell.kill(victim, "any time", both=True)
-                while (
-                    cell.one(
-                        "select count(*) from anton.lease l join anton.worker w on w.id = l.worker_id where w.pid = %s",
-                        victim,
-                    )
-                    != (0,)
-                    and time.monotonic() - began < 10
-                ):
+                while _held(cell, victim) and time.monotonic() - began < 10:
                     time.sleep(0.05)
                 redo.append(time.monotonic() - began)
                 cell.start()

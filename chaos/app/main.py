@@ -139,7 +139,7 @@ def bear(records: Records[Any]) -> None:
             while time.monotonic() < end:
                 pass
         elif record["kind"] == "hungry":
-            hoard = []
+            hoard: list[bytearray] = []
             try:
                 while len(hoard) < 4096:
                     hoard.append(bytearray(1 << 20))
