@@ -45,6 +45,9 @@ Conn: TypeAlias = "asyncpg.Connection[asyncpg.Record] | PoolConnectionProxy[asyn
 
 CONNECT_SECONDS = 10.0
 OLDEST = 15  # Postgres
+# The server, too, notices a client that vanished: else its locks stay, on jobs as well, for a kernel's two hours.
+_KEEP_ALIVE = ("set tcp_keepalives_idle = 10; set tcp_keepalives_interval = 3; set tcp_keepalives_count = 3; "
+               "set tcp_user_timeout = 20000")
 _NEVER = 2**31 - 1
 _NO_CONNECTION = (OSError, TimeoutError, asyncpg.PostgresConnectionError, asyncpg.CannotConnectNowError,
                   asyncpg.TooManyConnectionsError, asyncpg.InvalidAuthorizationSpecificationError,
@@ -290,7 +293,8 @@ class Database:
         version = conn.get_server_version()
         if version.major < OLDEST:
             raise DatabaseTooOld(f"{version.major}.{version.minor}")
-        _keep_alive(conn)
+        if _keep_alive(conn) and not self.pooled:
+            await conn.execute(_KEEP_ALIVE)
         await conn.set_type_codec("jsonb", schema="pg_catalog", format="binary",
                                   encoder=lambda value: b"\x01" + to_json(value),
                                   decoder=lambda data: orjson.loads(data[1:]))
@@ -316,16 +320,17 @@ async def _close_with_loop(pool: Pool[asyncpg.Record]) -> AsyncGenerator[None]:
             pool.terminate()
 
 
-def _keep_alive(conn: Conn) -> None:
-    """A peer that vanished is noticed in about 20 s."""
+def _keep_alive(conn: Conn) -> bool:
+    """A server that vanished is noticed in about 20 s. False when there is no network between."""
     transport = getattr(conn, "_transport", None)
     sock = transport.get_extra_info("socket") if transport else None
     if sock is None or sock.family not in (socket.AF_INET, socket.AF_INET6):
-        return
+        return False
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 3), ("TCP_KEEPCNT", 3), ("TCP_USER_TIMEOUT", 20_000)):
         if hasattr(socket, option):
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+    return True
 
 
 def _where(dsn: str | None) -> tuple[str, str, str]:

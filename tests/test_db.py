@@ -58,6 +58,14 @@ async def test_json_comes_and_goes_as_python_values(db):
     await db.close()
 
 
+async def test_a_server_keeps_no_session_of_a_client_that_vanished_for_hours(db):
+    async with db.conn() as conn:
+        network = await conn.fetchval("select inet_client_addr() is not null")
+        found = [await conn.fetchval(f"show {name}") for name in
+                 ("tcp_keepalives_idle", "tcp_keepalives_interval", "tcp_keepalives_count", "tcp_user_timeout")]
+    assert found == (["10", "3", "3", "20000"] if network else ["0"] * 4)
+
+
 async def test_a_transaction_commits_whole_or_not_at_all(db):
     with pytest.raises(ZeroDivisionError):
         async with db.tx() as conn:
