@@ -123,7 +123,7 @@ def held_snapshot(cell: Cell, n: int) -> Result:
             ids = [
                 row[0]
                 for row in conn.execute(
-                    "select id from anton.claim(1, %s, array[%s]::int[], array[100], array[100], "
+                    "select id from anton.claim(1, %s, array[%s]::int[], array[25], array[25], "
                     "array[%s]::bigint[], '1 hour')",
                     (token, handler, after),
                 ).fetchall()
@@ -136,7 +136,10 @@ def held_snapshot(cell: Cell, n: int) -> Result:
             conn.execute("select anton.ack(%s, %s::bigint[], 1, 1)", (token, ids))
     tenth = len(times) // 10
     first, last = percentile(times[:tenth], 0.99) or 1.0, percentile(times[-tenth:-1], 0.99) or 0.0
+    tenths = [times[at:at + tenth] for at in range(0, 10 * tenth, tenth)]
     result.more |= {
+        "p50_ms_by_tenth": [round(1000 * (percentile(part, 0.5) or 0.0), 2) for part in tenths],
+        "p99_ms_by_tenth": [round(1000 * (percentile(part, 0.99) or 0.0), 2) for part in tenths],
         "claims": len(times),
         "first_p99_ms": first * 1000,
         "last_p99_ms": last * 1000,
