@@ -17,6 +17,7 @@ from chaos.cell import Cell
 from chaos.faults import PATIENCE, Result, fault
 
 SOON = 10.0  # seconds that a worker has to come to its point, or to go on from there
+IN_FLIGHT = ("before_commit", "before_ack", "after_claim")
 AWAKE = 3.0  # seconds that a worker which rests may take to see a record
 
 
@@ -51,12 +52,15 @@ def _finish(cell: Cell, result: Result) -> Result:
     return result
 
 
-@fault("P1a", "SIGKILL of workers and their supervisors just before the ack")
-def killed_before_ack(cell: Cell, n: int) -> Result:
-    """Nothing that the handler wrote is there yet."""
+@fault("P1a", "SIGKILL of a worker and its supervisor with one job in flight, at three named points in turn")
+def killed_in_flight(cell: Cell, n: int) -> Result:
+    """n kills, one after the other; then one worker finds all that they left."""
     result = Result()
-    for event in _asleep(cell, "before_ack", n):
-        result.n += cell.kill(event["pid"], "before_ack", both=True) is not None
+    for id in range(1, n + 1):
+        point = IN_FLIGHT[id % len(IN_FLIGHT)]
+        cell.add("shaky" if id % 4 == 0 and point != "before_commit" else "near", [id])
+        cell.start(point=point)
+        result.n += cell.kill(_stopped(cell, point)["pid"], point, both=True) is not None
     cell.start()
     return _finish(cell, result)
 
