@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test bench chaos lint types lock schema clean
+.PHONY: demo test bench bench-peers chaos lint types lock schema clean
 .DEFAULT_GOAL := demo
 
 $(READY): requirements.lock pyproject.toml .ci/venv
@@ -18,6 +18,10 @@ test: $(READY)        ## the whole suite, on the embedded Postgres and on the sy
 bench: $(READY)       ## all benchmarks, or one: make bench BENCH=name
 	@.ci/postgres
 	@$(BIN)/python -m benchmarks $(BENCH)
+
+bench-peers: $(READY) ## Anton and five other Postgres queues side by side; installs those, needs npm and 8 minutes
+	@.ci/postgres
+	@$(BIN)/python -m benchmarks.peers $(ARGS)
 
 chaos: $(READY)       ## kills, crashes and lost replies, counted: make chaos ARGS="--minutes 10 --seed 7", or of one kind: ARGS=P1
 	@.ci/postgres

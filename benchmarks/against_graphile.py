@@ -11,6 +11,7 @@ from contextlib import ExitStack
 
 from benchmarks.harness import Row, Rows, Run, WrongResult, at_least, bench, median, middle
 from benchmarks.peers import graphile
+from benchmarks.peers.known import node_installed
 from benchmarks.proc import Meter
 from benchmarks.server import Conn, connect
 from benchmarks.subject import check, migrate, number, plain_table, source_table, wait_idle, worker
@@ -21,7 +22,7 @@ JOBS = 200_000
 @bench(at_least("python_batch_vs_graphile", 5), at_least("small_jobs_vs_graphile", 1.5))
 def vs_graphile(run: Run) -> Rows:
     """In turns: graphile (with 1, 2 and 4 processes, the best of which counts), batches, small jobs."""
-    graphile.installed()
+    node_installed()
     rows, jobs = run.size(1_000_000, 200_000), run.size(JOBS, 20_000)
     peer: dict[int, list[float]] = {1: [], 2: [], 4: []}
     batches: list[float] = []

@@ -62,6 +62,11 @@ def rss_mb(*roots: int) -> float | None:
     return total / 1024
 
 
+def tree(pid: int) -> set[int]:
+    """This process and its descendants; only itself where there is no /proc."""
+    return (_tree([pid], _stats()) if (_PROC / "self").is_dir() else set()) | {pid}
+
+
 @contextmanager
 def peak_rss(*roots: int) -> Iterator[list[float]]:
     """While open, samples the memory of these trees 4 times a second; the list then holds the peak in MB.

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from benchmarks.harness import MissingPeer, WrongResult
+from benchmarks.harness import WrongResult
+from benchmarks.peers.known import NODE, node_installed
 from benchmarks.server import Server, connect
 from benchmarks.subject import number
 
-_FOLDER = Path(__file__).parent / "node"
 _ENQUEUE = """
 select count(*) from graphile_worker.add_jobs(array(
   select row('trivial', json_build_object('id', i), null, null, null, null, null, null)::graphile_worker.job_spec
@@ -35,26 +33,16 @@ class Drain:
         return self.jobs / (self.enqueue + self.drain)
 
 
-def installed() -> None:
-    """Installs the peer from its lock file when it is not there. Raises MissingPeer where that cannot be done."""
-    if not shutil.which("node") or not shutil.which("npm"):
-        raise MissingPeer("graphile-worker needs node and npm on the PATH")
-    if not (_FOLDER / "node_modules" / "graphile-worker").exists():
-        done = subprocess.run(["npm", "ci", "--omit=dev"], cwd=_FOLDER, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise MissingPeer(f"npm ci in {_FOLDER} failed: {done.stderr.strip()[-500:]}")
-
-
 def drain(server: Server, jobs: int, processes: int) -> Drain:
     """Enqueues and drains `jobs` jobs with this many node processes, in a database of its own."""
-    installed()
+    node_installed()
     with server.database("graphile") as url, connect(url) as conn:
-        environment = {**os.environ, **_libpq(url)}
-        subprocess.run(["node", "graphile.mjs", "migrate"], cwd=_FOLDER, env=environment, check=True)
+        environment = {**os.environ, **libpq(url)}
+        subprocess.run(["node", "graphile.mjs", "migrate"], cwd=NODE, env=environment, check=True)
         running = [
             subprocess.Popen(
                 ["node", "graphile.mjs", "once"],
-                cwd=_FOLDER,
+                cwd=NODE,
                 env=environment,
                 text=True,
                 stdin=subprocess.PIPE,
@@ -91,7 +79,7 @@ def _line(process: subprocess.Popen[str]) -> str:
     return process.stdout.readline().strip()
 
 
-def _libpq(url: str) -> dict[str, str]:
+def libpq(url: str) -> dict[str, str]:
     """The environment that makes node's driver connect where `url` says; it reads no socket folder from a URL."""
     parts = urlsplit(url)
     query = {name: values[0] for name, values in parse_qs(parts.query).items()}
