@@ -133,6 +133,12 @@ async def reclaim(
     return _jobs(mine, await db.call(conn, "reclaim", worker, mine, handlers, lease, jobs))
 
 
+async def reclaim_together(db: Database, conn: Conn, worker: int, lease: timedelta, handlers: list[int]) -> list[Job]:
+    """Leases several suspects that have not been run as such yet, of one handler; else one that is to run alone."""
+    mine = token()
+    return _jobs(mine, await db.call(conn, "reclaim_together", worker, mine, handlers, lease))
+
+
 async def heartbeat(db: Database, conn: Conn, worker: int, tokens: list[int], lease: timedelta,
                     without: Sequence[int] = ()) -> set[int]:
     """Makes the leases last `lease` from now, but those of the jobs `without`; the tokens that still hold any."""

@@ -1,6 +1,7 @@
-"""Suspects: jobs whose worker died with them, each run with nothing beside it.
+"""Suspects: jobs whose worker died with them. Most are innocent, so they are run together once.
 
-    reclaim -> run alone -> settled        killed its process again: cut into parts, a single record buried at last
+    reclaim_together -> run -> settled       that killed the process: each is run with nothing beside it
+                                             killed it again: cut into parts, a single record buried at last
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from anton.settle import Settler
 
 async def work_suspects(settler: Settler, lease: timedelta, lanes: Mapping[int, Lane],
                         alone: Callable[[Run], Awaitable[object]], alive: Callable[[], bool]) -> int:
-    """Runs them one after the other while alive(); how many records were settled. alone: runs one batch to its end."""
+    """Runs them batch after batch while alive(); how many records were settled. alone: runs one batch to its end."""
     db, done = settler.db, 0
     while alive():
         async with db.conn() as conn:
-            jobs = await queue.reclaim(db, conn, settler.worker, lease, list(lanes))
+            jobs = await queue.reclaim_together(db, conn, settler.worker, lease, list(lanes))
         if not jobs:
             break
         job = jobs[0]
@@ -32,7 +33,7 @@ async def work_suspects(settler: Settler, lease: timedelta, lanes: Mapping[int, 
                 Batch.of(jobs), "crashed", f"its process died {job.crashes} times while this record ran alone"
             )
         else:
-            left = len(job.left)
+            left = sum(len(job.left) for job in jobs)
             await alone(Run(lanes[job.handler_id], Batch.of(jobs)))
-            done += left - len(job.left)
+            done += left - sum(len(job.left) for job in jobs)
     return done

@@ -146,7 +146,7 @@ def install() -> None:
 
     wrapped: Any = queue
     wrapped.claim = after("after_claim", queue.claim, some=True)
-    wrapped.reclaim = after("reaper_mid", queue.reclaim, some=True)
+    wrapped.reclaim_together = after("reaper_mid", queue.reclaim_together, some=True)
     wrapped.heartbeat = beating(queue.heartbeat)
     for name in ("ack", "ack_part", "run_sql"):
         setattr(wrapped, name, fenced(getattr(queue, name)))

@@ -120,7 +120,8 @@ create table lease (
   token bigint not null,
   lease_until timestamptz not null,
   worker_id int not null,
-  alone boolean not null default false,
+  alone boolean not null default false,           -- run as a suspect with nothing beside it
+  together boolean not null default false,        -- run as a suspect with others, or a part of one that died: alone next
   primary key (token, id)
 ) with (fillfactor = 70, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 2000, autovacuum_vacuum_cost_delay = 0);
 

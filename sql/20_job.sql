@@ -114,39 +114,6 @@ begin
      order by l.handler_id, l.id;
 end $$;
 
--- back(lease) -> until when leases that ran out are left to their holders
--- A server that was away let every lease run out: they get one lease's time to come back. Not when the clock was set
--- back to before the server's start: that would keep the leases of the dead until it is there again.
-create or replace function back(p_lease interval) returns timestamptz language sql volatile set search_path from current as $$
-  select case when now() < pg_postmaster_start_time() then '-infinity' else pg_postmaster_start_time() + p_lease end
-$$;
-
--- reclaim(worker, token, handlers, lease, jobs) -> leased jobs
--- Takes leases that ran out: their worker died or lost its way. They are suspects: run each alone, in a process
--- of its own. crashes counts the earlier runs that were alone when they died.
-create or replace function reclaim(p_worker int, p_token bigint, p_handlers int[], p_lease interval, p_jobs int default 1)
-returns table (
-  handler_id int, id bigint, change_id bigint, at timestamptz, cause bigint, trace bigint, lo int, hi int,
-  attempt smallint, crashes smallint, depth smallint, op "char", tenant text, origin text, settled int[],
-  ids bigint[], keys jsonb, cols text[], degraded text, table_id int, ms_waiting real, probe boolean)
-language plpgsql volatile set search_path from current as $$
-#variable_conflict use_column
-declare v_now timestamptz := now(); v_until timestamptz := v_now + p_lease; v_back timestamptz := back(p_lease); v_rows tid[];
-begin
-  select array_agg(x.row) into v_rows from (
-    select l.ctid as row from lease l
-     where l.lease_until < v_now and l.handler_id = any (p_handlers) and (l.lease_until = '-infinity' or v_now > v_back)
-       and not exists (select from handler h where h.id = l.handler_id and h.paused)
-     order by l.lease_until, l.id limit p_jobs for update of l skip locked) x;
-  if v_rows is null then
-    return;
-  end if;
-  update lease set token = p_token, lease_until = v_until, worker_id = p_worker, alone = true,
-         crashes = crashes + case when alone then 1 else 0 end
-   where ctid = any (v_rows);
-  return query select * from leased(p_token);
-end $$;
-
 -- heartbeat(worker, tokens, lease, without) -> the tokens still held
 -- Extends every lease of these tokens; rows that are being settled right now are skipped and count as held.
 --   without  ids of jobs under these tokens whose leases are left to end
@@ -376,11 +343,11 @@ begin
   v_size := greatest(1, ceil((v.hi - v.lo + 1) / p_parts::numeric)::int);
   return query
   insert into lease as l (handler_id, id, change_id, at, cause, trace, lo, hi, attempt, crashes, depth, op, tenant, origin,
-                          settled, ids, keys, token, lease_until, worker_id)
+                          settled, ids, keys, token, lease_until, worker_id, together)
   select v.handler_id, nextval('change_seq'), v.change_id, v.at, v.cause, v.trace, p.lo, p.hi, v.attempt, 0, v.depth, v.op,
          v.tenant, v.origin, p.settled, v.ids[p.lo - v.lo + 1:p.hi - v.lo + 1],
          case when v.keys is not null then jsonb_path_query_array(v.keys, '$[$a to $b]',
-           jsonb_build_object('a', p.lo - v.lo, 'b', p.hi - v.lo)) end, p_token, coalesce(p_until, v.lease_until), v.worker_id
+           jsonb_build_object('a', p.lo - v.lo, 'b', p.hi - v.lo)) end, p_token, coalesce(p_until, v.lease_until), v.worker_id, true
     from (select s as lo, least(s + v_size - 1, v.hi) as hi,
                  (select array_agg(o) from unnest(v.settled) o where o between s and s + v_size - 1) as settled
             from generate_series(v.lo, v.hi, v_size) s) p

@@ -40,6 +40,11 @@ class Queue(Pg):
         found = {table: self.count(table) for table in ("job", "lease", "delayed", "dead", "receipt")}
         return {table: n for table, n in found.items() if n}
 
+    def together(self, token: int, lease: str = "30 s") -> list[Any]:
+        with self.conn.cursor(row_factory=psycopg.rows.namedtuple_row) as cursor:
+            cursor.execute("select * from anton.reclaim_together(1, %s, %s, %s)", (token, [self.h], lease))
+            return cursor.fetchall()
+
     def reclaim(self, token: int = 99, jobs: int = 10, lease: str = "30 s") -> list[Any]:
         with self.conn.cursor(row_factory=psycopg.rows.namedtuple_row) as cursor:
             cursor.execute("select * from anton.reclaim(1, %s, %s, %s, %s)", (token, [self.h], lease, jobs))
@@ -493,6 +498,32 @@ def test_only_a_suspect_that_was_alone_counts_a_crash(queue: Queue) -> None:
     for n, crashes in enumerate((0, 1, 2)):
         queue.clock(f"{31 * (n + 1)} s")
         assert [job.crashes for job in queue.reclaim(token=n)] == [crashes]
+
+
+def test_suspects_run_together_once_and_alone_after_that_died_with_no_crash_counted(queue: Queue) -> None:
+    for n in (1, 2, 3):
+        queue.insert(n)
+    queue.ids()
+    queue.clock("31 s")
+    assert [(job.ids, job.crashes) for job in queue.together(token=1)] == [([1], 0), ([2], 0), ([3], 0)]
+    assert queue.together(token=2) == []
+    queue.clock("62 s")
+    assert [[(job.ids, job.crashes) for job in queue.together(token=n)] for n in (3, 4, 5, 6)] == [
+        [([1], 0)], [([2], 0)], [([3], 0)], []]
+    queue.clock("93 s")
+    assert [(job.ids, job.crashes) for job in queue.together(token=7)] == [([1], 1)]
+
+
+def test_suspects_run_together_are_no_more_records_than_a_batch_and_one_is_run_alone(queue: Queue) -> None:
+    queue.sql("update anton.handler set batch = 3")
+    queue.insert(1, 2, 3, 4)
+    queue.ids()
+    queue.clock("31 s")
+    assert [job.ids for job in queue.together(token=1)] == [[1], [2], [3]]
+    assert [job.ids for job in queue.together(token=2)] == [[4]]
+    queue.clock("62 s")
+    assert [(job.ids, job.crashes) for n in (3, 4, 5, 6) for job in queue.together(token=n)] == [
+        ([1], 0), ([2], 0), ([3], 0), ([4], 1)]
 
 
 def test_two_reclaims_at_once_share_the_suspects_and_neither_waits(queue: Queue) -> None:

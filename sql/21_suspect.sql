@@ -1,0 +1,68 @@
+-- Suspects: leases that ran out, as their worker died or lost its way. Who died of what is found by running them apart.
+
+-- back(lease) -> until when leases that ran out are left to their holders
+-- A server that was away let every lease run out: they get one lease's time to come back. Not when the clock was set
+-- back to before the server's start: that would keep the leases of the dead until it is there again.
+create or replace function back(p_lease interval) returns timestamptz language sql volatile set search_path from current as $$
+  select case when now() < pg_postmaster_start_time() then '-infinity' else pg_postmaster_start_time() + p_lease end
+$$;
+
+-- reclaim(worker, token, handlers, lease, jobs) -> leased jobs
+-- Takes leases that ran out: their worker died or lost its way. They are suspects: run each alone, in a process
+-- of its own. crashes counts the earlier runs that were alone when they died.
+create or replace function reclaim(p_worker int, p_token bigint, p_handlers int[], p_lease interval, p_jobs int default 1)
+returns table (
+  handler_id int, id bigint, change_id bigint, at timestamptz, cause bigint, trace bigint, lo int, hi int,
+  attempt smallint, crashes smallint, depth smallint, op "char", tenant text, origin text, settled int[],
+  ids bigint[], keys jsonb, cols text[], degraded text, table_id int, ms_waiting real, probe boolean)
+language plpgsql volatile set search_path from current as $$
+#variable_conflict use_column
+declare v_now timestamptz := now(); v_until timestamptz := v_now + p_lease; v_back timestamptz := back(p_lease); v_rows tid[];
+begin
+  select array_agg(x.row) into v_rows from (
+    select l.ctid as row from lease l
+     where l.lease_until < v_now and l.handler_id = any (p_handlers) and (l.lease_until = '-infinity' or v_now > v_back)
+       and not exists (select from handler h where h.id = l.handler_id and h.paused)
+     order by l.lease_until, l.id limit p_jobs for update of l skip locked) x;
+  if v_rows is null then
+    return;
+  end if;
+  update lease set token = p_token, lease_until = v_until, worker_id = p_worker, alone = true,
+         crashes = crashes + case when alone then 1 else 0 end
+   where ctid = any (v_rows);
+  return query select * from leased(p_token);
+end $$;
+
+-- reclaim_together(worker, token, handlers, lease) -> leased jobs
+-- As reclaim(), but suspects whose worker died for the first time come together, as many of one handler as are its
+-- batch: most are innocent. When that run dies as well, each is run alone next. Without such, one that runs alone.
+create or replace function reclaim_together(p_worker int, p_token bigint, p_handlers int[], p_lease interval)
+returns table (
+  handler_id int, id bigint, change_id bigint, at timestamptz, cause bigint, trace bigint, lo int, hi int,
+  attempt smallint, crashes smallint, depth smallint, op "char", tenant text, origin text, settled int[],
+  ids bigint[], keys jsonb, cols text[], degraded text, table_id int, ms_waiting real, probe boolean)
+language plpgsql volatile set search_path from current as $$
+#variable_conflict use_column
+declare v_now timestamptz := now(); v_until timestamptz := v_now + p_lease; v_back timestamptz := back(p_lease); v_rows tid[];
+begin
+  with first_time as (
+    select l.ctid as row, l.handler_id, l.lease_until, l.id, h.batch,
+           sum(l.hi - l.lo + 1) over (partition by l.handler_id order by l.lease_until, l.id) as n
+      from lease l join handler h on h.id = l.handler_id
+     where l.lease_until < v_now and l.handler_id = any (p_handlers) and (l.lease_until = '-infinity' or v_now > v_back)
+       and not l.together and not l.alone and l.crashes = 0 and l.attempt = 0 and l.tenant is null
+       and not h.paused and h.failing_since is null
+  ), locked as (
+    select l.ctid as row from lease l
+     where l.ctid in (select row from first_time where n <= batch
+                         and handler_id = (select handler_id from first_time order by lease_until, id limit 1))
+       for update skip locked
+  )
+  select array_agg(row) into v_rows from locked;
+  if cardinality(v_rows) > 1 then
+    update lease set token = p_token, lease_until = v_until, worker_id = p_worker, together = true where ctid = any (v_rows);
+    return query select * from leased(p_token);
+  else
+    return query select * from reclaim(p_worker, p_token, p_handlers, p_lease, 1);
+  end if;
+end $$;
