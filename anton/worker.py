@@ -93,6 +93,7 @@ class Worker:
         self._pace = Pace()
         self._quiet = False                                            # suspects wait for an empty process
         self._hold = True
+        self._claiming = self._unsure = 0
         self._overdue = False                                          # a call that blocks the loop, and was told
         self._refreshed = 0.0
         self._looked = self._peeked = 0.0
@@ -243,9 +244,13 @@ class Worker:
         records = [lane.wants() for lane in wanted]
         jobs = [lane.jobs_for(n) for lane, n in zip(wanted, records, strict=True)]
         after = [lane.start_from(now) for lane in wanted]
-        async with self.db.conn() as conn:
-            claimed = await queue.claim(self.db, conn, self.id, self._length, [lane.id for lane in wanted], jobs,
-                                        records, after)
+        self._claiming = queue.token()                                 # a blocked loop reads the answer late
+        try:
+            async with self.db.conn() as conn:
+                claimed = await queue.claim(self.db, conn, self.id, self._length, [lane.id for lane in wanted], jobs,
+                                            records, after, self._claiming)
+        finally:
+            self._claiming = 0
         took = time.monotonic() - now
         mine: dict[int, list[Job]] = {lane.id: [] for lane in wanted}
         for job in claimed:
@@ -439,14 +444,16 @@ class Worker:
 
     def _tokens(self) -> tuple[list[int], list[int]]:
         """Leases to keep alive, and jobs that are left out. Asked by the heartbeat's thread."""
+        self._unsure = self._claiming                                  # it may hold nothing yet
         tokens, overdue = kept(list(self._lanes.values()), list(self._active.values()))
         if self._pulse.missed() and overdue and not self._overdue:     # a call blocks this loop, which cannot say so
             self._overdue = True
             self._runner.stuck()
-        return tokens, overdue
+        return [*tokens, self._unsure] if self._unsure else tokens, overdue
 
     def _lost(self, tokens: set[int]) -> None:
         """These leases went to somebody else. Called in the heartbeat's thread."""
+        tokens.discard(self._unsure)
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(
                 lambda: drop(tokens, self._order, self._active, self._runner.settler.settling))
