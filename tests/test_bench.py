@@ -23,6 +23,8 @@ from benchmarks.harness import (
 from benchmarks.readme import REPO, filled, table
 from benchmarks.server import connect
 from benchmarks.subject import check, same_rows, wait_idle
+from chaos import page
+from chaos.report import BARS
 
 EXPECTED = "select n, s from (values (1, 'a'), (2, 'b'), (2, 'b')) x (n, s)"
 
@@ -99,7 +101,14 @@ def test_a_percentile_is_a_value_that_was_measured() -> None:
 
 
 def test_the_readme_shows_the_figures_that_were_measured() -> None:
-    page = (REPO / "README.md").read_text()
+    readme = (REPO / "README.md").read_text()
     report = json.loads((REPO / "benchmarks/results/latest.json").read_text())
-    assert filled(page, report) == page
+    assert filled(readme, report) == readme
     assert len(table(report).splitlines()) > 2
+
+
+def test_the_readme_shows_what_was_survived() -> None:
+    text = (REPO / "README.md").read_text()
+    report = json.loads((REPO / "benchmarks/results/chaos.json").read_text())
+    assert page.filled(text, report) == text
+    assert len(report) == len(BARS) and len(page.table(report).splitlines()) > 2
