@@ -196,7 +196,7 @@ class Supervisor:
         del self.children[child.pid]
         _, state = os.waitpid(child.pid, 0)
         status = os.waitstatus_to_exitcode(state)
-        if status == CANNOT and not child.worker:
+        if status == CANNOT and not child.worker and child.kind == "worker":
             self._failed = True
             for other in self.children.values():
                 os.kill(other.pid, signal.SIGTERM)

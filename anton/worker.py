@@ -154,8 +154,9 @@ class Worker:
             await self._end()
 
     async def run_suspects(self) -> int:
-        """Runs the jobs of dead workers, one after the other, alone; how many records were settled."""
-        await self._begin(patient=False)
+        """Runs the jobs of dead workers, with nothing beside them; how many records were settled. 0: no database."""
+        if not await self._begin():
+            return 0                                                   # whoever meets them next asks again
         try:
             return await self._suspects()
         finally:

@@ -11,12 +11,15 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
+from servers import _free_port as free_port
 from servers import migrate, restart, running
 from working import Bench, cutting, met, numbers, one_handler
 
 from anton import Ctx, Records, Table, queue
+from anton.app import App
 from anton.db import Database, set_database
 from anton.heartbeat import Heartbeat
+from anton.worker import Worker
 
 
 async def test_a_worker_that_lost_its_lease_changes_nothing(db: Database):
@@ -411,3 +414,8 @@ async def test_a_lazy_claim_leaves_no_other_transaction_without_the_disk(db: Dat
                 await db.call(conn, "claim", 1, 1, [], [], [], [], timedelta(seconds=30), lazy)
                 assert await conn.fetchval("show synchronous_commit") == kept
             assert await conn.fetchval("show synchronous_commit") == "on"
+
+
+async def test_a_process_for_suspects_that_finds_no_database_ends_in_peace():
+    away = Database(f"postgresql://postgres@127.0.0.1:{free_port()}/nowhere", source="test")
+    assert await Worker(away, App("lease")).run_suspects() == 0
