@@ -4,7 +4,7 @@
 
 One event loop. Each lane (a handler) has slots of its own and the worker a total, filled in turn, so that a deep
 handler starves nobody; a slot is refilled as soon as it is free, and the next claim overlaps with what runs.
-Leases are kept alive from a thread (heartbeat.py). Jobs whose worker died are suspects: they run alone.
+Leases are kept alive from a thread (heartbeat.py). Jobs whose worker died are suspects: they run in a process of their own.
 """
 
 from __future__ import annotations
@@ -445,9 +445,10 @@ class Worker:
 
     def _tokens(self) -> tuple[list[int], list[int]]:
         """Leases to keep alive, and jobs that are left out. Asked by the heartbeat's thread."""
-        self._unsure = self._claiming                                  # it may hold nothing yet
         tokens, overdue = kept(list(self._lanes.values()), list(self._active.values()))
-        if self._pulse.missed() and overdue and not self._overdue:     # a call blocks this loop, which cannot say so
+        blocked = self._pulse.missed()
+        self._unsure = self._claiming if blocked else 0                # an answer that only waits to be read
+        if blocked and overdue and not self._overdue:                  # a call blocks this loop, which cannot say so
             self._overdue = True
             self._runner.stuck()
         return [*tokens, self._unsure] if self._unsure else tokens, overdue

@@ -32,6 +32,7 @@ class Job:
     until: tuple[float, int] = (0.0, 0)
     run_at: float = 0.0
     alone: bool = False
+    together: bool = False  # it ran with other suspects, or is a part of one
     tenant: str | None = None
     locked: bool = False  # by a transaction that is still open
 
@@ -71,7 +72,8 @@ class Queue:
             taken.append(part)
         for part in taken:
             job = self.jobs[part]
-            job.place, job.token, job.until, job.alone = "lease", token, (self.now + LEASE, self._next()), False
+            job.place, job.token, job.until = "lease", token, (self.now + LEASE, self._next())
+            job.alone = job.together = False
         return taken
 
     def expired(self) -> list[Part]:
@@ -87,6 +89,12 @@ class Queue:
         job = self.jobs[part]
         job.crashes += job.alone
         job.alone, job.token, job.until = True, token, (self.now + LEASE, self._next())
+
+    def reclaim_together(self, token: int, parts: list[Part]) -> None:
+        """Suspects for the first time: no crash is counted for what they do together."""
+        for job in (self.jobs[part] for part in parts):
+            assert not (job.alone or job.together or job.crashes or job.attempt or job.tenant)
+            job.together, job.token, job.until = True, token, (self.now + LEASE, self._next())
 
     def heartbeat(self, token: int) -> bool:
         """Whether the token holds anything."""
@@ -153,7 +161,7 @@ class Queue:
             end = min(start + step - 1, hi)
             settled = frozenset(o for o in job.settled if start <= o <= end)
             if len(settled) < end - start + 1:
-                self.jobs[change, start, end] = replace(job, settled=settled, crashes=0, alone=False)
+                self.jobs[change, start, end] = replace(job, settled=settled, crashes=0, alone=False, together=True)
 
     def promote(self) -> None:
         """What is due is ready."""

@@ -56,6 +56,7 @@ begin
     select l.ctid as row from lease l
      where l.ctid in (select row from first_time where n <= batch
                          and handler_id = (select handler_id from first_time order by lease_until, id limit 1))
+       and l.lease_until < v_now and not l.together and not l.alone   -- of the row as it is when it is locked
        for update skip locked
   )
   select array_agg(row) into v_rows from locked;

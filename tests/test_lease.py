@@ -419,3 +419,20 @@ async def test_a_lazy_claim_leaves_no_other_transaction_without_the_disk(db: Dat
 async def test_a_process_for_suspects_that_finds_no_database_ends_in_peace():
     away = Database(f"postgresql://postgres@127.0.0.1:{free_port()}/nowhere", source="test")
     assert await Worker(away, App("lease")).run_suspects() == 0
+
+
+async def test_leases_whose_claim_a_blocked_loop_has_not_read_are_kept_and_no_others(db: Database):
+    worker = Worker(db, App("lease"))
+    await worker._begin()
+    try:
+        worker._claiming = 5
+        assert worker._tokens()[0] == []                               # the loop was not blocked before
+        assert worker._tokens()[0] == [5]                              # it has run nothing since
+        lost = {5}
+        worker._lost(lost)
+        assert lost == set()                                           # it may hold nothing yet
+        await met(lambda: not worker._pulse._asked)
+        assert worker._tokens()[0] == []
+    finally:
+        worker._claiming = 0
+        await worker._end()

@@ -222,6 +222,32 @@ class Machine(RuleBasedStateMachine):
         return part
 
     @precondition(lambda self: self.any("lease"))
+    @rule(worker=st.integers(0, 1), later=st.booleans())
+    def reclaims_together(self, worker: int, later: bool) -> None:
+        """Several that are suspects for the first time, or one that is to run alone."""
+        if later:
+            self.move(31)
+        if worker in self.acks:
+            return
+        token = self.random.getrandbits(63)
+        rows = self.ask(
+            worker,
+            "select change_id, lo, hi, id, crashes from anton.reclaim_together(%s, %s, array[%s]::int[], '30 s')",
+            worker + 1,
+            token,
+            self.handler,
+        )
+        self.note(token, [row[3] for row in rows])
+        expired = self.model.expired()
+        parts: list[Part] = [tuple(row[:3]) for row in rows]
+        assert bool(rows) == bool(expired) and set(parts) <= set(expired)
+        if len(parts) > 1:
+            self.model.reclaim_together(token, parts)
+        elif parts:
+            self.model.reclaim(token, parts[0])
+        assert [row[4] for row in rows] == [self.model.jobs[part].crashes for part in parts], "I8"
+
+    @precondition(lambda self: self.any("lease"))
     @rule(data=st.data(), worker=st.integers(0, 1))
     def acks_whole(self, data: Any, worker: int) -> None:
         """Whole jobs of one token, with their outputs in the same transaction; left open, or committed."""

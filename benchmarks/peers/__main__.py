@@ -70,7 +70,9 @@ def measure(place: Server, peer: Peer, quick: bool) -> dict[str, Any]:
         "name": peer.name, "version": peer.version, "settings": peer.settings, "recovers": peer.recovers,
     }  # fmt: skip
     parts: list[Callable[[Server, Peer, bool], dict[str, Any]]] = [rates]
-    if not peer.rates_only:
+    if peer.rates_only:
+        row["rates_only"] = True
+    else:
         parts += [pickup, recovery]
     for part in parts:
         try:

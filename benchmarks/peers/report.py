@@ -27,12 +27,15 @@ COLUMNS = {  # key: (title, how it is written, True where the least is best)
 
 
 def table(found: dict[str, Any]) -> str:
-    """The figures in Markdown, the best of each column in bold, and what each peer was set to."""
+    """The figures in Markdown, the best of each column in bold, and what each peer was set to.
+
+    Rows that only have rates are of another kind of work, and take no bold from those of one record a job.
+    """
     peers = found["peers"]
     best = {
         key: (min if least else max)(known)
         for key, (_, _, least) in COLUMNS.items()
-        if (known := [peer[key] for peer in peers if peer.get(key) is not None])
+        if (known := [peer[key] for peer in peers if peer.get(key) is not None and not peer.get("rates_only")])
     }
     lines = [f"| | {' | '.join(title for title, _, _ in COLUMNS.values())} |", "|---" * (len(COLUMNS) + 1) + "|"]
     for peer in peers:
@@ -52,7 +55,7 @@ def _cell(peer: dict[str, Any], key: str, best: dict[str, float], wait: int) -> 
     if peer[key] is None:
         return f"not in {wait}"
     text = COLUMNS[key][1].format(peer[key])
-    return f"**{text}**" if peer[key] == best[key] else text
+    return f"**{text}**" if peer[key] == best.get(key) and not peer.get("rates_only") else text
 
 
 def line(found: dict[str, Any]) -> str:
@@ -66,10 +69,11 @@ def line(found: dict[str, Any]) -> str:
     back = [peer["name"] for peer in others if peer.get("recovery_s") is not None]
     twice = ", ".join(f"{peer['name']} {peer['doubled']:,}" for peer in others if peer.get("doubled"))
     names = ", ".join(f"{peer['name']} {peer['version']}" for peer in others)
+    within = f"more than {found['run']['wait_s']}" if anton["recovery_s"] is None else f"{anton['recovery_s']:g}"
     return (
         f"Side by side with {names}, jobs of one record each: drained "
         f"{against('drain_per_s', max, '{:,}/s')}, pick-up p99 {against('pickup_p99_ms', min, '{:.1f} ms')}. "
-        f"After three `kill -9` of the worker Anton had done all within {anton['recovery_s']:g} s, "
+        f"After three `kill -9` of the worker Anton had done all within {within} s, "
         f"{anton['lost']} lost and {anton['doubled']} doubled; of the others {', '.join(back) or 'none'} had within "
         f"{found['run']['wait_s']} s, with doubled rows: {twice or 'none'}. "
         f"[All figures and settings](docs/benchmarks.md#side-by-side); `make bench-peers`.\n"
