@@ -17,7 +17,7 @@ from typing import Any
 
 from anton.db import Database
 from anton.errors import HandlerTimeout, Outcome
-from anton.fate import Fate, failed, fate_of, gone, is_world
+from anton.fate import Fate, failed, fate_of, is_world
 from anton.lane import Lane
 from anton.read import Inputs
 from anton.threads import Threads
@@ -220,8 +220,6 @@ class Puller:
         assert chunk is not None and each is not None
         if error is None and each.ctx is not None:
             error = each.ctx.outcomes.pop(self.item, None)
-        if isinstance(error, KeyError):
-            error = gone(self.lane, each.inputs.items[self.item], error) or error
         if error is not None:
             if isinstance(error, Outcome):
                 chunk.fates[self.item] = fate_of(error)

@@ -1,7 +1,6 @@
 """Fate: what an exception says: whose fault it was, and what becomes of the record.
 
     is_world(error)   not the record: the network, a service, the database, a right or a table that is missing
-    gone(…, error)    nor is it when its table has lost a column
     failed(error)     the record: it is tried again, and after its attempts a dead letter
     fate_of(outcome)  the handler said it itself: Retry, Discard
 """
@@ -12,10 +11,9 @@ import errno
 import random
 import socket
 import traceback
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Literal
 
 import asyncpg
 
@@ -116,15 +114,6 @@ def is_world(error: BaseException) -> bool:
         return True
     inner = error.__cause__ or getattr(error, "reason", None)          # urllib keeps its reason there
     return isinstance(inner, BaseException) and is_world(inner)
-
-
-def gone(lane: Lane, record: Any, error: KeyError) -> WorldError | None:
-    """What to say when a handler asked a record for a column that its table once had: whatever the record, it waits."""
-    name = getattr(error, "column", error.args[0] if error.args else None)
-    if lane.document or name not in lane.had or not isinstance(record, Mapping) or name in record:
-        return None
-    return WorldError(f'table {lane.table} has no column "{name}" any more, and {lane.name} reads it. Put it back, or '
-                      "deploy code that does without it; its records wait.")
 
 
 def _status(error: BaseException) -> int:

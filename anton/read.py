@@ -8,11 +8,11 @@ One key twice in a batch arrives once, and both changes settle with it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from operator import itemgetter
-from typing import Any
+from typing import Any, cast
 
 import asyncpg
 
@@ -20,7 +20,7 @@ from anton import queue
 from anton.db import Conn, Database
 from anton.lane import Batch, Lane
 from anton.queue import Job, array
-from anton.record import Change, ChangeOp, Document, Record, Row
+from anton.record import Change, ChangeOp, Document, LostColumn, Record, Row, Short
 
 OPS: dict[str, ChangeOp] = {"n": "new", "u": "updated", "d": "deleted", "t": "truncate", "r": "rebuilt", "f": "failed"}
 _ANY = " = any ((select $1::bigint[])::bigint[])"
@@ -211,19 +211,22 @@ class Reader:
 
 
 def _made(lane: Lane, inputs: Inputs) -> Inputs:
-    """The items as instances of the table's model; rows that do not fit it are set apart."""
+    """The items as instances of the table's model; rows that do not fit it are set apart. Raises LostColumn."""
     inputs.width = _width(inputs.items)
     make = lane.make
     if make is None:
+        inputs.items = _short(lane, inputs)
         return inputs
     try:
         inputs.items = [item if item is None else make(item) for item in inputs.items]
     except Exception:
         items, first, moved = list[Any](), list[int](), dict[int, int]()
-        for item, row in enumerate(inputs.items):
+        for item, row in enumerate(_short(lane, inputs)):
             position = item if inputs.first is None else inputs.first[item]
             try:
                 items.append(row if row is None else make(row))
+            except LostColumn:
+                raise
             except Exception as error:
                 for at in (position, *inputs.twins.pop(item, ())):
                     inputs.broken[at] = error
@@ -237,6 +240,20 @@ def _made(lane: Lane, inputs: Inputs) -> Inputs:
         record = inputs.items[item]
         inputs.images[item] = (record, None) if new is None else (old and make(old), record)
     return inputs
+
+
+def _short(lane: Lane, inputs: Inputs) -> Sequence[Any]:
+    """The items; where the table lacks columns that it once had, its rows of now know which.
+
+    A fetch reads t.*, so these rows say what the table has. Images and bare keys say only what was captured.
+    """
+    if lane.read != "now" or lane.document or not inputs.rows:
+        return inputs.items
+    lost = lane.had.difference(asyncpg.Record.keys(inputs.rows[0]))
+    if not lost:
+        return inputs.items
+    return [Short(cast("Mapping[str, Any]", item), lost, lane.table, lane.name) if isinstance(item, Row) else item
+            for item in inputs.items]
 
 
 async def _rows(conn: Conn, lane: Lane, ids: list[int]) -> list[Any]:

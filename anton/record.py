@@ -17,7 +17,7 @@ from typing import Any, Generic, Literal, TypeVar, cast, overload
 import asyncpg
 import orjson
 
-from anton.errors import did_you_mean
+from anton.errors import WorldError, did_you_mean
 from anton.write import WHOLE, owner
 
 T = TypeVar("T")
@@ -97,6 +97,29 @@ class Appended(Record):
             raise AttributeError(name)
         setattr(self, name, value)
         return value
+
+
+class Short(Record):
+    """A row of now, of a table that has lost columns. Asking it for one of them is no fault of this record.
+
+    lost: their names. table, reader: what the error names.
+    """
+
+    __slots__ = ("_lost", "_reader", "_table")
+
+    def __init__(self, row: Mapping[str, Any], lost: frozenset[str], table: str, reader: str) -> None:
+        super().__init__(row)
+        self._lost = lost
+        self._table = table
+        self._reader = reader
+
+    def __getitem__(self, name: str) -> Any:
+        try:
+            return super().__getitem__(name)
+        except KeyError:
+            if isinstance(name, str) and name in self._lost:
+                raise LostColumn(self._table, name, self._reader) from None
+            raise
 
 
 class Row(asyncpg.Record):
@@ -281,6 +304,17 @@ class NoColumn(KeyError):
     """A record has no such column, or value of its data. column: its name."""
 
     column: Any
+
+
+class LostColumn(NoColumn, WorldError):
+    """The table had this column, and its row of now has not: the handler waits. column: its name."""
+
+    def __init__(self, table: str, column: str, reader: str) -> None:
+        WorldError.__init__(
+            self, f'table {table} has no column "{column}" any more, and {reader} reads it. Put it back, or '
+            "deploy code that does without it; its records wait.", column=column)
+
+    __str__ = Exception.__str__                                        # KeyError's is a repr
 
 
 def _missing(name: Any, record: Any) -> KeyError:

@@ -28,7 +28,7 @@ from anton.call import MARGIN, Called, Caller, Interrupted, Stuck
 from anton.db import Database
 from anton.each import AGAIN, SLOW, Each, Pullers
 from anton.errors import HandlerTimeout, LeaseLost, RowChanged, WriteRefused
-from anton.fate import Fate, World, failed, fate_of, gone, is_world, no_fit, say
+from anton.fate import Fate, World, failed, fate_of, is_world, no_fit, say
 from anton.lane import FEW, Batch, Lane
 from anton.read import Inputs, Reader
 from anton.relation import forget
@@ -298,11 +298,6 @@ class Runner:
         run.overdue_at = time.monotonic() + run.lane.timeout.total_seconds() + MARGIN
         try:
             return await self.caller.call(run.lane, inputs)
-        except KeyError as error:
-            missing = gone(run.lane, inputs.items[0], error)
-            if missing is None:
-                raise
-            raise World(missing) from error
         finally:
             run.overdue_at = None
 

@@ -6,7 +6,8 @@ import pytest
 from anton import Records, Table, sql
 from anton.app import App, declaring
 from anton.db import Database
-from anton.record import Appended, Change, Record
+from anton.fate import is_world
+from anton.record import Appended, Change, LostColumn, Record, Short
 from anton.write import WHOLE, owner
 
 
@@ -40,6 +41,20 @@ def test_a_row_says_nothing_of_what_the_worker_reads_along(db: Database) -> None
     assert {**record} == {"_mine": 3}
     with pytest.raises(AttributeError, match="it has: _mine"):
         record.id  # noqa: B018
+
+
+def test_a_row_of_a_table_that_lost_a_column_blames_the_table_for_that_column_alone(db: Database) -> None:
+    record = Short(row(db, "select 1 as id, 'x' as w"), frozenset({"v"}), "public.plain", "handle")
+    assert dict(record) == {"id": 1, "w": "x"} and record.id == 1 and record["w"] == "x"
+    assert record.get("v", 5) == 5 and "v" not in record
+    with pytest.raises(LostColumn) as lost:
+        record["v"]
+    assert str(lost.value).startswith('table public.plain has no column "v" any more, and handle reads it.')
+    assert lost.value.message == str(lost.value) and lost.value.column == "v" and is_world(lost.value)
+    for name in ("nope", ("v",), 3):
+        with pytest.raises((KeyError, IndexError)) as other:
+            record[name]  # type: ignore[index]
+        assert not is_world(other.value)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
+from pydantic import BaseModel
 from working import Bench, met, numbers, one_handler
 
 from anton import Ctx, Discard, Records, Retry, Table
@@ -524,3 +525,109 @@ async def test_a_handler_whose_table_lost_a_column_names_it_and_waits_until_it_i
     await bench.advance(timedelta(minutes=2))
     await bench.work()
     assert await bench.left() == {} and await bench.count("b") == 20
+
+
+class Typed(BaseModel):
+    id: int
+    v: str
+    note: str = "none"
+
+
+@pytest.mark.parametrize("column", ["v", "note"])
+@pytest.mark.parametrize("each", [False, True])
+async def test_a_model_whose_table_lost_a_column_makes_the_handler_wait(db: Database, each: bool, column: str):
+    seen: list[int] = []
+
+    def declare() -> None:
+        typed = Table("typed", model=Typed, key="id")
+        typed.on_new_records(name="h", each=each, attempts=1)(one if each else batch)
+
+    def batch(records: Records[Typed]) -> None:
+        for record in records:
+            one(record)
+
+    def one(record: Typed) -> None:
+        seen.append(record.id)
+
+    bench = await Bench.make(db, declare)
+    await bench.sql(f"alter table typed rename {column} to elsewhere")
+    other = "note" if column == "v" else "v"
+    await bench.sql(f"insert into typed (id, {other}, elsewhere) select n, 'x', 'x' from generate_series(1, 20) n")
+    await bench.work()
+    assert f'no column "{column}" any more' in await bench.value("select failing_error from anton.handler")
+    assert await bench.count("anton.dead") == 0 and not seen
+    await bench.sql(f"alter table typed rename elsewhere to {column}")
+    await bench.advance(timedelta(minutes=2))
+    await bench.work()
+    assert await bench.left() == {} and sorted(seen) == list(range(1, 21))
+
+
+async def _plain(db: Database, handle: Any, op: str, **options: Any) -> Bench:
+    async with db.conn() as conn:
+        await conn.execute("create table plain (id bigint primary key, v text, n int)")
+
+    def declare() -> None:
+        getattr(Table("plain"), f"on_{op}_records")(name="h", attempts=1, **options)(handle)
+
+    return await Bench.make(db, declare)
+
+
+@pytest.mark.parametrize("each", [False, True])
+async def test_a_deleted_record_of_which_only_the_key_is_left_fails_alone(db: Database, each: bool):
+    seen: list[str] = []
+
+    def one(record: Any) -> None:
+        seen.append(record["v"])
+
+    def batch(records: Records) -> None:
+        for record in records:
+            one(record)
+
+    bench = await _plain(db, one if each else batch, "deleted", each=each, where="1 / n > 0")
+    await bench.sql("insert into plain values (1, 'a', 0), (2, 'b', 1)")
+    await bench.sql("delete from plain where id = 1")
+    await bench.work()
+    assert await bench.left() == {"dead": 1} and await bench.value("select failing_error from anton.handler") is None
+    await bench.sql("delete from plain where id = 2")
+    await bench.work()
+    assert seen == ["b"]
+
+
+@pytest.mark.parametrize("op", ["new", "deleted"])
+async def test_an_image_captured_while_a_column_was_away_is_its_records_failure(db: Database, op: str):
+    seen: list[str] = []
+
+    def handle(record: Any) -> None:
+        seen.append(record["v"])
+
+    bench = await _plain(db, handle, op, each=True, read="change")
+    await bench.sql("alter table plain rename v to w")
+    await bench.sql("insert into plain values (1, 'a', 1)")
+    await bench.sql("delete from plain")
+    await bench.work()
+    assert await bench.left() == {"dead": 1} and await bench.value("select failing_error from anton.handler") is None
+    await bench.sql("alter table plain rename w to v")
+    await bench.sql("insert into plain values (2, 'b', 1)")
+    await bench.sql("delete from plain")
+    await bench.work()
+    assert seen == ["b"] and await bench.left() == {"dead": 1}
+
+
+@pytest.mark.parametrize("each", [False, True])
+@pytest.mark.parametrize("name", ["v", ["v"]])
+async def test_a_key_error_of_something_else_is_the_records_failure_though_a_column_went(
+    db: Database, each: bool, name: Any
+):
+    def one(record: Any) -> None:
+        assert record.get("v") is None and dict(record) == {"id": 1, "n": 1}
+        raise KeyError(name)
+
+    def batch(records: Records) -> None:
+        for record in records:
+            one(record)
+
+    bench = await _plain(db, one if each else batch, "new", each=each)
+    await bench.sql("alter table plain drop column v")
+    await bench.sql("insert into plain values (1, 1)")
+    await bench.work()
+    assert await bench.left() == {"dead": 1} and "KeyError" in await bench.value("select error from anton.dead")
