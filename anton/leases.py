@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from anton.lane import Lane
 from anton.run import Run
+
+log = logging.getLogger("anton.worker")
 
 
 class Pulse:
@@ -44,14 +47,18 @@ def kept(lanes: Iterable[Lane], runs: Iterable[Run]) -> tuple[list[int], list[in
     return list(tokens), overdue
 
 
-def drop(tokens: set[int], lanes: Iterable[Lane], active: Mapping[asyncio.Task[None], Run],
+def drop(tokens: set[int], lanes: Collection[Lane], active: Mapping[asyncio.Task[None], Run],
          settling: set[asyncio.Task[None] | None]) -> None:
     """Cancels what runs under leases that are lost, and forgets what waits.
 
     settling: tasks in a transaction. It may have been their own COMMIT that ended the lease; else the fence tells them.
     """
+    lost = sum(job.token in tokens for lane in lanes for job in lane.waiting)
     for task, run in active.items():
         if run.tokens & tokens and task not in settling:
+            lost += 0 if task.cancelling() else sum(job.token in tokens for job in run.batch.jobs if job.left)
             task.cancel()
     for lane in lanes:
         lane.drop(tokens)
+    if lost:
+        log.warning("worker: a lease was lost, of %s jobs; another worker has these records", lost)

@@ -44,6 +44,27 @@ async def test_a_worker_that_lost_its_lease_changes_nothing(db: Database):
     assert await bench.value("select token from anton.lease") == taken[0].token
 
 
+async def test_the_heartbeat_says_that_a_lease_was_lost_when_it_ends_the_run(db: Database, caplog: Any):
+    inside, ended = asyncio.Event(), asyncio.Event()
+
+    async def handle(records: Records) -> None:
+        inside.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+
+    bench = await one_handler(db, handle)
+    await bench.add("a", [{"n": 1}])
+    async with bench.running(lease=timedelta(seconds=0.6), on_suspects=lambda: None):
+        await inside.wait()
+        await bench.sql("update anton.lease set lease_until = '-infinity'")
+        async with db.conn() as conn:
+            await queue.reclaim(db, conn, 0, timedelta(minutes=1), [1])
+        await ended.wait()
+        await met(lambda: "a lease was lost, of 1 jobs" in caplog.text)
+
+
 async def test_the_heartbeat_keeps_a_lease_while_the_handler_blocks_the_loop(db: Database):
     blocked = threading.Event()
 
