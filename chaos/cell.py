@@ -86,6 +86,19 @@ def make_template(server: servers.Server) -> str:
     return "chaos_template"
 
 
+def _halted(pid: int) -> None:
+    """Waits until a process that is about to stop itself has, or is gone; on a busy machine that takes a while."""
+    end = time.monotonic() + 10
+    while time.monotonic() < end:
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            return
+        if state in "TtZX":
+            return
+        time.sleep(0.001)
+
+
 @dataclass
 class Stop:
     """A worker that stopped itself at its point. supervisor: None when that has died."""
@@ -243,13 +256,16 @@ class Cell:
         self.workers.clear()
 
     def look(self) -> list[dict[str, Any]]:
-        """New lines that workers noted."""
+        """New lines that workers noted. Who says that it stops itself has stopped: a SIGCONT would come before."""
         with self.log.open("rb") as file:
             file.seek(self._offset)
             data = self._partial + file.read()
             self._offset = file.tell()
         *lines, self._partial = data.split(b"\n")
         found = [json.loads(line) for line in lines]
+        for event in found:
+            if event["what"] == "stopped":
+                _halted(event["pid"])
         self.events += found
         return found
 
@@ -324,9 +340,12 @@ class Cell:
         assert self._conn is not None
         return check(self._conn, list(self.history.read()), self.dead)
 
-    def redo(self) -> list[float]:
-        """For each kill, the seconds until the last record that it was the last to hold was settled."""
-        times, later = [], list[tuple[int, int, int, int]]()
+    def redo(self) -> tuple[list[float], int]:
+        """For each kill, the seconds until the last record that it was the last to hold was settled.
+
+        And how many of the parts that were held never were.
+        """
+        times, later, unsettled = list[float](), list[tuple[int, int, int, int]](), 0
         for kill in reversed(self.kills):
             parts = [
                 part
@@ -336,15 +355,17 @@ class Cell:
             later += kill.held
             if not parts:
                 continue
-            (last,) = self.one(
-                "select extract(epoch from max(r.at) - %s)::float8 "
+            last, open_ = self.one(
+                "select extract(epoch from max(r.at) - %s)::float8, count(*) filter (where r.at is null) "
                 "from unnest(%s::int[], %s::bigint[], %s::int[], %s::int[]) h (handler, change, lo, hi) "
-                "cross join lateral ("
+                "left join lateral ("
                 "select x.at from anton.receipt x, unnest(x.change_ids, x.los, x.his) p (change, lo, hi) "
                 "where x.handler_id = h.handler and x.change_ids @> array[h.change] "
-                "and p.change = h.change and p.lo <= h.hi and p.hi >= h.lo) r",
+                "and p.change = h.change and p.lo <= h.hi and p.hi >= h.lo) r on true",
                 kill.at,
                 *map(list, zip(*parts, strict=True)),
             )
-            times.append(max(0.0, last or 0.0))
-        return times
+            unsettled += open_
+            if last is not None:
+                times.append(max(0.0, last))
+        return times, unsettled

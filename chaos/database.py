@@ -20,7 +20,7 @@ from psycopg import errors
 
 from benchmarks.proc import rss_mb
 from chaos.cell import APP, ROOT, Cell
-from chaos.faults import WORKERS, Result, _acks, _first_ack, fault, under_load
+from chaos.faults import WORKERS, Result, acks, fault, first_ack, under_load
 from chaos.handlers import said
 
 SHARED = 4  # rows of the table that everybody updates
@@ -108,7 +108,7 @@ def dumps(cell: Cell, n: int) -> Result:
         time.sleep(1)
         for _ in range(n):
             with _everything(cell) as tables:
-                before, began = _acks(cell), time.monotonic()
+                before, began = acks(cell), time.monotonic()
                 done = subprocess.run(
                     [*words, "migrate"],
                     cwd=APP,
@@ -121,7 +121,7 @@ def dumps(cell: Cell, n: int) -> Result:
                 (written,) = cell.one("select count(anton.write_triggers(id, true)) from anton.watched")
                 seconds.append(time.monotonic() - began)
                 time.sleep(0.5)
-                acked.append(_acks(cell) - before)
+                acked.append(acks(cell) - before)
                 result.verdict.require(written > 0, "no table is watched")
                 result.more["tables"] = tables
             if done.returncode:
@@ -153,15 +153,15 @@ def ddl(cell: Cell, n: int) -> Result:
 
     def look() -> None:
         nonlocal last, at
-        found = _acks(cell)
+        found = acks(cell)
         if found != last:
             stalls.append(time.monotonic() - at)
             last, at = found, time.monotonic()
 
     with under_load(cell, result), psycopg.connect(cell.url, autocommit=True) as conn:
         cell.start(WORKERS)
-        _first_ack(cell)
-        last, at = _acks(cell), time.monotonic()
+        first_ack(cell)
+        last, at = acks(cell), time.monotonic()
         conn.execute(f"set lock_timeout = '{WAIT}'")
         statements = itertools.cycle((text, table) for text in DDL for table in (("src", "kind"), ("out_each", "note")))
         for text, (table, column) in itertools.islice(statements, n):
@@ -212,7 +212,7 @@ def full(cell: Cell, n: int) -> Result:
                         )
             for conn in held:
                 conn.close()
-            seconds.append(_first_ack(cell))
+            seconds.append(first_ack(cell))
             time.sleep(0.5)
     result.verdict.require(
         max(seconds) < 10, f"nothing was acked for {max(seconds):.1f} s after there were connections"
@@ -297,11 +297,12 @@ def jumps(cell: Cell, n: int) -> Result:
         nonlocal twice
         end = time.monotonic() + 10
         while time.monotonic() < end:
-            (crashes, alone) = cell.one(
-                "select coalesce(max(crashes), 0), count(*) filter (where alone) from anton.lease"
+            (again, taken) = cell.one(
+                "select count(*) filter (where together and alone or crashes > 0), "
+                "count(*) filter (where together or alone) from anton.lease"
             )
-            twice += crashes > 0
-            if not alone:
+            twice += again > 0
+            if not taken:
                 return
             time.sleep(0.02)
 
@@ -311,7 +312,7 @@ def jumps(cell: Cell, n: int) -> Result:
         for ahead in itertools.islice(itertools.cycle((-3600, 0, 3600)), n):
             settle()
             _jump(cell, ahead)
-            seconds.append(_first_ack(cell))
+            seconds.append(first_ack(cell))
             settle()
             time.sleep(cell.lease)  # what was held before the jump back is held until that time comes again
             if ahead == -3600 and (victim := _kill_one(cell)):

@@ -18,7 +18,7 @@ from chaos.faults import PATIENCE, Result, fault
 
 SOON = 10.0  # seconds that a worker has to come to its point, or to go on from there
 IN_FLIGHT = ("before_commit", "before_ack", "after_claim")
-AWAKE = 3.0  # seconds that a worker which rests may take to see a record
+AWAKE = 10.0  # seconds that a worker which rests may take to see a record; without a reason it looks after 60
 
 
 def _asleep(cell: Cell, point: str, n: int, **given: Any) -> list[dict[str, Any]]:

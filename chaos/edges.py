@@ -7,13 +7,13 @@ import signal
 import socket
 import time
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import psycopg
 
 from chaos.cell import Cell
 from chaos.faults import PATIENCE, Result, fault, percentile, through, under_load
+from chaos.handlers import said
 
 
 @fault("A5", "triggers disabled, replica mode: what no trigger saw is found by reconcile()")
@@ -44,7 +44,7 @@ def skewed(cell: Cell, n: int) -> Result:
         cell.start(1, skew=skew)
     with under_load(cell, result):
         time.sleep(3 * cell.lease)
-        steals = Path(str(cell.log) + ".workers").read_text().count("the lease was lost")
+        steals = said(cell, "lease was lost")
         for _ in range(n):
             above = cell.random.choice(sorted(cell.workers))
             for pid in cell.children(above):

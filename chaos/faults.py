@@ -90,7 +90,8 @@ def _redone(cell: Cell, killed: list[int]) -> None:
     """Waits until others have what these held: how long that takes is to be measured without another kill."""
     end = time.monotonic() + 10
     while time.monotonic() < end and cell.one(
-        "select count(*) from anton.lease l join anton.worker w on w.id = l.worker_id where l.alone or w.pid = any(%s)",
+        "select count(*) from anton.lease l join anton.worker w on w.id = l.worker_id where l.alone or l.together "
+        "or w.pid = any(%s)",
         killed,
     ) != (0,):
         for stop in cell.stops():
@@ -126,7 +127,8 @@ def _kills(cell: Cell, n: int, **given: Any) -> Result:
                 cell.signal(spared, signal.SIGTERM)
                 cell.workers.discard(spared)
                 (spared,) = cell.start(**given)
-    redo = cell.redo()
+    redo, unsettled = cell.redo()
+    result.verdict.require(unsettled == 0, f"{unsettled} parts that a killed worker held were never settled")
     result.n = len(cell.kills)
     result.more |= {
         "points": dict(Counter(kill.point for kill in cell.kills)),
@@ -260,14 +262,15 @@ def bad_records(cell: Cell, n: int) -> Result:
 # The database
 
 
-def _acks(cell: Cell) -> int:
+def acks(cell: Cell) -> int:
+    """A number that grows with each ack."""
     return int(cell.one("select coalesce(max(id), 0) from anton.receipt")[0])
 
 
-def _first_ack(cell: Cell) -> float:
+def first_ack(cell: Cell) -> float:
     """Seconds until the next ack. Producers go on, so there is something to ack."""
-    began, before = time.monotonic(), _acks(cell)
-    while _acks(cell) == before and time.monotonic() - began < 30:
+    began, before = time.monotonic(), acks(cell)
+    while acks(cell) == before and time.monotonic() - began < 30:
         time.sleep(0.01)
     return time.monotonic() - began
 
@@ -279,7 +282,7 @@ def _crashes(cell: Cell, n: int, crash: Callable[[], None]) -> Result:
         for _ in range(n):
             time.sleep(cell.random.uniform(0.3, 1.5))
             crash()
-            seconds.append(_first_ack(cell))
+            seconds.append(first_ack(cell))
     result.n = n
     result.more |= {"first_ack_p50_s": percentile(seconds, 0.5), "first_ack_p99_s": percentile(seconds, 0.99)}
     return result
@@ -398,7 +401,7 @@ def partitions(cell: Cell, n: int) -> Result:
             for _ in range(n):
                 time.sleep(cell.random.uniform(0.3, 0.8))
                 proxy.freeze()
-                seconds.append(_first_ack(cell))
+                seconds.append(first_ack(cell))
                 time.sleep(2 * cell.lease)
                 proxy.heal()
     finally:

@@ -19,7 +19,7 @@ from pathlib import Path
 import servers
 
 from chaos.cell import SETTINGS, Cell, make_template
-from chaos.faults import Result, _acks, _first_ack, fault, under_load
+from chaos.faults import Result, acks, fault, first_ack, under_load
 
 SERVER, WORKERS = "10.77.0.1", "10.77.0.2"
 NOWHERE = "02:00:00:00:00:99"
@@ -107,12 +107,12 @@ def half_open(cell: Cell, n: int) -> Result:
             with under_load(one, result):
                 for way in [("both", "replies", "requests")[at % 3] for at in range(n)]:
                     cut, near = one.start(2, net=link.far, url=url), one.start(1)
-                    _first_ack(one)
+                    first_ack(one)
                     time.sleep(1)
                     pids = [pid for above in cut for pid in one.children(above)]
                     before = _backends(one)
                     link.silence(way)
-                    others.append(_first_ack(one))
+                    others.append(first_ack(one))
                     began = time.monotonic()
                     freed.append(_freed(one, pids))
                     while _backends(one) & before and time.monotonic() - began < NOTICED:
@@ -122,8 +122,8 @@ def half_open(cell: Cell, n: int) -> Result:
                     for pid in near:
                         one.signal(pid, signal.SIGTERM)
                         one.workers.discard(pid)
-                    began, acks = time.monotonic(), _acks(one)
-                    while _acks(one) < acks + 20 and time.monotonic() - began < NOTICED:
+                    began, acked = time.monotonic(), acks(one)
+                    while acks(one) < acked + 20 and time.monotonic() - began < NOTICED:
                         time.sleep(0.05)
                     noticed.append(time.monotonic() - began)
                     for above in cut:
