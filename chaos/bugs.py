@@ -82,10 +82,10 @@ BUGS = (
         (
             (
                 "anton/queue.py",
-                '    mine = token()\n    return _jobs(mine, await db.call(conn, "claim"',
+                '    mine = mine or token()\n    return _jobs(mine, await db.call(conn, "claim"',
                 '    import time\n    at = await conn.fetchval("select extract(epoch from clock_timestamp())::float8")\n'
                 "    lease += timedelta(seconds=time.time() - at)\n"
-                '    mine = token()\n    return _jobs(mine, await db.call(conn, "claim"',
+                '    mine = mine or token()\n    return _jobs(mine, await db.call(conn, "claim"',
             ),
         ),
         "T1a",
