@@ -26,7 +26,6 @@ bench-peers: $(READY) ## Anton and five other Postgres queues side by side; inst
 chaos: $(READY)       ## kills, crashes and lost replies, counted: make chaos ARGS="--minutes 10 --seed 7", or of one kind: ARGS=P1
 	@.ci/postgres
 	@$(BIN)/python -m chaos $(ARGS)
-	@ANTON_TEST_SERVER=system ANTON_EXAMPLES=300 ANTON_STEPS=60 $(BIN)/python -m pytest -q tests/test_state_machine.py
 
 lint: $(READY)
 	@$(BIN)/ruff check .

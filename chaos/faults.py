@@ -34,11 +34,12 @@ PATIENCE = 60.0  # seconds that a drain may take after the last fault
 
 @dataclass
 class Result:
-    """What a fault came to. n: how often it was done; more: what else was counted or measured."""
+    """What a fault came to. n: how often it was done, of the `asked`; more: what else was counted or measured."""
 
     n: int = 0
     verdict: Verdict = field(default_factory=Verdict)
     more: dict[str, Any] = field(default_factory=dict)
+    asked: int = 0
 
 
 Fault = Callable[[Cell, int], Result]

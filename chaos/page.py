@@ -1,16 +1,15 @@
 """The README's table of what the engine survives, from benchmarks/results/chaos.json.
 
-    python -m chaos.page        # writes it between the marks in README.md
+    python -m chaos.page        # writes that from chaos-detail.json, and the table between the marks in README.md
 """
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Any
 
 from chaos.cell import ROOT
-from chaos.report import RESULTS, bound
+from chaos.report import bound, derive
 
 MARKS = re.compile(r"(<!-- chaos: [^>]* -->\n).*?(<!-- /chaos -->)", re.DOTALL)
 LINES = (  # (what is done, how often, lost, doubled, what else was measured)
@@ -26,7 +25,8 @@ LINES = (  # (what is done, how often, lost, doubled, what else was measured)
     ("the world away for 60 s", "", "", "",
      "{outage_dead:.0f} dead letters; drained in {outage_drain_vs_ideal:.2f} × the ideal"),
     ("10,000 records/s offered to a handler that does 1,000, for 60 s", "", "", "",
-     "goodput {overload_goodput:.2f}; another handler's pick-up p99 {overload_neighbour_ratio:.1f} × idle"),
+     "goodput {overload_goodput:.2f}; another handler's pick-up p99 {overload_neighbour_ratio:.1f} × idle; "
+     "memory grew by {overload_rss_mb:.1f} MB"),
     ("500,000 jobs under one held snapshot", "", "", "",
      "claim p99 of the last tenth {xmin_claim_p99_ratio:.2f} × that of the first"),
     ("twelve bugs planted in the engine, one at a time", "", "", "", "{planted_caught:.0f} of 12 caught"),
@@ -34,16 +34,18 @@ LINES = (  # (what is done, how often, lost, doubled, what else was measured)
 
 
 def table(report: list[dict[str, Any]]) -> str:
-    """The figures in Markdown. The chance of a single failure stands beside each count, at 95 %."""
+    """The figures in Markdown. The chance of a single failure stands beside each count without one, at 95 %."""
     values = {row["name"]: row["value"] for row in report}
     missed = {row["name"] for row in report if not row["ok"]}
+    zero = {row["name"] for row in report if row["bar"] == 0}
     lines = ["| done to it | times | lost | doubled | chance of one, 95 % | measured |", "|---|---|---|---|---|---|"]
     for what, n, lost, doubled, more in LINES:
         times = int(values[n]) if n else 0
         cells = [f"{values[name]:,.0f}" if name else "" for name in (n, lost, doubled)]
         late = [name for name in missed if f"{{{name}" in more or name in (n, lost, doubled)]
         said = more.format_map(values) + "".join(f" **{name} missed**" for name in sorted(late))
-        lines.append(f"| {what} | {' | '.join(cells)} | {bound(times) if times else ''} | {said} |")
+        chance = bound(times, len(zero.intersection(late))) if times else ""
+        lines.append(f"| {what} | {' | '.join(cells)} | {chance} | {said} |")
     return "\n".join(lines) + "\n"
 
 
@@ -54,4 +56,4 @@ def filled(readme: str, report: list[dict[str, Any]]) -> str:
 
 if __name__ == "__main__":
     page = ROOT / "README.md"
-    page.write_text(filled(page.read_text(), json.loads((RESULTS / "chaos.json").read_text())))
+    page.write_text(filled(page.read_text(), derive()))

@@ -7,9 +7,57 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from chaos.cell import LEASE
+from chaos.check import Verdict
 from chaos.faults import FAULTS, Result
 
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
+DETAIL = "chaos-detail.json"
+KEPT = ("acked", "unknown", "lost", "doubled", "phantom", "wrong")  # of a verdict
+
+# How often in 60 minutes. The faults of a bar have its N.
+FULL = {
+    "P1": 1000,
+    "P2": 200,
+    "P3": 300,
+    "P5": 200,
+    "R1": 100,
+    "D1": 100,
+    "D2": 100,
+    "D3": 20,
+    "D5": 200,
+    "D6": 500,
+    "N1": 40,
+    "N7": 60,
+    "A5": 1000,
+    "T1": 40,
+    "L3": 20,
+    "C1": 200,
+    "W1": 3000,
+    "H1": 500,
+    "OUT": 60,
+    "L1": 60,
+    "D12": 500_000,
+    "D12b": 5,
+    "P4": 15,
+    "P6": 12,
+    "P7": 8,
+    "A3": 6,
+    "L2": 20_000,
+    "D7": 300,
+    "D11": 8,
+    "D13": 60,
+    "A4": 1_000_000,
+    "T2": 12,
+    "N3": 3,
+    "P1a": 60,
+    "P3a": 20,
+    "P3b": 10,
+    "R2": 20,
+    "Q1": 20,
+    "T1a": 10,
+    "W2": 100,
+}
 
 
 @dataclass(frozen=True)
@@ -43,6 +91,7 @@ BARS = (
     Bar("outage_drain_vs_ideal", "ratio", 1.2),
     Bar("overload_goodput", "ratio", 0.9, most=False),
     Bar("overload_neighbour_ratio", "ratio", 2),
+    Bar("overload_rss_mb", "MB", 20),
     Bar("xmin_claim_p99_ratio", "ratio", 2),
     Bar("planted_caught", "bugs", 12, most=False),
 )
@@ -61,7 +110,7 @@ def values(results: dict[str, Result]) -> dict[str, float | None]:
         kills=lambda r: r.n,
         kill_lost=lambda r: r.verdict.lost,
         kill_doubled=lambda r: r.verdict.doubled,
-        redo_p99_over_lease_s=lambda r: r.more["redo_p99_s"] and r.more["redo_p99_s"] - 1.0,
+        redo_p99_over_lease_s=lambda r: r.more["redo_p99_s"] and r.more["redo_p99_s"] - LEASE,
     )
     take(
         "D1",
@@ -85,7 +134,10 @@ def values(results: dict[str, Result]) -> dict[str, float | None]:
     take("P5", oom_kills=lambda r: r.n, oom_innocent_dead=lambda r: r.more["innocent_dead"])
     take("OUT", outage_dead=lambda r: r.more["dead"], outage_drain_vs_ideal=lambda r: r.more["ratio"])
     take(
-        "L1", overload_goodput=lambda r: r.more["goodput"], overload_neighbour_ratio=lambda r: r.more["neighbour_ratio"]
+        "L1",
+        overload_goodput=lambda r: r.more["goodput"],
+        overload_neighbour_ratio=lambda r: r.more["neighbour_ratio"],
+        overload_rss_mb=lambda r: max(r.more["rss_mb"]) - r.more["rss_mb"][0],
     )
     take("D12", xmin_claim_p99_ratio=lambda r: r.more["ratio"])
     take("bugs", planted_caught=lambda r: r.n)
@@ -112,9 +164,9 @@ def rows(results: dict[str, Result]) -> list[dict[str, Any]]:
     return out
 
 
-def bound(n: int) -> str:
-    """With no failure in n trials the chance of one is below this, at 95 %."""
-    return f"< {300 / n:.2g} %" if n else "-"
+def bound(n: int, failures: int = 0) -> str:
+    """With no failure in n trials the chance of one is below this, at 95 %; "-" when there were failures."""
+    return f"< {300 / n:.2g} %" if n and not failures else "-"
 
 
 def line(name: str, result: Result) -> str:
@@ -125,7 +177,7 @@ def line(name: str, result: Result) -> str:
     )
     return (
         f"{name:<5}{result.n:>6}{result.verdict.acked:>9}{result.verdict.unknown:>9}{result.verdict.lost:>6}"
-        f"{result.verdict.doubled:>9}  {bound(result.n):<9}{more}{wrong}"
+        f"{result.verdict.doubled:>9}  {bound(result.n, result.verdict.lost + result.verdict.doubled):<9}{more}{wrong}"
     )
 
 
@@ -150,29 +202,42 @@ def _short(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def save(results: dict[str, Result], seed: int, folder: Path = RESULTS) -> None:
-    """Writes chaos.json; rows measured earlier stay until they are measured again. chaos-detail.json has the rest."""
+def longer(name: str, older: dict[str, Any], result: Result) -> bool:
+    """What was measured earlier says more than this: it was done oftener than this was to be, and than is needed."""
+    return name in FULL and result.asked < min(older["n"], FULL[name])
+
+
+def save(results: dict[str, Result], seed: int, folder: Path = RESULTS) -> list[str]:
+    """Writes chaos-detail.json and, from it, chaos.json. The faults whose longer run of earlier stays are returned."""
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "chaos.json"
-    kept = {row["name"]: row for row in json.loads(file.read_text())} if file.exists() else {}
-    kept |= {row["name"]: row for row in rows(results)}
-    order = [bar.name for bar in BARS]
-    file.write_text(json.dumps(sorted(kept.values(), key=lambda row: order.index(row["name"])), indent=1) + "\n")
-    detail = folder / "chaos-detail.json"
+    detail = folder / DETAIL
     older = json.loads(detail.read_text()) if detail.exists() else {}
+    stays = [name for name, result in results.items() if name in older and longer(name, older[name], result)]
     older |= {
         name: {
             "what": FAULTS[name][0] if name in FAULTS else "",
             "n": result.n,
             "seed": seed,
-            "acked": result.verdict.acked,
-            "unknown": result.verdict.unknown,
-            "lost": result.verdict.lost,
-            "doubled": result.verdict.doubled,
-            "wrong": result.verdict.wrong,
-            "bound_95": bound(result.n),
+            **{key: getattr(result.verdict, key) for key in KEPT},
+            "bound_95": bound(result.n, result.verdict.lost + result.verdict.doubled),
             **result.more,
         }
         for name, result in results.items()
+        if name not in stays
     }
     detail.write_text(json.dumps(older, indent=1, default=str) + "\n")
+    derive(folder)
+    return stays
+
+
+def derive(folder: Path = RESULTS) -> list[dict[str, Any]]:
+    """Writes chaos.json from chaos-detail.json."""
+    detail = json.loads((folder / DETAIL).read_text())
+    found = rows(
+        {
+            name: Result(one["n"], Verdict(**{key: one[key] for key in KEPT if key in one}), one)
+            for name, one in detail.items()
+        }
+    )
+    (folder / "chaos.json").write_text(json.dumps(found, indent=1) + "\n")
+    return found

@@ -23,7 +23,9 @@ from benchmarks.harness import (
 from benchmarks.readme import REPO, filled, table
 from benchmarks.server import connect
 from benchmarks.subject import check, same_rows, wait_idle
-from chaos import page
+from chaos import page, report
+from chaos.check import Verdict
+from chaos.faults import Result
 from chaos.report import BARS
 
 EXPECTED = "select n, s from (values (1, 'a'), (2, 'b'), (2, 'b')) x (n, s)"
@@ -109,6 +111,58 @@ def test_the_readme_shows_the_figures_that_were_measured() -> None:
 
 def test_the_readme_shows_what_was_survived() -> None:
     text = (REPO / "README.md").read_text()
-    report = json.loads((REPO / "benchmarks/results/chaos.json").read_text())
-    assert page.filled(text, report) == text
-    assert len(report) == len(BARS) and len(page.table(report).splitlines()) > 2
+    found = json.loads((REPO / "benchmarks/results/chaos.json").read_text())
+    assert page.filled(text, found) == text
+    assert len(found) == len(BARS) and len(page.table(found).splitlines()) > 2
+
+
+def _restarts(asked: int, n: int, **verdict: int) -> dict[str, Result]:
+    return {"D1": Result(n, Verdict(**verdict), {"first_ack_p99_s": 1.0}, asked)}
+
+
+def _kept(folder: Path) -> dict[str, float]:
+    return {row["name"]: row["value"] for row in json.loads((folder / "chaos.json").read_text())}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "kept"),
+    [
+        ((100, 100), (8, 8), 100),
+        ((8, 8), (100, 100), 100),
+        ((100, 103), (100, 100), 100),  # it need not be done oftener than asked to count
+        ((100, 100), (100, 60), 60),  # as long, and came to less
+        ((8, 8), (8, 9), 9),
+    ],
+)
+def test_a_shorter_run_leaves_the_figures_of_a_longer_one(
+    first: tuple[int, int], second: tuple[int, int], kept: int, tmp_path: Path
+) -> None:
+    report.save(_restarts(*first), 1, tmp_path)
+    report.save(_restarts(*second), 2, tmp_path)
+    assert _kept(tmp_path)["restarts"] == kept
+
+
+def test_fewer_bugs_that_are_caught_replace_more(tmp_path: Path) -> None:
+    report.save({"bugs": Result(12)}, 1, tmp_path)
+    report.save({"bugs": Result(11)}, 2, tmp_path)
+    assert _kept(tmp_path) == {"planted_caught": 11}
+
+
+def test_growth_is_from_the_first_measure_to_the_highest(tmp_path: Path) -> None:
+    more = {"goodput": 1.0, "neighbour_ratio": 1.0, "rss_mb": [41.5, 42.0, 43.5]}
+    report.save({"L1": Result(60, more=more)}, 1, tmp_path)
+    assert _kept(tmp_path)["overload_rss_mb"] == 2.0
+
+
+@pytest.mark.parametrize(("lost", "chance"), [(0, "< 3 %"), (1, "-")])
+def test_the_chance_of_a_failure_is_told_only_where_there_was_none(lost: int, chance: str, tmp_path: Path) -> None:
+    report.save(_restarts(100, 100, lost=lost), 1, tmp_path)
+    assert json.loads((tmp_path / report.DETAIL).read_text())["D1"]["bound_95"] == chance
+    assert chance in report.line("D1", _restarts(100, 100, lost=lost)["D1"]).split("  ")
+    counts = {bar.name: 0 for bar in BARS} | {"restarts": 100, "restart_lost": lost}
+    rows = [
+        {"name": bar.name, "value": counts[bar.name], "bar": bar.limit, "ok": bar.name != "restart_lost" or not lost}
+        for bar in BARS
+    ]
+    [told] = [one for one in page.table(rows).splitlines() if "-m immediate" in one]
+    assert f"| {chance} |" in told
