@@ -4,7 +4,7 @@
 
 One event loop. Each lane (a handler) has slots of its own and the worker a total, filled in turn, so that a deep
 handler starves nobody; a slot is refilled as soon as it is free, and the next claim overlaps with what runs.
-Leases are kept alive from a thread (heartbeat.py). Jobs whose worker died are suspects: a process of their own runs them.
+Leases are kept alive from a thread (heartbeat.py). What a dead worker held is suspect: a process of its own runs it.
 """
 
 from __future__ import annotations
