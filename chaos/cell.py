@@ -324,10 +324,17 @@ class Cell:
         return int(n)
 
     def drain(self, patience: float = 60) -> float | None:
-        """Waits until nothing is left; the seconds it took, None when it did not end."""
-        began = time.monotonic()
+        """Waits until nothing is left; the seconds it took, None when it did not end.
+
+        patience: seconds without any ack, so that a busy machine is only slow; and at most ten times that in all.
+        """
+        began = at = time.monotonic()
+        acks = None
         while self.left():
-            if time.monotonic() - began > patience:
+            found = self.one("select max(id) from anton.receipt")
+            if found != acks:
+                acks, at = found, time.monotonic()
+            if time.monotonic() - at > patience or time.monotonic() - began > 10 * patience:
                 return None
             for stop in self.stops():  # nobody stops now
                 self.signal(stop.pid, signal.SIGCONT)

@@ -47,7 +47,7 @@ def _finish(cell: Cell, result: Result) -> Result:
     verdict = cell.check()
     verdict.wrong += result.verdict.wrong
     result.verdict = verdict
-    verdict.require(took is not None, f"not drained in {PATIENCE:g} s")
+    verdict.require(took is not None, f"not drained, and nothing acked for {PATIENCE:g} s")
     result.more["drain_s"] = took
     return result
 

@@ -29,7 +29,7 @@ from chaos.proxy import Cut, Proxy
 
 WORKERS = 3
 MORTAL = 20  # deaths of one record at which it should have been a dead letter
-PATIENCE = 60.0  # seconds that a drain may take after the last fault
+PATIENCE = 60.0  # seconds without any ack that a drain may have after the last fault
 
 
 @dataclass
@@ -68,7 +68,7 @@ def under_load(cell: Cell, result: Result, *, rate: float = 20, url: str | None 
         cell.start(WORKERS)
     took = cell.drain(PATIENCE)
     result.verdict = cell.check()
-    result.verdict.require(took is not None, f"not drained in {PATIENCE:g} s")
+    result.verdict.require(took is not None, f"not drained, and nothing acked for {PATIENCE:g} s")
     result.more |= {"drain_s": took, "operations": dict(cell.history.states)}
 
 

@@ -83,6 +83,9 @@ def attempt(history: History, operation: Operation, conn: Conn, work: Callable[[
             work(conn)
             if operation.kind == "rollback":
                 raise psycopg.Rollback
+    except psycopg.Rollback:  # comes through when the connection broke at the ROLLBACK
+        history.end(operation, "fail")
+        return False
     except (psycopg.OperationalError, psycopg.InterfaceError):
         history.end(operation, "unknown")
         return False

@@ -9,14 +9,17 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 from servers import NoServer
 
 from chaos.__main__ import catch, done
 from chaos.bugs import BUGS, Bug, planted
 from chaos.cell import cluster, make_template
+from chaos.history import Conn, History, attempt
 from chaos.report import bound
 
 SEED = 11
@@ -95,3 +98,15 @@ def test_a_bug_can_still_be_planted(bug: Bug) -> None:
 
 def test_no_failure_in_n_trials_says_less_than_three_in_n() -> None:
     assert bound(1000) == "< 0.3 %" and bound(0) == "-"
+
+
+def test_a_connection_that_breaks_at_a_rollback_leaves_its_producer_going(database: str, tmp_path: Path) -> None:
+    def end(conn: Conn) -> None:
+        with psycopg.connect(database, autocommit=True) as other:
+            other.execute("select pg_terminate_backend(%s, 5000)", (conn.info.backend_pid,))
+
+    history = History(tmp_path / "history")
+    with psycopg.connect(database, autocommit=True) as conn:
+        assert not attempt(history, history.begin("src", "rollback", [1]), conn, end)
+    assert [operation.state for operation in history.read()] == ["fail"]
+    history.close()
