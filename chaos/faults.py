@@ -114,8 +114,12 @@ def _kills(cell: Cell, n: int, **given: Any) -> Result:
                 cell.start(point=next(points), hits=cell.random.randint(1, 12), **given)
             time.sleep(cell.random.uniform(0, 0.4))
             victims = [(stop.pid, stop.point) for stop in cell.stops()]
-            if cell.random.random() < 0.3:
-                children = [pid for one in cell.workers - {spared} for pid in cell.children(one)]
+            if cell.random.random() < 0.6:
+                (busy,) = cell.one(
+                    "select array(select distinct w.pid from anton.lease l join anton.worker w on w.id = l.worker_id "
+                    "where w.stopped_at is null)"
+                )
+                children = [pid for one in cell.workers - {spared} for pid in cell.children(one) if pid in busy]
                 victims += [(pid, "any time") for pid in cell.random.sample(children, min(1, len(children)))]
             for pid, point in victims:
                 above = cell.supervisor(pid) or 0

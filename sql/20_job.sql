@@ -2,6 +2,8 @@
 -- Any language can be a worker through these functions; Python's names for them are in anton/queue.py.
 -- job holds what is ready, delayed what waits for its time, lease what is being worked. A claim moves rows
 -- from job to lease, so paused, delayed and leased work never lies in the claim's way.
+-- jit = off goes with it: what is switched off costs 1e10, which Postgres before 18 takes for a query worth compiling
+-- (0.2 s, each time).
 -- enable_seqscan = off: plans are kept from when a table was small, and statistics lag behind; see tests/test_plans.py.
 
 -- leased(token, ids) -> leased jobs with what a worker needs; keys come from the change when the job does not hold them
@@ -10,7 +12,7 @@ create or replace function leased(p_token bigint, p_ids bigint[] default null) r
   attempt smallint, crashes smallint, depth smallint, op "char", tenant text, origin text, settled int[],
   ids bigint[], keys jsonb, cols text[], degraded text, table_id int, ms_waiting real, probe boolean)
 language plpgsql volatile set search_path from current
-set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
+set jit = off set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
 declare v_now timestamptz := now();
 begin
   return query
@@ -47,7 +49,7 @@ returns table (
   attempt smallint, crashes smallint, depth smallint, op "char", tenant text, origin text, settled int[],
   ids bigint[], keys jsonb, cols text[], degraded text, table_id int, ms_waiting real, probe boolean)
 language plpgsql volatile set search_path from current
-set enable_seqscan = off set plan_cache_mode = force_generic_plan as $$
+set jit = off set enable_seqscan = off set plan_cache_mode = force_generic_plan as $$
 #variable_conflict use_column
 declare
   v_now timestamptz := now();
@@ -120,7 +122,7 @@ end $$;
 drop function if exists heartbeat(int, bigint[], interval);
 create or replace function heartbeat(p_worker int, p_tokens bigint[], p_lease interval, p_without bigint[] default '{}') returns setof bigint
 language plpgsql volatile set search_path from current
-set enable_seqscan = off as $$
+set jit = off set enable_seqscan = off as $$
 declare v_now timestamptz := now(); v_until timestamptz := v_now + p_lease; v_rows tid[];
 begin
   update worker set seen_at = v_now where id = p_worker;
@@ -162,7 +164,7 @@ end $$;
 --   gone  records that had vanished from the table when they were read
 create or replace function ack(p_token bigint, p_ids bigint[], p_worker int, p_ms real, p_gone int default 0)
 returns bigint language plpgsql volatile set search_path from current
-set enable_seqscan = off as $$
+set jit = off set enable_seqscan = off as $$
 declare
   v_now timestamptz := now();
   v_receipt bigint := nextval('change_seq');
@@ -206,7 +208,7 @@ end $$;
 -- Marks records of one job as settled and drops the lease with the last one. NT001 when the lease is lost.
 create or replace function settle(p_token bigint, p_id bigint, p_ordinals int[]) returns lease
 language plpgsql volatile set search_path from current
-set enable_seqscan = off as $$
+set jit = off set enable_seqscan = off as $$
 declare v lease;
 begin
   select * into v from lease where token = p_token and id = p_id for update;
@@ -271,7 +273,7 @@ end $$;
 -- Settles one record as a dead letter: its key, its image where one was kept, and why.
 create or replace function bury(p_token bigint, p_id bigint, p_ordinal int, p_reason text, p_error text, p_traceback text)
 returns bigint language plpgsql volatile set search_path from current
-set enable_seqscan = off as $$
+set jit = off set enable_seqscan = off as $$
 declare v lease; v_dead bigint := nextval('change_seq');
 begin
   v := settle(p_token, p_id, array[p_ordinal]);
@@ -291,7 +293,7 @@ end $$;
 -- give_back(token, ids): leased jobs are ready again at once; nothing is counted against them
 create or replace function give_back(p_token bigint, p_ids bigint[]) returns void
 language plpgsql volatile set search_path from current
-set enable_seqscan = off as $$
+set jit = off set enable_seqscan = off as $$
 declare v_held bigint;
 begin
   with gone as (delete from lease where token = p_token and id = any (p_ids) returning *),
@@ -314,7 +316,7 @@ $$;
 -- The outside world fails, not these records: gives the jobs back and makes their handler wait, see patience().
 create or replace function world_failed(p_token bigint, p_ids bigint[], p_error text) returns timestamptz
 language plpgsql volatile set search_path from current
-set enable_seqscan = off as $$
+set jit = off set enable_seqscan = off as $$
 declare v_now timestamptz := now(); v_handler int; v_probe timestamptz;
 begin
   select handler_id into v_handler from lease where token = p_token and id = any (p_ids) limit 1;
@@ -334,7 +336,7 @@ end $$;
 create or replace function split(p_token bigint, p_id bigint, p_parts int, p_until timestamptz default null)
 returns table (id bigint, lo int, hi int)
 language plpgsql volatile set search_path from current
-set enable_seqscan = off as $$
+set jit = off set enable_seqscan = off as $$
 #variable_conflict use_column
 declare v lease; v_size int;
 begin
@@ -366,7 +368,7 @@ $$;
 -- promote() -> jobs moved
 -- Delayed jobs whose time has come are ready.
 create or replace function promote() returns int language plpgsql volatile set search_path from current
-set enable_seqscan = off set enable_sort = off as $$
+set jit = off set enable_seqscan = off set enable_sort = off as $$
 declare v_now timestamptz := now(); v_n int;
 begin
   if not exists (select from delayed where run_at <= v_now) then
@@ -395,7 +397,7 @@ $$;
 
 -- ready(handlers) -> which of them have jobs to claim; promotes what is due first
 create or replace function ready(p_handlers int[]) returns int[] language plpgsql volatile set search_path from current
-set enable_seqscan = off as $$
+set jit = off set enable_seqscan = off as $$
 declare v_now timestamptz := now();
 begin
   perform promote();
@@ -410,7 +412,7 @@ end $$;
 create or replace function poll(p_worker int, p_handlers int[], p_lease interval default null,
   out ready int[], out suspects int, out wake_at timestamptz, out at timestamptz)
 language plpgsql volatile set search_path from current
-set enable_seqscan = off as $$
+set jit = off set enable_seqscan = off as $$
 declare
   v_now timestamptz := now(); v_again boolean := false;
   v_back timestamptz := back(coalesce(p_lease, setting('lease')::interval));

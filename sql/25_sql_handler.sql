@@ -35,7 +35,7 @@ end $$;
 
 -- imaged(change ids, los, his) -> these parts of changes, with the arrays that hold the images; found by id, however few changes there are
 create or replace function imaged(p_changes bigint[], p_los int[], p_his int[]) returns table (change_id bigint, lo int, hi int, cols text[], news text[], olds text[])
-language plpgsql stable set search_path from current set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
+language plpgsql stable set search_path from current set jit = off set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
 begin
   return query select j.change_id, j.lo, j.hi, c.cols, c.news, c.olds
     from unnest(p_changes, p_los, p_his) j (change_id, lo, hi) join change c on c.id = j.change_id;
