@@ -2,9 +2,8 @@
 -- Any language can be a worker through these functions; Python's names for them are in anton/queue.py.
 -- job holds what is ready, delayed what waits for its time, lease what is being worked. A claim moves rows
 -- from job to lease, so paused, delayed and leased work never lies in the claim's way.
--- jit = off goes with it: what is switched off costs 1e10, which Postgres before 18 takes for a query worth compiling
--- (0.2 s, each time).
 -- enable_seqscan = off: plans are kept from when a table was small, and statistics lag behind; see tests/test_plans.py.
+-- jit = off with it: what is switched off costs 1e10, which Postgres before 18 takes for worth compiling, 0.2 s each run.
 
 -- leased(token, ids) -> leased jobs with what a worker needs; keys come from the change when the job does not hold them
 create or replace function leased(p_token bigint, p_ids bigint[] default null) returns table (

@@ -69,7 +69,7 @@ def test_public_names_are_sorted_and_there() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(REPO).as_posix())
 def test_commands_on_a_page_exist(page: Path) -> None:
-    targets = set(re.findall(r"^(\w+):", text(REPO / "Makefile"), flags=re.M))
+    targets = set(re.findall(r"^([\w-]+):", text(REPO / "Makefile"), flags=re.M))
     known = set(verbs(parser()))
     for block in re.findall(r"```sh\n(.*?)```|`([^`\n]+)`", text(page), flags=re.S):
         for line in "\n".join(block).splitlines():

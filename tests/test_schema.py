@@ -47,6 +47,14 @@ async def test_every_function_has_the_search_path_written_out(db: Database) -> N
     assert open_ == {"anton.now()", "anton.slot(timestamp with time zone)"}  # inlined; they name nothing of ours
 
 
+async def test_a_function_that_switches_plan_nodes_off_switches_jit_off_too(db: Database) -> None:
+    async with db.conn() as conn:
+        settings = await conn.fetch("select proname, array_to_string(proconfig, ' ') as said from pg_proc "
+                                    "where pronamespace = 'anton'::regnamespace and proconfig::text ~ 'enable_.*=off'")
+    assert len(settings) > 10
+    assert [row["proname"] for row in settings if "jit=off" not in row["said"]] == []
+
+
 async def test_sql_runs_again_and_changes_nothing(db: Database) -> None:
     bodies = ("select p.oid::regprocedure::text as name, md5(pg_get_functiondef(p.oid)) as body from pg_proc p "
               "where p.pronamespace = 'anton'::regnamespace and p.prokind = 'f' order by 1")
