@@ -6,19 +6,21 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from datetime import timedelta
 from functools import partial
 
 from anton import queue
 from anton.lane import Batch, Lane
+from anton.queue import Job
 from anton.run import Run
 from anton.settle import Settler
 
 
 async def work_suspects(settler: Settler, lease: timedelta, lanes: Mapping[int, Lane],
                         alone: Callable[[Run], Awaitable[object]], alive: Callable[[], bool]) -> int:
-    """Runs them batch after batch while alive(); how many records were settled. alone: runs one batch to its end."""
+    """Runs them while alive(); how many records were settled. alone: runs one batch to its end."""
     db, done = settler.db, 0
     while alive():
         async with db.conn() as conn:
@@ -33,7 +35,22 @@ async def work_suspects(settler: Settler, lease: timedelta, lanes: Mapping[int, 
                 Batch.of(jobs), "crashed", f"its process died {job.crashes} times while this record ran alone"
             )
         else:
-            left = sum(len(job.left) for job in jobs)
-            await alone(Run(lanes[job.handler_id], Batch.of(jobs)))
+            left, lane = sum(len(job.left) for job in jobs), lanes[job.handler_id]
+            runs = [Run(lane, Batch.of(some)) for some in _batches(jobs, lane.batch)]
+            for first in range(0, len(runs), lane.concurrency):
+                await asyncio.gather(*map(alone, runs[first:first + lane.concurrency]))
             done += left - sum(len(job.left) for job in jobs)
     return done
+
+
+def _batches(jobs: list[Job], most: int) -> list[list[Job]]:
+    """In their order, of at most so many records each, and of one job at least."""
+    found: list[list[Job]] = []
+    size = 0
+    for job in jobs:
+        if not found or size + len(job.left) > most:
+            found.append([])
+            size = 0
+        found[-1].append(job)
+        size += len(job.left)
+    return found

@@ -35,7 +35,7 @@ end $$;
 
 -- reclaim_together(worker, token, handlers, lease) -> leased jobs
 -- As reclaim(), but suspects whose worker died for the first time come together, as many of one handler as are its
--- batch: most are innocent. When that run dies as well, each is run alone next. Without such, one that runs alone.
+-- batch, or 100 records: most are innocent. When that run dies as well, each is run alone next. Without such, one that runs alone.
 create or replace function reclaim_together(p_worker int, p_token bigint, p_handlers int[], p_lease interval)
 returns table (
   handler_id int, id bigint, change_id bigint, at timestamptz, cause bigint, trace bigint, lo int, hi int,
@@ -54,7 +54,7 @@ begin
        and not h.paused and h.failing_since is null
   ), locked as (
     select l.ctid as row from lease l
-     where l.ctid in (select row from first_time where n <= batch
+     where l.ctid in (select row from first_time where n <= greatest(batch, 100)
                          and handler_id = (select handler_id from first_time order by lease_until, id limit 1))
        and l.lease_until < v_now and not l.together and not l.alone   -- of the row as it is when it is locked
        for update skip locked
