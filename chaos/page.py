@@ -13,8 +13,7 @@ from chaos.report import bound, derive
 
 MARKS = re.compile(r"(<!-- chaos: [^>]* -->\n).*?(<!-- /chaos -->)", re.DOTALL)
 LINES = (  # (what is done, how often, lost, doubled, what else was measured)
-    ("SIGKILL of a worker with jobs in flight", "kills", "kill_lost", "kill_doubled",
-     "redone {redo_p99_over_lease_s:.1f} s after the lease's end, p99"),
+    ("SIGKILL of a worker with jobs in flight", "kills", "kill_lost", "kill_doubled", ""),
     ("Postgres stopped with `-m immediate`", "restarts", "restart_lost", "restart_doubled",
      "first ack {first_ack_p99_s:.1f} s after it is up, p99"),
     ("COMMIT carried out, its reply lost", "reply_lost", "reply_lost_lost", "reply_lost_doubled", ""),

@@ -12,7 +12,7 @@ end $$;
 -- table_state(table) -> all that watch(), put_table() and sync_triggers() may change, as text; null when not watched
 -- A table that nobody ever listened to has no triggers that its shape could make out of date.
 create or replace function table_state(p_table text) returns text language sql stable set search_path from current as $$
-  select jsonb_build_array(to_jsonb(w) - 'watched_at' - case when exists (select from handler h where h.table_id = w.id) then '' else 'shape' end,
+  select jsonb_build_array(to_jsonb(w) - 'watched_at' - case when exists (select from handler h where h.table_id = w.id) then '{}' else '{shape,had}'::text[] end,
            (select jsonb_agg(h.id) from handler h where h.table_id = w.id and h.enabled and h.enabled_at is null),
            (select jsonb_object_agg(p.proname, p.prosrc || coalesce(p.proconfig::text, '') || p.proowner) from pg_proc p
              where p.pronamespace = quote_ident(current_schema())::regnamespace and p.proname ~ ('^t' || w.id || '_')),
