@@ -16,7 +16,7 @@ import psycopg
 from chaos.cell import Cell
 from chaos.faults import PATIENCE, Result, fault
 
-SOON = 10.0  # seconds that a worker has to come to its point, or to go on from there
+SOON = 20.0  # seconds that a worker has to come to its point, or to go on from there
 IN_FLIGHT = ("before_commit", "before_ack", "after_claim")
 AWAKE = 10.0  # seconds that a worker which rests may take to see a record; without a reason it looks after 60
 
