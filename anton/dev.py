@@ -62,7 +62,7 @@ def watch(settings: config.Config, target: config.Target, *, module: str | None,
                 _end(child)
                 child = start()
             elif child.poll() not in (None, NOT_STARTED):
-                return 1
+                return 1 if child.returncode else 0                    # 0: Ctrl-C reached it before us
     except KeyboardInterrupt:
         return 0
     finally:

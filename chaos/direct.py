@@ -73,13 +73,17 @@ def _zombies(cell: Cell, n: int, point: str) -> Result:
     wanted, mine = sum(len(event["ids"]) for event in asleep), "select count(*) from anton.lease where token = %s"
     end = time.monotonic() + SOON
     while cell.one(mine, token)[0] < wanted and time.monotonic() < end:
-        cell.one(
-            "select count(*) from anton.reclaim(%s, %s, array(select id from anton.handler), %s, 100)",
+        cell.one(  # in one statement: a lease of a second may end between two
+            "select h.n from (select count(*) as n "
+            "from anton.reclaim(%s, %s, array(select id from anton.handler), %s, 100)) r "
+            "cross join lateral (select count(*) as n from anton.heartbeat(%s, "
+            "case when r.n >= 0 then array[%s::bigint] end, '10 min')) h",
             me,
             token,
             f"{cell.lease} s",
+            me,
+            token,
         )
-        cell.one("select count(*) from anton.heartbeat(%s, array[%s::bigint], '10 min')", me, token)
         time.sleep(0.02)
     for event in asleep:
         cell.signal(event["pid"], signal.SIGCONT)
