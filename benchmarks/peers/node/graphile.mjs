@@ -3,20 +3,8 @@
 //   node graphile.mjs once        prints "ready", waits for a line, works until no job is left, prints the calls made
 // The database comes from the libpq variables PGHOST, PGPORT, PGUSER, PGDATABASE, ...
 import { createInterface } from "node:readline";
-import { Logger, runMigrations, runOnce } from "graphile-worker";
-
-const preset = {
-  worker: {
-    concurrentJobs: 24,
-    maxPoolSize: 25,
-    localQueue: { size: 500 },
-    completeJobBatchDelay: 0,
-    failJobBatchDelay: 0,
-  },
-};
-const logger = new Logger(() => (level, message) => {
-  if (level === "error") console.error(message);
-});
+import { runMigrations, runOnce } from "graphile-worker";
+import { logger, preset } from "./settings.mjs";
 
 if (process.argv[2] === "migrate") {
   await runMigrations({ preset, logger });

@@ -1,19 +1,8 @@
 // Graphile Worker in its fastest documented configuration (worker.graphile.org/docs/performance).
-import { Logger, run, runMigrations } from "graphile-worker";
+import { run, runMigrations } from "graphile-worker";
 import { main, pool } from "./common.mjs";
+import { logger, preset } from "./settings.mjs";
 
-const preset = {
-  worker: {
-    concurrentJobs: 24,
-    maxPoolSize: 25,
-    localQueue: { size: 500 },
-    completeJobBatchDelay: 0,
-    failJobBatchDelay: 0,
-  },
-};
-const logger = new Logger(() => (level, message) => {
-  if (level === "error") console.error(message);
-});
 const BULK = `
 select count(*) from graphile_worker.add_jobs(array(
   select row('trivial', json_build_object('job', i), null, null, null, null, null, null)::graphile_worker.job_spec
