@@ -38,6 +38,7 @@ class Hmac:
     encoding: "hex" (default) or "base64".
     timestamp: the header with the sender's time in Unix seconds; None: the scheme has none.
     tolerance: seconds that time may differ from the database's; default 300.
+    delivery: the header with the id of a delivery; None: the scheme has none.
     challenge: the body's "type" that asks for its "challenge" back, as Slack's "url_verification"; None: no handshake.
     """
 
@@ -49,6 +50,7 @@ class Hmac:
     timestamp: str | None = None
     tolerance: float = 300.0
     challenge: str | None = None
+    delivery: str | None = None
 
     def __post_init__(self) -> None:
         for option, allowed in (("algo", ("sha1", "sha256", "sha384", "sha512")), ("encoding", ("hex", "base64"))):
@@ -108,7 +110,7 @@ class Hmac:
 SCHEMES: dict[str, Hmac] = {
     "slack": Hmac("X-Slack-Signature", signed="v0:{ts}:{body}", value="v0={sig}",
                   timestamp="X-Slack-Request-Timestamp", challenge="url_verification"),
-    "github": Hmac("X-Hub-Signature-256", value="sha256={sig}"),
+    "github": Hmac("X-Hub-Signature-256", value="sha256={sig}", delivery="X-GitHub-Delivery"),
 }
 
 
@@ -172,6 +174,13 @@ class Verifier:
             log.exception("verify= of %s raised; the request is refused", self.of)
             good = False
         return None if good is True else "refused"
+
+    def delivery_id(self, headers: RawHeaders, body: bytes) -> str | None:
+        """The sender's id of this delivery, the same each time it is sent; None where the scheme has none."""
+        if self.scheme is None or self.scheme.delivery is None:
+            return None
+        given = _only(headers, self.scheme.delivery)
+        return given.decode("latin-1") if given else None
 
     def handshake(self, body: bytes) -> str | None:
         """The answer to the service's "is this address yours?", or None when this is an event. Ask after refusal()."""

@@ -19,10 +19,9 @@ import time
 import typing
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime
+from datetime import datetime
 from types import TracebackType
 from typing import Annotated, Any
-from urllib.parse import parse_qsl
 
 import uvicorn
 from fastapi import Depends, FastAPI
@@ -32,6 +31,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from fastapi.routing import APIRoute
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request as Incoming
+from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from anton import sense, write
@@ -41,6 +41,7 @@ from anton.db import current_database, is_away
 from anton.errors import BadSignature, ConfigError, InvalidRecord, RowChanged, WriteRefused
 from anton.record import Record
 from anton.verify import Verifier
+from anton.webhook import Receiver, Writer
 
 log = logging.getLogger("anton.web")
 
@@ -48,7 +49,6 @@ MAX_BODY = 10_000_000                                                  # bytes; 
 AWAY = "the database is away; nothing was kept, send it again"
 TRIES = 3  # more, for a commit that ran into a deadlock
 RETRY_AFTER = 2                                                        # seconds, said with a 503
-_SECRET_HEADERS = {"authorization", "proxy-authorization", "cookie"}   # never kept in a record
 _CLOCK_SECONDS = 30.0
 
 
@@ -109,21 +109,39 @@ def forget_clocks() -> None:
         served.state.clock.forget()
 
 
-_made: dict[int, tuple[Any, FastAPI]] = {}
+_made: dict[int, tuple[Any, Served]] = {}
 
 
-def build(app: App) -> FastAPI:
-    """A FastAPI app with the routes and webhooks of `app`. Raises what FastAPI finds wrong with a signature."""
+class Served(FastAPI):
+    """FastAPI's app. What comes for a Webhook goes straight to it, unless there is middleware to go through."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.receivers: dict[str, Receiver] = {}
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http" and not self.user_middleware:
+            receiver = self.receivers.get(scope["path"])
+            if receiver is not None:
+                await receiver(scope, receive, send)
+                return
+        await super().__call__(scope, receive, send)
+
+
+def build(app: App) -> Served:
+    """The routes and webhooks of `app`. Raises what FastAPI finds wrong with a signature."""
     clock = Clock()
-    served = FastAPI(title=app.name, lifespan=_lifespan, exception_handlers=_handlers())
+    served = Served(title=app.name, lifespan=_lifespan, exception_handlers=_handlers())
     served.state.clock = clock
     for route in app.routes:
         verifier = Verifier(route.verify, route.secrets or None, of=f"{route.method} {route.path}")
         _add(served, route, _guarded(verifier, clock))
+    writers: dict[str, Writer] = {}
     for webhook in app.webhooks:
-        verifier = Verifier(webhook.verify, webhook.secrets or None, of=webhook.path)
-        served.router.add_api_route(webhook.path, _receiver(webhook, clock), methods=["POST"], response_model=None,
-                                    route_class_override=_guarded(verifier, clock), name=webhook.path)
+        verifier = Verifier(webhook.verify, webhook.secrets or None, of=f"POST {webhook.path}")
+        writer = writers.setdefault(webhook.table.name, Writer(webhook.table, clock.now))
+        served.receivers[webhook.path] = receiver = Receiver(webhook, verifier, clock.now, writer, app.name)
+        served.router.routes.append(Route(webhook.path, receiver, name=webhook.path, include_in_schema=False))
     served.add_api_route("/health", _health, include_in_schema=False)
     served.add_api_route("/ready", _ready, include_in_schema=False)
     for verifier in _unset(app):
@@ -336,35 +354,6 @@ async def _commit() -> None:
         except Exception as error:
             if tries == 0 or str(getattr(error, "sqlstate", ""))[:2] != "40":
                 raise                                                  # class 40: another transaction was in its way
-
-
-# Webhooks
-
-
-def _receiver(webhook: sense.Webhook, clock: Clock) -> Callable[[Incoming], Coroutine[Any, Any, Response]]:
-    table = webhook.table
-
-    async def receive(request: Incoming) -> Response:
-        payload = _payload(request.headers.get("content-type", ""), await request.body())
-        if table.shape is None:
-            headers = {name: value for name, value in request.headers.items() if name not in _SECRET_HEADERS}
-            at = datetime.fromtimestamp(await clock.now(), UTC)
-            table.append({"timestamp": at, "payload": payload, "headers": headers})
-        else:
-            table.append(payload)
-        await _commit()
-        return Response(status_code=200)
-
-    return receive
-
-
-def _payload(content_type: str, body: bytes) -> Any:
-    if content_type.partition(";")[0].strip().lower() != "application/x-www-form-urlencoded":
-        return _json(body)
-    try:
-        return dict(parse_qsl(body.decode(), keep_blank_values=True, strict_parsing=bool(body), max_num_fields=1000))
-    except ValueError as error:
-        raise BadBody(f"the body is no form: {error}") from None
 
 
 # Answers when something is wrong

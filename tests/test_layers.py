@@ -29,6 +29,7 @@ LAYERS = [
     "event",
     "table run catalogue",
     "sense edges leases suspects",
+    "webhook",
     "worker web declared",
     "migrate supervisor",
     "dev testing",

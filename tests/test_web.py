@@ -19,7 +19,7 @@ import pytest
 from fastapi import Depends
 from pydantic import BaseModel, Field
 
-from anton import web
+from anton import web, webhook
 from anton.app import App, declaring
 from anton.db import Database, set_database
 from anton.errors import ConfigError
@@ -288,7 +288,7 @@ async def test_a_form_is_a_record_too_and_a_typed_webhook_is_its_model(db, secre
 
 
 async def test_too_large_a_body_gets_413(db, monkeypatch):
-    monkeypatch.setattr(web, "MAX_BODY", 1000)
+    monkeypatch.setattr(webhook, "MAX_BODY", 1000)
     async with serving(db, lambda: Webhook("/hook", Table("hooks"))) as client:
         assert (await client.post("/hook", content=b"1" * 1001)).status_code == 413
         assert (await client.post("/hook", content=b'"' + b"1" * 998 + b'"')).status_code == 200

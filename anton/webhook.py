@@ -1,0 +1,471 @@
+"""Webhook: receives what sense.Webhook declares. A 2xx means that it is committed.
+
+    request -> size, time (413, 408) -> signature (401) -> JSON (400) -> waits for the next group -> 200
+    group   -> one INSERT for all that wait: anton.delivery, and the records of those that are new
+
+One group of a table is under way, what comes meanwhile makes the next, of at most 1 MB; when that takes longer than
+10 ms, another begins beside it. A group that the database refuses is halved until the bad one is alone.
+A delivery id that was there before gets its first answer again, and leaves no second record.
+
+Plain ASGI: no object of a framework is made for a request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import hashlib
+import logging
+import os
+import re
+import time
+from collections.abc import Awaitable, Callable, Generator, MutableMapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import count
+from typing import Any
+from urllib.parse import parse_qsl
+
+import orjson
+from pydantic import ValidationError
+from pydantic_core import from_json
+
+from anton.db import Database, current_database, is_away, quote, to_json
+from anton.errors import ConfigError, InvalidRecord
+from anton.relation import Attribute, Relation, columns_sql, describe
+from anton.sense import Webhook
+from anton.sink import NUL, reasons
+from anton.table import Table
+from anton.verify import Verifier
+
+log = logging.getLogger("anton.web")
+
+Message = MutableMapping[str, Any]
+RawHeaders = list[tuple[bytes, bytes]]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+Now = Callable[[], Awaitable[float]]
+
+MAX_BODY = 10_000_000  # bytes; more gets 413
+READ_SECONDS = 10.0  # for a body to arrive; slower gets 408
+GROUP_BYTES, GROUP_SECONDS = 1_000_000, 0.010
+LANES = 4  # groups of one table at once, at most
+WAITING_BYTES = 64_000_000  # of one table; beyond that 503
+COMMIT_SECONDS = 10.0
+TRIES = 3  # more, for a group that ran into a deadlock
+RETRY_AFTER = 2  # seconds, said with a 503
+DEPTH = 200  # of JSON
+ID_LENGTH = 200
+AWAY = "the database is away; send it again"
+BUSY = "too much is waiting for the database; send it again"
+COLUMNS = ("timestamp", "payload", "headers")  # of a record, where the table has no model
+_SECRET_HEADERS = {b"authorization", b"proxy-authorization", b"cookie"}  # never kept
+_FORM = "application/x-www-form-urlencoded"
+_DATA = ("22", "23", "44", "54", "P0")  # SQLSTATE classes: the values are what Postgres does not take
+_UNFIT = (TypeError, ValueError, ArithmeticError, AttributeError)  # asyncpg's codecs raise these
+
+_own = f"~{time.time_ns():x}-{os.urandom(8).hex()}-".__add__
+_numbers = map(str, count(1))
+
+
+class Answer(Exception):
+    """What the sender is told, when that is not just 200. detail: shown; a handshake's with 200."""
+
+    def __init__(self, status: int, detail: str | Sequence[str] = "") -> None:
+        super().__init__(detail)
+        self.status, self.detail = status, detail
+
+
+class Delivery:
+    """A verified request on its way. values: of its record. done: becomes the status, or an Answer."""
+
+    __slots__ = ("body", "done", "headers", "id", "values", "webhook")
+
+    def __init__(self, webhook: Receiver, id: str, headers: str, body: bytes) -> None:
+        self.webhook, self.id, self.headers, self.body = webhook, id, headers, body
+        self.values: Any = None
+        self.done: asyncio.Future[int | Answer]
+
+
+class Receiver:
+    """The ASGI app of one Webhook. name: in anton.delivery. now: the database's time, in Unix seconds."""
+
+    def __init__(self, webhook: Webhook, verifier: Verifier, now: Now, writer: Writer, app: str) -> None:
+        self.name, self.invalid = f"{app}{webhook.path}", webhook.invalid
+        self._verifier, self._now, self._writer = verifier, now, writer
+        self._shape = webhook.table.shape
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        detail: Any = ""
+        try:
+            if scope["method"] != "POST":
+                raise Answer(405, "a webhook takes POST alone")
+            status = await self._receive(scope["headers"], await _body(scope["headers"], receive))
+        except Answer as answer:
+            status, detail = answer.status, answer.detail
+        except Exception as error:
+            status, detail = 503, AWAY
+            if is_away(error):
+                log.warning("503 for %s: %s", self.name, error)
+            else:
+                status, detail = 500, "Internal Server Error"
+                log.exception("500 for %s", self.name)
+        await _reply(send, status, detail)
+
+    async def _receive(self, raw: RawHeaders, body: bytes) -> int:
+        verifier = self._verifier
+        if verifier.active:
+            why = verifier.refusal(body, raw, await self._now() if verifier.timed else 0.0)
+            if why is not None:
+                log.info("401 for %s: %s", verifier.of, why)
+                raise Answer(401, why)
+            challenge = verifier.handshake(body)
+            if challenge is not None:
+                raise Answer(200, challenge)
+        given = verifier.delivery_id(raw, body)
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in raw
+                   if name not in _SECRET_HEADERS}
+        form = _form(body) if headers.get("content-type", "")[:33].lower() == _FORM else None
+        if form is None:
+            check_json(body)
+        delivery = Delivery(self, _own(next(_numbers)) if given is None else short(given),
+                            orjson.dumps(headers).decode(), body)
+        shape = self._shape
+        if shape is None:
+            delivery.values = body.decode() if form is None else orjson.dumps(form).decode()
+        else:
+            validator = shape.model.__pydantic_validator__
+            try:
+                record = validator.validate_json(body) if form is None else validator.validate_python(form)
+                delivery.values = shape.to_row(record)
+            except ValidationError as error:
+                return await self._writer.refuse(delivery, reasons(error))
+            except InvalidRecord as error:
+                return await self._writer.refuse(delivery, error.reasons)
+        outcome = await self._writer.put(delivery)
+        if isinstance(outcome, Answer):
+            raise outcome
+        return outcome
+
+
+class Writer:
+    """Keeps the deliveries of one table, whichever Webhook they come from."""
+
+    def __init__(self, table: Table[Any], now: Now) -> None:
+        self._table, self._now = table, now
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._lanes: set[asyncio.Task[None]] = set()
+        self._waiting: list[Delivery] = []
+        self._bytes, self._began = 0, 0.0
+        self._insert: Insert | None = None
+
+    def put(self, delivery: Delivery) -> asyncio.Future[int | Answer]:
+        """Lets it wait for the next group; what is returned becomes the status, or what else to answer."""
+        loop = asyncio.get_running_loop()
+        if loop is not self._loop:                                     # the first request, or another loop than before
+            self._loop, self._lanes, self._waiting, self._bytes = loop, set(), [], 0
+        if self._bytes > WAITING_BYTES:
+            raise Answer(503, BUSY)
+        delivery.done = loop.create_future()
+        self._waiting.append(delivery)
+        self._bytes += len(delivery.body)
+        if not self._lanes or (len(self._lanes) < LANES and loop.time() - self._began > GROUP_SECONDS):
+            lane = loop.create_task(self._work(loop), context=contextvars.Context())
+            self._lanes.add(lane)
+            lane.add_done_callback(self._lanes.discard)
+        return delivery.done
+
+    async def refuse(self, delivery: Delivery, why: Sequence[str]) -> int:
+        """Keeps one that does not fit, raw, and returns its status. Raises Answer where that is no 2xx."""
+        db, text, name = current_database(), "; ".join(why), delivery.webhook.name
+        async with db.conn() as conn:
+            status: int = await db.call_value(conn, "quarantine", name, delivery.id, delivery.headers, delivery.body,
+                                              text, delivery.webhook.invalid)
+        log.warning("%s: delivery %s does not fit %s: %s", name, delivery.id, self._table.name, text)
+        if status >= 300:
+            raise Answer(status, why)
+        return status
+
+    async def _work(self, loop: asyncio.AbstractEventLoop) -> None:
+        """A lane: one group after the other, until none waits."""
+        while self._waiting:
+            self._began = loop.time()
+            await self._keep(self._next())
+
+    def _next(self) -> list[Delivery]:
+        """What goes together: at most GROUP_BYTES, and no id twice."""
+        group: dict[tuple[str, str], Delivery] = {}
+        later: list[Delivery] = []
+        size = 0
+        for delivery in self._waiting:
+            key, more = (delivery.webhook.name, delivery.id), len(delivery.body)
+            if key in group or (group and size + more > GROUP_BYTES):
+                later.append(delivery)
+            else:
+                group[key] = delivery
+                size += more
+        self._waiting = later
+        self._bytes -= size
+        return list(group.values())
+
+    async def _keep(self, group: list[Delivery]) -> None:
+        """Commits them and tells each. Nothing is kept twice by trying again: what was committed is known then."""
+        broken = altered = False
+        for tries in count():
+            try:
+                known = await self._write(group)
+            except Exception as error:
+                kind = str(getattr(error, "sqlstate", None))[:2]
+                if kind == "40" and tries < TRIES:                     # another transaction was in its way
+                    continue
+                if is_away(error) and not broken:
+                    broken = True
+                    continue
+                if kind == "42" and not altered:                       # the table is not what it was
+                    self._insert, altered = None, True
+                    continue
+                if not (isinstance(error, _UNFIT) or kind in _DATA):
+                    self._fail(group, error)
+                elif len(group) == 1:
+                    await self._refused(group[0], error)
+                else:
+                    await self._keep(group[:len(group) // 2])
+                    await self._keep(group[len(group) // 2:])
+                return
+            for n, delivery in enumerate(group, 1):
+                if not delivery.done.done():                           # its client may be gone
+                    delivery.done.set_result(known.get(n, 200))
+            return
+
+    async def _write(self, group: list[Delivery]) -> dict[int, int]:
+        """One transaction. Returns the first answers of those that are known, by position from 1."""
+        db = current_database()
+        insert = self._insert
+        if insert is None or insert.db is not db:
+            insert = self._insert = await prepare(db, self._table, fresh=True)
+        at = datetime.fromtimestamp(await self._now(), UTC)
+        async with db.conn() as conn:
+            known = await conn.fetchval(insert.sql, [one.webhook.name for one in group], [one.id for one in group],
+                                        [one.headers for one in group], [one.body for one in group],
+                                        *insert.args(group, at), timeout=COMMIT_SECONDS)
+        return dict(known or ())
+
+    async def _refused(self, delivery: Delivery, error: Exception) -> None:
+        """One that the database refused alone."""
+        outcome: int | Answer
+        why = str(error.args[0] if error.args else error)
+        try:
+            if self._table.shape is None and str(getattr(error, "sqlstate", None))[:2] in ("22", "54"):
+                outcome = Answer(400, f"Postgres cannot store the body: {why}")
+            else:
+                outcome = await self.refuse(delivery, [why])
+        except Answer as answer:
+            outcome = answer
+        except Exception as other:
+            self._fail([delivery], other)
+            return
+        if not delivery.done.done():
+            delivery.done.set_result(outcome)
+
+    def _fail(self, group: list[Delivery], error: Exception) -> None:
+        if is_away(error) or isinstance(error, TimeoutError):
+            answer = Answer(503, AWAY)
+            log.warning("503 for %d deliveries to %s: %s", len(group), self._table.name, error or type(error).__name__)
+        else:
+            answer = Answer(500, "Internal Server Error")
+            log.error("500 for %d deliveries to %s", len(group), self._table.name, exc_info=error)
+        for delivery in group:
+            if not delivery.done.done():
+                delivery.done.set_result(answer)
+
+
+@dataclass(frozen=True)
+class Insert:
+    """The statement for a table as it is. args: its parameters from $5 on, for a group and the time."""
+
+    db: Database
+    sql: str
+    args: Callable[[list[Delivery], datetime], list[Any]]
+
+
+async def prepare(db: Database, table: Table[Any], *, fresh: bool = False) -> Insert:
+    """How deliveries become records of this table. Raises UnknownTable, ConfigError."""
+    relation = await describe(db, table.name, fresh=fresh)
+    if table.shape is not None:
+        columns = [relation.columns[name] for name in table.shape.names if name in relation.columns]
+        if len(columns) < len(table.shape.names):
+            lost = ", ".join(name for name in table.shape.names if name not in relation.columns)
+            raise ConfigError(f'table "{table.name}" has no column {lost}; run: anton migrate', table=table.name)
+        converts = [_converter(column) for column in columns]
+
+        def args(group: list[Delivery], at: datetime) -> list[Any]:
+            return [list(values) if convert is None else [None if value is None else convert(value) for value in values]
+                    for convert, values in zip(converts, zip(*(one.values for one in group), strict=True), strict=True)]
+
+        return Insert(db, _sql(db, relation, columns, [_given(column, n, relation) for n, column in enumerate(columns)],
+                               [_param(column) for column in columns]), args)
+    if relation.document:
+        return Insert(db, _sql(db, relation, [relation.columns["data"]], ["_v0::jsonb"], ["text"]),
+                      lambda group, at: [_documents(group, at)])
+    missing = [name for name in COLUMNS if name not in relation.columns]
+    if missing:
+        raise ConfigError(f'a Webhook writes {", ".join(COLUMNS)}; table "{table.name}" has no {", ".join(missing)}. '
+                          "Give the Table a model of what is sent, or add the columns", table=table.name)
+    columns = [relation.columns[name] for name in COLUMNS]
+    return Insert(db, _sql(db, relation, columns, [f"_v{n}::{column.type}" for n, column in enumerate(columns)],
+                           ["timestamptz", "text", "text"]),
+                  lambda group, at: [[at] * len(group), [one.values for one in group], [one.headers for one in group]])
+
+
+def _documents(group: list[Delivery], at: datetime) -> list[str]:
+    """{"timestamp", "payload", "headers"}: the payload as it was sent, not as Python would write it."""
+    before = f'{{"timestamp":"{at.isoformat()}","payload":'
+    return [f'{before}{one.values},"headers":{one.headers}}}' for one in group]
+
+
+def _sql(db: Database, relation: Relation, columns: Sequence[Attribute], values: Sequence[str],
+         types: Sequence[str]) -> str:
+    """One statement, so one transaction and one round trip: deliver(), then the records of those it did not know."""
+    own = "overriding system value " if any(column.always for column in columns) else ""
+    names = ", ".join(f"_v{n}" for n in range(len(columns)))
+    arrays = ", ".join(f"${n}::{type}[]" for n, type in enumerate(types, 5))
+    return (f"with _kept as materialized (select {quote(db.schema)}.deliver($1, $2, $3, $4) as known), "
+            f"_made as (insert into {relation.sql} ({columns_sql([column.name for column in columns])}) {own}"
+            f"select {', '.join(values)} from _kept, unnest({arrays}) with ordinality _given ({names}, _n) "
+            "where _kept.known is null or _n <> all (_kept.known[:][1:1])) select known from _kept")
+
+
+def _param(column: Attribute) -> str:
+    """The type that its values are sent as. Without limits: those are for the column to enforce, not to cut by."""
+    if not column.plain or column.type.endswith("[]"):
+        return "text"
+    return "bpchar" if column.type.startswith("character(") else re.sub(r"\(.*?\)", "", column.type)
+
+
+def _given(column: Attribute, n: int, relation: Relation) -> str:
+    """The value as its column takes it; a key that is not said is made by the database."""
+    if column.type.endswith("[]"):                                     # unnest() would take arrays in arrays apart
+        return (f"case when _v{n} is not null then array(select _e::{column.type[:-2]} from jsonb_array_elements_text("
+                f"_v{n}::jsonb) with ordinality _x (_e, _o) order by _o) end")
+    value = f"_v{n}" if column.plain else f"_v{n}::{column.type}"
+    return f"coalesce({value}, {column.default})" if column.name in relation.key and column.default else value
+
+
+def _converter(column: Attribute) -> Callable[[Any], Any] | None:
+    if column.type.endswith("[]"):
+        return _array
+    return None if column.plain else lambda value: value if isinstance(value, str) else str(value)
+
+
+def _array(values: Any) -> str:
+    return to_json([f"\\x{one.hex()}" if isinstance(one, bytes) else one for one in values]).decode()
+
+
+# A request
+
+
+class _Rest:
+    """What is left of an awaitable that was begun, to be awaited. wanted: what it waits for."""
+
+    def __init__(self, begun: Generator[Any, Any, Any], wanted: Any) -> None:
+        self._begun, self._wanted = begun, wanted
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        begun, wanted = self._begun, self._wanted
+        try:
+            while True:
+                try:
+                    got = yield wanted
+                except BaseException as error:
+                    wanted = begun.throw(error)
+                else:
+                    wanted = begun.send(got)
+        except StopIteration as ended:
+            return ended.value
+
+
+async def _body(headers: RawHeaders, receive: Receive) -> bytes:
+    """The raw body. Raises Answer for one that is too large, too slow, or broken off."""
+    begun = receive().__await__()
+    try:
+        wanted = begun.send(None)                                      # most have arrived: these need no timer
+    except StopIteration as ended:
+        message: Message = ended.value
+        if not message.get("more_body") and message["type"] == "http.request":
+            body: bytes = message.get("body", b"")
+            if len(body) > MAX_BODY:
+                raise Answer(413, f"the body is larger than {MAX_BODY:,} bytes") from None
+            return body
+        rest: Awaitable[Message] | None = None
+    else:
+        rest = _Rest(begun, wanted)
+    for name, value in headers:
+        if name == b"content-length" and value.isdigit() and int(value) > MAX_BODY:
+            raise Answer(413, f"the body is larger than {MAX_BODY:,} bytes")
+    parts, size = [], 0
+    try:
+        async with asyncio.timeout(READ_SECONDS):
+            if rest is not None:
+                message = await rest
+            while True:
+                if message["type"] == "http.disconnect":
+                    raise Answer(400, "the body broke off")
+                parts.append(message.get("body", b""))
+                size += len(parts[-1])
+                if size > MAX_BODY:
+                    raise Answer(413, f"the body is larger than {MAX_BODY:,} bytes")
+                if not message.get("more_body"):
+                    return b"".join(parts)
+                message = await receive()
+    except TimeoutError:
+        raise Answer(408, f"the body did not arrive in {READ_SECONDS:g} s") from None
+
+
+def check_json(body: bytes) -> None:
+    """Raises Answer for what is no JSON (RFC 8259), deeper than 200, or has what Postgres cannot store."""
+    try:
+        orjson.loads(body)
+        if body.count(b"[") + body.count(b"{") > DEPTH:
+            from_json(body, allow_inf_nan=False)                       # refuses what is deeper
+    except ValueError as error:
+        raise Answer(400, f"the body is not JSON: {error}") from None
+    if b"\\u0000" in body and NUL.search(body):
+        raise Answer(400, "the body holds the character NUL, which Postgres cannot store")
+
+
+def _form(body: bytes) -> dict[str, str]:
+    """The fields of a form. Raises Answer."""
+    try:
+        fields = dict(parse_qsl(body.decode(), keep_blank_values=True, strict_parsing=bool(body), max_num_fields=1000))
+        if "\0" in "".join((*fields, *fields.values())):
+            raise ValueError("it holds the character NUL")
+        "".join((*fields, *fields.values())).encode()
+    except ValueError as error:
+        raise Answer(400, f"the body is no form: {error}") from None
+    return fields
+
+
+def short(id: str) -> str:
+    """A delivery id as it is kept: a long one, or one that Postgres cannot store, as its hash."""
+    if len(id) <= ID_LENGTH and "\0" not in id:
+        return id
+    return f"#{hashlib.sha256(id.encode(errors='surrogatepass')).hexdigest()}"
+
+
+async def _reply(send: Send, status: int, detail: Any) -> None:
+    if status == 200 and not detail:
+        headers, body = [(b"content-length", b"0")], b""
+    else:
+        kind = b"text/plain; charset=utf-8"
+        body = b""
+        if status < 300:
+            body = str(detail).encode()
+        elif detail:
+            kind, body = b"application/json", orjson.dumps({"detail": detail})
+        headers = [(b"content-type", kind), (b"content-length", str(len(body)).encode())]
+        if status == 503:
+            headers.append((b"retry-after", str(RETRY_AFTER).encode()))
+        if status == 405:
+            headers.append((b"allow", b"POST"))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

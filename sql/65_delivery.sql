@@ -1,0 +1,53 @@
+-- Deliveries: what Webhooks received, each id once. anton/webhook.py calls these.
+
+-- deliver(webhooks, ids, headers, bodies) -> positions of those that were there before; null when none was
+-- One entry of each array per delivery, no id twice. Called inside the statement that writes the records of the others.
+create or replace function deliver(p_webhooks text[], p_ids text[], p_headers text[], p_bodies bytea[]) returns int[]
+language plpgsql volatile set search_path from current as $$
+declare v_at timestamptz := now(); v_n bigint;
+begin
+  insert into delivery (webhook, id, at, headers, body)
+  select g.webhook, g.id, v_at, g.headers::json, g.body from unnest(p_webhooks, p_ids, p_headers, p_bodies) g (webhook, id, headers, body)
+   order by g.webhook, g.id                                -- two processes that got the same ones wait, and never for each other
+  on conflict do nothing;
+  get diagnostics v_n = row_count;
+  if exists (select from quarantine) then                  -- sent again, and now it fits
+    delete from quarantine q using unnest(p_webhooks, p_ids) g (webhook, id) where (q.webhook, q.id) = (g.webhook, g.id);
+  end if;
+  if v_n = cardinality(p_ids) then
+    return null;
+  end if;
+  return array(select g.n from unnest(p_webhooks, p_ids) with ordinality g (webhook, id, n)
+                 join delivery d on (d.webhook, d.id) = (g.webhook, g.id) where d.xmin <> pg_current_xact_id()::xid);
+end $$;
+
+-- delivered(webhook, id) -> the answer it got; null when it is not known
+create or replace function delivered(p_webhook text, p_id text) returns int language sql stable set search_path from current as $$
+  select status from delivery where webhook = p_webhook and id = p_id
+$$;
+
+-- quarantine(webhook, id, headers, body, error, status) -> the answer: this status, or the first one of a delivery that is known
+-- One that is answered with an error may come again and fit then, so its id is not taken.
+create or replace function quarantine(p_webhook text, p_id text, p_headers text, p_body bytea, p_error text, p_status int) returns int
+language plpgsql volatile set search_path from current as $$
+declare v_at timestamptz := now(); v_status int;
+begin
+  if p_status < 300 then
+    insert into delivery (webhook, id, at, status, headers, body) values (p_webhook, p_id, v_at, p_status, p_headers::json, p_body)
+    on conflict do nothing;
+    if not found then
+      return delivered(p_webhook, p_id);
+    end if;
+  else
+    v_status := delivered(p_webhook, p_id);
+    if v_status is not null then
+      return v_status;
+    end if;
+  end if;
+  insert into quarantine as q (webhook, id, at, last_at, status, error, headers, body)
+  values (p_webhook, p_id, v_at, v_at, p_status, p_error, p_headers::json, p_body)
+  on conflict (webhook, id) do update
+     set last_at = excluded.last_at, times = q.times + 1, status = excluded.status, error = excluded.error, headers = excluded.headers,
+         body = excluded.body;
+  return p_status;
+end $$;
