@@ -3,8 +3,8 @@
     request -> size, time (413, 408) -> signature (401) -> JSON (400) -> waits for the next group -> 200
     group   -> one INSERT for all that wait: anton.delivery, and the records of those that are new
 
-One group of a table is under way, what comes meanwhile makes the next, of at most 1 MB; when that takes longer than
-10 ms, another begins beside it. A group that the database refuses is halved until the bad one is alone.
+One group of a table is under way, what comes meanwhile makes the next, of at most 1 MB; when a commit takes longer
+than 2 ms, another group begins beside it. A group that the database refuses is halved until the bad one is alone.
 A delivery id that was there before gets its first answer again, and leaves no second record.
 
 Plain ASGI: no object of a framework is made for a request.
@@ -19,7 +19,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Awaitable, Callable, Generator, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Generator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import count
@@ -30,7 +30,7 @@ import orjson
 from pydantic import ValidationError
 from pydantic_core import from_json
 
-from anton.db import Database, current_database, is_away, quote, to_json
+from anton.db import Conn, Database, current_database, is_away, quote, to_json
 from anton.errors import ConfigError, InvalidRecord
 from anton.relation import Attribute, Relation, columns_sql, describe
 from anton.sense import Webhook
@@ -48,8 +48,9 @@ Now = Callable[[], Awaitable[float]]
 
 MAX_BODY = 10_000_000  # bytes; more gets 413
 READ_SECONDS = 10.0  # for a body to arrive; slower gets 408
-GROUP_BYTES, GROUP_SECONDS = 1_000_000, 0.010
-LANES = 4  # groups of one table at once, at most
+GROUP_BYTES = 1_000_000
+LANES, LANE_SECONDS = 4, 0.002  # groups of one table at once, at most; after how long the next begins beside the last
+TURNS = 16  # groups that a lane keeps before it offers its connection to others
 WAITING_BYTES = 64_000_000  # of one table; beyond that 503
 COMMIT_SECONDS = 10.0
 TRIES = 3  # more, for a group that ran into a deadlock
@@ -77,7 +78,10 @@ class Answer(Exception):
 
 
 class Delivery:
-    """A verified request on its way. values: of its record. done: becomes the status, or an Answer."""
+    """A verified request on its way. values: of its model's columns; without one a form's JSON, or None.
+
+    done: becomes the status, or an Answer.
+    """
 
     __slots__ = ("body", "done", "headers", "id", "values", "webhook")
 
@@ -130,22 +134,25 @@ class Receiver:
             check_json(body)
         delivery = Delivery(self, _own(next(_numbers)) if given is None else short(given),
                             orjson.dumps(headers).decode(), body)
-        shape = self._shape
-        if shape is None:
-            delivery.values = body.decode() if form is None else orjson.dumps(form).decode()
-        else:
-            validator = shape.model.__pydantic_validator__
-            try:
-                record = validator.validate_json(body) if form is None else validator.validate_python(form)
-                delivery.values = shape.to_row(record)
-            except ValidationError as error:
-                return await self._writer.refuse(delivery, reasons(error))
-            except InvalidRecord as error:
-                return await self._writer.refuse(delivery, error.reasons)
-        outcome = await self._writer.put(delivery)
+        outcome = await self._kept(delivery, form)
         if isinstance(outcome, Answer):
             raise outcome
         return outcome
+
+    async def _kept(self, delivery: Delivery, form: dict[str, str] | None) -> int | Answer:
+        shape = self._shape
+        if shape is None:
+            delivery.values = None if form is None else orjson.dumps(form).decode()
+            return await self._writer.put(delivery)
+        validator = shape.model.__pydantic_validator__
+        try:
+            record = validator.validate_json(delivery.body) if form is None else validator.validate_python(form)
+            delivery.values = shape.to_row(record)
+        except ValidationError as error:
+            return await self._writer.refuse(delivery, reasons(error))
+        except InvalidRecord as error:
+            return await self._writer.refuse(delivery, error.reasons)
+        return await self._writer.put(delivery)
 
 
 class Writer:
@@ -169,28 +176,45 @@ class Writer:
         delivery.done = loop.create_future()
         self._waiting.append(delivery)
         self._bytes += len(delivery.body)
-        if not self._lanes or (len(self._lanes) < LANES and loop.time() - self._began > GROUP_SECONDS):
+        if not self._lanes or (len(self._lanes) < LANES and loop.time() - self._began > LANE_SECONDS):
             lane = loop.create_task(self._work(loop), context=contextvars.Context())
             self._lanes.add(lane)
             lane.add_done_callback(self._lanes.discard)
         return delivery.done
 
-    async def refuse(self, delivery: Delivery, why: Sequence[str]) -> int:
-        """Keeps one that does not fit, raw, and returns its status. Raises Answer where that is no 2xx."""
+    async def refuse(self, delivery: Delivery, why: Sequence[str], conn: Conn | None = None) -> int | Answer:
+        """Keeps one that does not fit, raw; returns what to answer."""
         db, text, name = current_database(), "; ".join(why), delivery.webhook.name
-        async with db.conn() as conn:
-            status: int = await db.call_value(conn, "quarantine", name, delivery.id, delivery.headers, delivery.body,
-                                              text, delivery.webhook.invalid)
+        if conn is None:
+            async with db.conn() as conn:
+                return await self.refuse(delivery, why, conn)
+        status: int = await db.call_value(conn, "quarantine", name, delivery.id, delivery.headers, delivery.body, text,
+                                          delivery.webhook.invalid)
         log.warning("%s: delivery %s does not fit %s: %s", name, delivery.id, self._table.name, text)
-        if status >= 300:
-            raise Answer(status, why)
-        return status
+        return status if status < 300 else Answer(status, why)
 
     async def _work(self, loop: asyncio.AbstractEventLoop) -> None:
-        """A lane: one group after the other, until none waits."""
-        while self._waiting:
-            self._began = loop.time()
-            await self._keep(self._next())
+        """A lane: one group after the other, until none waits. One whose connection broke is tried once more: what
+        of it was committed is known then.
+        """
+        group: list[Delivery] = []
+        broken = False
+        while group or self._waiting:
+            try:
+                async with current_database().conn() as conn:
+                    for _ in range(TURNS):
+                        self._began = loop.time()
+                        group = group or self._next()
+                        await self._keep(conn, group)
+                        group, broken = [], False
+                        if not self._waiting:
+                            break
+            except Exception as error:
+                if group and not broken and is_away(error):
+                    broken = True
+                else:
+                    self._fail(group or self._next(), error)
+                    group, broken = [], False
 
     def _next(self) -> list[Delivery]:
         """What goes together: at most GROUP_BYTES, and no id twice."""
@@ -208,64 +232,50 @@ class Writer:
         self._bytes -= size
         return list(group.values())
 
-    async def _keep(self, group: list[Delivery]) -> None:
-        """Commits them and tells each. Nothing is kept twice by trying again: what was committed is known then."""
-        broken = altered = False
+    async def _keep(self, conn: Conn, group: list[Delivery]) -> None:
+        """Commits them and tells each. Halves a group that the database refuses. Raises what is the fault of none."""
+        altered = False
         for tries in count():
             try:
-                known = await self._write(group)
+                known = await self._write(conn, group)
+                break
             except Exception as error:
                 kind = str(getattr(error, "sqlstate", None))[:2]
                 if kind == "40" and tries < TRIES:                     # another transaction was in its way
                     continue
-                if is_away(error) and not broken:
-                    broken = True
-                    continue
                 if kind == "42" and not altered:                       # the table is not what it was
                     self._insert, altered = None, True
                     continue
-                if not (isinstance(error, _UNFIT) or kind in _DATA):
-                    self._fail(group, error)
-                elif len(group) == 1:
-                    await self._refused(group[0], error)
-                else:
-                    await self._keep(group[:len(group) // 2])
-                    await self._keep(group[len(group) // 2:])
-                return
-            for n, delivery in enumerate(group, 1):
-                if not delivery.done.done():                           # its client may be gone
-                    delivery.done.set_result(known.get(n, 200))
+                if not (isinstance(error, _UNFIT) or kind in _DATA) or is_away(error):
+                    raise
+                if len(group) == 1:
+                    _tell(group[0], await self._refused(conn, group[0], error))
+                    return
+            half = len(group) // 2
+            await self._keep(conn, group[:half])
+            await self._keep(conn, group[half:])
             return
+        for n, delivery in enumerate(group, 1):
+            _tell(delivery, known.get(n, 200))
 
-    async def _write(self, group: list[Delivery]) -> dict[int, int]:
+    async def _write(self, conn: Conn, group: list[Delivery]) -> dict[int, int]:
         """One transaction. Returns the first answers of those that are known, by position from 1."""
         db = current_database()
         insert = self._insert
         if insert is None or insert.db is not db:
-            insert = self._insert = await prepare(db, self._table, fresh=True)
+            insert = self._insert = await prepare(db, self._table)
         at = datetime.fromtimestamp(await self._now(), UTC)
-        async with db.conn() as conn:
-            known = await conn.fetchval(insert.sql, [one.webhook.name for one in group], [one.id for one in group],
-                                        [one.headers for one in group], [one.body for one in group],
-                                        *insert.args(group, at), timeout=COMMIT_SECONDS)
+        known = await conn.fetchval(insert.sql, [one.webhook.name for one in group], [one.id for one in group],
+                                    [one.headers for one in group], [one.body for one in group],
+                                    *insert.args(group, at), timeout=COMMIT_SECONDS)
         return dict(known or ())
 
-    async def _refused(self, delivery: Delivery, error: Exception) -> None:
-        """One that the database refused alone."""
-        outcome: int | Answer
+    async def _refused(self, conn: Conn, delivery: Delivery, error: Exception) -> int | Answer:
+        """What to answer to one that the database refused alone."""
         why = str(error.args[0] if error.args else error)
-        try:
-            if self._table.shape is None and str(getattr(error, "sqlstate", None))[:2] in ("22", "54"):
-                outcome = Answer(400, f"Postgres cannot store the body: {why}")
-            else:
-                outcome = await self.refuse(delivery, [why])
-        except Answer as answer:
-            outcome = answer
-        except Exception as other:
-            self._fail([delivery], other)
-            return
-        if not delivery.done.done():
-            delivery.done.set_result(outcome)
+        if self._table.shape is None and str(getattr(error, "sqlstate", None))[:2] in ("22", "54"):
+            return Answer(400, f"Postgres cannot store the body: {why}")
+        return await self.refuse(delivery, [why], conn)
 
     def _fail(self, group: list[Delivery], error: Exception) -> None:
         if is_away(error) or isinstance(error, TimeoutError):
@@ -275,8 +285,12 @@ class Writer:
             answer = Answer(500, "Internal Server Error")
             log.error("500 for %d deliveries to %s", len(group), self._table.name, exc_info=error)
         for delivery in group:
-            if not delivery.done.done():
-                delivery.done.set_result(answer)
+            _tell(delivery, answer)
+
+
+def _tell(delivery: Delivery, outcome: int | Answer) -> None:
+    if not delivery.done.done():                                       # its request may have been cancelled
+        delivery.done.set_result(outcome)
 
 
 @dataclass(frozen=True)
@@ -288,61 +302,64 @@ class Insert:
     args: Callable[[list[Delivery], datetime], list[Any]]
 
 
-async def prepare(db: Database, table: Table[Any], *, fresh: bool = False) -> Insert:
-    """How deliveries become records of this table. Raises UnknownTable, ConfigError."""
-    relation = await describe(db, table.name, fresh=fresh)
-    if table.shape is not None:
-        columns = [relation.columns[name] for name in table.shape.names if name in relation.columns]
-        if len(columns) < len(table.shape.names):
-            lost = ", ".join(name for name in table.shape.names if name not in relation.columns)
-            raise ConfigError(f'table "{table.name}" has no column {lost}; run: anton migrate', table=table.name)
-        converts = [_converter(column) for column in columns]
-
-        def args(group: list[Delivery], at: datetime) -> list[Any]:
-            return [list(values) if convert is None else [None if value is None else convert(value) for value in values]
-                    for convert, values in zip(converts, zip(*(one.values for one in group), strict=True), strict=True)]
-
-        return Insert(db, _sql(db, relation, columns, [_given(column, n, relation) for n, column in enumerate(columns)],
-                               [_param(column) for column in columns]), args)
-    if relation.document:
-        return Insert(db, _sql(db, relation, [relation.columns["data"]], ["_v0::jsonb"], ["text"]),
-                      lambda group, at: [_documents(group, at)])
-    missing = [name for name in COLUMNS if name not in relation.columns]
+async def prepare(db: Database, table: Table[Any]) -> Insert:
+    """How deliveries become records of this table, as it is now. Raises UnknownTable, ConfigError."""
+    relation = await describe(db, table.name, fresh=True)
+    names = COLUMNS if table.shape is None else table.shape.names
+    missing = ", ".join(name for name in names if name not in relation.columns)
+    if relation.document and table.shape is None:
+        value = f"($5 || {_PAYLOAD} || ',\"headers\":' || _headers || '}}')::jsonb"
+        return Insert(db, _sql(db, relation, [relation.columns["data"]], [value], {6: "text"}), _documents)
+    if missing and table.shape is None:
+        raise ConfigError(f'a Webhook writes {", ".join(COLUMNS)}; table "{table.name}" has no {missing}. Give the '
+                          "Table a model of what is sent, or add the columns", table=table.name)
     if missing:
-        raise ConfigError(f'a Webhook writes {", ".join(COLUMNS)}; table "{table.name}" has no {", ".join(missing)}. '
-                          "Give the Table a model of what is sent, or add the columns", table=table.name)
-    columns = [relation.columns[name] for name in COLUMNS]
-    return Insert(db, _sql(db, relation, columns, [f"_v{n}::{column.type}" for n, column in enumerate(columns)],
-                           ["timestamptz", "text", "text"]),
-                  lambda group, at: [[at] * len(group), [one.values for one in group], [one.headers for one in group]])
+        raise ConfigError(f'table "{table.name}" has no column {missing}; run: anton migrate', table=table.name)
+    columns = [relation.columns[name] for name in names]
+    if table.shape is None:
+        values = [f"{value}::{column.type}" for value, column in zip(("$5::timestamptz", _PAYLOAD, "_headers"), columns,
+                                                                     strict=True)]
+        return Insert(db, _sql(db, relation, columns, values, {6: "text"}),
+                      lambda group, at: [at, [one.values for one in group]])
+    values = [_value(column, n, relation) for n, column in enumerate(columns, 5)]
+    converts = [_array if column.type.endswith("[]") else None if column.plain else _text for column in columns]
+
+    def args(group: list[Delivery], at: datetime) -> list[Any]:
+        by_column = zip(*(one.values for one in group), strict=True)
+        return [list(values) if convert is None else [None if value is None else convert(value) for value in values]
+                for convert, values in zip(converts, by_column, strict=True)]
+
+    return Insert(db, _sql(db, relation, columns, values, {n: _type(one) for n, one in enumerate(columns, 5)}), args)
 
 
-def _documents(group: list[Delivery], at: datetime) -> list[str]:
-    """{"timestamp", "payload", "headers"}: the payload as it was sent, not as Python would write it."""
-    before = f'{{"timestamp":"{at.isoformat()}","payload":'
-    return [f'{before}{one.values},"headers":{one.headers}}}' for one in group]
+_PAYLOAD = "coalesce(_v6, convert_from(_body, 'UTF8'))"                # a form's, or the body as it was sent
+
+
+def _documents(group: list[Delivery], at: datetime) -> list[Any]:
+    """{"timestamp", "payload", "headers"}, as JSON that Postgres puts together: each body is sent to it once."""
+    return [f'{{"timestamp":"{at.isoformat()}","payload":', [one.values for one in group]]
 
 
 def _sql(db: Database, relation: Relation, columns: Sequence[Attribute], values: Sequence[str],
-         types: Sequence[str]) -> str:
+         arrays: Mapping[int, str]) -> str:
     """One statement, so one transaction and one round trip: deliver(), then the records of those it did not know."""
     own = "overriding system value " if any(column.always for column in columns) else ""
-    names = ", ".join(f"_v{n}" for n in range(len(columns)))
-    arrays = ", ".join(f"${n}::{type}[]" for n, type in enumerate(types, 5))
+    given = ", ".join(["$3", "$4", *(f"${n}::{type}[]" for n, type in arrays.items())])
+    names = ", ".join(["_headers", "_body", *(f"_v{n}" for n in arrays), "_n"])
     return (f"with _kept as materialized (select {quote(db.schema)}.deliver($1, $2, $3, $4) as known), "
             f"_made as (insert into {relation.sql} ({columns_sql([column.name for column in columns])}) {own}"
-            f"select {', '.join(values)} from _kept, unnest({arrays}) with ordinality _given ({names}, _n) "
+            f"select {', '.join(values)} from _kept, unnest({given}) with ordinality _given ({names}) "
             "where _kept.known is null or _n <> all (_kept.known[:][1:1])) select known from _kept")
 
 
-def _param(column: Attribute) -> str:
+def _type(column: Attribute) -> str:
     """The type that its values are sent as. Without limits: those are for the column to enforce, not to cut by."""
     if not column.plain or column.type.endswith("[]"):
         return "text"
     return "bpchar" if column.type.startswith("character(") else re.sub(r"\(.*?\)", "", column.type)
 
 
-def _given(column: Attribute, n: int, relation: Relation) -> str:
+def _value(column: Attribute, n: int, relation: Relation) -> str:
     """The value as its column takes it; a key that is not said is made by the database."""
     if column.type.endswith("[]"):                                     # unnest() would take arrays in arrays apart
         return (f"case when _v{n} is not null then array(select _e::{column.type[:-2]} from jsonb_array_elements_text("
@@ -351,10 +368,8 @@ def _given(column: Attribute, n: int, relation: Relation) -> str:
     return f"coalesce({value}, {column.default})" if column.name in relation.key and column.default else value
 
 
-def _converter(column: Attribute) -> Callable[[Any], Any] | None:
-    if column.type.endswith("[]"):
-        return _array
-    return None if column.plain else lambda value: value if isinstance(value, str) else str(value)
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else str(value)
 
 
 def _array(values: Any) -> str:
