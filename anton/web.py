@@ -35,7 +35,7 @@ from starlette.requests import ClientDisconnect
 from starlette.requests import Request as Incoming
 from starlette.types import ASGIApp
 
-from anton import sense, write
+from anton import deadline, sense, write
 from anton.answers import AWAY, BadBody, Refused, handlers, parse_json, too_many
 from anton.app import App, load_app, own_frames, shown
 from anton.config import is_loopback
@@ -162,20 +162,21 @@ def check_public(app: App, host: str) -> None:
         log.warning("open to everybody on %s: %s", host, ", ".join(open_))
 
 
-def server(app: App, host: str = "127.0.0.1", port: int = 3000, **options: Any) -> uvicorn.Server:
+def server(app: App, host: str = "127.0.0.1", port: int = 3000, **options: Any) -> Server:
     """A uvicorn server to await (`await server(app).serve()`). port 0: any free one. options: uvicorn's.
 
     Raises ConfigError on a public address when nobody said who may call a route or Webhook. SIGTERM finishes the
     requests in flight.
     """
     check_public(app, host)
-    options = {"timeout_graceful_shutdown": 30, "access_log": False, "log_level": "warning", **options}
+    options = {"timeout_graceful_shutdown": 30, "access_log": False, "log_level": "warning",
+               "http": deadline.Protocol, "ws": "none", **options}
     logging.getLogger("uvicorn.error").addFilter(_own_lines)           # each only once, however often it is added
     return Server(uvicorn.Config(asgi(app), host=host, port=port, **options))
 
 
-class Server(uvicorn.Server):
-    """uvicorn's, but it raises ConfigError where it cannot listen."""
+class Server(deadline.Server):
+    """Uvicorn's, but it raises ConfigError where it cannot listen."""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         try:

@@ -16,7 +16,7 @@ from anton.migrate import migrate
 
 
 @asynccontextmanager
-async def serving(db: Database, declare: Callable[[App], Any], **options: Any) -> AsyncIterator[httpx.AsyncClient]:
+async def serve(db: Database, declare: Callable[[App], Any], **options: Any) -> AsyncIterator[web.Server]:
     """What `declare(app)` declares, migrated and served. options: uvicorn's."""
     with declaring(App("web")) as app:
         declare(app)
@@ -28,11 +28,18 @@ async def serving(db: Database, declare: Callable[[App], Any], **options: Any) -
         while not server.started:
             assert not task.done(), task.result()
             await asyncio.sleep(0)
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{web.port_of(server)}") as client:
-            yield client
+        yield server
     finally:
         server.should_exit = True
         await task
+
+
+@asynccontextmanager
+async def serving(db: Database, declare: Callable[[App], Any], **options: Any) -> AsyncIterator[httpx.AsyncClient]:
+    """The same, and a client of it."""
+    async with serve(db, declare, **options) as server:
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{web.port_of(server)}") as client:
+            yield client
 
 
 async def count(db: Database, table: str) -> int:

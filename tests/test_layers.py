@@ -16,7 +16,7 @@ PACKAGE = REPO / "anton"
 
 LAYERS = [
     "errors secret share",
-    "db duration embedded verify template plan threads",
+    "db deadline duration embedded verify template plan threads",
     "answers config columns relation queue doorbell status sqlfile",
     "op",
     "apply",
