@@ -35,13 +35,14 @@ from starlette.requests import ClientDisconnect
 from starlette.requests import Request as Incoming
 from starlette.types import ASGIApp
 
-from anton import deadline, sense, write
+from anton import deadline, sense, sqlfile, write
 from anton.answers import AWAY, BadBody, Refused, handlers, parse_json, too_many
 from anton.app import App, load_app, own_frames, shown
 from anton.config import is_loopback
-from anton.db import current_database, is_away
+from anton.db import current_database, identifier, is_away
 from anton.errors import BadSignature, ConfigError
 from anton.record import Record
+from anton.share import share
 from anton.verify import Verifier
 
 T = TypeVar("T")
@@ -52,6 +53,7 @@ MAX_BODY = 10_000_000                                                  # bytes; 
 TRIES = 3  # more, for a commit that ran into a deadlock
 _SECRET_HEADERS = {"authorization", "proxy-authorization", "cookie"}   # never kept in a record
 _CLOCK_SECONDS = 30.0
+_NO_RUNTIME = ("3F000", "42883", "42P01")  # SQLSTATEs: no such schema, function, table
 
 
 class Request(sense.Request):
@@ -132,7 +134,7 @@ def build(app: App) -> FastAPI:
         served.router.add_api_route(webhook.path, _receiver(webhook, clock), methods=["POST"], response_model=None,
                                     route_class_override=_guarded(verifier, clock), name=webhook.path)
     served.add_api_route("/health", _health, include_in_schema=False)
-    served.add_api_route("/ready", _ready, include_in_schema=False)
+    served.add_api_route("/ready", _ready(app), include_in_schema=False)
     for path, mounted, name in app.mounts:
         served.mount(path, mounted, name=name)
     for kind, given, named in app.middlewares:
@@ -381,15 +383,25 @@ async def _health() -> Response:
     return JSONResponse({"status": "ok"})
 
 
-async def _ready() -> Response:
-    db = current_database()
-    try:
-        async with db.conn() as conn:
-            there = await conn.fetchval("select to_regclass($1) is not null", f"{db.schema}.setting")
-    except Exception as error:
-        if is_away(error):
-            raise Refused(503, AWAY) from error
-        raise
-    if not there:
-        raise Refused(503, f'no runtime in schema "{db.schema}"; run: anton migrate')
-    return JSONResponse({"status": "ready"})
+def _ready(app: App) -> Callable[[], Coroutine[Any, Any, Response]]:
+    own = app.folder / "migrations"
+    needed = (app.name, [file.name for file in sqlfile.read(share("migrations"))],
+              [] if own == share("migrations") else [file.name for file in sqlfile.read(own)],
+              [identifier(table) for table in app.tables])
+
+    async def ready() -> Response:
+        db = current_database()
+        try:
+            async with db.conn() as conn:
+                missing = [row[0] for row in await db.call(conn, "missing", *needed)]
+        except Exception as error:
+            if is_away(error):
+                raise Refused(503, AWAY) from error
+            if getattr(error, "sqlstate", "") not in _NO_RUNTIME:
+                raise
+            missing = [f'the runtime of this release in schema "{db.schema}"']
+        if missing:
+            raise Refused(503, f"the database lacks {', '.join(missing)}; run: anton migrate")
+        return JSONResponse({"status": "ready"})
+
+    return ready

@@ -355,3 +355,38 @@ async def test_the_database_away_is_503_also_in_middleware_and_mounted_apps(db):
         answer = await client.get("/middle")
         assert (answer.status_code, answer.headers["retry-after"]) == (503, "2")
         assert "Traceback" not in answer.text
+
+
+async def test_ready_says_what_the_database_lacks_and_one_ahead_of_the_code_lacks_nothing(db, tmp_path):
+    def declare(app: App) -> None:
+        app.folder = tmp_path
+        Table("orders", Order)
+        Table('shop."Odd.name"')
+        (tmp_path / "migrations").mkdir()
+        (tmp_path / "migrations" / "0001_make_shop.sql").write_text(
+            'create schema shop; create table shop."Odd.name" (id bigint primary key);')
+
+    async with serving(db, declare) as client:
+        async with db.conn() as conn:
+            assert (await client.get("/ready")).json() == {"status": "ready"}
+            await conn.execute("insert into anton.migration values ('anton', 'migrations/9999_of_tomorrow.sql', '')")
+            assert (await client.get("/ready")).status_code == 200
+            for change, says in (
+                ("drop table orders", "table orders"),
+                ('alter table shop."Odd.name" rename to even', 'table shop."Odd.name"'),
+                ("delete from anton.migration where set_name = 'app:web'", "0001_make_shop.sql of the app"),
+                ("delete from anton.migration where name like '%/0001_init.sql'", "migrations/0001_init.sql, "),
+                ("drop function anton.missing", "the runtime of this release in schema"),
+            ):
+                await conn.execute(change)
+                answer = await client.get("/ready")
+                assert answer.status_code == 503 and says in answer.json()["detail"], (change, answer.text)
+                assert "anton migrate" in answer.json()["detail"] and answer.headers["retry-after"]
+
+
+async def test_a_database_that_only_reads_is_not_ready(db, server):
+    async with serving(db, lambda app: None) as client:
+        server.sql(f"alter database {db.name} set default_transaction_read_only = on",
+                   f"select pg_terminate_backend(pid) from pg_stat_activity where datname = '{db.name}'")
+        answer = await client.get("/ready")
+        assert answer.status_code == 503 and "can be written to" in answer.json()["detail"]
