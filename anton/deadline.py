@@ -4,7 +4,7 @@
     the body    20 s more, and 1 s for every 10,000 bytes that have come
 
 A look over all connections once a second, so that a request pays nothing for it. How long a route takes is its own
-business. Under another ASGI server the limits are that server's.
+business. Under another ASGI server the limits are that server's; uvicorn takes these: http="anton.deadline:Protocol".
 """
 
 from __future__ import annotations
@@ -12,17 +12,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+import weakref
 from typing import Any
 
-import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.server import ServerState
 
 log = logging.getLogger("anton.web")
 
 HEAD_SECONDS = 10.0
 BODY_SECONDS = 20.0
 BYTES_PER_SECOND = 10_000
-_EVERY = 10  # ticks of uvicorn, 0.1 s each
+EVERY = 1.0  # seconds between two looks
 _ANSWER = b'{"detail":"the request took too long to arrive"}'
 _TOO_SLOW = (b"HTTP/1.1 408 Request Timeout\r\ncontent-type: application/json\r\nconnection: close\r\n"
              b"content-length: %d\r\n\r\n%b" % (len(_ANSWER), _ANSWER))
@@ -41,6 +42,9 @@ class Protocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)                             # type: ignore[arg-type]
         self.since = time.monotonic()
+        if self.server_state not in _watched:
+            _watched.add(self.server_state)
+            self.loop.call_later(EVERY, _again, self.loop, self.server_state)
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -83,17 +87,20 @@ class Protocol(HttpToolsProtocol):
         self.transport.close()
 
 
-class Server(uvicorn.Server):
-    """Uvicorn's server, with these deadlines."""
+def look(state: ServerState, now: float | None = None) -> None:
+    """Looks over all connections of a server. now: as time.monotonic()."""
+    now = time.monotonic() if now is None else now
+    for connection in list(state.connections):
+        if isinstance(connection, Protocol):
+            connection.look(now)
 
-    async def on_tick(self, counter: int) -> bool:
-        if counter % _EVERY == 0:
-            self.look()
-        return await super().on_tick(counter)
 
-    def look(self, now: float | None = None) -> None:
-        """Looks over all connections. now: as time.monotonic()."""
-        now = time.monotonic() if now is None else now
-        for connection in list(self.server_state.connections):
-            if isinstance(connection, Protocol):
-                connection.look(now)
+def _again(loop: asyncio.AbstractEventLoop, state: ServerState) -> None:
+    look(state)
+    if state.connections:
+        loop.call_later(EVERY, _again, loop, state)
+    else:
+        _watched.discard(state)
+
+
+_watched: weakref.WeakSet[ServerState] = weakref.WeakSet()

@@ -51,6 +51,8 @@ log = logging.getLogger("anton.web")
 
 MAX_BODY = 10_000_000                                                  # bytes; more gets 413
 TRIES = 3  # more, for a commit that ran into a deadlock
+OPTIONS: dict[str, Any] = {"http": deadline.Protocol, "ws": "none", "timeout_graceful_shutdown": 30,
+                           "access_log": False, "log_level": "warning"}  # of uvicorn
 _SECRET_HEADERS = {"authorization", "proxy-authorization", "cookie"}   # never kept in a record
 _CLOCK_SECONDS = 30.0
 _NO_RUNTIME = ("3F000", "42883", "42P01")  # SQLSTATEs: no such schema, function, table
@@ -171,22 +173,29 @@ def server(app: App, host: str = "127.0.0.1", port: int = 3000, **options: Any) 
     requests in flight.
     """
     check_public(app, host)
-    options = {"timeout_graceful_shutdown": 30, "access_log": False, "log_level": "warning",
-               "http": deadline.Protocol, "ws": "none", **options}
+    own_lines()
+    return Server(uvicorn.Config(asgi(app), host=host, port=port, **{**OPTIONS, **options}))
+
+
+def own_lines() -> None:
+    """The server's log shows a traceback with the app's own lines alone."""
     logging.getLogger("uvicorn.error").addFilter(_own_lines)           # each only once, however often it is added
-    return Server(uvicorn.Config(asgi(app), host=host, port=port, **options))
 
 
-class Server(deadline.Server):
+def cannot_listen(host: str, port: int, error: object) -> ConfigError:
+    """What to raise where a port cannot be had."""
+    return ConfigError(f"cannot listen on port {port} of {host}: {error}. End what uses it, or take another: --port",
+                       host=host, port=port)
+
+
+class Server(uvicorn.Server):
     """Uvicorn's, but it raises ConfigError where it cannot listen."""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         try:
             await super().startup(sockets)
         except SystemExit as error:
-            host, port = self.config.host, self.config.port
-            raise ConfigError(f"cannot listen on port {port} of {host}: {error.__context__ or 'see above'}. End what "
-                              "uses it, or take another: --port", host=host, port=port) from error
+            raise cannot_listen(self.config.host, self.config.port, error.__context__ or "see above") from error
 
 
 def _own_lines(record: logging.LogRecord) -> bool:

@@ -14,10 +14,10 @@ from starlette.responses import PlainTextResponse
 
 from anton.app import App
 from anton.db import Database
-from anton.deadline import Server
+from anton.deadline import look
 from anton.sense import Request, get, post
 from anton.table import Table
-from anton.web import port_of
+from anton.web import Server, port_of
 
 HEAD = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\n\r\n"
 
@@ -38,7 +38,7 @@ class Sender:
     def wait(self, seconds: float) -> None:
         """So many seconds pass for the server's deadlines."""
         self.now += seconds
-        self.server.look(self.now)
+        look(self.server.server_state, self.now)
 
     async def answer(self) -> bytes:
         """All that comes until the server closes."""

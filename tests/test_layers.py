@@ -31,7 +31,7 @@ LAYERS = [
     "sense edges leases suspects",
     "worker web declared",
     "migrate supervisor",
-    "dev testing",
+    "dev serve testing",
     "verbs",
     "cli",
 ]
