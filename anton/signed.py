@@ -45,14 +45,15 @@ class Signed(Scheme):
     unit: str = "s"
     separator: str | None = None
     id_header: str | None = None
-    key_encoding: str = "utf8"
+    key_encoding: str | tuple[str, ...] = "utf8"
     ports: bool = False
 
     def __post_init__(self) -> None:
         of = type(self).__name__
         for option, allowed in (("encoding", ENCODINGS), ("unit", UNITS), ("key_encoding", tuple(_KEYS))):
-            if getattr(self, option) not in allowed:
-                raise BadOption(option, getattr(self, option), of, one_of(allowed))
+            given = getattr(self, option)
+            if not set(given if isinstance(given, tuple) else (given,)) <= set(allowed):
+                raise BadOption(option, given, of, one_of(allowed))
         if not self.header or not all(isinstance(name, str) and name for name in self.headers):
             raise BadOption("header", self.header, of, "the name of a header, or several")
         if "{form}" not in self.signed and "{body:" not in self.signed and self.signed.count("{body}") != 1:
@@ -261,7 +262,7 @@ class Hmac(Signed):
     unit: of that time, "s" (Unix seconds, default), "ms" or "iso8601".
     tolerance: seconds that time may differ from the database's; default 300.
     key_encoding: how the secret is written: "utf8" (default: as it is), "hex", "base64", "whsec" (base64 after an
-        optional "whsec_") or "sha256" (the key is its hash).
+        optional "whsec_") or "sha256" (the key is its hash); several: as any of them.
     ids: places of the delivery id, such as ("header:X-Delivery",) or ("body:id",): a second request with the same one
         is no new delivery. Default: none; with a timestamp ("signed",), the very same request.
     """
@@ -273,17 +274,29 @@ class Hmac(Signed):
         if not self.ids and self.timed:
             object.__setattr__(self, "ids", ("signed",))
 
-    def key(self, secret: str) -> bytes:
-        try:
-            return _KEYS[self.key_encoding](secret)
-        except ValueError:
-            shown = {"whsec": 'base64, such as "whsec_…"'}.get(self.key_encoding, self.key_encoding)
-            raise BadKey(f"it must be {shown}") from None
+    @cached_property
+    def _encodings(self) -> tuple[str, ...]:
+        return (self.key_encoding,) if isinstance(self.key_encoding, str) else self.key_encoding
+
+    def key(self, secret: str) -> list[bytes]:
+        keys = []
+        for name in self._encodings:
+            try:
+                keys.append(_KEYS[name](secret))
+            except ValueError:
+                continue
+        if not any(keys):
+            shown = 'base64, such as "whsec_…"' if "whsec" in self._encodings else " or ".join(self._encodings)
+            raise BadKey(f"it must be {shown}")
+        return [key for key in keys if key]
+
+    def private_key(self, secret: str) -> bytes:
+        return self.key(secret)[0]
 
     def pair(self, text: str) -> tuple[str, str]:
         made = {"hex": text.encode().hex(), "base64": base64.b64encode(text.encode()).decode()}
         made["whsec"] = "whsec_" + made["base64"]
-        secret = made.get(self.key_encoding, text)
+        secret = made.get(self._encodings[0], text)
         return secret, secret
 
     def _fits(self, raw: bytes) -> bool:
@@ -295,11 +308,12 @@ class Hmac(Signed):
             made.update(piece)
         return made.digest()
 
-    def _proves(self, key: bytes, message: list[bytes], signatures: list[bytes]) -> bool:
-        made = self._make(key, message)
+    def _proves(self, key: list[bytes], message: list[bytes], signatures: list[bytes]) -> bool:
         good = False
-        for signature in signatures:
-            good |= hmac.compare_digest(made, signature)
+        for one in key:
+            made = self._make(one, message)
+            for signature in signatures:
+                good |= hmac.compare_digest(made, signature)
         return good
 
 

@@ -16,11 +16,11 @@ PACKAGE = REPO / "anton"
 
 LAYERS = [
     "errors share sent",
-    "secret handshake db duration embedded template plan threads",
-    "scheme config columns relation queue doorbell status sqlfile",
-    "signed op",
-    "verify apply",
-    "write app heartbeat lane ddl",
+    "secret db duration embedded template plan threads",
+    "handshake config columns relation queue doorbell status sqlfile",
+    "scheme op",
+    "signed apply",
+    "verify write app heartbeat lane ddl",
     "record schedule action fate flow steps pace",
     "sink read component settle rights",
     "query each",
@@ -108,6 +108,7 @@ def test_what_is_imported_is_declared() -> None:
     core = packages(project["dependencies"]) | {"pydantic_core", "annotated_types", "anton"}
     for file in modules():
         known = core | {"web": packages(extras["web"]) | {"starlette"}, "dev": packages(extras["web"]),
+                        "scheme": packages(extras["web"]), "signed": packages(extras["web"]),
                         "testing": packages(extras["test"])}.get(file.stem, set())
         for name, _, types in imports(file):
             top = name.partition(".")[0]
