@@ -6,13 +6,14 @@
     reply    status, text or json; "{query:challenge}" is filled in from the request
 
 "{hmac-hex:body:payload.plainToken}" fills in a keyed hash of what is there. Since that hash could be the signature of
-a forged event, only letters, digits, "-" and "_" are signed so: no event is made of those alone.
+a forged event, only letters, digits, "-" and "_" are signed so, and no number: no event is made of those alone.
 """
 
 from __future__ import annotations
 
 import base64
 import hmac
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -98,6 +99,14 @@ class Handshake:
         return Reply(self.reply.get("status", 200), body, headers)
 
 
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)                                               # the standard one takes the most: Infinity, too
+    except ValueError:
+        return False
+    return True
+
+
 def _filled(text: str, sent: Sent, secret: str | None) -> str:
     """The text with its holes filled. Raises LookupError."""
 
@@ -107,7 +116,7 @@ def _filled(text: str, sent: Sent, secret: str | None) -> str:
             raise LookupError(hole[2])
         if hole[1] is None:
             return value
-        if secret is None or not _SAFE.fullmatch(value):
+        if secret is None or not _SAFE.fullmatch(value) or _is_json(value):
             raise LookupError(hole[2])
         made = hmac.new(secret.encode(), value.encode(), "sha256").digest()
         return made.hex() if hole[1] == "hex" else base64.b64encode(made).decode()

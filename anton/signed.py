@@ -287,11 +287,11 @@ class Hmac(Signed):
                 continue
         if not any(keys):
             shown = 'base64, such as "whsec_…"' if "whsec" in self._encodings else " or ".join(self._encodings)
-            raise BadKey(f"it must be {shown}")
+            raise BadKey(f"it must be {shown}, and not empty")
         return [key for key in keys if key]
 
     def private_key(self, secret: str) -> bytes:
-        return self.key(secret)[0]
+        return _KEYS[self._encodings[0]](secret)
 
     def pair(self, text: str) -> tuple[str, str]:
         made = {"hex": text.encode().hex(), "base64": base64.b64encode(text.encode()).decode()}

@@ -151,8 +151,7 @@ class Verifier:
         sent = Sent(body, headers, now, method, url)
         try:
             if self.scheme is not None:
-                known = self.usable()
-                return self.scheme.refusal(sent, known) if known else Refusal(f"no secret is set: {self.unset()}")
+                return self._refusal(self.scheme, sent)
             assert self.callable is not None
             text = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in sent.headers}
             good = self.callable(body, text)
@@ -160,6 +159,16 @@ class Verifier:
             log.exception("verify= of %s raised; the request is refused", self.of)
             good = False
         return None if good is True else Refusal("refused")
+
+    def _refusal(self, scheme: Scheme, sent: Sent) -> Refusal | None:
+        known = self.usable()
+        if not known:
+            return Refusal(f"no secret is set: {self.unset()}")
+        refusal = scheme.refusal(sent, known)
+        if refusal is None:
+            return None
+        odd = [f"{mask(secret)} is not used: {why}" for secret in self.secrets if (why := self._unusable(secret))]
+        return Refusal("; ".join([refusal.why, *odd]), refusal.stale)
 
     def delivery_id(self, headers: RawHeaders, body: bytes) -> str | None:
         """The sender's id of this delivery: the same over retries and replays, at most 200 printable characters.

@@ -21,7 +21,6 @@ import slack_sdk.signature
 import standardwebhooks
 import stripe
 import svix
-import workos
 from gocardless_pro import webhooks as gocardless
 from linebot.v3.webhook import SignatureValidator
 from mailgun.security import SecurityGuard as Mailgun
@@ -30,6 +29,7 @@ from polar import webhooks as polar
 from pyairtable.models.webhook import WebhookNotification
 from sendgrid.helpers.eventwebhook import EventWebhook
 from twilio.request_validator import RequestValidator
+from workos.webhooks import _verification as workos
 
 from anton.verify import SCHEMES, Verifier
 
@@ -84,7 +84,7 @@ def paddle(headers: Headers, body: bytes, secret: str) -> Any:
 
 
 def workos_(headers: Headers, body: bytes, secret: str) -> Any:
-    return workos.webhooks._verification.verify_header(
+    return workos.verify_header(
         event_body=body, event_signature=headers["workos-signature"], secret=secret, tolerance=180)
 
 
