@@ -161,7 +161,8 @@ def test_a_token_in_the_body_or_the_url(name):
     for wrong in ("", "wrong", "right+", "Right", "é"):
         assert check(wrong)
     for body in (b"", b"{", b"[]", b'{"value": []}', b'{"value": [{"clientState": "right"}, {}]}',
-                 b'{"passcode": null}', b'{"token": ["right"]}', b'{"value": [{"clientState": "right"}, {"clientState": "x"}]}'):
+                 b'{"passcode": null}', b'{"token": ["right"]}',
+                 b'{"value": [{"clientState": "right"}, {"clientState": "x"}]}'):
         assert one.check(body, [], NOW, url=URL)
 
 
