@@ -1,6 +1,6 @@
 """Webhook: receives what sense.Webhook declares. A 2xx means that it is committed.
 
-    request -> size, time (413, 408) -> signature (401) -> JSON (400) -> waits for the next group -> 200
+    request -> size (413) -> handshake, signature (401) -> JSON (400) -> waits for the next group -> 200
     group   -> one INSERT for all that wait: anton.delivery, and the records of those that are new
 
 One group of a table is under way, what comes meanwhile makes the next, of at most 1 MB; when a commit takes longer
@@ -14,12 +14,11 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import hashlib
 import logging
 import os
 import re
 import time
-from collections.abc import Awaitable, Callable, Generator, Mapping, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import count
@@ -30,13 +29,15 @@ import orjson
 from pydantic import ValidationError
 from pydantic_core import from_json
 
+from anton.answers import RETRY_AFTER
 from anton.db import Conn, Database, current_database, is_away, quote, to_json
 from anton.errors import ConfigError, InvalidRecord
 from anton.relation import Attribute, Relation, columns_sql, describe
+from anton.scheme import Token
 from anton.sense import Webhook
 from anton.sink import NUL, reasons
 from anton.table import Table
-from anton.verify import Verifier
+from anton.verify import Reply, Verifier, public_url
 
 log = logging.getLogger("anton.web")
 
@@ -47,17 +48,14 @@ Send = Callable[[Message], Awaitable[None]]
 Now = Callable[[], Awaitable[float]]
 
 MAX_BODY = 10_000_000  # bytes; more gets 413
-READ_SECONDS = 10.0  # for a body to arrive; slower gets 408
 GROUP_BYTES = 1_000_000
 LANES, LANE_SECONDS = 4, 0.002  # groups of one table at once, at most; after how long the next begins beside the last
 TURNS = 16  # groups that a lane keeps before it offers its connection to others
 WAITING_BYTES = 64_000_000  # of one table; beyond that 503
 COMMIT_SECONDS = 10.0
 TRIES = 3  # more, for a group that ran into a deadlock
-RETRY_AFTER = 2  # seconds, said with a 503
 DEPTH = 200  # of JSON
-ID_LENGTH = 200
-AWAY = "the database is away; send it again"
+AWAY = "the database is away; send it again"  # what of it was kept before is then known
 BUSY = "too much is waiting for the database; send it again"
 COLUMNS = ("timestamp", "payload", "headers")  # of a record, where the table has no model
 _SECRET_HEADERS = {b"authorization", b"proxy-authorization", b"cookie"}  # never kept
@@ -70,9 +68,9 @@ _numbers = map(str, count(1))
 
 
 class Answer(Exception):
-    """What the sender is told, when that is not just 200. detail: shown; a handshake's with 200."""
+    """A refusal: what the sender is told instead of a 2xx."""
 
-    def __init__(self, status: int, detail: str | Sequence[str] = "") -> None:
+    def __init__(self, status: int, detail: str | Sequence[str]) -> None:
         super().__init__(detail)
         self.status, self.detail = status, detail
 
@@ -92,52 +90,75 @@ class Delivery:
 
 
 class Receiver:
-    """The ASGI app of one Webhook. name: in anton.delivery. now: the database's time, in Unix seconds."""
+    """The ASGI app of one Webhook. name: in anton.delivery. methods: those that it answers.
 
-    def __init__(self, webhook: Webhook, verifier: Verifier, now: Now, writer: Writer, app: str) -> None:
+    now: the database's time, in Unix seconds. base: the app's public address, see verify.public_url().
+    """
+
+    def __init__(self, webhook: Webhook, verifier: Verifier, writer: Writer, now: Now, app: str, base: str) -> None:
         self.name, self.invalid = f"{app}{webhook.path}", webhook.invalid
-        self._verifier, self._now, self._writer = verifier, now, writer
+        self.methods = verifier.methods | {"POST"}
+        self._verifier, self._writer, self._now, self._base = verifier, writer, now, base
         self._shape = webhook.table.shape
+        self._hidden = _SECRET_HEADERS | ({verifier.scheme.place.removeprefix("header:").lower().encode()}
+                                          if isinstance(verifier.scheme, Token) else set())
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        detail: Any = ""
         try:
-            if scope["method"] != "POST":
-                raise Answer(405, "a webhook takes POST alone")
-            status = await self._receive(scope["headers"], await _body(scope["headers"], receive))
+            outcome = await self._receive(scope, await _body(scope["headers"], receive))
         except Answer as answer:
-            status, detail = answer.status, answer.detail
+            outcome = answer
         except Exception as error:
-            status, detail = 503, AWAY
             if is_away(error):
                 log.warning("503 for %s: %s", self.name, error)
+                outcome = Answer(503, AWAY)
             else:
-                status, detail = 500, "Internal Server Error"
                 log.exception("500 for %s", self.name)
-        await _reply(send, status, detail)
+                outcome = Answer(500, "Internal Server Error")
+        if isinstance(outcome, Answer):
+            await _refuse(send, outcome)
+        elif isinstance(outcome, int):
+            await _send(send, outcome, {}, self._verifier.accepted)
+        else:
+            await _send(send, outcome.status, outcome.headers, outcome.body)
 
-    async def _receive(self, raw: RawHeaders, body: bytes) -> int:
-        verifier = self._verifier
+    async def _receive(self, scope: Message, body: bytes) -> int | Answer | Reply:
+        raw: RawHeaders = scope["headers"]
+        verifier, method = self._verifier, scope["method"]
         if verifier.active:
-            why = verifier.refusal(body, raw, await self._now() if verifier.timed else 0.0)
-            if why is not None:
-                log.info("401 for %s: %s", verifier.of, why)
-                raise Answer(401, why)
-            challenge = verifier.handshake(body)
-            if challenge is not None:
-                raise Answer(200, challenge)
-        given = verifier.delivery_id(raw, body)
-        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in raw
-                   if name not in _SECRET_HEADERS}
-        form = _form(body) if headers.get("content-type", "")[:33].lower() == _FORM else None
+            url = public_url(self._base, scope["scheme"], raw, scope["raw_path"], scope["query_string"]) \
+                if verifier.addressed else ""
+            now = await self._now() if verifier.timed else 0.0
+            reply = verifier.handshake(body, raw, now, method=method, url=url)
+            if reply is not None:
+                return reply
+            refusal = verifier.check(body, raw, now, method=method, url=url)
+            if refusal is not None:
+                known = await self._known(raw, body) if refusal.stale else None
+                if known is not None:
+                    return known
+                log.info("401 for %s: %s", self.name, refusal.why)
+                return Answer(401, refusal.why)
+        if method != "POST":
+            return Answer(405, "events come by POST")
+        hidden = self._hidden
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in raw if name not in hidden}
+        form = _form(body) if headers.get("content-type", "")[:len(_FORM)].lower() == _FORM else None
         if form is None:
             check_json(body)
-        delivery = Delivery(self, _own(next(_numbers)) if given is None else short(given),
-                            orjson.dumps(headers).decode(), body)
-        outcome = await self._kept(delivery, form)
-        if isinstance(outcome, Answer):
-            raise outcome
-        return outcome
+        id = verifier.delivery_id(raw, body)
+        return await self._kept(Delivery(self, _own(next(_numbers)) if id is None else id,
+                                         orjson.dumps(headers).decode(), body), form)
+
+    async def _known(self, raw: RawHeaders, body: bytes) -> int | None:
+        """The first answer to a delivery that came before; None when it did not."""
+        id = self._verifier.delivery_id(raw, body)
+        if id is None:
+            return None
+        db = current_database()
+        async with db.conn() as conn:
+            status: int | None = await db.call_value(conn, "delivered", self.name, id)
+            return status
 
     async def _kept(self, delivery: Delivery, form: dict[str, str] | None) -> int | Answer:
         shape = self._shape
@@ -379,61 +400,32 @@ def _array(values: Any) -> str:
 # A request
 
 
-class _Rest:
-    """What is left of an awaitable that was begun, to be awaited. wanted: what it waits for."""
-
-    def __init__(self, begun: Generator[Any, Any, Any], wanted: Any) -> None:
-        self._begun, self._wanted = begun, wanted
-
-    def __await__(self) -> Generator[Any, Any, Any]:
-        begun, wanted = self._begun, self._wanted
-        try:
-            while True:
-                try:
-                    got = yield wanted
-                except BaseException as error:
-                    wanted = begun.throw(error)
-                else:
-                    wanted = begun.send(got)
-        except StopIteration as ended:
-            return ended.value
-
-
 async def _body(headers: RawHeaders, receive: Receive) -> bytes:
-    """The raw body. Raises Answer for one that is too large, too slow, or broken off."""
-    begun = receive().__await__()
-    try:
-        wanted = begun.send(None)                                      # most have arrived: these need no timer
-    except StopIteration as ended:
-        message: Message = ended.value
-        if not message.get("more_body") and message["type"] == "http.request":
-            body: bytes = message.get("body", b"")
-            if len(body) > MAX_BODY:
-                raise Answer(413, f"the body is larger than {MAX_BODY:,} bytes") from None
-            return body
-        rest: Awaitable[Message] | None = None
-    else:
-        rest = _Rest(begun, wanted)
+    """The raw body. Raises Answer for one that is too large, or broken off."""
+    message = await receive()
+    if message["type"] == "http.request" and not message.get("more_body"):
+        body: bytes = message.get("body", b"")
+        if len(body) > MAX_BODY:
+            raise _too_large()
+        return body
     for name, value in headers:
         if name == b"content-length" and value.isdigit() and int(value) > MAX_BODY:
-            raise Answer(413, f"the body is larger than {MAX_BODY:,} bytes")
+            raise _too_large()
     parts, size = [], 0
-    try:
-        async with asyncio.timeout(READ_SECONDS):
-            if rest is not None:
-                message = await rest
-            while True:
-                if message["type"] == "http.disconnect":
-                    raise Answer(400, "the body broke off")
-                parts.append(message.get("body", b""))
-                size += len(parts[-1])
-                if size > MAX_BODY:
-                    raise Answer(413, f"the body is larger than {MAX_BODY:,} bytes")
-                if not message.get("more_body"):
-                    return b"".join(parts)
-                message = await receive()
-    except TimeoutError:
-        raise Answer(408, f"the body did not arrive in {READ_SECONDS:g} s") from None
+    while True:
+        if message["type"] != "http.request":
+            raise Answer(400, "the body broke off")
+        parts.append(message.get("body", b""))
+        size += len(parts[-1])
+        if size > MAX_BODY:
+            raise _too_large()
+        if not message.get("more_body"):
+            return b"".join(parts)
+        message = await receive()
+
+
+def _too_large() -> Answer:
+    return Answer(413, f"the body is larger than {MAX_BODY:,} bytes")
 
 
 def check_json(body: bytes) -> None:
@@ -460,27 +452,16 @@ def _form(body: bytes) -> dict[str, str]:
     return fields
 
 
-def short(id: str) -> str:
-    """A delivery id as it is kept: a long one, or one that Postgres cannot store, as its hash."""
-    if len(id) <= ID_LENGTH and "\0" not in id:
-        return id
-    return f"#{hashlib.sha256(id.encode(errors='surrogatepass')).hexdigest()}"
+async def _refuse(send: Send, answer: Answer) -> None:
+    headers = {"content-type": "application/json"}
+    if answer.status == 503:
+        headers["retry-after"] = str(RETRY_AFTER)
+    await _send(send, answer.status, headers, orjson.dumps({"detail": answer.detail}))
 
 
-async def _reply(send: Send, status: int, detail: Any) -> None:
-    if status == 200 and not detail:
-        headers, body = [(b"content-length", b"0")], b""
-    else:
-        kind = b"text/plain; charset=utf-8"
-        body = b""
-        if status < 300:
-            body = str(detail).encode()
-        elif detail:
-            kind, body = b"application/json", orjson.dumps({"detail": detail})
-        headers = [(b"content-type", kind), (b"content-length", str(len(body)).encode())]
-        if status == 503:
-            headers.append((b"retry-after", str(RETRY_AFTER).encode()))
-        if status == 405:
-            headers.append((b"allow", b"POST"))
-    await send({"type": "http.response.start", "status": status, "headers": headers})
+async def _send(send: Send, status: int, headers: Mapping[str, str], body: bytes) -> None:
+    raw = [(b"content-length", b"%d" % len(body))]
+    for name, value in headers.items():
+        raw.append((name.lower().encode("latin-1"), value.encode("latin-1")))
+    await send({"type": "http.response.start", "status": status, "headers": raw})
     await send({"type": "http.response.body", "body": body})

