@@ -183,6 +183,7 @@ class Writer:
         self._table, self._now = table, now
         self._loop: asyncio.AbstractEventLoop | None = None
         self._lanes: set[asyncio.Task[None]] = set()
+        self._timer: asyncio.TimerHandle | None = None
         self._waiting: list[Delivery] = []
         self._bytes, self._began = 0, 0.0
         self._insert: Insert | None = None
@@ -191,17 +192,32 @@ class Writer:
         """Lets it wait for the next group; what is returned becomes the status, or what else to answer."""
         loop = asyncio.get_running_loop()
         if loop is not self._loop:                                     # the first request, or another loop than before
-            self._loop, self._lanes, self._waiting, self._bytes = loop, set(), [], 0
+            self._loop, self._lanes, self._timer, self._waiting, self._bytes = loop, set(), None, [], 0
         if self._bytes > WAITING_BYTES:
             raise Answer(503, BUSY)
         delivery.done = loop.create_future()
         self._waiting.append(delivery)
         self._bytes += len(delivery.body)
-        if not self._lanes or (len(self._lanes) < LANES and loop.time() - self._began > LANE_SECONDS):
-            lane = loop.create_task(self._work(loop), context=contextvars.Context())
-            self._lanes.add(lane)
-            lane.add_done_callback(self._lanes.discard)
+        if not self._lanes:
+            self._open(loop)
+        elif self._timer is None:
+            self._timer = loop.call_later(LANE_SECONDS, self._look, loop)
         return delivery.done
+
+    def _look(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Opens another lane when the last group takes too long."""
+        self._timer = None
+        if self._waiting and len(self._lanes) < LANES:
+            left = self._began + LANE_SECONDS - loop.time()
+            if left > 0:
+                self._timer = loop.call_later(left, self._look, loop)
+            else:
+                self._open(loop)
+
+    def _open(self, loop: asyncio.AbstractEventLoop) -> None:
+        lane = loop.create_task(self._work(loop), context=contextvars.Context())
+        self._lanes.add(lane)
+        lane.add_done_callback(self._lanes.discard)
 
     async def refuse(self, delivery: Delivery, why: Sequence[str], conn: Conn | None = None) -> int | Answer:
         """Keeps one that does not fit, raw; returns what to answer."""
@@ -276,20 +292,23 @@ class Writer:
             await self._keep(conn, group[:half])
             await self._keep(conn, group[half:])
             return
+        answers: dict[int, int] = dict(known or ())
         for n, delivery in enumerate(group, 1):
-            _tell(delivery, known.get(n, 200))
+            _tell(delivery, answers.get(n, 200))
 
-    async def _write(self, conn: Conn, group: list[Delivery]) -> dict[int, int]:
-        """One transaction. Returns the first answers of those that are known, by position from 1."""
+    async def _write(self, conn: Conn, group: list[Delivery]) -> list[tuple[int, int]] | None:
+        """One transaction. Returns [position from 1, first answer] of those that were there before."""
         db = current_database()
         insert = self._insert
         if insert is None or insert.db is not db:
             insert = self._insert = await prepare(db, self._table)
         at = datetime.fromtimestamp(await self._now(), UTC)
-        known = await conn.fetchval(insert.sql, [one.webhook.name for one in group], [one.id for one in group],
-                                    [one.headers for one in group], [one.body for one in group],
-                                    *insert.args(group, at), timeout=COMMIT_SECONDS)
-        return dict(known or ())
+        [row] = await conn.fetch(
+            insert.sql, [one.webhook.name for one in group], [one.id for one in group],
+            [one.headers for one in group], [one.body for one in group], *insert.args(group, at),
+            timeout=COMMIT_SECONDS)
+        known: list[tuple[int, int]] | None = row[0]
+        return known
 
     async def _refused(self, conn: Conn, delivery: Delivery, error: Exception) -> int | Answer:
         """What to answer to one that the database refused alone."""

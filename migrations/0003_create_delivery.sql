@@ -10,7 +10,7 @@ create table delivery (
   primary key (webhook, id)
 );
 alter table delivery alter body set storage external;  -- compressing would cost more than all the rest
-create index on delivery using brin (at);
+create index on delivery using brin (at) with (autosummarize = on);
 
 -- Verified deliveries that do not fit their table. They stay until they fit when they are sent again, or are deleted.
 create table quarantine (

@@ -1,6 +1,6 @@
 -- Deliveries: what Webhooks received, each id once. anton/webhook.py calls these.
 
--- deliver(webhooks, ids, headers, bodies) -> positions of those that were there before; null when none was
+-- deliver(webhooks, ids, headers, bodies) -> {{position, first answer}, …} of those that were there before; null when none was
 -- One entry of each array per delivery, no id twice. Called inside the statement that writes the records of the others.
 create or replace function deliver(p_webhooks text[], p_ids text[], p_headers text[], p_bodies bytea[]) returns int[]
 language plpgsql volatile set search_path from current as $$
@@ -11,14 +11,14 @@ begin
    order by g.webhook, g.id                                -- two processes that got the same ones wait, and never for each other
   on conflict do nothing;
   get diagnostics v_n = row_count;
-  if exists (select from quarantine) then                  -- sent again, and now it fits
-    delete from quarantine q using unnest(p_webhooks, p_ids) g (webhook, id) where (q.webhook, q.id) = (g.webhook, g.id);
+  if exists (select from quarantine) then                  -- refused then, sent again, and now it fits
+    delete from quarantine q using unnest(p_webhooks, p_ids) g (webhook, id) where (q.webhook, q.id) = (g.webhook, g.id) and q.status >= 300;
   end if;
   if v_n = cardinality(p_ids) then
     return null;
   end if;
-  return array(select g.n from unnest(p_webhooks, p_ids) with ordinality g (webhook, id, n)
-                 join delivery d on (d.webhook, d.id) = (g.webhook, g.id) where d.xmin <> pg_current_xact_id()::xid);
+  return (select array_agg(array[g.n::int, d.status::int]) from unnest(p_webhooks, p_ids) with ordinality g (webhook, id, n)
+            join delivery d on (d.webhook, d.id) = (g.webhook, g.id) where d.xmin <> pg_current_xact_id()::xid);
 end $$;
 
 -- delivered(webhook, id) -> the answer it got; null when it is not known
@@ -50,4 +50,15 @@ begin
      set last_at = excluded.last_at, times = q.times + 1, status = excluded.status, error = excluded.error, headers = excluded.headers,
          body = excluded.body;
   return p_status;
+end $$;
+
+-- forget_deliveries(now) -> how many were deleted: those older than 8 days, at most 10,000
+-- Senders try for three days at most, and people send again by hand what is a week old. By the index on at, not by reading all.
+create or replace function forget_deliveries(p_now timestamptz) returns bigint language plpgsql volatile set search_path from current
+set enable_seqscan = off set jit = off as $$
+declare v_n bigint;
+begin
+  delete from delivery where ctid in (select ctid from delivery where at < p_now - interval '8 days' limit 10000);
+  get diagnostics v_n = row_count;
+  return v_n;
 end $$;
