@@ -254,7 +254,7 @@ class Writer:
                     group, broken = [], False
 
     def _next(self) -> list[Delivery]:
-        """What goes together: at most GROUP_BYTES, and no id twice."""
+        """What goes together, sorted as deliver() wants it: at most GROUP_BYTES, and no id twice."""
         group: dict[tuple[str, str], Delivery] = {}
         later: list[Delivery] = []
         size = 0
@@ -267,7 +267,7 @@ class Writer:
                 size += more
         self._waiting = later
         self._bytes -= size
-        return list(group.values())
+        return [group[key] for key in sorted(group)]
 
     async def _keep(self, conn: Conn, group: list[Delivery]) -> None:
         """Commits them and tells each. Halves a group that the database refuses. Raises what is the fault of none."""

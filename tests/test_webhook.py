@@ -462,7 +462,7 @@ async def test_a_group_whose_reply_was_lost_after_its_commit_is_known_when_it_is
 
 
 async def test_a_deadlock_with_another_writer_is_tried_again(db, server):
-    server.sql(f"alter database {db.name} set deadlock_timeout = '10ms'")
+    server.sql(f"alter database {db.name} set deadlock_timeout = '1s'")
 
     def declare(app: App) -> None:
         typed()(app)
