@@ -84,6 +84,7 @@ class Verifier:
         self.methods = frozenset(shake.method for shake in shakes) - {"POST"}
         self.addressed = self.scheme is not None and (         # whether `url` is looked at
             self.scheme.addressed or any(shake.addressed for shake in shakes))
+        self.secret_headers = self.scheme.secret_headers if self.scheme else frozenset()   # kept in no record
         self.accepted = self.scheme.accepted if self.scheme else b""   # the body that a 2xx must have
 
     def unset(self) -> str | None:

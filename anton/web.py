@@ -125,6 +125,11 @@ def build(app: App) -> FastAPI:
         verifier = Verifier(webhook.verify, webhook.secrets or None, of=webhook.path)
         served.router.add_api_route(webhook.path, _receiver(webhook, clock), methods=["POST"], response_model=None,
                                     route_class_override=_guarded(verifier, clock, base), name=webhook.path)
+    for route in app.routes:                                           # after them: what you declare comes first
+        verifier = Verifier(route.verify, route.secrets or None, of=f"{route.method} {route.path}")
+        if asked := verifier.methods - {route.method}:
+            served.router.add_api_route(route.path, _no_handshake, methods=sorted(asked), include_in_schema=False,
+                                        route_class_override=_guarded(verifier, clock, base), name=f"ask {route.path}")
     served.add_api_route("/health", _health, include_in_schema=False)
     served.add_api_route("/ready", _ready, include_in_schema=False)
     for verifier in _unset(app):
@@ -418,6 +423,10 @@ async def _changed(request: Incoming, error: RowChanged) -> Response:
 
 async def _failed(request: Incoming, error: BaseException) -> Response:
     return JSONResponse({"detail": "Internal Server Error"}, 500)     # the server logs it, the sender need not know
+
+
+async def _no_handshake() -> Response:
+    return JSONResponse({"detail": "Method Not Allowed"}, 405)
 
 
 async def _health() -> Response:
