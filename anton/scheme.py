@@ -62,6 +62,11 @@ class Scheme:
         """Whether refusal() looks at the URL."""
         return False
 
+    @property
+    def secret_headers(self) -> frozenset[str]:
+        """Lower-case names of the headers that hold the secret itself; they are kept nowhere."""
+        return frozenset()
+
     @abstractmethod
     def refusal(self, sent: Sent, secrets: Sequence[str]) -> Refusal | None:
         """Why this request is refused, or None when one of the secrets fits."""
@@ -132,6 +137,11 @@ class Token(Scheme):
     def addressed(self) -> bool:
         return self.place.startswith("query:")
 
+    @property
+    def secret_headers(self) -> frozenset[str]:
+        where, _, name = self.place.partition(":")
+        return frozenset([name.lower()]) if where == "header" else frozenset()
+
     def refusal(self, sent: Sent, secrets: Sequence[str]) -> Refusal | None:
         found = sent.all(self.place)
         if not found:
@@ -154,6 +164,10 @@ class Basic(Scheme):
         if ":" not in secret:
             raise BadKey('it must be "user:password"')
         return secret
+
+    @property
+    def secret_headers(self) -> frozenset[str]:
+        return frozenset(["authorization"])
 
     def pair(self, text: str) -> tuple[str, str]:
         return f"test:{text}", f"test:{text}"
@@ -196,6 +210,10 @@ class Jwt(Scheme):
     @property
     def addressed(self) -> bool:
         return self.aud
+
+    @property
+    def secret_headers(self) -> frozenset[str]:
+        return frozenset() if self.body_claim else frozenset([self.header.lower()])    # good for any body until it ends
 
     def refusal(self, sent: Sent, secrets: Sequence[str]) -> Refusal | None:
         given = sent.header(self.header.lower().encode())

@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 import sys
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -296,14 +296,7 @@ def app(request: pytest.FixtureRequest, anton_templates: _Templates,
     loop = Portal()
     name = anton_templates.clone(loaded, folder)
     db = Database(anton_templates.url(folder, name), source="the fixture app")
-    doors: list[Route | Webhook] = [*loaded.routes, *loaded.webhooks]
-    for declared in doors:
-        scheme = Verifier(declared.verify, declared.secrets or None).scheme
-        for one in declared.secrets:
-            secret = one.value if isinstance(one, VerifyToken) else one
-            if isinstance(secret, Env):
-                text = _secret_of(secret)
-                monkeypatch.setenv(secret.name, text if secret is not one or scheme is None else scheme.pair(text)[1])
+    set_secrets(loaded, monkeypatch.setenv)
     before = action.effects()
     set_database(db)
     action.set_effects("offline")
@@ -321,6 +314,18 @@ def app(request: pytest.FixtureRequest, anton_templates: _Templates,
         set_database(None)
         loaded.clear()
         anton_templates.drop(folder, name)
+
+
+def set_secrets(app: App, setenv: Callable[[str, str], None]) -> None:
+    """Sets every env(…) that a route or Webhook takes as secret= to one that sign= knows."""
+    doors: list[Route | Webhook] = [*app.routes, *app.webhooks]
+    for declared in doors:
+        scheme = Verifier(declared.verify, declared.secrets or None).scheme
+        for one in declared.secrets:
+            secret = one.value if isinstance(one, VerifyToken) else one
+            if isinstance(secret, Env):
+                text = _secret_of(secret)
+                setenv(secret.name, text if secret is not one or scheme is None else scheme.pair(text)[1])
 
 
 def _secret_of(secret: Env) -> str:

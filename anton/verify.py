@@ -58,6 +58,8 @@ class Verifier:
         given = several(secret)  # type: ignore[arg-type]
         self.secrets: tuple[Env | str, ...] = tuple(one for one in given if not isinstance(one, VerifyToken))
         self.tokens = tuple(one for one in given if isinstance(one, VerifyToken))
+        self._looked_at: tuple[str | None, ...] = ()
+        self._usable: list[str] = []
         self.scheme: Scheme | None = None
         self.callable: Check | None = None
         self.declared = verify is not None                             # False was said on purpose
@@ -84,6 +86,7 @@ class Verifier:
         self.methods = frozenset(shake.method for shake in shakes) - {"POST"}
         self.addressed = self.scheme is not None and (         # whether `url` is looked at
             self.scheme.addressed or any(shake.addressed for shake in shakes))
+        self.secret_headers = self.scheme.secret_headers if self.scheme else frozenset()   # kept in no record
         self.accepted = self.scheme.accepted if self.scheme else b""   # the body that a 2xx must have
 
     def unset(self) -> str | None:
@@ -98,7 +101,12 @@ class Verifier:
 
     def usable(self) -> list[str]:
         """The values of the secrets that are set and can be used."""
-        return [value for secret in self.secrets if (value := reveal(secret)) and not self._unusable(secret)]
+        values = tuple(map(reveal, self.secrets))
+        if self._looked_at != values:                                  # seldom: each is read anew for every request
+            found = [value for value, secret in zip(values, self.secrets, strict=True)
+                     if value and not self._unusable(secret)]
+            self._looked_at, self._usable = values, found
+        return self._usable
 
     def _unusable(self, secret: Env | str) -> str | None:
         value = reveal(secret)

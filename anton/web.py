@@ -154,6 +154,11 @@ def build(app: App) -> Served:
         writer = writers.setdefault(webhook.table.name, Writer(webhook.table, clock.now))
         served.receivers[webhook.path] = receiver = Receiver(webhook, verifier, writer, clock.now, app.name, base)
         served.router.routes.append(Route(webhook.path, receiver, methods=receiver.methods, name=webhook.path))
+    for route in app.routes:                                           # after them: what you declare comes first
+        verifier = Verifier(route.verify, route.secrets or None, of=f"{route.method} {route.path}")
+        if asked := verifier.methods - {route.method}:
+            served.router.add_api_route(route.path, _no_handshake, methods=sorted(asked), include_in_schema=False,
+                                        route_class_override=_guarded(verifier, clock, base), name=f"ask {route.path}")
     served.add_api_route("/health", _health, include_in_schema=False)
     served.add_api_route("/ready", _ready(app), include_in_schema=False)
     for path, mounted, name in app.mounts:
@@ -385,6 +390,10 @@ async def _commit() -> None:
 
 
 # Is it there?
+
+
+async def _no_handshake() -> Response:
+    return JSONResponse({"detail": "Method Not Allowed"}, 405)
 
 
 async def _health() -> Response:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+from urllib.parse import urlencode
 
 import pytest
 from hypothesis import given, settings
@@ -52,6 +53,95 @@ def test_what_sign_makes_is_what_slack_makes():
 def test_githubs_own_vector_passes():
     sent = raw({"X-Hub-Signature-256": "sha256=757107ea0eb2509fc211221cce984b8a37570b6d7586c22c46f4379c8b043e17"})
     assert Verifier("github", "It's a Secret to Everybody", of="/gh").check(b"Hello, World!", sent, NOW) is None
+
+
+STANDARD = {"webhook-id": "msg_p5jXN8AQM9LWM0D4loKWxJek", "webhook-timestamp": "1614265330",
+            "webhook-signature": "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE="}
+STANDARD_SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
+
+
+def standard(**changes: str) -> Refusal | None:
+    headers = STANDARD | {name.replace("_", "-"): value for name, value in changes.items()}
+    return Verifier("standard_webhooks", STANDARD_SECRET, of="/sw").check(
+        b'{"test": 2432232314}', raw(headers), 1614265330.0)
+
+
+def test_the_vector_of_standard_webhooks_passes():
+    assert standard() is None
+
+
+@pytest.mark.parametrize("signature", [
+    "", "v1", "v1,", "v1, ", "g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE=",
+    "v2,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE=",
+    "v1a,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE=", "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE",
+    "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE=x", "v1,AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA="])
+def test_a_forged_standard_webhook_is_refused(signature):
+    assert standard(webhook_signature=signature)
+
+
+def test_one_good_signature_of_several_is_enough():
+    good = STANDARD["webhook-signature"]
+    assert standard(webhook_signature=f"v1,AAAA v1a,x {good}") is None
+    assert standard(webhook_signature=" ".join([good.replace("g0", "g1")] * 1000))
+
+
+@pytest.mark.parametrize("changes", [
+    {"webhook_id": "msg_other"}, {"webhook_id": ""}, {"webhook_id": "msg_p5jXN8AQM9LWM0D4loKWxJek.1614265330"},
+    {"webhook_timestamp": "1614265331"}, {"webhook_timestamp": ""}, {"webhook_timestamp": "01614265330"}])
+def test_id_and_time_are_signed(changes):
+    assert standard(**changes)
+
+
+def test_an_id_with_a_dot_could_reach_into_the_time_so_it_is_refused():
+    scheme = SCHEMES["standard_webhooks"]
+    made = scheme.sign(b"{}", STANDARD_SECRET, "1614265330", id="msg")
+    shifted = made | {"webhook-id": "msg.1614265330", "webhook-timestamp": "1614265330"}
+    assert Verifier("standard_webhooks", STANDARD_SECRET).check(b"{}", raw(shifted), 1614265330.0)
+
+
+def test_a_digit_cannot_move_from_the_time_to_the_body():
+    scheme = Hmac("X-Sig", signed="{ts}{body}", timestamp="X-At")
+    made = scheme.sign(b"12345", "k", "1614265330")
+    one = Verifier(scheme, "k")
+    assert one.check(b"12345", raw(made), 1614265330.0) is None
+    for moved, body in (("16142653301", b"2345"), ("161426533", b"012345")):
+        refusal = one.check(body, raw(made | {"X-At": moved}), float(moved))
+        assert refusal is not None and not refusal.stale
+
+
+TWILIO = {"CallSid": "CA1234567890ABCDE", "Digits": "1234", "From": "+14158675309", "To": "+18005551212",
+          "Caller": "+14158675309"}
+
+
+@pytest.mark.parametrize("url", [
+    "https://mycompany.com/myapp.php?foo=1&bar=2", "https://mycompany.com:443/myapp.php?foo=1&bar=2"])
+def test_twilios_own_vectors_pass(url):
+    form = [(b"content-type", b"application/x-www-form-urlencoded; charset=UTF-8")]
+    one = Verifier("twilio", "12345", of="/sms")
+    sent = [*form, (b"x-twilio-signature", b"RSOYDt4T1cUTdK1PDd93/VVr8B8=")]
+    assert one.check(urlencode(TWILIO).encode(), sent, 0, url=url) is None
+    assert one.check(urlencode(TWILIO | {"Digits": "1235"}).encode(), sent, 0, url=url)
+    assert one.check(b"", sent, 0, url=url)
+
+
+def test_twilios_json_is_bound_by_the_hash_in_the_url():
+    url = ("https://mycompany.com/myapp.php?foo=1&bar=2&bodySHA256="
+           "0a1ff7634d9ab3b95db5c9a2dfe9416e41502b283a80c7cf19632632f96e6620")
+    body = b'{"property": "value", "boolean": true}'
+    sent = [(b"content-type", b"application/json"), (b"x-twilio-signature", b"a9nBmqA0ju/hNViExpshrM61xv4=")]
+    one = Verifier("twilio", "12345", of="/sms")
+    assert one.check(body, sent, 0, url=url) is None
+    as_form = [(b"content-type", b"application/x-www-form-urlencoded"), sent[1]]
+    for other, headers in ((body + b" ", sent), (b"", sent), (b"", as_form), (b"", sent[1:])):
+        assert one.check(other, headers, 0, url=url)
+    assert one.check(body, sent, 0, url=url.replace("bodySHA256", "bodySHA25"))
+
+
+def test_a_stale_request_says_so_only_when_its_signature_is_good():
+    late = slack().check(BODY, signed(), NOW + 400)
+    assert late is not None and late.stale and "300 s away" in late.why
+    assert why(slack().check(BODY, signed(secret="other"), NOW + 400))
+    assert why(slack().check(BODY + b" ", signed(), NOW + 400))
 
 
 @pytest.mark.parametrize("seconds, good", [
