@@ -62,6 +62,9 @@ class Protocol(HttpToolsProtocol):
         self.since = None
         super().on_message_complete()
 
+    def _unsupported_upgrade_warning(self) -> None:
+        """Anybody may ask for a WebSocket: nothing to log."""
+
     def look(self, now: float) -> None:
         """Ends the connection when what it waits for is overdue."""
         if self.since is None or self.transport is None or self.transport.is_closing():

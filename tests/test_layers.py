@@ -39,7 +39,7 @@ LAYERS = [
 LEVEL = {name: level for level, line in enumerate(LAYERS) for name in line.split()}
 
 HEAVY = {  # packages that only some need, and the only modules that may import them
-    "fastapi": {"answers", "web"}, "starlette": {"answers", "web"}, "uvicorn": {"deadline", "serve", "web"},
+    "fastapi": {"answers", "web"}, "starlette": {"answers", "serve", "web"}, "uvicorn": {"deadline", "serve", "web"},
     "watchfiles": {"dev"}, "pytest": {"testing"}, "httpx": {"testing"}, "openai": set(), "anthropic": set(),
     "dbt": set(), "sqlglot": set(), "psycopg": set(), "uvloop": {"supervisor"}, "cryptography": {"signed"},
     "jwt": {"scheme"},
