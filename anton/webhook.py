@@ -33,7 +33,6 @@ from anton.answers import RETRY_AFTER
 from anton.db import Conn, Database, current_database, is_away, quote, to_json
 from anton.errors import ConfigError, InvalidRecord
 from anton.relation import Attribute, Relation, columns_sql, describe
-from anton.scheme import Token
 from anton.sense import Webhook
 from anton.sink import NUL, reasons
 from anton.table import Table
@@ -100,8 +99,7 @@ class Receiver:
         self.methods = verifier.methods | {"POST"}
         self._verifier, self._writer, self._now, self._base = verifier, writer, now, base
         self._shape = webhook.table.shape
-        self._hidden = _SECRET_HEADERS | ({verifier.scheme.place.removeprefix("header:").lower().encode()}
-                                          if isinstance(verifier.scheme, Token) else set())
+        self._hidden = _SECRET_HEADERS | {name.encode() for name in verifier.secret_headers}
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         try:
