@@ -36,7 +36,7 @@ from starlette.types import ASGIApp
 
 from anton import sense, write
 from anton.app import App, load_app, own_frames, shown
-from anton.config import Config, is_loopback
+from anton.config import Settings, is_loopback
 from anton.db import current_database, is_away
 from anton.errors import BadSignature, ConfigError, InvalidRecord, RowChanged, WriteRefused
 from anton.record import Record
@@ -139,7 +139,7 @@ def build(app: App) -> FastAPI:
 
 def public_base(app: App) -> str:
     """deployment.url of autonomous.json; "" when it is not set."""
-    return app.settings.settings.deployment.url if isinstance(app.settings, Config) else ""
+    return app.settings.deployment.url if isinstance(app.settings, Settings) else ""
 
 
 def check_public(app: App, host: str) -> None:
