@@ -17,8 +17,8 @@ PACKAGE = REPO / "anton"
 LAYERS = [
     "errors secret share",
     "db duration embedded verify template plan threads",
-    "config columns relation queue doorbell status sqlfile",
-    "op",
+    "config columns relation queue doorbell status due",
+    "op sqlfile",
     "apply",
     "write app heartbeat lane ddl",
     "record schedule action fate flow steps pace",

@@ -10,8 +10,9 @@ import pytest
 
 from anton.app import App, declaring
 from anton.db import Database
+from anton.due import next_due, normal
 from anton.errors import BadOption, BadSignature, DuplicateName, UnknownHandler, UnknownOption
-from anton.schedule import cron, fire, next_due, normal
+from anton.schedule import cron, fire
 
 
 def utc(text: str) -> datetime:
