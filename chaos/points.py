@@ -36,7 +36,7 @@ _log = -1
 _world: Path | None = None
 _calm: Path | None = None
 _beat = threading.Event()  # a heartbeat was answered
-_woken: set[int] = set()  # tokens of acks that were held up; each is noted once, also when its transaction is tried again
+_woken: set[tuple[int, ...]] = set()  # token and ids of acks that were held up; noted once, also when tried again
 
 
 def arm(point: str | None, hits: int, log: str, world: str) -> None:
@@ -103,21 +103,22 @@ def install() -> None:
     def fenced(call: Call) -> Call:
         async def wrapped(db: Any, conn: Any, token: int, *args: Any) -> Any:
             ids = args[0] if isinstance(args[0], list) else [args[0]]
+            this = (token, *ids)
             if reach("before_ack", token=token, ids=ids):
-                _woken.add(token)
+                _woken.add(this)
             if reach("before_late_ack", token=token, ids=ids):
-                _woken.add(token)
+                _woken.add(this)
                 _beat.clear()
                 await asyncio.to_thread(_beat.wait, LATE)
             try:
                 found = await call(db, conn, token, *args)
             except LeaseLost:
-                if token in _woken:
-                    _woken.discard(token)
+                if this in _woken:
+                    _woken.discard(this)
                     note("refused", token=token)
                 raise
-            if token in _woken:
-                _woken.discard(token)
+            if this in _woken:
+                _woken.discard(this)
                 note("accepted", token=token)
             return found
 
