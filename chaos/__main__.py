@@ -122,8 +122,8 @@ def main() -> int:
     if not given.names:  # also when a bar was missed
         for files, more in TESTS:
             environment = {**os.environ, "ANTON_TEST_SERVER": "system", **more}
-            run = subprocess.run([sys.executable, "-m", "pytest", "-q", *files], cwd=cell.ROOT, env=environment, check=False)
-            broken |= run.returncode != 0
+            words = [sys.executable, "-m", "pytest", "-q", *files]
+            broken |= subprocess.run(words, cwd=cell.ROOT, env=environment, check=False).returncode != 0
     wrong = [name for name, result in results.items() if result.verdict.text]
     missed = [row["name"] for row in report.rows(results) if not row["ok"] and given.minutes >= 60]
     return 1 if wrong or missed or broken else 0
