@@ -5,7 +5,7 @@
     database   the URL of a database of the test's own, cloned from the template
     bare       the URL of an empty one
     shop       an app in a folder of its own on `database`, see tests/shop.py; fresh: the same on `bare`
-    db         anton.db.Database on `database`, also the process's current one; with ANTON_TEST_POOLED=1 through pgbouncer
+    db         anton.db.Database on `database`, also the process's current one; ANTON_TEST_POOLED=1: behind a pooler
     t          tables to be written to, see tests/written.py
     pg         a psycopg session, see tests/pg.py, on a database that is swept clean before each test
 """

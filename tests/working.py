@@ -186,7 +186,7 @@ async def cutting(
 
 @contextmanager
 def pooled(server: Any, name: str, folder: Path, size: int = 2) -> Iterator[str]:
-    """The URL of this database behind a pgbouncer in transaction mode, with `size` server connections. name "*": any."""
+    """The URL of this database behind a pgbouncer in transaction mode, of `size` connections. name "*": any."""
     binary = shutil.which("pgbouncer", path="/usr/sbin:/usr/bin:/opt/homebrew/bin")
     if binary is None:
         pytest.skip("no pgbouncer on this machine: apt-get install -y pgbouncer")
