@@ -7,7 +7,7 @@ import signal
 import time
 from typing import Any
 
-from anton import Records, Table, sql
+from anton import Records, Table, Webhook, sql
 from anton.errors import WorldError
 from anton.sense import Request, post
 from chaos import points
@@ -44,6 +44,8 @@ out_clash = Table("public.out_clash")
 shared = Table("public.shared")
 ping = Table("public.ping")
 pong = Table("public.pong")
+hooked = Table("hooked")
+Webhook("/hook", hooked, verify="github", secret="what the senders of chaos sign with")
 
 
 @src.on_new_records(batch=50)
