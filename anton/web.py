@@ -38,7 +38,7 @@ from starlette.types import ASGIApp
 from anton import deadline, sense, sqlfile, write
 from anton.answers import AWAY, BadBody, Refused, handlers, parse_json, too_many
 from anton.app import App, load_app, own_frames, shown
-from anton.config import Config, is_loopback
+from anton.config import Settings, is_loopback
 from anton.db import current_database, identifier, is_away
 from anton.errors import BadSignature, ConfigError
 from anton.record import Record
@@ -172,7 +172,7 @@ def build(app: App) -> Served:
 
 def public_base(app: App) -> str:
     """deployment.url of autonomous.json; "" when it is not set."""
-    return app.settings.settings.deployment.url if isinstance(app.settings, Config) else ""
+    return app.settings.deployment.url if isinstance(app.settings, Settings) else ""
 
 
 def check_public(app: App, host: str) -> None:

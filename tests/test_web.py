@@ -19,7 +19,7 @@ import pytest
 from fastapi import Depends
 from pydantic import BaseModel, Field
 
-from anton import web, webhook
+from anton import config, web, webhook
 from anton.app import App, declaring
 from anton.db import Database, set_database
 from anton.errors import ConfigError
@@ -244,6 +244,14 @@ async def test_a_handshake_is_answered_and_leaves_no_record(db, secrets):
             assert (answer.status_code, answer.text) == (200, "3eZbrw1aB")
             assert (await client.post(path, content=asked)).status_code == 401
         assert (await count(db, "mentions"), await count(db, "events")) == (0, 0)
+
+
+def test_the_url_that_is_signed_is_the_one_of_autonomous_json(tmp_path):
+    (tmp_path / "autonomous.json").write_text('{"deployment": {"url": "https://hooks.example.com/app"}}')
+    app = App("x")
+    assert web.public_base(app) == ""
+    app.settings = config.load(tmp_path).settings
+    assert web.public_base(app) == "https://hooks.example.com/app"
 
 
 async def test_a_handshake_by_get_is_answered_beside_the_route_and_signed_urls_are_ours(db, secrets):
