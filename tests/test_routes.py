@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field
 from serving import count, serving
 from starlette.middleware.cors import CORSMiddleware
 
+from anton import flow, web
 from anton.app import App, declaring
 from anton.db import Database, set_database
 from anton.errors import BadOption, DuplicateName, NoScope
@@ -127,6 +128,14 @@ async def test_an_apps_own_exception_handlers_answer_and_what_was_written_is_dro
         assert (await client.get("/nowhere")).text == "nothing here"
         tea = await client.get("/teapot")
         assert (tea.status_code, tea.json(), tea.headers["x-tea"]) == (418, {"detail": "short and stout"}, "green")
+
+
+def test_what_is_mounted_is_named_where_it_is_open_to_everybody(caplog: pytest.LogCaptureFixture) -> None:
+    with declaring(App("web")) as app:
+        app.mount("/static", PlainTextResponse(""))
+    web.check_public(app, "0.0.0.0")
+    assert "open to everybody on 0.0.0.0: what is mounted at /static" in caplog.text
+    assert flow.endpoints(app) == "/static mounted"
 
 
 def test_what_is_no_mount_middleware_or_handler_is_refused_where_it_is_declared() -> None:
