@@ -174,6 +174,41 @@ async def test_forms_files_headers_and_background_tasks_are_fastapis(db):
         assert (await client.post("/form", content=b"a=\xff\xfe")).status_code == 400
 
 
+async def test_what_a_background_task_writes_is_a_transaction_of_its_own(db):
+    done = asyncio.Event()
+
+    def declare(app: App) -> None:
+        notes = Table("notes")
+
+        async def later() -> None:
+            with pytest.raises(NoScope, match="async with transaction"):
+                notes.append({"by": "nobody"})
+            async with transaction():
+                notes.append({"by": "background"})
+            done.set()
+
+        @post("/")
+        async def answer(background: BackgroundTasks) -> int:
+            background.add_task(later)
+            notes.append({"by": "route"})
+            return 201
+
+        @post("/plain")
+        def plain(background: BackgroundTasks) -> dict[str, str]:
+            background.add_task(later)
+            notes.append({"by": "route"})
+            return {}
+
+    async with serving(db, declare) as client:
+        for path in ("/", "/plain"):
+            done.clear()
+            await client.post(path)
+            await done.wait()
+        async with db.conn() as conn:
+            found = [row[0]["by"] for row in await conn.fetch("select data from notes order by id")]
+        assert found == ["route", "background"] * 2
+
+
 async def test_a_form_with_too_many_or_too_large_parts_gets_413(db):
     def declare(app: App) -> None:
         @post("/fields")
