@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 from zoneinfo import ZoneInfo
@@ -45,7 +45,7 @@ class Schedule:
     """A function and when it runs.
 
     cron: five fields, or "@every SECONDS". tz: an IANA name. title: how people say it ("Daily, at 03:00").
-    place: "main.py:12".
+    place: "main.py:12". more: what else put_schedule() takes: its handler's options, for one.
     """
 
     name: str
@@ -55,10 +55,11 @@ class Schedule:
     fn: Callable[..., Any]
     wants_ctx: bool
     place: str = ""
+    more: Mapping[str, Any] = field(default_factory=dict)
 
     def definition(self, app: str) -> dict[str, Any]:
         """What put_schedule() takes."""
-        return {"app": app, "name": self.name, "cron": self.cron, "tz": self.tz, "title": self.title}
+        return {"app": app, "name": self.name, "cron": self.cron, "tz": self.tz, "title": self.title, **self.more}
 
 
 def next_due(cron: str, tz: str, after: datetime) -> datetime | None:

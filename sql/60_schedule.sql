@@ -140,11 +140,13 @@ begin
   perform ring();
 end $$;
 
--- run_schedule(name) -> when: fires it now, beside its plan
+-- run_schedule(name) -> when: fires it now, beside its plan; one that is failing does not wait for its next probe
 create or replace function run_schedule(p_name text) returns timestamptz language plpgsql volatile set search_path from current as $$
 declare v_now timestamptz := now();
 begin
   perform fire(find_schedule(p_name), v_now);
+  update handler h set probe_at = v_now from schedule s
+   where s.id = find_schedule(p_name) and (h.app, h.name) = (s.app, s.name) and h.probe_at > v_now;
   perform ring();
   return v_now;
 end $$;

@@ -28,7 +28,7 @@ LAYERS = [
     "handler call",
     "event",
     "table run catalogue",
-    "sense edges leases suspects",
+    "sense edges leases suspects poll",
     "worker web declared",
     "migrate supervisor",
     "dev testing",
