@@ -158,6 +158,7 @@ class Poll:
         self.app, self.name, self.fn, self.takes = app, name, fn, takes
         self.every, self.into, self.key = every, into, key
         self.is_async = inspect.iscoroutinefunction(fn)
+        self._last: tuple[datetime | None, datetime] | None = None     # planned and begun; perhaps not committed yet
 
     async def arun(self, ctx: Ctx) -> None:
         """One firing, inside its scope."""
@@ -166,7 +167,8 @@ class Poll:
         if state.due:
             with self._failing(state):
                 found = self._found(state, await self.fn(*(state.cursor, ctx)[:self.takes]))
-            self._record(state, found, await self._new(db, state, found))
+            new = await self._new(db, state, found)
+            self._record(ctx.planned_at, state, found, new)
 
     def run(self, ctx: Ctx) -> None:
         """One firing of a def, in a thread."""
@@ -175,11 +177,15 @@ class Poll:
         if state.due:
             with self._failing(state):
                 found = self._found(state, self.fn(*(state.cursor, ctx)[:self.takes]))
-            self._record(state, found, wait(db, lambda: self._new(db, state, found), "a poll", "async def"))
+            new = wait(db, lambda: self._new(db, state, found), "a poll", "async def")
+            self._record(ctx.planned_at, state, found, new)
 
     async def _begin(self, db: Database, ctx: Ctx) -> State:
         async with db.conn() as conn:
-            return State(*(await db.call(conn, "begin_poll", self.app, self.name, ctx.planned_at))[0])
+            state = State(*(await db.call(conn, "begin_poll", self.app, self.name, ctx.planned_at))[0])
+        last, planned = self._last, ctx.planned_at
+        late = last is not None and planned is not None and planned != last[0] and planned <= last[1]
+        return state._replace(due=state.due and not late)
 
     async def _new(self, db: Database, state: State, found: Found) -> set[UUID]:
         """Those of the keys that were not met before. A firing that commits meanwhile makes this one run again."""
@@ -240,7 +246,7 @@ class Poll:
                 f'"{self.key[values.index(None)]}", which key= of poll "{self.name}" names, has no value'])
         return UUID(bytes=blake2b(to_json(values), digest_size=16).digest())
 
-    def _record(self, state: State, found: Found, new: set[UUID]) -> None:
+    def _record(self, planned: datetime | None, state: State, found: Found, new: set[UUID]) -> None:
         """Rows, keys and cursor, to be committed with the ack."""
         rows = [row for row, key in zip(found.rows, found.keys, strict=True) if key in new] if self.key else found.rows
         outer = _scope()
@@ -257,6 +263,7 @@ class Poll:
             return bool(await db.call_value(conn, "finish_poll", state.schedule_id, state.version, found.cursor,
                                             state.now, found.keys, len(rows), found.count - len(rows)))
 
+        self._last = planned, state.now
         outer.add(Call(f"poll {self.name}", finish, owner.get()))
 
     def _unless(self, db: Database) -> tuple[str, ...]:
