@@ -142,7 +142,7 @@ def _declare(fn: Callable[..., Any], of: str, given: dict[str, Any]) -> None:
         raise BadOption("name", name, "@poll", 'a text; a lambda and the like need one: name="new_issues"')
     app = current_app()
     one = Poll(app.name, name, fn, _takes(fn, name, place), every, into, _fields(into, given["key"], of))
-    more = {"overlap": "skip", "options": {
+    more = {"overlap": "skip", "at_once": True, "options": {
         "into_tables": [into.name], "concurrency": 1, "timeout": interval(timeout), "attempts": attempts,
         "backoff": interval(min(every, timedelta(minutes=1)))}}
     app.claim_name("handler", name, place)                             # its jobs are a handler's

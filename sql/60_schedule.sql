@@ -12,7 +12,8 @@ end $$;
 
 -- put_schedule(definition) -> schedule id
 -- Inserts or updates a schedule and its handler by (app, name). Keys: app, name, cron, tz, title, kind, body, options
--- (put_handler's, for its handler). A changed time is planned anew; an unchanged one keeps its plan.
+-- (put_handler's, for its handler), at_once (due for the first time when it is made). A changed time is planned anew; an
+-- unchanged one keeps its plan.
 create or replace function put_schedule(d jsonb) returns int language plpgsql volatile set search_path from current as $$
 declare v_id int; v_tick text := quote_ident(current_schema()) || '.tick'; v_other text; v_kind text := coalesce(d ->> 'kind', 'python');
 begin
@@ -26,8 +27,9 @@ begin
   perform put_handler(jsonb_build_object('ops', '[]'::jsonb, 'read', 'now', 'each_record', true, 'batch', 1)
     || coalesce(d -> 'options', '{}')
     || jsonb_build_object('app', d ->> 'app', 'name', d ->> 'name', 'table', v_tick, 'kind', v_kind, 'body', d ->> 'body'));
-  insert into schedule as s (app, name, cron, tz, title, kind, body)
-  values (d ->> 'app', d ->> 'name', d ->> 'cron', coalesce(d ->> 'tz', 'UTC'), coalesce(d ->> 'title', d ->> 'cron'), v_kind, d ->> 'body')
+  insert into schedule as s (app, name, cron, tz, title, kind, body, next_at)
+  values (d ->> 'app', d ->> 'name', d ->> 'cron', coalesce(d ->> 'tz', 'UTC'), coalesce(d ->> 'title', d ->> 'cron'), v_kind, d ->> 'body',
+          case when (d ->> 'at_once')::boolean then now() end)
   on conflict (app, name) do update
      set next_at = case when (s.cron, s.tz, s.enabled) = (excluded.cron, excluded.tz, true) then s.next_at end,
          cron = excluded.cron, tz = excluded.tz, title = excluded.title, kind = excluded.kind, body = excluded.body, enabled = true

@@ -15,7 +15,7 @@ from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit
 
 from anton.action import effects
 from anton.component import Clients, Component
@@ -81,35 +81,37 @@ class Rss(Component):
                 body += part
                 if len(body) > MOST:
                     raise WorldError(f"{self.feed} is larger than {MOST // 1_000_000} MB")
-        read, whole = await asyncio.to_thread(_parse, bytes(body), {
-            "content-type": response.headers.get("content-type", ""), "content-location": str(response.url)})
-        if not read.version and not read.entries:
+        read, whole = await asyncio.to_thread(_parse, bytes(body), response.headers.get("content-type", ""))
+        if not read.get("version") and not read.entries:
             raise WorldError(f"{self.feed} is no feed; it begins with {bytes(body[:40])!r}")
-        rows = [row for row in map(self._row, read.entries) if row[self.key]]
+        rows = [row for row in (self._row(entry, str(response.url)) for entry in read.entries) if row[self.key]]
         if not whole:                                                  # ask for all of it again
             return rows, {"feed": self.feed}
         return rows, {"feed": self.feed, "etag": response.headers.get("etag"),
                       "modified": response.headers.get("last-modified")}
 
-    def _row(self, entry: Any) -> dict[str, Any]:
+    def _row(self, entry: Any, base: str) -> dict[str, Any]:
         link = _text(entry.get("link"))
+        with suppress(ValueError):                                     # what is no address stays as it is
+            link = link and urljoin(base, link)
         row = {
             "guid": _text(entry.get("id")) or link or _text(entry.get("title")), "title": _text(entry.get("title")),
             "link": link, "summary": _text(entry.get("summary")), "author": _text(entry.get("author")),
-            "published": _time(entry.get("published_parsed")), "updated": _time(entry.get("updated_parsed")),
+            "published": _time(entry, "published_parsed"), "updated": _time(entry, "updated_parsed"),
             "tags": [_text(tag.get("term")) for tag in entry.get("tags", ()) if tag.get("term")], "feed": self.feed}
         row = {self.map.get(name, name): value for name, value in row.items()}
         names = row.keys() if self.into.model is None else self.into.model.model_fields.keys()
         return {name: value for name, value in row.items() if name in names}
 
 
-def _parse(body: bytes, headers: Mapping[str, str]) -> tuple[Any, bool]:
+def _parse(body: bytes, kind: str) -> tuple[Any, bool]:
     """What feedparser reads, and whether it was well-formed: else it may be cut off."""
     try:
         package = importlib.import_module("feedparser")
     except ImportError as error:
         raise ConfigError("Rss needs the package feedparser: pip install 'anton-framework[rss]'") from error
-    read = package.parse(io.BytesIO(body), response_headers=headers)   # bytes alone would be taken for a file's name
+    # Bytes alone would be taken for a file's name. An id stays as it is: resolved, it would change with the address.
+    read = package.parse(io.BytesIO(body), response_headers={"content-type": kind}, resolve_relative_uris=False)
     return read, not read.bozo or isinstance(read.bozo_exception, package.ThingsNobodyCaresAboutButMe)
 
 
@@ -118,9 +120,11 @@ def _text(value: Any) -> str:
     return str(value or "").replace("\0", "").encode(errors="replace").decode()
 
 
-def _time(parsed: Any) -> datetime | None:
+def _time(entry: Any, name: str) -> datetime | None:
+    if name not in entry:                                              # get() would take another time for it
+        return None
     with suppress(TypeError, ValueError):
-        year, month, day, hour, minute, second = parsed[:6]
+        year, month, day, hour, minute, second = entry[name][:6]
         return datetime(year, month, day, hour, minute, min(second, 59), tzinfo=UTC)
     return None
 
