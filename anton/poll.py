@@ -27,6 +27,7 @@ from pydantic import BaseModel, ValidationError
 from anton.app import current_app, place_of_caller
 from anton.ctx import Ctx
 from anton.db import Conn, Database, Json, to_json
+from anton.due import normal
 from anton.duration import duration, say
 from anton.errors import (
     BadOption,
@@ -44,7 +45,7 @@ from anton.handler import interval
 from anton.op import Call, Rows
 from anton.query import wait
 from anton.relation import described
-from anton.schedule import Schedule, normal
+from anton.schedule import Schedule
 from anton.sink import reasons
 from anton.table import Table
 from anton.write import Scope, owner, scope
@@ -142,12 +143,12 @@ def _declare(fn: Callable[..., Any], of: str, given: dict[str, Any]) -> None:
         raise BadOption("name", name, "@poll", 'a text; a lambda and the like need one: name="new_issues"')
     app = current_app()
     one = Poll(app.name, name, fn, _takes(fn, name, place), every, into, _fields(into, given["key"], of))
-    more = {"overlap": "skip", "at_once": True, "options": {
+    rules = {"overlap": "skip", "at_once": True, "options": {
         "into_tables": [into.name], "concurrency": 1, "timeout": interval(timeout), "attempts": attempts,
         "backoff": interval(min(every, timedelta(minutes=1)))}}
     app.claim_name("handler", name, place)                             # its jobs are a handler's
-    app.schedules[name] = Schedule(name, normal(f"@every {every.total_seconds():g}"), "UTC", f"Every {say(every)}",
-                                   one.arun if one.is_async else one.run, True, place, more)
+    app.schedules[name] = Schedule(name, normal(f"@every {every.total_seconds():.15g}"), "UTC", f"Every {say(every)}",
+                                   one.arun if one.is_async else one.run, True, place, rules)
 
 
 class Poll:

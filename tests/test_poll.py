@@ -253,7 +253,7 @@ async def test_firings_that_waited_for_the_same_poll_ask_only_once(db):
     service = Service([{"id": 1}])
     bench = await polling(db, service.read)
     for hour in range(5):
-        await bench.sql("select anton.fire(1, anton.now() - make_interval(hours => $1))", hour)
+        await bench.sql("select anton.fire(1, anton.now() - make_interval(hours => $1), 'parallel')", hour)
     await bench.work()
     assert len(service.asked) == 1 and await bench.left() == {}
 
@@ -312,7 +312,7 @@ async def test_of_two_that_began_alike_one_commits_and_the_other_asks_nothing_mo
     await bench.sql("select anton.run_schedule('new')")
     first = asyncio.create_task(bench.work())
     await met(lambda: len(service.asked) == 1)
-    await bench.sql("select anton.run_schedule('new')")
+    await bench.sql("select anton.fire(1, anton.now(), 'parallel')")
     await asyncio.gather(first, other.work())
     assert service.asked in ([None, None], [None, None, 1]) and await bench.count("issues") == 50
     assert await bench.left() == {}
@@ -437,6 +437,20 @@ def test_a_poll_needs_its_times_and_a_name_of_its_own():
             async def streamed(cursor):
                 yield {}
     assert asyncio.run(new(None)) is None                              # still a function
+
+
+async def test_a_poll_that_fails_collects_no_firings_meanwhile(db):
+    service = Service([{"id": 1}])
+    service.errors = [WorldError("503", after=timedelta(hours=3))]
+    bench = await polling(db, service.read)
+    await bench.work()
+    for _ in range(4):
+        await bench.advance(MINUTE)
+        await bench.work()
+    assert await bench.left() == {"job": 1} and len(service.asked) == 1
+    await bench.advance(timedelta(hours=3))
+    await bench.work()
+    assert await titles(bench) == [(1, "")] and await bench.left() == {} and len(service.asked) == 2
 
 
 def test_a_poll_is_a_schedule():
