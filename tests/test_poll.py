@@ -290,7 +290,7 @@ async def test_a_row_that_the_database_refuses_leaves_cursor_and_keys_as_they_we
     assert await bench.value("select count(*) from anton.delayed") == 1
     assert await titles(bench) == [] and await cursor(bench) is None and await bench.count("anton.poll_key") == 0
     await bench.sql("alter table issues drop constraint issues_title_check")
-    await bench.advance(MINUTE)
+    await bench.advance(2 * MINUTE)
     await bench.work()
     assert await titles(bench) == [(1, "x"), (2, "y")] and await bench.count("anton.poll_key") == 2
 
