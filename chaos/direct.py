@@ -202,7 +202,7 @@ PAGE = 7  # rows that the service has more at each call
 
 @fault("S1", "SIGKILL of a worker between a poll's fetch and its commit, at five named points in turn")
 def killed_polls(cell: Cell, n: int) -> Result:
-    """n kills; after each five, and at the end, one worker that lives. Each row of the service is there once, and the cursor is at its end."""
+    """n kills; after each five one worker that lives. Each row of the service is there once, the cursor at its end."""
     result = Result()
     for at in range(1, n + 1):
         point = POLL[at % len(POLL)]
