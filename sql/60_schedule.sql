@@ -112,18 +112,19 @@ language sql volatile set search_path from current as $$
 $$;
 
 -- every_seconds(cron) -> the seconds of "@every 30", null for all others
-create or replace function every_seconds(p_cron text) returns numeric language sql immutable as $$
+create or replace function every_seconds(p_cron text) returns numeric language sql immutable set search_path from current as $$
   select substring(p_cron from '^@every ([\d.]+)$')::numeric
 $$;
 
 -- multiple(seconds, at, n) -> the n-th multiple of the seconds since 1970 after the last one that is not later than `at`
-create or replace function multiple(p_seconds numeric, p_at timestamptz, p_n int) returns timestamptz language sql immutable as $$
+create or replace function multiple(p_seconds numeric, p_at timestamptz, p_n int) returns timestamptz
+language sql immutable set search_path from current as $$
   select to_timestamp((floor(extract(epoch from p_at) / p_seconds) + p_n) * p_seconds)
 $$;
 
 -- jittered(schedule, planned_at, jitter) -> when that time is due: planned_at, and always the same part of the jitter
 create or replace function jittered(p_schedule int, p_planned_at timestamptz, p_jitter interval) returns timestamptz
-language sql immutable as $$
+language sql immutable set search_path from current as $$
   select case when p_jitter = interval '0' then p_planned_at else p_planned_at + p_jitter
          * ((hashtextextended(p_schedule || ' ' || extract(epoch from p_planned_at), 0) & 1048575) / 1048576.0::float8) end
 $$;
@@ -145,8 +146,8 @@ begin
    where id = p_schedule;
 end $$;
 
--- start(schedule, planned_at): its job. The tick is there.
-create or replace function start(p_schedule int, p_planned_at timestamptz) returns void
+-- start_tick(schedule, planned_at): its job. The tick is there.
+create or replace function start_tick(p_schedule int, p_planned_at timestamptz) returns void
 language plpgsql volatile set search_path from current as $$
 declare v_change bigint := nextval('change_seq'); v_now timestamptz := now();
 begin
@@ -171,7 +172,7 @@ begin
     return false;
   end if;
   if not v_busy then
-    perform start(p_schedule, p_planned_at);
+    perform start_tick(p_schedule, p_planned_at);
   end if;
   return true;
 end $$;
@@ -226,7 +227,7 @@ begin
   for v_id in select id from schedule c where exists (select from tick where schedule_id = c.id and state = 'waiting')
             order by id for update skip locked loop
     if not exists (select from tick where schedule_id = v_id and state = 'planned') then
-      perform start(v_id, min(planned_at)) from tick where schedule_id = v_id and state = 'waiting' having count(*) > 0;
+      perform start_tick(v_id, min(planned_at)) from tick where schedule_id = v_id and state = 'waiting' having count(*) > 0;
       perform ring();
     end if;
   end loop;

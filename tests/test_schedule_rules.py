@@ -242,6 +242,29 @@ async def test_a_firing_that_waited_begins_as_soon_as_the_one_before_is_done(db:
     assert most == [1] and await bench.count("b") == 3
 
 
+@pytest.mark.parametrize("is_async", [False, True])
+async def test_firings_of_one_claim_are_told_their_own_times(db: Database, is_async: bool) -> None:
+    def declare() -> None:
+        b = Table("b")
+        times = cron.every("1m", misfire="all", overlap="parallel")
+
+        if is_async:
+            @times
+            async def tell(ctx: Ctx) -> None:
+                await asyncio.sleep(0)
+                b.append({"at": str(ctx.planned_at)})
+        else:
+            @times
+            def tell(ctx: Ctx) -> None:
+                b.append({"at": str(ctx.planned_at)})
+
+    bench = await Bench.make(db, declare)
+    await bench.advance(timedelta(minutes=20))
+    await bench.work()
+    assert await bench.count("b") >= 20
+    assert await bench.value("select count(distinct data ->> 'at') = count(*) from b")
+
+
 # Jitter, start and end
 
 @HOURLY
