@@ -103,16 +103,17 @@ def live(app, monkeypatch):
     return app
 
 
-def declare(app: Any, peer: Peer, path: str = "/feed.xml", model: Any = None, **options: Any) -> None:
+def declare(app: Any, peer: Peer, path: str = "/feed.xml", model: Any = None, every: str = "24h",
+            **options: Any) -> None:
     with declaring(app.app):
         table = Table("articles", model) if model else Table("articles")
-        poll(Rss(table, peer.url + path, **options), every="10m", name="news")
+        poll(Rss(table, peer.url + path, **options), every=every, name="news")
     app.migrate()
     app.run()
 
 
 def again(app: Any) -> None:
-    app.advance("10m")
+    app.advance("24h")
 
 
 def guids(app: Any) -> list[str]:
@@ -185,8 +186,8 @@ def test_a_feed_that_has_moved_is_followed_and_its_headers_are_sent(live, peer):
 @pytest.mark.parametrize("status", [401, 404, 410, 429, 500, 503])
 def test_when_the_feed_cannot_be_had_the_poll_waits_and_comes_back(status, live, peer):
     peer.answers = [Response(status_code=status)] * 2
-    declare(live, peer)
-    again(live)
+    declare(live, peer, every="10m")
+    live.advance("10m")
     assert failing(live) == f"PollFailed: {peer.url}/feed.xml answered {status}"
     assert guids(live) == [] and not live.dead
     live.advance("1h")
@@ -197,7 +198,7 @@ def test_when_the_feed_cannot_be_had_the_poll_waits_and_comes_back(status, live,
 def test_a_feed_that_says_when_to_come_back_is_not_asked_before(said, least, live, peer):
     when = format_datetime(datetime.now(UTC) + timedelta(hours=2), usegmt=True)
     peer.answers = [Response(status_code=429, headers={"retry-after": when if said == "date" else said})]
-    declare(live, peer)
+    declare(live, peer, every="10m")
     (wait,) = live._fetch("select extract(epoch from probe_at - failed_at)::float8 from {schema}.handler")[0]
     assert max(least, 600) - 1 <= wait <= max(least, 600) * 1.05 + 210
 
@@ -256,7 +257,7 @@ def test_another_feed_under_the_same_name_is_asked_for_in_full(live, peer):
     live.app.schedules.clear()
     live.app._places.clear()
     with declaring(live.app):
-        poll(Rss(live.tables["articles"], peer.url + "/old"), every="10m", name="news")
+        poll(Rss(live.tables["articles"], peer.url + "/old"), every="24h", name="news")
     again(live)
     assert "if-none-match" not in peer.got[-1] and guids(live) == ["g1", "g2"]
 
