@@ -28,7 +28,7 @@ LAYERS = [
     "handler call",
     "event",
     "table run catalogue",
-    "sense edges leases suspects pgcron",
+    "sense edges leases suspects pgcron poll",
     "worker web declared",
     "migrate supervisor",
     "dev testing",
