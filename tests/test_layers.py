@@ -28,7 +28,7 @@ LAYERS = [
     "handler call",
     "event",
     "table run catalogue",
-    "sense edges leases suspects pgcron",
+    "sense edges leases suspects pgcron poll",
     "webhook",
     "worker web declared",
     "migrate supervisor",
@@ -109,10 +109,9 @@ def test_what_is_imported_is_declared() -> None:
 
     core = packages(project["dependencies"]) | {"pydantic_core", "annotated_types", "anton"}
     for file in modules():
-        served = packages(extras["web"]) | {"starlette"}
-        known = core | {"answers": served, "deadline": served, "dev": served, "serve": served, "web": served,
-                        "scheme": served, "signed": served,
-                        "testing": packages(extras["test"])}.get(file.stem, set())
+        served = dict.fromkeys(("answers", "deadline", "dev", "scheme", "serve", "signed", "web"),
+                               packages(extras["web"]) | {"starlette"})
+        known = core | {**served, "testing": packages(extras["test"])}.get(file.stem, set())
         for name, _, types in imports(file):
             top = name.partition(".")[0]
             assert types or top in known or top in sys.stdlib_module_names, f"{file.stem} imports {top}"
