@@ -47,7 +47,8 @@ def deliveries(draw: st.DrawFn) -> bytes:
     lines += [b"x-hub-signature-256: " + signature for signature in signed]
     lines += [b"x-github-delivery: " + draw(_IDS) for _ in range(draw(st.sampled_from([0, 1, 1, 1, 2])))]
     lines += draw(st.lists(hostile.HEADERS, max_size=2)) if draw(st.integers(0, 3)) == 0 else []
-    return b"\r\n".join(lines) + (_MARK if forged else b"\r\n") + b"\r\n" + body
+    request: bytes = b"\r\n".join(lines) + (_MARK if forged else b"\r\n") + b"\r\n" + body
+    return request
 
 
 def forged(request: bytes, answer: bytes) -> str:
