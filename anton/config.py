@@ -53,16 +53,17 @@ class FileStorage(_Section):
 
     name: Name
     type: Literal["files"]
-    url: str = Field(description='s3://bucket/path, file:///absolute, file://in/the/app\'s/folder, or "env:NAME"')
-    options: dict[str, str] = Field(default={}, description="of S3: region, endpoint, access_key_id, secret_access_key, "
-                                    'session_token; what is secret only as "env:NAME". Default: AWS_* variables')
+    url: str = Field(description="s3://bucket/path, file:///absolute, file://in/the/app's/folder, or \"env:NAME\"")
+    options: dict[str, str] = Field(default={}, description="of S3: region, endpoint, access_key_id, "
+                                    'secret_access_key, session_token; what is secret only as "env:NAME". Default: AWS_* variables')
 
     @field_validator("options")
     @classmethod
     def _known(cls, options: dict[str, str]) -> dict[str, str]:
         for name, value in options.items():
             if name not in S3_OPTIONS:
-                raise ValueError(f'no option "{name}".{did_you_mean(name, S3_OPTIONS)} Allowed: {", ".join(S3_OPTIONS)}')
+                hint = did_you_mean(name, S3_OPTIONS)
+                raise ValueError(f'no option "{name}".{hint} Allowed: {", ".join(S3_OPTIONS)}')
             if name in _SECRET and not value.startswith("env:"):
                 raise ValueError(f'"{name}" is secret: write "env:NAME", and the value into that variable')
         return options
@@ -299,5 +300,6 @@ def _explain(detail: Any) -> str:
         return f'"{path}.type" is missing. Allowed: "database", "files"'
     if detail["type"] == "union_tag_invalid":
         tag = detail["ctx"]["tag"]
-        return f'"{path}.type" is {json.dumps(tag)}.{did_you_mean(tag, ("database", "files"))} Allowed: "database", "files"'
+        hint = did_you_mean(tag, ("database", "files"))
+        return f'"{path}.type" is {json.dumps(tag)}.{hint} Allowed: "database", "files"'
     return f'"{path}" is {json.dumps(detail["input"], default=str)}: {detail["msg"][0].lower()}{detail["msg"][1:]}'

@@ -103,7 +103,7 @@ class Storage:
         return io.BufferedReader(_Reader(self, path, size, etag), 1 << 20)
 
     def checked(self, path: str) -> str:
-        """The path, when it stays inside. Raises BadOption for "..", an absolute path, an empty part, a link outwards."""
+        """The path, when it stays inside. Raises BadOption for "..", an absolute path, a link out of it."""
         parts = path.split("/") if isinstance(path, str) else [""]
         if any(part in ("", ".", "..") or re.search(r"[\x00-\x1f\x7f\\]", part) for part in parts) \
                 or not self._inside(path):
@@ -175,7 +175,7 @@ def open_storage(app: App, name: str) -> Storage:
                           "file://in/the/app's/folder", name=name)
     options = {key: config.resolve(value, where=where) for key, value in found.options.items()}
     endpoint = options.get("endpoint", "")
-    client = {**_CLIENT, "allow_http": endpoint.startswith("http://")}
+    client: Any = {**_CLIENT, "allow_http": endpoint.startswith("http://")}
     store = S3Store(parts.netloc, prefix=parts.path.strip("/") or None, config=_s3(options), client_options=client,
                     retry_config=_RETRY)
     return Storage(name, url, store, None, config.is_loopback(urlsplit(endpoint).hostname or "elsewhere"))

