@@ -55,7 +55,8 @@ class FileStorage(_Section):
     type: Literal["files"]
     url: str = Field(description="s3://bucket/path, file:///absolute, file://in/the/app's/folder, or \"env:NAME\"")
     options: dict[str, str] = Field(default={}, description="of S3: region, endpoint, access_key_id, "
-                                    'secret_access_key, session_token; what is secret only as "env:NAME". Default: AWS_* variables')
+                                    'secret_access_key, session_token; what is secret only as "env:NAME". Default: '
+                                    "the usual AWS_ variables")
 
     @field_validator("options")
     @classmethod

@@ -13,10 +13,10 @@ Reading and writing files is part of no transaction: a handler that runs again w
 
 from __future__ import annotations
 
-import asyncio
 import importlib
 import re
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, timedelta
 from hashlib import blake2b
 from pathlib import Path
@@ -32,7 +32,7 @@ from anton.errors import BadOption, ConfigError, LeaseLost, NoScope, WriteError
 from anton.event import Event
 from anton.load import REJECTS, How, Loaded, load
 from anton.query import wait
-from anton.relation import describe
+from anton.relation import describe, described
 from anton.schedule import cron
 from anton.table import Table
 from anton.write import Rows, find_scope, scope
@@ -79,7 +79,8 @@ class File(BaseModel):
              delimiter: str | None = None, encoding: str = "utf-8", rejects: int = REJECTS) -> Loaded:
         """Makes its rows records of a Table, once for each version of the file. See Files.load."""
         how = How(format, upsert, map or {}, skip, columns, delimiter, encoding, rejects).checked("file.load")
-        return self._files._now(lambda: self._load(into, how), "file.load()", "await file.aload()")
+        db = _loading()
+        return self._files._now(lambda: self._load(db, into, how), "file.load()", "await file.aload()")
 
     async def aload(self, into: Table[Any], *, format: Format | None = None, upsert: bool = False,
                     map: Mapping[str, str] | None = None, skip: Sequence[str] = (),
@@ -87,17 +88,11 @@ class File(BaseModel):
                     rejects: int = REJECTS) -> Loaded:
         """Makes its rows records of a Table, once for each version of the file. See Files.load."""
         how = How(format, upsert, map or {}, skip, columns, delimiter, encoding, rejects).checked("file.aload")
-        return await self._load(into, how)
+        return await self._load(_loading(), into, how)
 
-    async def _load(self, into: Table[Any], how: How) -> Loaded:
-        current = scope.get()
-        if current is not None and current.kind in ("transaction", "route"):
-            raise WriteError(f"file.load() commits piece by piece, so it cannot be part of a {current.kind}. Call it "
-                             "in a handler, a schedule or a script")
-        files = self._files
-        storage = await asyncio.to_thread(files.storage)
+    async def _load(self, db: Database, into: Table[Any], how: How) -> Loaded:
         found = storage_module().Found(self.path, self.size, self.etag, self.modified)
-        return await load(current.db if current else current_database(), files.app.name, storage, found, into, how)
+        return await load(db, self._files.app.name, self._files.storage(), found, into, how)
 
 
 class Files(Table[File]):
@@ -151,19 +146,19 @@ class Files(Table[File]):
         if not isinstance(into, Table):
             raise BadOption("into", into, f"{self!r}.load", "a Table, which gets the rows")
 
-        async def load_file(file: File) -> None:
-            await file._load(into, how)
-
         given = {"name": f"load_{into.name}", "timeout": "24h", "concurrency": 2, **options, "each": True, "into": into}
-        Event(self, "changes", ("new", "updated"))(load_file, **given)
+        Event(self, "changes", ("new", "updated"))(_Loader(into, how), **given)
 
     def scan(self) -> int:
         """Looks at the storage now: notes new, changed and vanished files. How many there are."""
-        return self._now(self.ascan, "files.scan()", "await files.ascan()")
+        db = _database()
+        return self._now(lambda: self._scan(db), "files.scan()", "await files.ascan()")
 
     async def ascan(self) -> int:
         """Looks at the storage now, as scan(). 0 while another scan is at work."""
-        db = _database()
+        return await self._scan(_database())
+
+    async def _scan(self, db: Database) -> int:
         relation = await describe(db, self.name)
         return await _Scan(db, self, f"{quote(relation.schema)}.{quote(relation.table)}").run()
 
@@ -173,49 +168,64 @@ class Files(Table[File]):
         At once, and not undone when a handler fails: it runs again and writes again. In anton dev and in tests what
         would leave this machine is captured as the action files.write.
         """
-        self._now(lambda: self.awrite(path, data), "files.write()", "await files.awrite()")
+        content, size = _content(data)
+        if not self._captured("write", path, size=size):
+            self._now(lambda: self.storage().write(path, content), "files.write()", "await files.awrite()")
 
     async def awrite(self, path: str, data: bytes | str | Path | BinaryIO) -> None:
         """Puts a file into the storage, as write()."""
-        content = str.encode(data) if isinstance(data, str) else data
-        size = len(content) if isinstance(content, bytes) else None
-        await self._act("write", path, {"size": size}, lambda storage: storage.write(path, content))
+        content, size = _content(data)
+        if not self._captured("write", path, size=size):
+            await self.storage().write(path, content)
 
     def delete(self, path: str) -> None:
         """Deletes a file from the storage; one that is not there is no error. Captured as write() is."""
-        self._now(lambda: self.adelete(path), "files.delete()", "await files.adelete()")
+        if not self._captured("delete", path):
+            self._now(lambda: self.storage().delete(path), "files.delete()", "await files.adelete()")
 
     async def adelete(self, path: str) -> None:
         """Deletes a file from the storage, as delete()."""
-        await self._act("delete", path, {}, lambda storage: storage.delete(path))
+        if not self._captured("delete", path):
+            await self.storage().delete(path)
 
     async def find(self, path: str) -> File:
         """The file with this path as it is now, whether it fits the pattern or was scanned. Raises FileGone."""
-        found = await (await asyncio.to_thread(self.storage)).find(path)
+        found = await self.storage().find(path)
         made: File = self.model(path=found.path, size=found.size, etag=found.etag, modified=found.modified)  # type: ignore[misc]
         return made
 
-    async def _act(self, verb: str, path: str, args: Mapping[str, Any],
-                   do: Callable[[Storage], Coroutine[Any, Any, None]]) -> None:
-        storage = await asyncio.to_thread(self.storage)
+    def _captured(self, verb: str, path: str, **args: Any) -> bool:
+        """Whether this stays here as a captured action, as it would leave this machine. Checks the path."""
+        storage = self.storage()
         storage.checked(path)
         if storage.local or effects() == "live":
-            await do(storage)
-            return
+            return False
         found = find_scope()
         if found is None:
             raise NoScope(f'nothing leaves this machine from here: "{path}" would be captured, and no handler or '
                           "transaction is around to keep that")
         current, who = found
-        relation = await describe(current.db, f"{current.db.schema}.action")
+        relation = described(current.db, f"{current.db.schema}.action")
         current.add(Rows("insert", relation, ("app", "name", "args", "state"), [who, (
             self.app.name, f"files.{verb}", {"storage": self.storage_name, "path": path, **args}, "captured")]))
+        return True
 
     def _now(self, make: Callable[[], Coroutine[Any, Any, T]], name: str, twin: str) -> T:
         return wait(_database(), make, name, twin)
 
     def __repr__(self) -> str:
         return f'Files("{self.storage_name}", "{self.pattern}")'
+
+
+@dataclass(frozen=True)
+class _Loader:
+    """What Files.load() puts on its events."""
+
+    into: Table[Any]
+    how: How
+
+    async def __call__(self, file: File) -> None:
+        await file._load(_loading(), self.into, self.how)
 
 
 class _Scan:
@@ -226,7 +236,7 @@ class _Scan:
         self.token = 0
 
     async def run(self) -> int:
-        storage = await asyncio.to_thread(self.files.storage)
+        storage = self.files.storage()
         settle = self.files._settle
         if settle is None:
             settle = duration(SETTLE if storage.root is not None else 0)
@@ -297,6 +307,22 @@ def storage_module() -> Any:
 def _database() -> Database:
     current = scope.get()
     return current.db if current is not None else current_database()
+
+
+def _loading() -> Database:
+    """The database to load into. Raises WriteError inside of what commits as one."""
+    current = scope.get()
+    if current is not None and current.kind in ("transaction", "route"):
+        raise WriteError(f"file.load() commits piece by piece, so it cannot be part of a {current.kind}. Call it in a "
+                         "handler, a schedule or a script")
+    return _database()
+
+
+def _content(data: bytes | str | Path | BinaryIO) -> tuple[Any, int | None]:
+    """What is written, and how long it is where that is known."""
+    if isinstance(data, str):
+        data = data.encode()
+    return data, len(data) if isinstance(data, bytes) else None
 
 
 def _digest(path: str) -> bytes:

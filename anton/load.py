@@ -26,7 +26,7 @@ import orjson
 from anton import chunk
 from anton.apply import apply, refused
 from anton.columns import exact
-from anton.db import Conn, Database
+from anton.db import Conn, Database, quote
 from anton.errors import BadOption, FileChanged, FileGone, InvalidRecord, LoadFailed, WriteRefused, did_you_mean, one_of
 from anton.op import Op, pick
 from anton.relation import Attribute, Relation, describe, made_keys
@@ -99,7 +99,8 @@ async def load(db: Database, app: str, storage: Storage, found: Found, table: Ta
     version = f"{found.etag} {found.modified.astimezone(UTC).isoformat()}"
     while True:
         async with db.tx() as conn:
-            row = (await db.call(conn, "begin_load", app, storage.name, found.path, version, relation.sql))[0]
+            into = f"{quote(relation.schema)}.{quote(relation.table)}"
+            row = (await db.call(conn, "begin_load", app, storage.name, found.path, version, into))[0]
         if row["state"] == "done":
             return Loaded(row["n"], row["rejected"])
         try:
@@ -200,6 +201,9 @@ class _Load:
                 if size:
                     await self._write(rest[:size], at + size, raw, quote, end_of_line)
                     rest, at = rest[size:], at + size
+        if quote and rest.count(quote) & 1:                            # as one row it would hide all that follows it
+            raise self.failed(f"the quote that row {self.n + self.rejected + 1:,} opens, from byte {at:,} on, never "
+                              f"closes. It begins: {rest[:200].decode(self.how.encoding, 'replace')}")
         if rest:
             await self._write(rest, at + len(rest), raw, quote, end_of_line)
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from stores import Store, s3_server
 
-from anton.db import Database
 from anton import Records
+from anton.db import Database
 from anton.files import File, Files
 from anton.table import Table
 
