@@ -9,12 +9,13 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
 import pytest
-from pydantic import BaseModel, field_validator
+from loading import MODELS, Order
+from pydantic import BaseModel
 from stores import Store, s3_server
 
 from anton import load
@@ -23,26 +24,6 @@ from anton.errors import BadOption, LoadFailed, WriteError
 from anton.files import File, Files
 from anton.table import Table
 from anton.write import transaction
-
-
-class Order(BaseModel):
-    id: int
-    customer: str
-    total: Decimal | None = None
-    status: Literal["new", "paid"] = "new"
-    at: datetime | None = None
-
-
-class Checked(Order):
-    @field_validator("customer")
-    @classmethod
-    def not_bob(cls, value: str) -> str:
-        if value == "Bob":
-            raise ValueError("is Bob")
-        return value
-
-
-MODELS = {"copied": Order, "checked": Checked}                         # the two ways a CSV goes
 
 
 @pytest.fixture(scope="module")
