@@ -110,9 +110,10 @@ async def load(db: Database, app: str, storage: Storage, found: Found, table: Ta
         except (FileChanged, FileGone) as error:
             return await job.end("changed", str(error))
         except (LoadFailed, ValueError) as error:
-            failure = error if isinstance(error, LoadFailed) else job.failed(str(error))
-            await job.end("failed", failure.reason)
-            raise failure from error
+            await job.end("failed", error.reason if isinstance(error, LoadFailed) else str(error))
+            if isinstance(error, LoadFailed):
+                raise
+            raise job.failed(str(error)) from error
 
 
 class _Load:
