@@ -15,6 +15,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from loading import MODELS, Order
+from obstore.store import S3Store
 from pydantic import BaseModel
 from stores import Store, s3_server
 
@@ -240,3 +241,45 @@ def test_new_and_changed_files_are_loaded_by_a_handler(store: Store) -> None:
     store.work()
     assert [row[:2] for row in rows(store)] == [(1, "Anna"), (2, "Bob")]
     assert store.sql("select count(*)::int from anton.dead") == [(0,)]
+
+
+def test_a_load_that_fails_is_a_dead_letter_and_goes_on_when_it_is_replayed(store: Store) -> None:
+    def declare() -> Files:
+        files, orders = Files(store.kind, settle=0), Table("orders", Order)
+        files.load(into=orders, attempts=1, rejects=0)
+        return files
+
+    files = store.declare(declare)
+    store.sql("insert into orders values (2, 'in the way')")
+    store.put("a.csv", "id,customer\n1,Ann\n2,Bob\n")
+    files.scan()
+    store.work()
+    assert [row[0].partition(":")[0] for row in store.sql("select error from anton.dead")] == ["LoadFailed"]
+    assert "up to row 0: a row does not fit. Row 2: duplicate key" in store.sql(
+        "select problem from anton.findings() where kind = 'load'")[0][0]
+    store.sql("delete from orders", "select anton.replay('load_orders')")
+    store.work()
+    assert [row[:2] for row in rows(store)] == [(1, "Ann"), (2, "Bob")]
+    assert store.sql("select state from anton.load") == [("done",)] and store.sql("select from anton.dead") == []
+
+
+@pytest.mark.parametrize("store", ["s3"], indirect=True)
+def test_a_storage_that_is_away_blames_no_file(store: Store) -> None:
+    def declare() -> Files:
+        files, orders = Files(store.kind, settle=0), Table("orders", Order)
+        files.load(into=orders)
+        return files
+
+    files = store.declare(declare)
+    store.put("a.csv", "id,customer\n1,Ann\n")
+    files.scan()
+    there = files.storage().store
+    object.__setattr__(files.storage(), "store", S3Store(
+        "bucket", endpoint="http://127.0.0.1:9", client_options={"allow_http": True}, access_key_id="key",
+        secret_access_key="secret", region="us-east-1", retry_config={"max_retries": 0}))
+    store.work()
+    assert "StorageError" in store.sql("select failing_error from anton.handler where name = 'load_orders'")[0][0]
+    object.__setattr__(files.storage(), "store", there)
+    store.sql("update anton.handler set probe_at = anton.now() where probe_at is not null")
+    store.work()
+    assert [row[:2] for row in rows(store)] == [(1, "Ann")] and store.sql("select from anton.dead") == []
