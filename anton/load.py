@@ -12,8 +12,8 @@ import asyncio
 import codecs
 import csv
 import importlib
-import io
 import re
+from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
@@ -38,7 +38,9 @@ if TYPE_CHECKING:
 
 FORMATS = ("csv", "tsv", "jsonl", "parquet")
 SUFFIXES = {"csv": "csv", "tsv": "tsv", "jsonl": "jsonl", "ndjson": "jsonl", "parquet": "parquet"}
-RAW, PARSED, ROWS = 8 << 20, 1 << 20, 10_000  # bytes of a piece: for COPY, for Python; rows of Parquet's
+RAW, PARSED, ROWS = 4 << 20, 1 << 20, 10_000  # bytes of a piece: for COPY, for Python; rows of Parquet's
+READ = 1 << 20  # bytes of a request: larger ones leave holes in the memory of the threads that make them
+SIP = 1 << 16  # bytes of a message of COPY
 LONGEST = 64 << 20  # bytes of one record
 REJECTS = 1000
 KEPT = 8000  # characters kept of a row that did not fit
@@ -151,25 +153,30 @@ class _Load:
     # --- pieces
 
     async def _pieces(self, start: int, size: int) -> AsyncGenerator[bytes]:
-        """The file from a byte on. The next piece is fetched while this one is worked."""
+        """The file from a byte on, in pieces of about `size`. The next one is fetched while this one is worked."""
         path, etag, whole = self.found.path, self.found.etag, self.found.size
-        waiting: asyncio.Task[bytes] | None = None
+        waiting: deque[asyncio.Task[bytes]] = deque()
+        at, parts, have = start, list[bytes](), 0
         try:
-            at = start
-            while at < whole:
-                waiting = waiting or asyncio.create_task(self.storage.read(path, at, size, etag))
-                data = await waiting
-                waiting = None
+            while at < whole or waiting:
+                while at < whole and len(waiting) * READ < size:
+                    length = min(READ, whole - at)
+                    waiting.append(asyncio.create_task(self.storage.read(path, at, length, etag)))
+                    at += length
+                data = await waiting[0]
+                waiting.popleft()
                 if not data:
                     raise FileChanged(self.storage.name, path)
-                at += len(data)
-                if at < whole:
-                    waiting = asyncio.create_task(self.storage.read(path, at, size, etag))
-                yield data
+                parts.append(data)
+                have += len(data)
+                if have >= size or not waiting and at >= whole:
+                    piece, parts, have = b"".join(parts), [], 0
+                    yield piece
         finally:
-            if waiting is not None:
-                waiting.cancel()
-                await asyncio.wait({waiting})
+            for task in waiting:
+                task.cancel()
+            if waiting:
+                await asyncio.wait(waiting)
 
     async def _from(self, start: int, size: int) -> AsyncGenerator[bytes]:
         """As _pieces(), unpacked: start counts unpacked bytes."""
@@ -357,7 +364,7 @@ class _Load:
         if not data:
             return 0
         done = await conn.copy_to_table(self.relation.table, schema_name=self.relation.schema, columns=self.names,
-                                        source=io.BytesIO(data), **{k: v for k, v in options.items() if v})
+                                        source=_sips(data), **{k: v for k, v in options.items() if v})
         return int(done.split()[1])
 
     def _as_text(self, data: bytes, columns: Sequence[Attribute], end_of_line: bytes) -> bytes:
@@ -490,6 +497,12 @@ class _Piece:
 
     conn: Conn
     n: int = 0
+
+
+async def _sips(data: bytes) -> AsyncIterator[bytes]:
+    """The data in small parts: of larger ones uvloop keeps copies, 100 MB of them and more."""
+    for at in range(0, len(data), SIP):
+        yield data[at:at + SIP]
 
 
 def _at(records: Sequence[bytes], error: BaseException, end_of_line: bytes) -> int | None:
