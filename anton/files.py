@@ -30,7 +30,8 @@ from anton.db import Database, current_database, quote
 from anton.duration import duration
 from anton.errors import BadOption, ConfigError, LeaseLost, NoScope, WriteError
 from anton.event import Event
-from anton.load import REJECTS, How, Loaded, load
+from anton.layout import REJECTS, How
+from anton.load import Loaded, load
 from anton.query import wait
 from anton.relation import describe, described
 from anton.schedule import cron

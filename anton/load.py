@@ -14,35 +14,31 @@ import csv
 import importlib
 import re
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass
+from datetime import UTC
+from typing import TYPE_CHECKING, Any
 
 import asyncpg
-import orjson
 
 from anton import chunk
 from anton.apply import apply, refused
-from anton.columns import exact
 from anton.db import Conn, Database, quote
-from anton.errors import BadOption, FileChanged, FileGone, InvalidRecord, LoadFailed, WriteRefused, did_you_mean, one_of
+from anton.errors import FileChanged, FileGone, InvalidRecord, LoadFailed, WriteRefused, one_of
+from anton.layout import FORMATS, How, Layout
 from anton.op import Op, pick
-from anton.relation import Attribute, Relation, describe, made_keys
+from anton.relation import Relation, describe, made_keys
 from anton.table import Table
 from anton.write import WHOLE, Scope, owner
 
 if TYPE_CHECKING:
     from anton.storage import Found, Storage
 
-FORMATS = ("csv", "tsv", "jsonl", "parquet")
-SUFFIXES = {"csv": "csv", "tsv": "tsv", "jsonl": "jsonl", "ndjson": "jsonl", "parquet": "parquet"}
 RAW, PARSED, ROWS = 4 << 20, 1 << 20, 10_000  # bytes of a piece: for COPY, for Python; rows of Parquet's
 READ = 1 << 20  # bytes of a request: larger ones leave holes in the memory of the threads that make them
 SIP = 1 << 16  # bytes of a message of COPY
 LONGEST = 64 << 20  # bytes of one record
-REJECTS = 1000
 KEPT = 8000  # characters kept of a row that did not fit
 _DOT = re.compile(rb"^\\\.\r?$", re.MULTILINE)
 
@@ -54,40 +50,6 @@ class Loaded:
     rows: int
     rejected: int
     changed: bool = False
-
-
-@dataclass(frozen=True)
-class How:
-    """How a file is read. See Files.load, which has the same names."""
-
-    format: Literal["csv", "tsv", "jsonl", "parquet"] | None = None
-    upsert: bool = False
-    map: Mapping[str, str] = field(default_factory=dict)
-    skip: Sequence[str] = ()
-    columns: Sequence[str] | None = None
-    delimiter: str | None = None
-    encoding: str = "utf-8"
-    rejects: int = REJECTS
-
-    def checked(self, of: str) -> How:
-        """Itself. Raises BadOption for what cannot be."""
-        if self.format not in (None, *FORMATS):
-            raise BadOption("format", self.format, of, one_of(FORMATS))
-        if self.delimiter is not None and (len(self.delimiter) != 1 or self.delimiter in '"\r\n\0'
-                                           or not self.delimiter.isascii()):
-            raise BadOption("delimiter", self.delimiter, of, 'one character, such as ";"')
-        try:
-            plain = 'a,"\n'.encode(self.encoding) == b'a,"\n'
-        except LookupError:
-            plain = False
-        if not plain:
-            raise BadOption("encoding", self.encoding, of, 'one that is ASCII for ASCII\'s characters: "utf-8", '
-                            '"cp1252", "latin-1"')
-        if isinstance(self.skip, str) or isinstance(self.columns, str):
-            raise BadOption("skip" if isinstance(self.skip, str) else "columns", self.skip, of, "a list of names")
-        if type(self.rejects) is not int or self.rejects < 0:
-            raise BadOption("rejects", self.rejects, of, "a whole number from 0")
-        return self
 
 
 class _Moved(Exception):
@@ -125,21 +87,15 @@ class _Load:
                  how: How) -> None:
         self.db, self.storage, self.found, self.how = db, storage, found, how
         self.table, self.relation = table, relation
-        name = found.path.lower()
-        self.packed = name.endswith(".gz")
-        suffix = name.removesuffix(".gz").rpartition(".")[2]
-        self.format = how.format or SUFFIXES.get(suffix)
-        self.names: list[str] = []                                     # of the file's columns; "" to leave out
+        self.layout = Layout(found.path, table, relation, how)
+        self.failed = self.layout.failed
         self.rejects: list[tuple[int, str, str]] = []                  # of the piece at hand
-
-    def failed(self, reason: str) -> LoadFailed:
-        return LoadFailed(self.found.path, self.relation.name, reason)
 
     async def run(self, row: Any) -> Loaded:
         self.id, self.reached, self.n, self.rejected = row["id"], row["reached"], row["n"], row["rejected"]
-        if self.format is None:
+        if self.layout.format is None:
             raise self.failed(f"what is in it? Say format=, which is {one_of(FORMATS)}")
-        if self.format == "parquet":
+        if self.layout.format == "parquet":
             await self._parquet()
         else:
             await self._text()
@@ -180,7 +136,7 @@ class _Load:
 
     async def _from(self, start: int, size: int) -> AsyncGenerator[bytes]:
         """As _pieces(), unpacked: start counts unpacked bytes."""
-        if not self.packed:
+        if not self.layout.packed:
             async for piece in self._pieces(start, size):
                 yield piece
             return
@@ -192,11 +148,11 @@ class _Load:
 
     async def _text(self) -> None:
         """CSV and JSON Lines."""
-        quote = b"" if self.format == "jsonl" else chunk.QUOTE
+        quote = self.layout.quote
         if not self.found.size:
             return
         begin, end_of_line = await self._begin(quote)
-        raw = await self._raw()
+        raw = self.layout.raw
         at = max(self.reached, begin)
         rest = b""
         async with aclosing(self._from(at, RAW if raw else PARSED)) as pieces:
@@ -227,10 +183,10 @@ class _Load:
         bom = len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0
         if head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
             raise self.failed("it is UTF-16; make it UTF-8")
-        if self.format == "jsonl":
+        if self.layout.format == "jsonl":
             return bom, end_of_line
         if self.how.columns is not None:
-            self._columns(list(self.how.columns))
+            self.layout.header(list(self.how.columns))
             return bom, end_of_line
         size = chunk.first(head[bom:], quote, end_of_line) or len(head) - bom
         first = head[bom:bom + size].strip(b"\r\n").decode(self.how.encoding)
@@ -238,60 +194,10 @@ class _Load:
             raise self.failed("it has no header: its first line is empty. columns=[…] names the columns of a file "
                               "without one")
         try:
-            self._columns(chunk.cells(first, self._delimiter))
+            self.layout.header(chunk.cells(first, self.layout.delimiter))
         except csv.Error as error:
             raise self.failed(f"its header is no CSV: {error}") from None
         return bom + size, end_of_line
-
-    @property
-    def _delimiter(self) -> str:
-        return self.how.delimiter or ("\t" if self.format == "tsv" else ",")
-
-    def _columns(self, header: list[str]) -> None:
-        """Which column each of the file's is. Raises LoadFailed for what the table has not, or misses."""
-        turned = {there: here for here, there in self.how.map.items()}
-        missing = [name for name in (*turned, *self.how.skip) if name not in header]
-        if missing:
-            raise self.failed(f'map= or skip= names "{missing[0]}", which the file has not.'
-                              f"{did_you_mean(missing[0], header)} It has: {', '.join(header)}")
-        self.names = ["" if name in self.how.skip else turned.get(name, name) for name in header]
-        known = self._known()
-        for name, column in zip(header, self.names, strict=True):
-            if known is not None and column and column not in known:
-                raise self.failed(f'it has a column "{name}", and the table has none.{did_you_mean(column, known)} '
-                                  f'The table has: {", ".join(known)}. map={{"COLUMN": "{name}"}} says where it goes, '
-                                  f'skip=["{name}"] leaves it out')
-        twice = {name for name in self.names if name and self.names.count(name) > 1}
-        if twice:
-            raise self.failed(f"it has more than one column for {', '.join(sorted(twice))}")
-        self._complete(self.names)
-
-    def _complete(self, names: Sequence[str]) -> None:
-        needed = [] if self.relation.document else [
-            c.name for c in self.relation.columns.values()
-            if c.notnull and c.default is None and not c.generated and c.name not in names]
-        if needed:
-            raise self.failed(f"it has no column for {', '.join(needed)}, which may not be null and has no default. "
-                              f"It has: {', '.join(name for name in names if name)}")
-
-    def _known(self) -> Sequence[str] | None:
-        """What rows may hold; None: anything."""
-        if self.relation.document:
-            return None
-        if self.table.shape is not None:
-            return [column.name for column in self.table.shape.table_columns]
-        return [name for name, column in self.relation.columns.items() if not column.generated]
-
-    async def _raw(self) -> bool:
-        """Whether COPY may read the file itself."""
-        if self.format == "jsonl" or self.relation.document or not self.relation.copy:
-            return False
-        if self.table.shape is None:
-            if self.how.upsert or "" in self.names:
-                raise self.failed("upsert= and skip= need a table with a model")
-            return True
-        return (not self.how.upsert and "" not in self.names and exact(self.table.shape.model)
-                and codecs.lookup(self.how.encoding).name in ("utf-8", "ascii"))
 
     # --- one piece, one transaction
 
@@ -302,7 +208,7 @@ class _Load:
                 piece.n = await self._copy(piece.conn, data, first, end_of_line)
             return
         records = await asyncio.to_thread(chunk.split, data, quote, end_of_line)
-        rows: list[tuple[str, Any]] = await asyncio.to_thread(lambda: [self._parsed(record) for record in records])
+        rows = await asyncio.to_thread(lambda: [self.layout.parsed(record) for record in records])
         await self._rows(rows, reached, first)
 
     @asynccontextmanager
@@ -353,70 +259,16 @@ class _Load:
         return data
 
     async def _copy_all(self, conn: Conn, data: bytes, end_of_line: bytes) -> int:
-        columns = [self.relation.columns[name] for name in self.names]
-        options: dict[str, Any] = {
-            "format": "csv", "delimiter": self._delimiter, "encoding": "utf-8",
-            "force_null": [column.name for column in columns if not column.notnull],
-            "force_not_null": [column.name for column in columns if column.notnull and _is_text(column)]}
+        options = self.layout.copied
         if _DOT.search(data):                                          # a line that ends COPY before Postgres 18
-            data = await asyncio.to_thread(self._as_text, data, columns, end_of_line)
+            records = chunk.split(data, chunk.QUOTE, end_of_line)
+            data = await asyncio.to_thread(self.layout.as_text, records)
             options = {"format": "text", "encoding": "utf-8"}
         if not data:
             return 0
-        done = await conn.copy_to_table(self.relation.table, schema_name=self.relation.schema, columns=self.names,
-                                        source=_sips(data), **{k: v for k, v in options.items() if v})
+        done = await conn.copy_to_table(self.relation.table, schema_name=self.relation.schema, source=_sips(data),
+                                        columns=self.layout.names, **options)
         return int(done.split()[1])
-
-    def _as_text(self, data: bytes, columns: Sequence[Attribute], end_of_line: bytes) -> bytes:
-        rows = []
-        for record in chunk.split(data, chunk.QUOTE, end_of_line):
-            try:
-                given = chunk.cells(record.decode(), self._delimiter)
-            except (csv.Error, UnicodeDecodeError) as error:
-                raise asyncpg.DataError(str(error)) from None
-            if len(given) != len(columns):
-                raise asyncpg.DataError(f"it has {len(given)} cells and not {len(columns)}")
-            rows.append([_cell(cell, column) for cell, column in zip(given, columns, strict=True)])
-        return chunk.copy_text(rows)
-
-    def _parsed(self, record: bytes) -> tuple[str, Any]:
-        """The record's text, and its row or what is wrong with it."""
-        try:
-            text = record.decode(self.how.encoding)
-        except UnicodeDecodeError as error:
-            return record.decode(self.how.encoding, "replace"), error
-        try:
-            return text, self._json(record) if self.format == "jsonl" else self._csv(text)
-        except (csv.Error, ValueError) as error:
-            return text, error
-
-    def _json(self, record: bytes) -> dict[str, Any]:
-        row = orjson.loads(record if self.how.encoding == "utf-8" else record.decode(self.how.encoding))
-        if not isinstance(row, dict):
-            raise ValueError("it is no object")
-        return self._named(row)
-
-    def _named(self, row: dict[str, Any]) -> dict[str, Any]:
-        """The row by the table's names."""
-        if self.how.map:
-            turned = {there: here for here, there in self.how.map.items()}
-            row = {turned.get(name, name): value for name, value in row.items()}
-        if self.how.skip:
-            row = {name: value for name, value in row.items() if name not in self.how.skip}
-        known = self._known()
-        if known is not None and not row.keys() <= set(known):
-            name = next(name for name in row if name not in known)
-            raise ValueError(f'the table has no column "{name}".{did_you_mean(name, known)} skip= leaves it out')
-        return row
-
-    def _csv(self, text: str) -> dict[str, Any]:
-        given = chunk.cells(text, self._delimiter)
-        if len(given) != len(self.names):
-            raise ValueError(f"it has {len(given)} cells and the file {len(self.names)} columns")
-        if self.relation.document:
-            return {name: cell or None for name, cell in zip(self.names, given, strict=True) if name}
-        columns = self.relation.columns
-        return {name: _value(cell, columns[name]) for name, cell in zip(self.names, given, strict=True) if name}
 
     # --- rows that pass through Python
 
@@ -425,14 +277,13 @@ class _Load:
         file = self.storage.open(self.found.path, self.found.size, self.found.etag)
         with file:
             opened = await asyncio.to_thread(module.Parquet, file)
-            self._columns(opened.names)
+            self.layout.header(opened.names)
             rows: Iterator[list[dict[str, Any]]] = opened.rows(self.reached, ROWS)
             while True:
                 some = await asyncio.to_thread(next, rows, None)
                 if some is None:
                     return
-                named = [(row, {name: row[there] for there, name in zip(opened.names, self.names, strict=True) if name})
-                         for row in some]
+                named = [(row, self.layout.renamed(opened.names, row)) for row in some]
                 await self._rows(named, self.reached + len(some), self.n + self.rejected + 1)
 
     async def _rows(self, rows: Sequence[tuple[Any, Any]], reached: int, first: int) -> None:
@@ -522,24 +373,3 @@ def _said(error: BaseException) -> str:
     """What Postgres said, with the column."""
     column = re.search(r"column ([^:\n]+)", getattr(error, "context", None) or "")
     return f"{column[1]}: {error}" if column else str(error)
-
-
-def _is_text(column: Attribute) -> bool:
-    return column.type.startswith(("text", "character"))
-
-
-def _cell(cell: str, column: Attribute) -> str | None:
-    """An empty cell is null where that may be, else an empty text."""
-    return cell if cell or (column.notnull and _is_text(column)) else None
-
-
-def _value(cell: str, column: Attribute) -> Any:
-    """A cell as its column has it; times without a zone are UTC, as COPY takes them."""
-    value = _cell(cell, column)
-    if value is not None and column.type == "timestamp with time zone":
-        try:
-            at = datetime.fromisoformat(value)
-        except ValueError:
-            return value
-        return at if at.tzinfo is not None else at.replace(tzinfo=UTC)
-    return value
