@@ -38,9 +38,10 @@ lock: $(READY)        ## pins every dependency anew; needs python 3.11, see CONT
 	  --no-emit-index-url --no-emit-trusted-host --no-emit-find-links --no-emit-options \
 	  --extra web --extra embedded --extra files --extra llm --extra test --extra dev --output-file requirements.lock pyproject.toml
 
-schema: $(READY)      ## anton/autonomous.schema.json, from anton/config.py
+schema: $(READY)      ## anton/autonomous.schema.json, from anton/config.py; the table of docs/verify.md, from anton/verify.json
 	@$(BIN)/python -c "import json; from anton import config; print(json.dumps(config.json_schema(), indent=2))" > schema.tmp
 	@mv schema.tmp anton/autonomous.schema.json
+	@$(BIN)/python tests/test_docs_verify.py
 
 clean:                ## what make and the tools made; the embedded database in .anton stays
 	@rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -15,6 +15,7 @@ from anton.record import Records
 from anton.schedule import cron
 from anton.secret import env
 from anton.sense import Request, Webhook, delete, get, patch, post, put
+from anton.signed import Hmac as Hmac
 from anton.table import Table
 from anton.write import transaction
 

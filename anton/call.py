@@ -101,13 +101,14 @@ class Caller:
         """What the call may know besides its records; None for one that does not ask."""
         if not code.wants_ctx:
             return None
-        job, ordinal = inputs.batch.at(0)
+        job, _ = inputs.batch.at(0)
         now = job.at + timedelta(milliseconds=job.waited)
         if code.planned:
-            return Ctx(code.name, now, Records(()), datetime.fromisoformat(job.key(ordinal)[1]))
+            planned = [datetime.fromisoformat(job.key(ordinal)[1]) for job, ordinal in inputs.batch]
+            return Ctx(code.name, now, Records(()), planned)
         if records is None:
             records = Records(inputs.items, inputs.changes)
-        return Ctx(code.name, now, records, None, partial(self.origin, inputs))
+        return Ctx(code.name, now, records, (), partial(self.origin, inputs))
 
     async def call(self, lane: Lane, inputs: Inputs) -> Called:
         """One call with all items. Raises what the handler raises; Interrupted, Stuck."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
@@ -26,19 +26,24 @@ class Origin(NamedTuple):
 class Ctx:
     """What a handler may know and decide besides its records.
 
-    now: the database's time when the batch was claimed. handler: its name. planned_at: when a schedule was due.
+    now: the database's time when the batch was claimed. handler: its name.
     attempt, trace, tenant, key: of the record at hand (while iterating records, else of the first); key is its
     idempotency key.
     """
 
-    def __init__(self, handler: str, now: datetime, records: Records[Any], planned_at: datetime | None = None,
+    def __init__(self, handler: str, now: datetime, records: Records[Any], planned: Sequence[datetime] = (),
                  find_origin: Callable[[Change[Any]], Awaitable[Origin]] | None = None) -> None:
         self.handler = handler
         self.now = now
-        self.planned_at = planned_at
+        self._planned = planned                                        # by position, as one claim may hold several
         self.outcomes: dict[int, Retry | Discard] = {}
         self._records = records
         self._find_origin = find_origin
+
+    @property
+    def planned_at(self) -> datetime | None:
+        """When the schedule was due; None in a handler."""
+        return self._planned[max(owner.get(), 0)] if self._planned else None
 
     @property
     def attempt(self) -> int:

@@ -208,11 +208,14 @@ class Database:
     def __repr__(self) -> str:
         return f"Database({self.name!r} on {self.host}:{self.port}, schema={self.schema!r})"
 
-    async def connect(self) -> asyncpg.Connection[asyncpg.Record]:
-        """A connection of its own, for LISTEN and session locks. The caller closes it."""
+    async def connect(self, database: str | None = None) -> asyncpg.Connection[asyncpg.Record]:
+        """A connection of its own, for LISTEN and session locks. The caller closes it.
+
+        database: another one of the same cluster.
+        """
         with self._reachable():
             conn: asyncpg.Connection[asyncpg.Record] = await asyncpg.connect(
-                self.dsn, timeout=CONNECT_SECONDS, **self._how())
+                self.dsn, database=database, timeout=CONNECT_SECONDS, **self._how())
             await self._set_up(conn)
             return conn
 

@@ -1,6 +1,6 @@
 """Migrate: brings a database to what Anton and an app declare. `await migrate(db, app)`, and again at any time.
 
-    Anton's migrations/ and sql/  ->  the app's migrations/ and sql/  ->  its tables  ->  its handlers, schedules
+    Anton's migrations/ and sql/  ->  the app's migrations/ and sql/  ->  tables  ->  handlers, schedules  ->  pg_cron
 
 A migration runs once, in a transaction with the row that records it; what ran is frozen by its sha256. A sql/ folder
 runs whole, in one transaction, whenever a file of it changed. Declared tables get what they lack when that loses
@@ -22,7 +22,7 @@ from pathlib import Path
 
 import asyncpg
 
-from anton import relation, sqlfile
+from anton import pgcron, relation, sqlfile
 from anton.app import App
 from anton.db import Database, literal, quote
 from anton.declared import Declared, Wanted
@@ -146,6 +146,7 @@ class Run(Steps):
         elif late is not None:
             await self.step(late, SQL_FOLDER)
         await declared.make_handlers(wanted)
+        await pgcron.keep_job(self)
         if self.plan.refused and not self.dry:
             raise _together(self.plan.refused)
 

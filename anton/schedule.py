@@ -3,28 +3,26 @@
     @cron.daily(at="03:00", tz="Europe/Berlin")   .hourly .weekly .monthly .every("30s"), cron("*/5 9-17 * * MON-FRI")
     def rebuild(ctx): ...                         or def rebuild(): ...
 
-    plan (next_at)  --tick()-->  a row of tick + a job for the schedule's handler  --worker-->  the function, once
+    plan (next_at, ahead)  --tick()-->  a row of tick + a job of the schedule's handler  --worker-->  the function, once
 
-Due times live in the table schedule and are computed here; tick() in sql/60_schedule.sql fires what is due,
-whoever calls it, and UNIQUE (schedule_id, planned_at) lets each time fire once. From there a firing is a job
-like any other: leased, retried, dead-lettered, its writes committed with its ack. Times missed while nobody
-was there fire once, late; then the plan goes on from now.
+Due times live in the table schedule and are computed here (anton/due.py); tick() in sql/60_schedule.sql fires what is
+due, whoever calls it, and UNIQUE (schedule_id, planned_at) lets each time fire once. From there a firing is a job like
+any other: leased, retried, dead-lettered, its writes committed with its ack.
 """
 
 from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any, TypeVar, overload
-from zoneinfo import ZoneInfo
-
-from cronsim import CronSim, CronSimError
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import date, datetime, timedelta
+from itertools import chain, islice, takewhile
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, Unpack, overload
 
 from anton.app import current_app, place_of_caller
 from anton.db import Database
+from anton.due import last_due, normal, rules, upcoming, zone
 from anton.duration import duration, say
 from anton.errors import BadOption, BadSignature, UnknownOption, one_of
 
@@ -33,11 +31,35 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-SHORT = {"@hourly": "0 * * * *", "@daily": "0 0 * * *", "@midnight": "0 0 * * *", "@weekly": "0 0 * * 0",
-         "@monthly": "0 0 1 * *", "@yearly": "0 0 1 1 *", "@annually": "0 0 1 1 *"}
 DAYS = ("sunday", "monday", "tuesday", "wednesday", "thursday", "friday", "saturday")
+AHEAD, CATCH_UP = 100, 1000                                            # times computed at once: to come, and missed
+FAR = timedelta(days=40)                                               # the first beyond is the last to be computed
 _CLOCK = re.compile(r"([01]?\d|2[0-3]):([0-5]\d)")
-_EVERY = re.compile(r"@every (\d+(?:\.\d+)?)")
+
+
+class Rules(TypedDict, total=False):
+    """What every schedule may say.
+
+    name: default the function's. misfire: what becomes of times that were missed. overlap: of a time that comes while
+    the firing before is not done. jitter: each time is put off by a part of it. start, end: no time before, or after;
+    a date, or a time as the clocks in tz show it. timeout, attempts, backoff: as a handler's.
+    """
+
+    name: str | None
+    misfire: Literal["once", "all", "skip"]
+    overlap: Literal["queue", "skip", "parallel"]
+    jitter: str | float | timedelta
+    start: str | date | datetime
+    end: str | date | datetime
+    timeout: str | float | timedelta
+    attempts: int
+    backoff: str | float | timedelta
+
+
+class Options(Rules, total=False):
+    """And where its clocks are. tz: an IANA name, default "UTC"."""
+
+    tz: str
 
 
 @dataclass(frozen=True)
@@ -45,7 +67,7 @@ class Schedule:
     """A function and when it runs.
 
     cron: five fields, or "@every SECONDS". tz: an IANA name. title: how people say it ("Daily, at 03:00").
-    place: "main.py:12".
+    place: "main.py:12". rules: misfire and the like, as put_schedule() takes them.
     """
 
     name: str
@@ -55,86 +77,37 @@ class Schedule:
     fn: Callable[..., Any]
     wants_ctx: bool
     place: str = ""
+    rules: dict[str, Any] = field(default_factory=dict)
 
     def definition(self, app: str) -> dict[str, Any]:
         """What put_schedule() takes."""
-        return {"app": app, "name": self.name, "cron": self.cron, "tz": self.tz, "title": self.title}
-
-
-def next_due(cron: str, tz: str, after: datetime) -> datetime | None:
-    """The first due time later than `after`, in UTC; None when there is none in the next 50 years.
-
-    On the days the clocks change this follows Debian's cron: a time that is skipped runs right after the gap, a
-    time that comes twice runs once, and what runs every hour or every few minutes keeps its pace.
-    Raises BadOption for a text that is no cron expression, or a time zone that is not known.
-    """
-    cron = normal(cron)
-    every = _EVERY.fullmatch(cron)
-    if every:
-        seconds = float(every[1])
-        return datetime.fromtimestamp((after.timestamp() // seconds + 1) * seconds, UTC)
-    for due in _sim(cron, after.astimezone(_zone(tz))):
-        utc = due.astimezone(UTC)
-        if utc > after:                                                # in a repeated hour it may lie behind
-            return utc
-    return None
-
-
-def normal(cron: str) -> str:
-    """The expression as it is kept: five upper-case fields, or "@every SECONDS". Raises BadOption."""
-    text = " ".join(str(cron).split())
-    if text.startswith("@every "):
-        seconds = duration(text[7:] if not _EVERY.fullmatch(text) else float(text[7:]), "cron", "the schedule")
-        if seconds < timedelta(seconds=1):
-            raise BadOption("cron", cron, "the schedule", "at least 1 s")
-        return f"@every {seconds.total_seconds():g}"
-    text = SHORT.get(text.lower(), text.upper())
-    if len(text.split()) != 5:
-        raise BadOption("cron", cron, "the schedule", 'five fields "minute hour day month weekday", such as '
-                        f'"*/5 9-17 * * MON-FRI", "@every 30s", {one_of(list(SHORT))}')
-    _sim(text, datetime(2026, 1, 1, tzinfo=UTC))
-    return text
-
-
-def _sim(cron: str, start: datetime) -> CronSim:
-    try:
-        return CronSim(cron, start)
-    except CronSimError as error:
-        raise BadOption("cron", cron, "the schedule", f"five cron fields; {str(error).lower()}") from None
-
-
-def _zone(tz: str) -> ZoneInfo:
-    try:
-        return ZoneInfo(tz)
-    except (KeyError, ValueError, OSError, TypeError):                 # the file system's errors come through
-        raise BadOption("tz", tz, "the schedule", 'an IANA name, such as "UTC" or "Europe/Berlin"') from None
+        return {"app": app, "name": self.name, "cron": self.cron, "tz": self.tz, "title": self.title,
+                **self.rules}
 
 
 class Cron:
     """The decorator `cron`: cron("*/5 9-17 * * MON-FRI"), cron.daily, cron.every("30s") and so on.
 
-    tz: an IANA time zone, default "UTC". name: default the function's. The function takes nothing or (ctx);
-    ctx.planned_at is the time it was due.
+    The function takes nothing or (ctx); ctx.planned_at is the time it was due. Options: those of Rules and Options.
     """
 
-    def __call__(self, cron: str, *, tz: str = "UTC", name: str | None = None, **unknown: Any) -> Callable[[F], F]:
+    def __call__(self, cron: str, **options: Unpack[Options]) -> Callable[[F], F]:
         """Five cron fields: minute hour day month weekday."""
         if callable(cron):
             raise BadSignature(getattr(cron, "__name__", "?"), "no times: @cron", '@cron("0 3 * * *") or @cron.daily',
                                place_of_caller())
-        given = _options({"tz": tz, "name": name, **unknown})
-        return _declare(cron, cron, given)
+        return _declare(cron, cron, _options({**options}))
 
-    def every(self, length: str | float | timedelta, *, name: str | None = None, **unknown: Any) -> Callable[[F], F]:
+    def every(self, length: str | float | timedelta, **options: Unpack[Rules]) -> Callable[[F], F]:
         """Every 30 s: at the multiples of the length since 1970, so that all agree on the times."""
-        given = _options({"name": name, **unknown}, tz="UTC")
+        given = _options({**options}, "tz")
         text = duration(length, "every", "@cron.every")
         return _declare(f"@every {text.total_seconds():g}", f"Every {say(text)}", given)
 
     @overload
     def hourly(self, fn: F, /) -> F: ...
     @overload
-    def hourly(self, *, minute: int = 0, tz: str = "UTC", name: str | None = None) -> Callable[[F], F]: ...
+    def hourly(self, *, minute: int = 0, **options: Unpack[Options]) -> Callable[[F], F]: ...
     def hourly(self, *fn: Any, **options: Any) -> Any:
         """Each hour, at `minute`."""
         given = _options(options, minute=0)
@@ -144,7 +117,7 @@ class Cron:
     @overload
     def daily(self, fn: F, /) -> F: ...
     @overload
-    def daily(self, *, at: str = "00:00", tz: str = "UTC", name: str | None = None) -> Callable[[F], F]: ...
+    def daily(self, *, at: str = "00:00", **options: Unpack[Options]) -> Callable[[F], F]: ...
     def daily(self, *fn: Any, **options: Any) -> Any:
         """Each day at `at`, "03:00"."""
         given = _options(options, at="00:00")
@@ -153,8 +126,8 @@ class Cron:
     @overload
     def weekly(self, fn: F, /) -> F: ...
     @overload
-    def weekly(self, *, on: str = "sunday", at: str = "00:00", tz: str = "UTC",
-               name: str | None = None) -> Callable[[F], F]: ...
+    def weekly(self, *, on: str = "sunday", at: str = "00:00",
+               **options: Unpack[Options]) -> Callable[[F], F]: ...
     def weekly(self, *fn: Any, **options: Any) -> Any:
         """Each week on a day ("monday") at `at`."""
         given = _options(options, on="sunday", at="00:00")
@@ -168,8 +141,8 @@ class Cron:
     @overload
     def monthly(self, fn: F, /) -> F: ...
     @overload
-    def monthly(self, *, day: int | str = 1, at: str = "00:00", tz: str = "UTC",
-                name: str | None = None) -> Callable[[F], F]: ...
+    def monthly(self, *, day: int | str = 1, at: str = "00:00",
+                **options: Unpack[Options]) -> Callable[[F], F]: ...
     def monthly(self, *fn: Any, **options: Any) -> Any:
         """Each month on `day` (1 to 31, or "last"; months without it are left out) at `at`."""
         given = _options(options, day=1, at="00:00")
@@ -182,39 +155,67 @@ cron = Cron()
 
 
 async def fire(db: Database, conn: Conn) -> datetime | None:
-    """Fires what is due and plans what has no next time. Returns when to call again; None: no schedules.
+    """Fires what is due and plans what lacks times. Returns when to call again; None: no schedules.
 
     Any number of processes may call it at once. An expression of SQL's that is none is disabled, not retried.
     """
     await db.call(conn, "tick")
     for row in await db.call(conn, "unplanned"):
+        times: list[datetime] = []
+        error = None
         try:
-            due = next_due(row["cron"], row["tz"], row["after"])
-        except BadOption:
-            due = None
-        await db.call(conn, "plan", row["id"], row["cron"], row["tz"], due)
+            times = _ahead(row)
+        except BadOption as wrong:
+            error = str(wrong)
+        await db.call(conn, "plan", row["id"], row["after"], times, times[-1] if times else None, error)
     due_at: datetime | None = await db.call_value(conn, "next_tick")
     return due_at
 
 
-def _options(given: dict[str, Any], **defaults: Any) -> dict[str, Any]:
-    defaults = {"tz": "UTC", "name": None, **defaults}
+def times_of(row: Any, after: datetime) -> Iterator[datetime]:
+    """The due times of a schedule as the database has it later than `after`, from its start to its end."""
+    if row["starts_at"] is not None:
+        after = max(after, row["starts_at"] - timedelta(microseconds=1))
+    times = upcoming(row["cron"], row["tz"], after)
+    return times if row["ends_at"] is None else takewhile(lambda at: at <= row["ends_at"], times)
+
+
+def _ahead(row: Any) -> list[datetime]:
+    """The next times after those that are known; none when there are no more."""
+    now, times = row["at"], times_of(row, row["after"])
+    first = next(times, None)
+    if first is None:
+        return []
+    if first <= now and row["misfire"] != "all":                       # of many missed ones only the last can matter
+        last = last_due(row["cron"], row["tz"], first, min(now, row["ends_at"] or now))
+        times = chain([last] if last else [], times_of(row, now))
+    found = [first]
+    for at in islice(times, CATCH_UP):
+        if found[-1] > now + FAR or (found[-1] > now and len(found) >= AHEAD):
+            break
+        found.append(at)
+    return found
+
+
+def _options(given: Mapping[str, Any], *without: str, **defaults: Any) -> dict[str, Any]:
+    defaults = {**dict.fromkeys(Options.__annotations__), "tz": "UTC", **defaults}
     for option in given:
-        if option not in defaults:
-            raise UnknownOption(option, "@cron", tuple(defaults))
-    return defaults | given
+        if option not in defaults or option in without:
+            raise UnknownOption(option, "@cron", tuple(name for name in defaults if name not in without))
+    return {**defaults, **given}
 
 
 def _declare(text: str, title: str, given: dict[str, Any]) -> Callable[[F], F]:
-    text = normal(text)
-    _zone(given["tz"])
+    text = normal(text, "@cron")
+    zone(given["tz"], "@cron")
+    kept = rules(given, text, given["tz"], "@cron")
 
     def declare(fn: F) -> F:
         place = place_of_caller()
         name = given["name"] or fn.__name__
         current_app().claim_name("handler", name, place)               # its jobs are a handler's
         wants = _wants_ctx(fn, name, place)
-        current_app().schedules[name] = Schedule(name, text, given["tz"], title, fn, wants, place)
+        current_app().schedules[name] = Schedule(name, text, given["tz"], title, fn, wants, place, kept)
         return fn
 
     return declare

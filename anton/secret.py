@@ -2,14 +2,19 @@
 
     env("SLACK_SIGNING_SECRET")     read when it is used, so a rotated value counts at once
     "xxxx", "", None, unset         not set: what stands in an example is no credential
+    {"secret": …, "token": …}       for services that ask for a verify token besides
 """
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+
+from anton.errors import BadOption, did_you_mean
 
 _PLACEHOLDER = re.compile(r"[xX]{3,}|\*{3,}|<[^<>]*>|")
 
@@ -29,21 +34,61 @@ def env(name: str) -> Env:
     return Env(name)
 
 
-def reveal(secret: Env | str | None) -> str | None:
+@dataclass(frozen=True, repr=False)
+class VerifyToken:
+    """What a service sends back when it asks whether an address is ours. It proves no event."""
+
+    value: Env | str
+
+    def __repr__(self) -> str:
+        return f"VerifyToken({mask(self.value)})"
+
+
+One = Env | VerifyToken | str
+Many = Env | str | Iterable[Env | str]
+
+
+def reveal(secret: One | None) -> str | None:
     """The value, or None when it is not set: None, empty, or a placeholder such as "xxxx"."""
+    if isinstance(secret, VerifyToken):
+        secret = secret.value
     value = os.environ.get(secret.name) if isinstance(secret, Env) else secret
     if value is None or _PLACEHOLDER.fullmatch(value.strip()):
         return None
     return value.strip()
 
 
-def several(secret: Env | str | Iterable[Env | str] | None) -> tuple[Env | str, ...]:
-    """One secret or many, as given to secret=, as a tuple."""
+def several(secret: Many | Mapping[str, Many] | None) -> tuple[One, ...]:
+    """One secret or many, as given to secret=, as a tuple.
+
+    Raises BadOption for a mapping with other keys than "secret" and "token".
+    """
     if secret is None:
         return ()
-    return (secret,) if isinstance(secret, (Env, str)) else tuple(secret)
+    if isinstance(secret, Mapping):
+        if odd := next((name for name in secret if name not in ("secret", "token")), None):
+            raise BadOption("secret", f"{odd}=***", "verify=", 'the keys "secret" and "token".'
+                            f'{did_you_mean(odd, ("secret", "token"))}')
+        tokens = several(secret.get("token"))
+        return (*several(secret.get("secret")), *(VerifyToken(one) for one in tokens if isinstance(one, (Env, str))))
+    return (secret,) if isinstance(secret, (Env, VerifyToken, str)) else tuple(secret)
 
 
-def mask(secret: Env | str | None) -> str:
+def among(value: str, secrets: Iterable[str]) -> bool:
+    """Whether a value that somebody sent is one of the secrets. The time it takes tells nothing about them."""
+    made = _hash(value)
+    found = False
+    for secret in secrets:                                             # all of them
+        found |= hmac.compare_digest(made, _hash(secret))
+    return found
+
+
+def _hash(text: str) -> bytes:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+
+
+def mask(secret: One | None) -> str:
     """How a secret is shown: env("NAME") by its name, a value as ***."""
+    if isinstance(secret, VerifyToken):
+        secret = secret.value
     return repr(secret) if isinstance(secret, Env) else "None" if secret is None else "***"

@@ -9,20 +9,20 @@ Light on purpose: a worker loads main.py too and never needs FastAPI.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl
 
 from anton.app import current_app, place_of_caller
 from anton.errors import BadOption, BadSignature, UnknownOption
-from anton.secret import Env, several
+from anton.scheme import Scheme
+from anton.secret import Many, One, several
 from anton.table import Table
-from anton.verify import Hmac
 
 F = TypeVar("F", bound=Callable[..., Any])
-Verify = str | Hmac | Callable[[bytes, Mapping[str, str]], bool] | bool | None
-Secret = Env | str | Iterable[Env | str] | None
+Verify = str | Scheme | Callable[[bytes, Mapping[str, str]], bool] | bool | None
+Secret = Many | Mapping[str, Many] | None
 
 ROUTE_OPTIONS = ("status_code", "response_model", "response_class", "responses", "response_description", "tags",
                  "summary", "description", "deprecated", "include_in_schema", "name", "operation_id", "dependencies",
@@ -65,7 +65,7 @@ class Route:
     path: str
     fn: Callable[..., Any]
     verify: Verify
-    secrets: tuple[Env | str, ...] = field(repr=False)
+    secrets: tuple[One, ...] = field(repr=False)
     options: Mapping[str, Any]
     place: str
 

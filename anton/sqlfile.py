@@ -19,13 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from anton import due
 from anton.duration import duration
 from anton.errors import BadOption, DeclarationError, UnknownOption, one_of
 
 OPS = ("new", "updated", "deleted", "truncate", "rebuilt", "failed")
 _HANDLER = ("on", "where", "columns", "read", "since", "batch", "max_wait", "timeout", "attempts", "backoff", "max_lag",
             "into", "was", "concurrency")
-_SCHEDULE = ("cron", "tz", "title")
+_SCHEDULE = ("cron", "tz", "title", "misfire", "overlap", "jitter", "start", "end", "timeout", "attempts", "backoff")
 _NUMBERS = ("batch", "attempts", "concurrency")
 _DURATIONS = ("max_wait", "timeout", "backoff", "max_lag")
 
@@ -138,9 +139,11 @@ def schedule(file: SqlFile, app: str) -> dict[str, Any]:
     _known(file, _SCHEDULE)
     if "cron" not in file.header:
         raise BadOption("cron", "", file.name, 'five cron fields, such as "0 3 * * *"')
-    cron = file.header["cron"]
-    return {"app": app, "name": file.stem, "cron": cron, "tz": file.header.get("tz", "UTC"),
-            "title": file.header.get("title", cron), "kind": "sql", "body": file.text}
+    cron, tz = file.header["cron"], file.header.get("tz", "UTC")
+    due.zone(tz, file.name)
+    text = due.normal(cron, file.name)
+    return {"app": app, "name": file.stem, "cron": text, "tz": tz, "title": file.header.get("title", cron),
+            "kind": "sql", "body": file.text, **due.rules(file.header, text, tz, file.name)}
 
 
 def _known(file: SqlFile, known: tuple[str, ...]) -> None:

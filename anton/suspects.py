@@ -1,6 +1,6 @@
-"""Suspects: jobs whose worker died with them. Most are innocent, so they are run together once.
+"""Suspects: jobs whose worker died with them. Most are innocent, so they are run together.
 
-    reclaim_together -> run -> settled       that killed the process: each is run with nothing beside it
+    reclaim_together -> run -> settled       that killed the process: a tenth of them, then each with nothing beside it
                                              killed it again: cut into parts, a single record buried at last
 """
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 import sys
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -35,8 +35,8 @@ from anton.duration import duration
 from anton.errors import AntonError, BadOption
 from anton.migrate import migrate
 from anton.relation import describe
-from anton.secret import Env, reveal
-from anton.verify import SCHEMES
+from anton.secret import Env, VerifyToken
+from anton.verify import SCHEMES, Verifier
 from anton.worker import Worker
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ class TestApp:
     def request(self, method: str, path: str, *, sign: str | None = None, **options: Any) -> httpx.Response:
         """Sends a request to the app and returns its response. What a route raises comes through.
 
-        sign: "slack", "github": signed as that service does, with the secret that the route declares.
+        sign: "slack", "github", …: signed as that service does, with the secret that the route declares.
         options: httpx's, such as json=, content=, headers=, params=.
         """
         return self._loop.run(self._request(method, path, sign, options))
@@ -154,16 +154,20 @@ class TestApp:
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             request = client.build_request(method, path, **options)
             if sign is not None:
-                request.headers.update(await self._signature(sign, method, path, request.content))
+                request.headers.update(await self._signature(sign, method, path, request))
             return await client.send(request)
 
-    async def _signature(self, scheme: str, method: str, path: str, body: bytes) -> dict[str, str]:
+    async def _signature(self, scheme: str, method: str, path: str, request: httpx.Request) -> dict[str, str]:
         if scheme not in SCHEMES:
             raise BadOption("sign", scheme, f"{method} {path}", ", ".join(SCHEMES))
-        secret = next((value for value in map(reveal, self._declared(method, path).secrets) if value), None)
+        signer, declared = SCHEMES[scheme], self._declared(method, path)
+        secret = next(iter(Verifier(declared.verify, declared.secrets or None).usable()), None)
         if secret is None:
             raise BadOption("sign", scheme, f"{method} {path}", "a route with a secret= that is set")
-        return SCHEMES[scheme].sign(body, secret, str(int((await self._now()).timestamp())))
+        pairs = [signer.pair(_secret_of(one)) for one in declared.secrets if isinstance(one, Env)]
+        secret = next((private for private, public in pairs if public == secret), secret)
+        stamp = signer.stamp((await self._now()).timestamp())
+        return signer.sign(request.content, secret, stamp, url=str(request.url), method=method)
 
     def _declared(self, method: str, path: str) -> Route | Webhook:
         for route in self.app.routes:
@@ -292,9 +296,7 @@ def app(request: pytest.FixtureRequest, anton_templates: _Templates,
     loop = Portal()
     name = anton_templates.clone(loaded, folder)
     db = Database(anton_templates.url(folder, name), source="the fixture app")
-    given = [route.secrets for route in loaded.routes] + [webhook.secrets for webhook in loaded.webhooks]
-    for secret in (secret for several in given for secret in several if isinstance(secret, Env)):
-        monkeypatch.setenv(secret.name, f"secret-of-{secret.name}")
+    set_secrets(loaded, monkeypatch.setenv)
     before = action.effects()
     set_database(db)
     action.set_effects("offline")
@@ -312,6 +314,23 @@ def app(request: pytest.FixtureRequest, anton_templates: _Templates,
         set_database(None)
         loaded.clear()
         anton_templates.drop(folder, name)
+
+
+def set_secrets(app: App, setenv: Callable[[str, str], None]) -> None:
+    """Sets every env(…) that a route or Webhook takes as secret= to one that sign= knows."""
+    doors: list[Route | Webhook] = [*app.routes, *app.webhooks]
+    for declared in doors:
+        scheme = Verifier(declared.verify, declared.secrets or None).scheme
+        for one in declared.secrets:
+            secret = one.value if isinstance(one, VerifyToken) else one
+            if isinstance(secret, Env):
+                text = _secret_of(secret)
+                setenv(secret.name, text if secret is not one or scheme is None else scheme.pair(text)[1])
+
+
+def _secret_of(secret: Env) -> str:
+    """What a secret is made of in tests; long enough for every key."""
+    return f"secret-of-{secret.name}".ljust(32, "-")
 
 
 class _Templates:

@@ -13,8 +13,9 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Awaitable, Callable, Sequence
-from datetime import timedelta
+from datetime import datetime, timedelta
 from decimal import Decimal
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -258,18 +259,13 @@ def _change_schedule(args: Args, function: str) -> int:
 
 
 def schedules_next(args: Args) -> int:
-    """Show the next times a schedule is due."""
+    """Show the next times a schedule is due, without its jitter."""
     async def times(db: Database, conn: Conn) -> list[Row]:
         row = await db.call_value(conn, "show_schedule", args.name)
         at = await db.call_value(conn, "now")
-        found: list[Row] = []
-        while len(found) < args.count:
-            due = schedule.next_due(row["cron"], row["tz"], at)
-            if due is None:
-                break
-            found.append({"due": due, "tz": row["tz"]})
-            at = due
-        return found
+        first, last = (row[key] and datetime.fromisoformat(row[key]) for key in ("starts_at", "ends_at"))
+        due = schedule.times_of({**row, "starts_at": first, "ends_at": last}, at)
+        return [{"due": at, "tz": row["tz"]} for at in islice(due, args.count)]
 
     rows = query(args, times)
     emit(args, rows, layout(rows, ("due", "tz")) if rows else f"{args.name} is never due again")

@@ -1,193 +1,199 @@
-"""Verify: who sent this request? Checked on the raw bytes, before anything parses them.
+"""Verify: who sent this request? Checked on the raw bytes, before anything acts on them.
 
-    verify="slack" | "github" | Hmac(header="X-Sig") | callable(body, headers) -> bool | False
+    verify="slack" | "github" | … | Hmac(header="X-Sig") | callable(body, headers) -> bool | False
     secret=env("NEW") or [env("NEW"), env("OLD")]: any of them will do, so a secret can be rotated
+    secret={"secret": …, "token": env("VERIFY_TOKEN")}: where the service asks for a verify token, too
 
-A request whose signature is missing, doubled, wrong, or older than the tolerance is refused, and so is
-every request while no secret is set. Signatures are compared in constant time.
+The services are data, verify.json: how each signs (scheme.py, signed.py), where the delivery id is, which handshakes
+it makes. A request whose signature is missing, doubled or wrong is refused, and so is every request while no secret
+is set. That a good signature is too old is said apart, since a delivery that was already answered may come again.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
-import hashlib
-import hmac
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
-from anton.errors import BadOption, did_you_mean, one_of
-from anton.secret import Env, mask, reveal, several
+from anton.errors import BadOption, did_you_mean
+from anton.handshake import Handshake, Reply
+from anton.scheme import Adyen, BadKey, Basic, Jwt, Refusal, Scheme, Token
+from anton.secret import Env, VerifyToken, mask, reveal, several
+from anton.sent import RawHeaders, Sent
+from anton.signed import Hmac, PublicKey
+
+__all__ = ["SCHEMES", "Hmac", "RawHeaders", "Refusal", "Reply", "Verifier", "public_url"]
 
 log = logging.getLogger("anton.verify")
 
-RawHeaders = Iterable[tuple[bytes, bytes]]
 Check = Callable[[bytes, Mapping[str, str]], bool]
+DATA = Path(__file__).with_name("verify.json")
+_KINDS: dict[str, Callable[..., Scheme]] = {
+    "hmac": Hmac, "public_key": PublicKey, "jwt": Jwt, "token": Token, "basic": Basic, "adyen": Adyen}
+_SAID = ("name", "scheme", "sure", "secret", "notes")                  # for people: what docs/verify.md is made of
 
 
-@dataclass(frozen=True)
-class Hmac:
-    """A keyed hash of the body in a header.
-
-    header: where the signature stands, any case.
-    algo: "sha256" (default), "sha1", "sha384" or "sha512".
-    signed: what is signed; {body} is the raw body, {ts} the timestamp header's text.
-    value: how the header wraps the signature {sig}, such as "sha256={sig}".
-    encoding: "hex" (default) or "base64".
-    timestamp: the header with the sender's time in Unix seconds; None: the scheme has none.
-    tolerance: seconds that time may differ from the database's; default 300.
-    challenge: the body's "type" that asks for its "challenge" back, as Slack's "url_verification"; None: no handshake.
-    """
-
-    header: str
-    algo: str = "sha256"
-    signed: str = "{body}"
-    value: str = "{sig}"
-    encoding: str = "hex"
-    timestamp: str | None = None
-    tolerance: float = 300.0
-    challenge: str | None = None
-
-    def __post_init__(self) -> None:
-        for option, allowed in (("algo", ("sha1", "sha256", "sha384", "sha512")), ("encoding", ("hex", "base64"))):
-            if getattr(self, option) not in allowed:
-                raise BadOption(option, getattr(self, option), "Hmac", one_of(allowed))
-        for option, part in (("signed", "{body}"), ("value", "{sig}")):
-            if getattr(self, option).count(part) != 1:
-                raise BadOption(option, getattr(self, option), "Hmac", f"a text with one {part}")
-        if ("{ts}" in self.signed) != (self.timestamp is not None):
-            raise BadOption("timestamp", self.timestamp, "Hmac", "a header name, exactly when signed= contains {ts}")
-
-    def sign(self, body: bytes, secret: str, timestamp: str = "") -> dict[str, str]:
-        """The headers that a sender who knows `secret` would add."""
-        before, after = self.signed.encode().split(b"{body}")
-        text = before.replace(b"{ts}", timestamp.encode()) + body + after.replace(b"{ts}", timestamp.encode())
-        digest = hmac.new(secret.encode(), text, self.algo).digest()
-        shown = digest.hex() if self.encoding == "hex" else base64.b64encode(digest).decode()
-        headers = {self.header: self.value.replace("{sig}", shown)}
-        return headers | {self.timestamp: timestamp} if self.timestamp else headers
-
-    def refusal(self, body: bytes, headers: RawHeaders, secrets: Iterable[str], now: float) -> str | None:
-        """Why this request is refused, or None when one of the secrets made its signature."""
-        given = _only(headers, self.header)
-        if given is None:
-            return f"exactly one {self.header} header is needed"
-        stamp = b""
-        if self.timestamp is not None:
-            stamp = _only(headers, self.timestamp) or b""
-            if not stamp.isdigit() or len(stamp) > 12:
-                return f"{self.timestamp} must be one header with Unix seconds"
-            if abs(now - int(stamp)) > self.tolerance:
-                return f"{self.timestamp} is more than {self.tolerance:g} s away from now"
-        digest = self._digest(given)
-        if digest is None:
-            return f"{self.header} must look like {self.value} in {self.encoding}"
-        before, after = (part.replace(b"{ts}", stamp) for part in self.signed.encode().split(b"{body}"))
-        good = False
-        for secret in secrets:                                         # all of them, so time tells nothing
-            made = hmac.new(secret.encode(), before, self.algo)
-            made.update(body)
-            made.update(after)
-            good |= hmac.compare_digest(made.digest(), digest)
-        return None if good else f"{self.header} was not made with this secret"
-
-    def _digest(self, given: bytes) -> bytes | None:
-        before, after = self.value.encode().split(b"{sig}")
-        if not given.startswith(before) or not given.endswith(after):
-            return None
-        text = given[len(before):len(given) - len(after)]
-        try:
-            digest = binascii.unhexlify(text) if self.encoding == "hex" else base64.b64decode(text, validate=True)
-        except (binascii.Error, ValueError):
-            return None
-        return digest if len(digest) == hashlib.new(self.algo).digest_size else None
+def _scheme(entry: Mapping[str, Any]) -> Scheme:
+    options = _frozen({name: value for name, value in entry.items() if name not in _SAID})
+    options["handshakes"] = tuple(Handshake(**_frozen(shake)) for shake in entry.get("handshakes", ()))
+    options["accepted"] = entry.get("accepted", "").encode()
+    return _KINDS[entry["scheme"]](**options)
 
 
-SCHEMES: dict[str, Hmac] = {
-    "slack": Hmac("X-Slack-Signature", signed="v0:{ts}:{body}", value="v0={sig}",
-                  timestamp="X-Slack-Request-Timestamp", challenge="url_verification"),
-    "github": Hmac("X-Hub-Signature-256", value="sha256={sig}"),
-}
+def _frozen(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+
+
+SCHEMES: dict[str, Scheme] = {name: _scheme(entry) for name, entry in json.loads(DATA.read_text("utf-8")).items()}
 
 
 class Verifier:
     """verify= and secret= of one route or Webhook, checked when declared."""
 
-    def __init__(self, verify: str | Hmac | Check | bool | None, secret: object = None, *, of: str = "") -> None:
+    def __init__(self, verify: str | Scheme | Check | bool | None, secret: object = None, *, of: str = "") -> None:
         """of: what carries it, for messages. Raises BadOption for an unknown scheme, or a scheme without secret=."""
         self.of = of
-        self.secrets: tuple[Env | str, ...] = several(secret)  # type: ignore[arg-type]
-        self.scheme: Hmac | None = None
-        self.check: Check | None = None
+        given = several(secret)  # type: ignore[arg-type]
+        self.secrets: tuple[Env | str, ...] = tuple(one for one in given if not isinstance(one, VerifyToken))
+        self.tokens = tuple(one for one in given if isinstance(one, VerifyToken))
+        self._looked_at: tuple[str | None, ...] = ()
+        self._usable: list[str] = []
+        self.scheme: Scheme | None = None
+        self.callable: Check | None = None
         self.declared = verify is not None                             # False was said on purpose
+        allowed = 'a service of docs/verify.md such as "github", "slack" or "stripe", Hmac(…), a callable or False'
         if isinstance(verify, str):
             if verify not in SCHEMES:
-                raise BadOption("verify", verify, of, f"{one_of(sorted(SCHEMES))}, Hmac(…), a callable or False."
-                                f"{did_you_mean(verify, SCHEMES)}")
+                raise BadOption("verify", verify, of, f"{allowed}.{did_you_mean(verify, SCHEMES)}")
             self.scheme = SCHEMES[verify]
-        elif isinstance(verify, Hmac):
+        elif isinstance(verify, Scheme):
             self.scheme = verify
         elif callable(verify):
-            self.check = verify
+            self.callable = verify
         elif verify not in (None, False):
-            raise BadOption("verify", verify, of, f"{one_of(sorted(SCHEMES))}, Hmac(…), a callable or False")
+            raise BadOption("verify", verify, of, allowed)
         if self.scheme and not self.secrets:
             raise BadOption("secret", None, of, 'what the sender signs with, as secret=env("NAME"), or a list of them')
-        if self.secrets and not self.scheme:
-            allowed = "secret= only together with a scheme or Hmac(…) in verify="
-            raise BadOption("secret", mask(self.secrets[0]), of, allowed)
-
-    @property
-    def active(self) -> bool:
-        """Whether anything is checked at all."""
-        return self.scheme is not None or self.check is not None
-
-    @property
-    def timed(self) -> bool:
-        """Whether refusal() looks at the time."""
-        return self.scheme is not None and self.scheme.timestamp is not None
+        if given and not self.scheme:
+            raise BadOption("secret", mask(given[0]), of, "secret= only together with a scheme or Hmac(…) in verify=")
+        shakes = self.scheme.handshakes if self.scheme else ()
+        if self.tokens and not any(shake.wants_token for shake in shakes):
+            raise BadOption("secret", '{"token": …}', of, "a verify token only for a service that asks for one")
+        self.active = bool(self.scheme or self.callable)               # whether anything is checked at all
+        self.timed = self.scheme is not None and self.scheme.timed     # whether `now` is looked at
+        self.methods = frozenset(shake.method for shake in shakes) - {"POST"}
+        self.addressed = self.scheme is not None and (         # whether `url` is looked at
+            self.scheme.addressed or any(shake.addressed for shake in shakes))
+        self.secret_headers = self.scheme.secret_headers if self.scheme else frozenset()   # kept in no record
+        self.accepted = self.scheme.accepted if self.scheme else b""   # the body that a 2xx must have
 
     def unset(self) -> str | None:
-        """The secret to set, when none of them is set: every request is refused until then."""
-        if self.scheme is None or any(map(reveal, self.secrets)):
+        """The secret to set, when none of them is set, and one that cannot be used: such requests are refused."""
+        if self.scheme is None or self.usable():
             return None
-        return ", ".join(mask(secret) for secret in self.secrets)
+        shown = []
+        for secret in self.secrets:
+            why = self._unusable(secret)
+            shown.append(mask(secret) + (f" ({why})" if why else ""))
+        return ", ".join(shown)
 
-    def refusal(self, body: bytes, headers: RawHeaders, now: float) -> str | None:
-        """Why this request must get 401, or None. now: the database's time, Unix seconds."""
-        headers = list(headers)
-        if self.scheme is not None:
-            known = [value for value in map(reveal, self.secrets) if value]
-            if not known:
-                return f"no secret is set: {self.unset()}"
-            return self.scheme.refusal(body, headers, known, now)
-        if self.check is None:
-            return None
+    def usable(self) -> list[str]:
+        """The values of the secrets that are set and can be used."""
+        values = tuple(map(reveal, self.secrets))
+        if self._looked_at != values:                                  # seldom: each is read anew for every request
+            found = [value for value, secret in zip(values, self.secrets, strict=True)
+                     if value and not self._unusable(secret)]
+            self._looked_at, self._usable = values, found
+        return self._usable
+
+    def _unusable(self, secret: Env | str) -> str | None:
+        value = reveal(secret)
         try:
-            text = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in headers}
-            good = self.check(body, text)
+            if value is not None and self.scheme is not None:
+                self.scheme.key(value)
+        except BadKey as error:
+            return str(error)
+        return None
+
+    def handshake(self, body: bytes, headers: RawHeaders, now: float, *, method: str = "POST",
+                  url: str = "") -> Reply | None:
+        """The answer when this is a handshake and no event: send it, keep no record. Ask before check().
+
+        now, url: as for check(). One that is signed is answered only when its signature is good.
+        """
+        if self.scheme is None or not self.scheme.handshakes:
+            return None
+        sent = Sent(body, headers, now, method, url)
+        for shake in self.scheme.handshakes:
+            if shake.asked(sent):
+                return self._answer(shake, sent)
+        return None
+
+    def _answer(self, shake: Handshake, sent: Sent) -> Reply | None:
+        assert self.scheme is not None
+        known = self.usable()
+        if shake.signed:
+            known = [secret for secret in known if self.scheme.refusal(sent, [secret]) is None]
+            if not known:
+                return None
+        if shake.wants_token and not shake.knows(sent, [value for value in map(reveal, self.tokens) if value]):
+            log.warning("403 for the handshake of %s: %s", self.of, "the verify token is another" if self.tokens else
+                        'it has no verify token; say secret={"secret": …, "token": env("…")}')
+            return Reply(403, b"wrong verify token", {"Content-Type": "text/plain; charset=utf-8"})
+        if shake.tell is not None and not known:
+            # The service says it only here, and only to us; a person must copy it.
+            log.warning("%s: whoever called sent this secret to set as %s: %s", self.of,
+                        ", ".join(map(mask, self.secrets)), sent.one(shake.tell))
+        return shake.answer(sent, known[0] if known else None)
+
+    def check(self, body: bytes, headers: RawHeaders, now: float, *, method: str = "POST",
+              url: str = "") -> Refusal | None:
+        """Why this request must get 401, or None.
+
+        now: the database's time, Unix seconds. url: as the sender addressed it, see public_url().
+        """
+        if self.scheme is None and self.callable is None:
+            return None
+        sent = Sent(body, headers, now, method, url)
+        try:
+            if self.scheme is not None:
+                return self._refusal(self.scheme, sent)
+            assert self.callable is not None
+            text = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in sent.headers}
+            good = self.callable(body, text)
         except Exception:
             log.exception("verify= of %s raised; the request is refused", self.of)
             good = False
-        return None if good is True else "refused"
+        return None if good is True else Refusal("refused")
 
-    def handshake(self, body: bytes) -> str | None:
-        """The answer to the service's "is this address yours?", or None when this is an event. Ask after refusal()."""
-        word = self.scheme.challenge if self.scheme else None
-        if word is None or word.encode() not in body:
+    def _refusal(self, scheme: Scheme, sent: Sent) -> Refusal | None:
+        known = self.usable()
+        if not known:
+            return Refusal(f"no secret is set: {self.unset()}")
+        refusal = scheme.refusal(sent, known)
+        if refusal is None:
             return None
-        try:
-            asked = json.loads(body)
-        except ValueError:
+        odd = [f"{mask(secret)} is not used: {why}" for secret in self.secrets if (why := self._unusable(secret))]
+        return Refusal("; ".join([refusal.why, *odd]), refusal.stale)
+
+    def delivery_id(self, headers: RawHeaders, body: bytes) -> str | None:
+        """The sender's id of this delivery: the same over retries and replays, at most 200 printable characters.
+
+        None: the service sends none, so that each request is a record. Only after check() found the signature good.
+        """
+        if self.scheme is None or not self.scheme.ids:
             return None
-        if isinstance(asked, dict) and asked.get("type") == word and isinstance(asked.get("challenge"), str):
-            return str(asked["challenge"])
-        return None
+        return self.scheme.delivery_id(Sent(body, headers))
 
 
-def _only(headers: RawHeaders, name: str) -> bytes | None:
-    wanted = name.lower().encode()
-    found = [value for key, value in headers if key.lower() == wanted]
-    return found[0] if len(found) == 1 else None
+def public_url(base: str, scheme: str, headers: RawHeaders, raw_path: bytes, query: bytes) -> str:
+    """The URL as its sender knows it, for services that sign it.
+
+    base: deployment.url of autonomous.json; "": the scheme and the Host header of the request.
+    """
+    if not base:
+        host = Sent(b"", headers).header(b"host") or b""
+        base = f"{scheme}://{host.decode('latin-1')}"
+    return base.rstrip("/") + raw_path.decode("latin-1") + (f"?{query.decode('latin-1')}" if query else "")

@@ -28,7 +28,7 @@ import uvicorn
 from fastapi import Depends, FastAPI
 from fastapi.exception_handlers import request_validation_exception_handler
 from fastapi.exceptions import FastAPIError, RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from fastapi.responses import JSONResponse, Response
 from fastapi.routing import APIRoute
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request as Incoming
@@ -36,11 +36,11 @@ from starlette.types import ASGIApp
 
 from anton import sense, write
 from anton.app import App, load_app, own_frames, shown
-from anton.config import is_loopback
+from anton.config import Settings, is_loopback
 from anton.db import current_database, is_away
 from anton.errors import BadSignature, ConfigError, InvalidRecord, RowChanged, WriteRefused
 from anton.record import Record
-from anton.verify import Verifier
+from anton.verify import Verifier, public_url
 
 log = logging.getLogger("anton.web")
 
@@ -115,20 +115,31 @@ _made: dict[int, tuple[Any, FastAPI]] = {}
 def build(app: App) -> FastAPI:
     """A FastAPI app with the routes and webhooks of `app`. Raises what FastAPI finds wrong with a signature."""
     clock = Clock()
+    base = public_base(app)
     served = FastAPI(title=app.name, lifespan=_lifespan, exception_handlers=_handlers())
     served.state.clock = clock
     for route in app.routes:
         verifier = Verifier(route.verify, route.secrets or None, of=f"{route.method} {route.path}")
-        _add(served, route, _guarded(verifier, clock))
+        _add(served, route, _guarded(verifier, clock, base))
     for webhook in app.webhooks:
         verifier = Verifier(webhook.verify, webhook.secrets or None, of=webhook.path)
         served.router.add_api_route(webhook.path, _receiver(webhook, clock), methods=["POST"], response_model=None,
-                                    route_class_override=_guarded(verifier, clock), name=webhook.path)
+                                    route_class_override=_guarded(verifier, clock, base), name=webhook.path)
+    for route in app.routes:                                           # after them: what you declare comes first
+        verifier = Verifier(route.verify, route.secrets or None, of=f"{route.method} {route.path}")
+        if asked := verifier.methods - {route.method}:
+            served.router.add_api_route(route.path, _no_handshake, methods=sorted(asked), include_in_schema=False,
+                                        route_class_override=_guarded(verifier, clock, base), name=f"ask {route.path}")
     served.add_api_route("/health", _health, include_in_schema=False)
     served.add_api_route("/ready", _ready, include_in_schema=False)
     for verifier in _unset(app):
         log.warning("%s answers 401 to everybody: set %s", verifier.of, verifier.unset())
     return served
+
+
+def public_base(app: App) -> str:
+    """deployment.url of autonomous.json; "" when it is not set."""
+    return app.settings.deployment.url if isinstance(app.settings, Settings) else ""
 
 
 def check_public(app: App, host: str) -> None:
@@ -206,7 +217,7 @@ async def _lifespan(served: FastAPI) -> AsyncIterator[None]:
 # A request on its way in
 
 
-def _guarded(verifier: Verifier, clock: Clock) -> type[APIRoute]:
+def _guarded(verifier: Verifier, clock: Clock, base: str) -> type[APIRoute]:
     """A route class that reads the body, checks who sent it, and holds the scope its writes are recorded in."""
 
     class Guarded(APIRoute):
@@ -216,7 +227,7 @@ def _guarded(verifier: Verifier, clock: Clock) -> type[APIRoute]:
             async def answer(request: Incoming) -> Response:
                 try:
                     with write.Scope("route"):
-                        return await _checked(request, verifier, clock) or await handle(request)
+                        return await _checked(request, verifier, clock, base) or await handle(request)
                 except Exception as error:
                     if is_away(error):
                         log.warning("503 for %s %s: %s", request.method, request.url.path, error)
@@ -228,17 +239,21 @@ def _guarded(verifier: Verifier, clock: Clock) -> type[APIRoute]:
     return Guarded
 
 
-async def _checked(request: Incoming, verifier: Verifier, clock: Clock) -> Response | None:
+async def _checked(request: Incoming, verifier: Verifier, clock: Clock, base: str) -> Response | None:
     """Reads the body and checks who sent it. Returns the answer to a handshake, None for what the route must see."""
     body = await _read(request)
     if not verifier.active:
         return None
-    why = verifier.refusal(body, request.headers.raw, await clock.now() if verifier.timed else 0.0)
-    if why is not None:
-        log.info("401 for %s: %s", verifier.of, why)
-        raise Refused(401, why)
-    challenge = verifier.handshake(body)
-    return None if challenge is None else PlainTextResponse(challenge)
+    scope, headers = request.scope, request.headers.raw
+    url = public_url(base, scope["scheme"], headers, scope["raw_path"], scope["query_string"]) \
+        if verifier.addressed else ""
+    now = await clock.now() if verifier.timed else 0.0
+    if (reply := verifier.handshake(body, headers, now, method=request.method, url=url)) is not None:
+        return Response(reply.body, reply.status, reply.headers)
+    if (refusal := verifier.check(body, headers, now, method=request.method, url=url)) is not None:
+        log.info("401 for %s: %s", verifier.of, refusal.why)
+        raise Refused(401, refusal.why)
+    return None
 
 
 async def _read(request: Incoming) -> bytes:
@@ -408,6 +423,10 @@ async def _changed(request: Incoming, error: RowChanged) -> Response:
 
 async def _failed(request: Incoming, error: BaseException) -> Response:
     return JSONResponse({"detail": "Internal Server Error"}, 500)     # the server logs it, the sender need not know
+
+
+async def _no_handshake() -> Response:
+    return JSONResponse({"detail": "Method Not Allowed"}, 405)
 
 
 async def _health() -> Response:

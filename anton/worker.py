@@ -311,6 +311,8 @@ class Worker:
                 self._start_chore(self._surface(lane))
             if not task.cancelled() and task.exception() is not None:
                 log.error("worker: %s", lane.name, exc_info=task.exception())
+            if lane.table == f"{self.db.schema}.tick":
+                self._errand.set()                                     # another firing may wait for this one
             self._wake.set()
 
         task.add_done_callback(ended)

@@ -31,6 +31,7 @@ LINES = {
     "one poison record in 100k: time against clean": ["poison_ratio"],
     "idle worker: CPU; queries; memory": ["idle_cpu_percent", "idle_queries_per_s", "idle_rss_mb"],
     "memory: 1M records; 2,000 rows of 1 MB": ["peak_rss_mb", "wide_rows_rss_mb"],
+    "400 days of schedules in 20 time zones: times missed; doubled": ["cron_missed", "cron_doubled"],
     "`import anton`; `anton dev` from cold to the first event": ["import_ms", "dev_cold_s"],
 }
 

@@ -1,6 +1,7 @@
 """python -m chaos [--minutes M] [--seed S] [FAULT | FAULT=N | bugs ...]
 
-Without names all faults, as often as the minutes allow, the planted bugs, and the state machine of the tests, long.
+Without names all faults, as often as the minutes allow, the planted bugs, the state machine of the tests, long, and the
+tests of the worker through PgBouncer.
 60 minutes reach the N of every bar.
 """
 
@@ -25,8 +26,11 @@ FIXED = {
     name for name, (_, what) in FAULTS.items() if what.__module__ == capacity.__name__
 }  # seconds and sizes that a bar names
 TRIALS = 3  # of each bug
-STATE_MACHINE = [sys.executable, "-m", "pytest", "-q", "tests/test_state_machine.py"]
-DEEP = {"ANTON_TEST_SERVER": "system", "ANTON_EXAMPLES": "300", "ANTON_STEPS": "60"}
+WORKER = ("ack", "everywhere", "handler", "lanes", "settle", "timeout", "worker")
+TESTS: list[tuple[list[str], dict[str, str]]] = [
+    (["tests/test_state_machine.py"], {"ANTON_EXAMPLES": "300", "ANTON_STEPS": "60"}),
+    ([f"tests/test_{name}.py" for name in WORKER], {"ANTON_TEST_POOLED": "1"}),
+]
 
 
 def done(server: servers.Server, template: str, name: str, n: int, seed: int) -> Result:
@@ -116,7 +120,10 @@ def main() -> int:
         print(report.table(results, given.seed, settings))
     broken = False
     if not given.names:  # also when a bar was missed
-        broken = bool(subprocess.run(STATE_MACHINE, cwd=cell.ROOT, env=os.environ | DEEP, check=False).returncode)
+        for files, more in TESTS:
+            environment = {**os.environ, "ANTON_TEST_SERVER": "system", **more}
+            words = [sys.executable, "-m", "pytest", "-q", *files]
+            broken |= subprocess.run(words, cwd=cell.ROOT, env=environment, check=False).returncode != 0
     wrong = [name for name, result in results.items() if result.verdict.text]
     missed = [row["name"] for row in report.rows(results) if not row["ok"] and given.minutes >= 60]
     return 1 if wrong or missed or broken else 0

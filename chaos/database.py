@@ -298,8 +298,8 @@ def jumps(cell: Cell, n: int) -> Result:
         end = time.monotonic() + 10
         while time.monotonic() < end:
             (again, taken) = cell.one(
-                "select count(*) filter (where together and alone or crashes > 0), "
-                "count(*) filter (where together or alone) from anton.lease"
+                "select count(*) filter (where together > 0 and alone or crashes > 0), "
+                "count(*) filter (where together > 0 or alone) from anton.lease"
             )
             twice += again > 0
             if not taken:

@@ -88,10 +88,12 @@ def kills(cell: Cell, n: int) -> Result:
 
 
 def _redone(cell: Cell, killed: list[int]) -> None:
-    """Waits until others have what these held: how long that takes is to be measured without another kill."""
+    """Waits until others have what these held: how long that takes is to be measured without another kill or stop."""
     end = time.monotonic() + 10
+    calm = Path(f"{cell.log}.calm")
+    calm.touch()
     while time.monotonic() < end and cell.one(
-        "select count(*) from anton.lease l join anton.worker w on w.id = l.worker_id where l.alone or l.together "
+        "select count(*) from anton.lease l join anton.worker w on w.id = l.worker_id where l.alone or l.together > 0 "
         "or w.pid = any(%s)",
         killed,
     ) != (0,):
@@ -100,6 +102,7 @@ def _redone(cell: Cell, killed: list[int]) -> None:
         if not cell.workers:
             cell.start()
         time.sleep(0.05)
+    calm.unlink()
 
 
 def _kills(cell: Cell, n: int, **given: Any) -> Result:

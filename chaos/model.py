@@ -32,7 +32,7 @@ class Job:
     until: tuple[float, int] = (0.0, 0)
     run_at: float = 0.0
     alone: bool = False
-    together: bool = False  # it ran with other suspects, or is a part of one
+    together: int = 0  # runs with other suspects that died; 2: it is a part of one, or to run alone
     tenant: str | None = None
     locked: bool = False  # by a transaction that is still open
 
@@ -73,7 +73,7 @@ class Queue:
         for part in taken:
             job = self.jobs[part]
             job.place, job.token, job.until = "lease", token, (self.now + LEASE, self._next())
-            job.alone = job.together = False
+            job.alone, job.together = False, 0
         return taken
 
     def expired(self) -> list[Part]:
@@ -91,10 +91,10 @@ class Queue:
         job.alone, job.token, job.until = True, token, (self.now + LEASE, self._next())
 
     def reclaim_together(self, token: int, parts: list[Part]) -> None:
-        """Suspects for the first time: no crash is counted for what they do together."""
+        """Suspects for the first time or the second: no crash is counted for what they do together."""
         for job in (self.jobs[part] for part in parts):
-            assert not (job.alone or job.together or job.crashes or job.attempt or job.tenant)
-            job.together, job.token, job.until = True, token, (self.now + LEASE, self._next())
+            assert not (job.alone or job.together > 1 or job.crashes or job.attempt or job.tenant)
+            job.together, job.token, job.until = job.together + 1, token, (self.now + LEASE, self._next())
 
     def heartbeat(self, token: int) -> bool:
         """Whether the token holds anything."""
@@ -161,7 +161,7 @@ class Queue:
             end = min(start + step - 1, hi)
             settled = frozenset(o for o in job.settled if start <= o <= end)
             if len(settled) < end - start + 1:
-                self.jobs[change, start, end] = replace(job, settled=settled, crashes=0, alone=False, together=True)
+                self.jobs[change, start, end] = replace(job, settled=settled, crashes=0, alone=False, together=2)
 
     def promote(self) -> None:
         """What is due is ready."""

@@ -34,15 +34,17 @@ _hits = 1
 _left = 1
 _log = -1
 _world: Path | None = None
+_calm: Path | None = None
 _beat = threading.Event()  # a heartbeat was answered
+_woken: set[tuple[int, ...]] = set()  # token and ids of acks that were held up; noted once, also when tried again
 
 
 def arm(point: str | None, hits: int, log: str, world: str) -> None:
     """Stops this process's workers each time they come to `point` for about the hits-th time."""
-    global _armed, _hits, _left, _log, _world
+    global _armed, _hits, _left, _log, _world, _calm
     _armed, _hits, _left = point, hits, hits
     _log = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    _world = Path(world)
+    _world, _calm = Path(world), Path(log + ".calm")
     os.register_at_fork(after_in_child=_again)
 
 
@@ -64,9 +66,9 @@ def note(what: str, **more: Any) -> None:
 
 
 def reach(point: str, **more: Any) -> bool:
-    """Stops here if it is this point's turn; True after it was woken."""
+    """Stops here if it is this point's turn and the harness has not asked for calm; True after it was woken."""
     global _left
-    if point != _armed:
+    if point != _armed or (_calm is not None and _calm.exists()):
         return False
     _left -= 1
     if _left > 0:
@@ -101,18 +103,22 @@ def install() -> None:
     def fenced(call: Call) -> Call:
         async def wrapped(db: Any, conn: Any, token: int, *args: Any) -> Any:
             ids = args[0] if isinstance(args[0], list) else [args[0]]
-            woken = reach("before_ack", token=token, ids=ids)
+            this = (token, *ids)
+            if reach("before_ack", token=token, ids=ids):
+                _woken.add(this)
             if reach("before_late_ack", token=token, ids=ids):
-                woken = True
+                _woken.add(this)
                 _beat.clear()
                 await asyncio.to_thread(_beat.wait, LATE)
             try:
                 found = await call(db, conn, token, *args)
             except LeaseLost:
-                if woken:
+                if this in _woken:
+                    _woken.discard(this)
                     note("refused", token=token)
                 raise
-            if woken:
+            if this in _woken:
+                _woken.discard(this)
                 note("accepted", token=token)
             return found
 

@@ -241,11 +241,14 @@ class Demo:
         print(f"3. Now we pull the plug: {self.mentions} more mentions, worker killed (kill -9) halfway", flush=True)
         start = await self.one("select max(id) from {anton}.action")
         stamps = [f"{1600000000 + n}.{self.mark % 1_000_000:06}" for n in range(self.mentions)]
-        posting = asyncio.create_task(self.post_all(stamps))
+        before, unplugged = self.mentions * 3 // 4, asyncio.Event()    # the last quarter comes after the kill
+        posting = asyncio.create_task(self.post_all(stamps, before, unplugged))
         try:
-            half = "select count(*) >= $2 and exists (select from {anton}.lease) from {anton}.action where id > $1"
-            await self.until(half, start, self.mentions // 2, what="half of the replies")
+            half = ("select count(*) >= $3 or count(*) >= $2 and exists (select from {anton}.lease) "
+                    "from {anton}.action where id > $1")
+            await self.until(half, start, self.mentions // 2, before, what="half of the replies")
             self.processes.kill(self.worker)
+            unplugged.set()
             killed: datetime = await self.one("select {anton}.now()")
             held = await self.one("select coalesce(sum(hi - lo + 1), 0) from {anton}.lease")
             known = await self.one("select max(id) from {anton}.worker")
@@ -343,12 +346,14 @@ class Demo:
             raise Failed(f"POST {self.entry.path}: {response.status_code} {response.text}")
         return took
 
-    async def post_all(self, stamps: list[str]) -> None:
-        """Posts many, some at a time."""
+    async def post_all(self, stamps: list[str], first: int, rest: asyncio.Event) -> None:
+        """Posts many, some at a time; what comes after the `first` waits for `rest`."""
         waiting = iter(list(enumerate(stamps, 1)))
 
         async def post() -> None:
             for n, stamp in waiting:
+                if n > first:
+                    await rest.wait()
                 await self.mention(f"{MENTION} #{n}", stamp)
 
         await asyncio.gather(*(post() for _ in range(AT_ONCE)))

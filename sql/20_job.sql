@@ -142,6 +142,12 @@ begin
   end if;
 end $$;
 
+-- let_go(until): a holder that freezes in this transaction keeps its row locks no longer than it would have had its lease
+create or replace function let_go(p_until timestamptz) returns void language sql volatile set search_path from current as $$
+  select set_config('idle_in_transaction_session_timeout',
+                    (1000 * least(86400, greatest(1, extract(epoch from p_until - now()))))::int::text, true)
+$$;
+
 -- enter(receipt, depth, trace, tenant): what the triggers of this transaction's writes will note as their cause
 create or replace function enter(p_receipt bigint, p_depth int, p_trace bigint, p_tenant text) returns void
 language sql volatile set search_path from current as $$
@@ -168,7 +174,7 @@ declare
   v_now timestamptz := now();
   v_receipt bigint := nextval('change_seq');
   v_held bigint; v_handler int; v_mixed boolean; v_depth int; v_trace bigint; v_traces bigint; v_tenant text; v_settled int[]; v_rest int[];
-  v_ids bigint[]; v_keys jsonb; v_changes bigint[]; v_los int[]; v_his int[]; v_causes bigint[]; v_n bigint;
+  v_ids bigint[]; v_keys jsonb; v_changes bigint[]; v_los int[]; v_his int[]; v_causes bigint[]; v_n bigint; v_until timestamptz;
 begin
   with done as materialized (
     delete from lease where token = p_token and id = any (p_ids) returning *
@@ -177,12 +183,13 @@ begin
          max(depth), min(trace),
          -- no DISTINCT: Postgres 16 sorts for it, and the arrays below would come in that order
          case when min(trace) = max(trace) and count(trace) = count(*) then 1 else 2 end, min(tenant), min(settled),
-         array_agg(change_id), array_agg(lo), array_agg(hi), array_agg(cause), sum(hi - lo + 1),
+         array_agg(change_id), array_agg(lo), array_agg(hi), array_agg(cause), sum(hi - lo + 1), max(lease_until),
          (select array_agg(k order by r.part, o) from ranked r, unnest(r.ids) with ordinality x (k, o)),
          (select jsonb_agg(k order by r.part, o) from ranked r, jsonb_array_elements(r.keys) with ordinality x (k, o))
-    into v_held, v_handler, v_mixed, v_depth, v_trace, v_traces, v_tenant, v_settled, v_changes, v_los, v_his, v_causes, v_n, v_ids, v_keys
+    into v_held, v_handler, v_mixed, v_depth, v_trace, v_traces, v_tenant, v_settled, v_changes, v_los, v_his, v_causes, v_n, v_until, v_ids, v_keys
     from ranked;
   perform fence(p_token, v_held, cardinality(p_ids));
+  perform let_go(v_until);
   if v_mixed then
     raise exception using errcode = 'NT004', message = 'ack: jobs of more than one handler or tenant must be acked apart',
       hint = 'call it once for each, in the same transaction';
@@ -212,6 +219,7 @@ declare v lease;
 begin
   select * into v from lease where token = p_token and id = p_id for update;
   perform fence(p_token, case when v.id is null then 0 else 1 end, 1);
+  perform let_go(v.lease_until);
   if v.settled && p_ordinals or exists (select from unnest(p_ordinals) o where o not between v.lo and v.hi)
      or (select count(distinct o) from unnest(p_ordinals) o) <> coalesce(cardinality(p_ordinals), 0) or cardinality(p_ordinals) = 0 then
     raise exception using errcode = 'NT004', message = format('job %s: records %s are settled already, named twice or not its own (%s..%s)',
@@ -348,7 +356,7 @@ begin
   select v.handler_id, nextval('change_seq'), v.change_id, v.at, v.cause, v.trace, p.lo, p.hi, v.attempt, 0, v.depth, v.op,
          v.tenant, v.origin, p.settled, v.ids[p.lo - v.lo + 1:p.hi - v.lo + 1],
          case when v.keys is not null then jsonb_path_query_array(v.keys, '$[$a to $b]',
-           jsonb_build_object('a', p.lo - v.lo, 'b', p.hi - v.lo)) end, p_token, coalesce(p_until, v.lease_until), v.worker_id, true
+           jsonb_build_object('a', p.lo - v.lo, 'b', p.hi - v.lo)) end, p_token, coalesce(p_until, v.lease_until), v.worker_id, 2
     from (select s as lo, least(s + v_size - 1, v.hi) as hi,
                  (select array_agg(o) from unnest(v.settled) o where o between s and s + v_size - 1) as settled
             from generate_series(v.lo, v.hi, v_size) s) p

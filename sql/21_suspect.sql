@@ -35,7 +35,8 @@ end $$;
 
 -- reclaim_together(worker, token, handlers, lease) -> leased jobs
 -- As reclaim(), but suspects whose worker died for the first time come together, as many of one handler as are its
--- batch, or 100 records: most are innocent. When that run dies as well, each is run alone next. Without such, one that runs alone.
+-- batch, or 100 records: most are innocent. When that run dies as well, a tenth of that; then each is run alone.
+-- Without such, one that runs alone. lease.together counts these runs.
 create or replace function reclaim_together(p_worker int, p_token bigint, p_handlers int[], p_lease interval)
 returns table (
   handler_id int, id bigint, change_id bigint, at timestamptz, cause bigint, trace bigint, lo int, hi int,
@@ -45,23 +46,23 @@ language plpgsql volatile set search_path from current as $$
 #variable_conflict use_column
 declare v_now timestamptz := now(); v_until timestamptz := v_now + p_lease; v_back timestamptz := back(p_lease); v_rows tid[];
 begin
-  with first_time as (
-    select l.ctid as row, l.handler_id, l.lease_until, l.id, h.batch,
-           sum(l.hi - l.lo + 1) over (partition by l.handler_id order by l.lease_until, l.id) as n
+  with several as (
+    select l.ctid as row, l.handler_id, l.together, l.lease_until, l.id, greatest(h.batch, 100) / 10 ^ l.together as most,
+           sum(l.hi - l.lo + 1) over (partition by l.handler_id, l.together order by l.lease_until, l.id) as n
       from lease l join handler h on h.id = l.handler_id
      where l.lease_until < v_now and l.handler_id = any (p_handlers) and (l.lease_until = '-infinity' or v_now > v_back)
-       and not l.together and not l.alone and l.crashes = 0 and l.attempt = 0 and l.tenant is null
+       and l.together < 2 and not l.alone and l.crashes = 0 and l.attempt = 0 and l.tenant is null
        and not h.paused and h.failing_since is null
   ), locked as (
     select l.ctid as row from lease l
-     where l.ctid in (select row from first_time where n <= greatest(batch, 100)
-                         and handler_id = (select handler_id from first_time order by lease_until, id limit 1))
-       and l.lease_until < v_now and not l.together and not l.alone   -- of the row as it is when it is locked
+     where l.ctid in (select row from several where n <= most and (handler_id, together) =
+                         (select handler_id, together from several order by lease_until, id limit 1))
+       and l.lease_until < v_now and l.together < 2 and not l.alone   -- of the row as it is when it is locked
        for update skip locked
   )
   select array_agg(row) into v_rows from locked;
   if cardinality(v_rows) > 1 then
-    update lease set token = p_token, lease_until = v_until, worker_id = p_worker, together = true where ctid = any (v_rows);
+    update lease set token = p_token, lease_until = v_until, worker_id = p_worker, together = together + 1 where ctid = any (v_rows);
     return query select * from leased(p_token);
   else
     return query select * from reclaim(p_worker, p_token, p_handlers, p_lease, 1);

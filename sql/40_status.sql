@@ -427,8 +427,8 @@ $$;
 create or replace function list_schedules() returns table (
   name text, app text, title text, cron text, tz text, state text, next_at timestamptz, last_at timestamptz, last_state text, error text)
 language sql stable set search_path from current as $$
-  select s.name, s.app, s.title, s.cron, s.tz, case when not s.enabled then 'disabled' when s.paused then 'paused' else 'live' end,
-         s.next_at, coalesce(t.planned_at, s.last_at), t.state, t.error
+  select s.name, s.app, s.title, s.cron, s.tz, case when not s.enabled then 'disabled' when s.paused then 'paused' when s.next_at is null and s.planned_to = 'infinity' then 'ended'
+              else 'live' end, s.next_at, coalesce(t.planned_at, s.last_at), t.state, coalesce(s.error, t.error)
     from schedule s left join lateral (select * from tick where schedule_id = s.id order by planned_at desc limit 1) t on true
    order by s.next_at nulls last, s.app, s.name
 $$;
@@ -436,7 +436,7 @@ $$;
 -- show_schedule(name) -> the schedule and its last ten firings, as JSON
 create or replace function show_schedule(p_name text) returns jsonb language plpgsql stable set search_path from current as $$
 begin
-  return (select to_jsonb(s) || jsonb_build_object('ticks', (
+  return (select to_jsonb(s) - array['ahead', 'planned_to'] || jsonb_build_object('ticks', (
             select coalesce(jsonb_agg(jsonb_build_object('planned_at', t.planned_at, 'state', t.state, 'error', t.error, 'fired_at', t.fired_at) order by t.planned_at desc), '[]')
               from (select * from tick where schedule_id = s.id order by planned_at desc limit 10) t))
      from schedule s where s.id = find_schedule(p_name));

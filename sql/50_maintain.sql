@@ -22,7 +22,7 @@ begin
     return format('%s fed keys forgotten', v_n);
   end if;
   delete from tick where ctid in (
-    select ctid from tick where planned_at < v_now - make_interval(days => v_keep) and state <> 'planned' limit 10000);
+    select ctid from tick where planned_at < v_now - make_interval(days => v_keep) and state not in ('planned', 'waiting') limit 10000);
   get diagnostics v_n = row_count;
   if v_n > 0 then
     return format('%s ticks forgotten', v_n);

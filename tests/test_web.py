@@ -19,7 +19,7 @@ import pytest
 from fastapi import Depends
 from pydantic import BaseModel, Field
 
-from anton import web
+from anton import config, web
 from anton.app import App, declaring
 from anton.db import Database, set_database
 from anton.errors import ConfigError
@@ -243,6 +243,39 @@ async def test_a_handshake_is_answered_and_leaves_no_record(db, secrets):
             assert (answer.status_code, answer.text) == (200, "3eZbrw1aB")
             assert (await client.post(path, content=asked)).status_code == 401
         assert (await count(db, "mentions"), await count(db, "events")) == (0, 0)
+
+
+def test_the_url_that_is_signed_is_the_one_of_autonomous_json(tmp_path):
+    (tmp_path / "autonomous.json").write_text('{"deployment": {"url": "https://hooks.example.com/app"}}')
+    app = App("x")
+    assert web.public_base(app) == ""
+    app.settings = config.load(tmp_path).settings
+    assert web.public_base(app) == "https://hooks.example.com/app"
+
+
+async def test_a_handshake_by_get_is_answered_beside_the_route_and_signed_urls_are_ours(db, secrets):
+    def declare() -> None:
+        events = Table("events")
+
+        @post("/meta", verify="facebook", secret={"secret": env("NEW_SECRET"), "token": "ours"})
+        @post("/square", verify="square", secret=env("NEW_SECRET"))
+        def keep(request: Request) -> int:
+            events.append({"payload": request.json()})
+            return 200
+
+    async with serving(db, declare) as client:
+        asked = {"hub.mode": "subscribe", "hub.challenge": "42", "hub.verify_token": "ours"}
+        answer = await client.get("/meta", params=asked)
+        assert (answer.status_code, answer.text) == (200, "42")
+        assert (await client.get("/meta", params=asked | {"hub.verify_token": "x"})).status_code == 403
+        assert (await client.get("/meta")).status_code == 401
+        assert (await client.get("/square")).status_code == 405
+        assert (await client.get("/openapi.json")).json()["paths"]["/meta"].keys() == {"post"}
+        url = str(client.base_url.join("/square?a=%2F")).rstrip("/")
+        good = SCHEMES["square"].sign(b"{}", "s3cret", url=url)
+        assert (await client.post("/square?a=%2F", content=b"{}", headers=good)).status_code == 200
+        assert (await client.post("/square?a=/", content=b"{}", headers=good)).status_code == 401
+        assert await count(db, "events") == 1
 
 
 async def test_secrets_are_not_kept_with_the_headers(db):

@@ -1,0 +1,111 @@
+"""Sent: a request as it was sent, and places in it.
+
+    header:X-Id      one header, any case; one that is sent twice counts as missing
+    query:challenge  a parameter of the URL
+    body:a.b[].c     a field of the JSON body, or of a form (a name, no dots); [] means each element of a list
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from functools import cached_property
+from typing import Any
+from urllib.parse import parse_qsl, urlsplit
+
+import orjson
+
+RawHeaders = Iterable[tuple[bytes, bytes]]
+_MAX_FIELDS = 1000
+_MISSING = object()
+
+
+class Sent:
+    """One request. url: as its sender addressed it. now: the database's time in Unix seconds."""
+
+    def __init__(self, body: bytes, headers: RawHeaders, now: float = 0.0, method: str = "POST", url: str = "") -> None:
+        self.body, self.now, self.method, self.url = body, now, method, url
+        self.headers = headers if isinstance(headers, list) else list(headers)
+
+    def header(self, name: bytes) -> bytes | None:
+        """The header's value. name: in lower case. None: it is missing, or there more than once."""
+        found = None
+        for key, value in self.headers:
+            if key == name or key.lower() == name:
+                if found is not None:
+                    return None
+                found = value
+        return found
+
+    @cached_property
+    def form(self) -> list[tuple[str, str]] | None:
+        """The fields of a form in their order; None when the body is none."""
+        kind = (self.header(b"content-type") or b"").partition(b";")[0].strip().lower()
+        if kind != b"application/x-www-form-urlencoded":
+            return None
+        try:
+            return parse_qsl(self.body.decode(), keep_blank_values=True, max_num_fields=_MAX_FIELDS)
+        except ValueError:
+            return None
+
+    @cached_property
+    def query(self) -> list[tuple[str, str]]:
+        """The parameters of the URL."""
+        try:
+            return parse_qsl(urlsplit(self.url).query, keep_blank_values=True, max_num_fields=_MAX_FIELDS)
+        except ValueError:
+            return []
+
+    @cached_property
+    def fields(self) -> Any:
+        """The body as JSON, or a form's fields as a dict (one sent twice is left out); None when it is neither."""
+        if self.form is not None:
+            return _once(self.form)
+        try:
+            return orjson.loads(self.body)
+        except ValueError:
+            return None
+
+    def all(self, place: str) -> list[str]:
+        """The values at a place as text; [] when there is none, or one of them is missing or no plain value."""
+        where, _, name = place.partition(":")
+        if where == "header":
+            value = self.header(name.lower().encode())
+            return [] if value is None else [value.decode("latin-1")]
+        if where == "query":
+            parameter = _once(self.query).get(name)
+            return [] if parameter is None else [parameter]
+        texts = [_text(value) for value in _walk(self.fields, name.split("."))]
+        return [text for text in texts if text is not None] if None not in texts else []
+
+    def one(self, place: str) -> str | None:
+        """The only value at a place."""
+        found = self.all(place)
+        return found[0] if len(found) == 1 else None
+
+
+def _once(pairs: list[tuple[str, str]]) -> dict[str, str]:
+    times = Counter(name for name, _ in pairs)
+    return {name: value for name, value in pairs if times[name] == 1}
+
+
+def _walk(value: Any, path: list[str]) -> list[Any]:
+    """What is at the end of the path, once for each list element on its way; a hole in it gives _MISSING."""
+    if not path:
+        return [value]
+    name, rest = path[0], path[1:]
+    if each := name.endswith("[]"):
+        name = name[:-2]
+    if name:
+        value = value.get(name, _MISSING) if isinstance(value, dict) else _MISSING
+    if not each:
+        return _walk(value, rest)
+    return [found for item in value for found in _walk(item, rest)] if isinstance(value, list) else [_MISSING]
+
+
+def _text(value: Any) -> str | None:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return value
+    return str(value) if isinstance(value, int) else None              # a float may have lost digits
