@@ -125,7 +125,7 @@ class Files(Table[File]):
         async def scan() -> None:
             await self.ascan()
 
-        cron.every(every, name=f"scan_{self.name}")(scan)
+        cron.every(every, name=f"scan_{self.name}", overlap="skip")(scan)
 
     def storage(self) -> Storage:
         """The open storage. Raises ConfigError, StorageError."""
