@@ -9,6 +9,7 @@ from anton.app import app
 from anton.ctx import Ctx
 from anton.errors import Discard, Retry
 from anton.files import Files
+from anton.poll import poll
 from anton.query import sql
 from anton.record import Record as Record
 from anton.record import Records
@@ -20,4 +21,4 @@ from anton.table import Table
 from anton.write import transaction
 
 __all__ = ["Ctx", "Discard", "Files", "Records", "Request", "Retry", "Table", "Webhook", "app", "cron", "delete", "env",
-           "get", "patch", "post", "put", "sql", "transaction"]
+           "get", "patch", "poll", "post", "put", "sql", "transaction"]

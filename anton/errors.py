@@ -11,7 +11,7 @@
       UnknownTable UnknownHandler
       WriteError            a write that was not, or could not be, made
         InvalidRecord WriteRefused RowChanged NoScope ScopeClosed ValueWithoutInto
-      QueryError SyncInLoop LeaseLost HandlerTimeout WorldError
+      QueryError SyncInLoop LeaseLost HandlerTimeout WorldError PollFailed
     Outcome                 what a handler raises to settle its record; not errors
       Retry Discard
 
@@ -148,7 +148,12 @@ class DatabaseError(AntonError):
 
 
 class WorldError(AntonError):
-    """Something outside is down. The handler waits and resumes; no record is blamed. Raise it for your own services."""
+    """Something outside is down. The handler waits and resumes; no record is blamed. Raise it for your own services.
+
+    after: how long it waits at least, a timedelta; None: as long as it sees fit.
+    """
+
+    after: timedelta | None = None
 
 
 class StorageError(WorldError):
@@ -369,6 +374,13 @@ class ValueWithoutInto(WriteError):
         super().__init__(f'handler "{handler}" returned {type(value).__name__} and has no into=. '
                          "Say into=TABLE where the handler is declared, or return nothing.",
                          handler=handler, value=value)
+
+
+class PollFailed(WorldError):
+    """A poll's function raised, or returned what is no rows. It waits and goes on from the same cursor. poll, after."""
+
+    def __init__(self, poll: str, reason: str, after: timedelta | None = None) -> None:
+        super().__init__(reason, poll=poll, after=after)
 
 
 class QueryError(AntonError):

@@ -28,7 +28,7 @@ LAYERS = [
     "handler call",
     "event",
     "table run catalogue",
-    "sense edges leases suspects pgcron layout",
+    "sense edges leases suspects pgcron poll layout",
     "worker web declared load",
     "migrate supervisor files",
     "dev testing",
