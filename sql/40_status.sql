@@ -91,6 +91,7 @@ begin
            format('end it: select pg_terminate_backend(%s)', a.pid)
       from pg_stat_activity a where a.datname = current_database() and a.backend_xmin is not null and a.pid <> pg_backend_pid()
        and a.xact_start < pg_catalog.clock_timestamp() - interval '1 hour';
+  return query select * from load_findings();
 end $$;
 
 -- repair() -> what was done: triggers written anew where findings() misses them
