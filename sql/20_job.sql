@@ -189,7 +189,6 @@ begin
     into v_held, v_handler, v_mixed, v_depth, v_trace, v_traces, v_tenant, v_settled, v_changes, v_los, v_his, v_causes, v_n, v_until, v_ids, v_keys
     from ranked;
   perform fence(p_token, v_held, cardinality(p_ids));
-  perform let_go(v_until);
   if v_mixed then
     raise exception using errcode = 'NT004', message = 'ack: jobs of more than one handler or tenant must be acked apart',
       hint = 'call it once for each, in the same transaction';
@@ -201,6 +200,7 @@ begin
     select array_agg(o) into v_rest from generate_series(v_los[1], v_his[1]) o where o <> all (v_settled);
     v_n := coalesce(cardinality(v_rest), 0);
   end if;
+  perform let_go(v_until);
   insert into receipt (id, slot, at, handler_id, worker_id, ms, n, gone, change_ids, los, his, causes, ordinals, ids, keys,
                        depth, trace, tenant)
   values (v_receipt, slot(v_now), v_now, v_handler, p_worker, p_ms, v_n, p_gone, v_changes, v_los, v_his, v_causes, v_rest,
@@ -319,9 +319,9 @@ language sql immutable set search_path from current as $$
   select greatest(interval '1 s', least(interval '60 s', (p_now - p_since) / 20))
 $$;
 
--- world_failed(token, ids, error) -> when to probe again
--- The outside world fails, not these records: gives the jobs back and makes their handler wait, see patience().
-create or replace function world_failed(p_token bigint, p_ids bigint[], p_error text) returns timestamptz
+-- world_failed(token, ids, error, after) -> when to probe again
+-- The outside world fails, not these records: gives the jobs back and makes their handler wait, see patience(); at least `after`.
+create or replace function world_failed(p_token bigint, p_ids bigint[], p_error text, p_after interval default null) returns timestamptz
 language plpgsql volatile set search_path from current
 set jit = off set enable_seqscan = off as $$
 declare v_now timestamptz := now(); v_handler int; v_probe timestamptz;
@@ -333,7 +333,7 @@ begin
          failures = failures + case when failing_since is null or failed_at is null
                                       or v_now >= failed_at + 0.5 * patience(failing_since, failed_at) then 1 else 0 end,
          -- jitter only shortens it: handlers that one service failed do not come back to it together
-         probe_at = v_now + patience(coalesce(failing_since, v_now), v_now) * (0.8 + 0.2 * random())
+         probe_at = v_now + greatest(p_after, patience(coalesce(failing_since, v_now), v_now) * (0.8 + 0.2 * random()))
    where id = v_handler returning probe_at into v_probe;
   return v_probe;
 end $$;
