@@ -13,21 +13,22 @@ import importlib
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from anton import config
 from anton.db import Database, set_resolver
-from anton.errors import ConfigError, DuplicateName, did_you_mean
+from anton.errors import BadOption, ConfigError, DuplicateName, did_you_mean
 
 if TYPE_CHECKING:
     from anton.handler import Handler
     from anton.sense import Route, Webhook
     from anton.table import Table
 
+F = TypeVar("F", bound=Callable[..., Any])
 
 _NOT_OWN = (Path(__file__).parent, Path(os.__file__).parent)          # Anton's, and Python's
 
@@ -36,7 +37,7 @@ class App:
     """The registry of one app.
 
     name: scopes all it registers; autonomous.json's "name", else the folder's.
-    tables, handlers, schedules, actions: by name. routes, webhooks: in the order of declaration.
+    tables, handlers, schedules, actions: by name. routes, webhooks, mounts, middlewares: in the order of declaration.
     """
 
     def __init__(self, name: str = "app", folder: Path | str = ".") -> None:
@@ -51,6 +52,9 @@ class App:
         self.handlers: dict[str, Handler] = {}
         self.routes: list[Route] = []
         self.webhooks: list[Webhook] = []
+        self.mounts: list[tuple[str, Any, str | None]] = []            # path, ASGI app, name
+        self.middlewares: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []  # class, None: a function's; arguments
+        self.exception_handlers: dict[Any, Callable[..., Any]] = {}    # by status, or class of exception
         self.schedules: dict[str, Any] = {}
         self.actions: dict[str, Any] = {}
         self._places: dict[tuple[str, str], str] = {}
@@ -64,6 +68,51 @@ class App:
     def place(self, kind: str, name: str) -> str:
         """Where it was declared, "main.py:12"; "" when it was not."""
         return self._places.get((kind, name), "")
+
+    def mount(self, path: str, app: Any, name: str | None = None) -> None:
+        """Serves another ASGI app below a path: app.mount("/static", StaticFiles(directory="static")).
+
+        It is asked after all routes and webhooks, and says itself who may call it.
+        """
+        if not isinstance(path, str) or path and not path.startswith("/"):
+            raise BadOption("path", path, "app.mount", 'a text that begins with "/", such as "/static"')
+        if not callable(app):
+            raise BadOption("app", app, f'app.mount("{path}")', "an ASGI app")
+        self.claim_name("route", f"mount {path.rstrip('/')}", place_of_caller())
+        self.mounts.append((path.rstrip("/"), app, name))
+
+    def add_middleware(self, middleware_class: Any, *args: Any, **kwargs: Any) -> None:
+        """An ASGI middleware around all that is served; the one added last is the outermost."""
+        if not callable(middleware_class):
+            raise BadOption("middleware_class", middleware_class, "app.add_middleware",
+                            "a class, its arguments after it: app.add_middleware(CORSMiddleware, allow_origins=[…])")
+        self.middlewares.append((middleware_class, args, kwargs))
+
+    def middleware(self, kind: str) -> Callable[[F], F]:
+        """@app.middleware("http"): async def f(request, call_next) is called around every request."""
+        if kind != "http":
+            raise BadOption("kind", kind, "@app.middleware", '"http": @app.middleware("http")')
+
+        def declare(fn: F) -> F:
+            self.middlewares.append((None, (), {"dispatch": fn}))
+            return fn
+
+        return declare
+
+    def exception_handler(self, kind: int | type[Exception]) -> Callable[[F], F]:
+        """@app.exception_handler(OutOfStock): f(request, error) answers a status, or what a route lets through."""
+        if not isinstance(kind, int) and not (isinstance(kind, type) and issubclass(kind, Exception)):
+            raise BadOption("kind", kind, "app.exception_handler", "a status such as 404, or a class of exception")
+
+        def declare(fn: F) -> F:
+            self.exception_handlers[kind] = fn
+            return fn
+
+        return declare
+
+    def add_exception_handler(self, kind: int | type[Exception], handler: Callable[..., Any]) -> None:
+        """As exception_handler, without the decorator."""
+        self.exception_handler(kind)(handler)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """ASGI. The web part is loaded at the first call, so that a worker never pays for it."""

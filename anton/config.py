@@ -84,6 +84,7 @@ class Deployment(_Section):
 
     host: str = Field(default="127.0.0.1", description="address; a public one makes verify= obligatory on webhooks")
     port: int = Field(default=3000, ge=0, le=65535, description="0: any free one")
+    workers: int = Field(default=1, ge=1, le=256, description="processes that serve")
     url: str = Field(default="", pattern=r"^(https?://[^/?#\s]+(/[^?#\s]*)?)?$",
                      description="the app's public address, such as https://hooks.example.com; some webhooks sign it")
 

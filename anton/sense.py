@@ -24,9 +24,12 @@ F = TypeVar("F", bound=Callable[..., Any])
 Verify = str | Scheme | Callable[[bytes, Mapping[str, str]], bool] | bool | None
 Secret = Many | Mapping[str, Many] | None
 
+MAX_FIELDS = 1000  # of a form
 ROUTE_OPTIONS = ("status_code", "response_model", "response_class", "responses", "response_description", "tags",
                  "summary", "description", "deprecated", "include_in_schema", "name", "operation_id", "dependencies",
-                 "response_model_exclude_none", "response_model_exclude_unset", "response_model_by_alias")
+                 "response_model_include", "response_model_exclude", "response_model_exclude_none",
+                 "response_model_exclude_unset", "response_model_exclude_defaults", "response_model_by_alias",
+                 "openapi_extra", "callbacks", "max_body_size", "form_limits")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +56,11 @@ class Request:
         return self.body.decode()
 
     def form(self) -> dict[str, str]:
-        """The fields of a form (application/x-www-form-urlencoded); the last of equal names counts."""
-        return dict(parse_qsl(self.body.decode(), keep_blank_values=True))
+        """The fields of a form (application/x-www-form-urlencoded); the last of equal names counts.
+
+        Raises ValueError when it is none (the caller gets 400) and beyond 1,000 fields (413).
+        """
+        return dict(parse_qsl(self.body.decode(), keep_blank_values=True, max_num_fields=MAX_FIELDS))
 
 
 @dataclass(frozen=True)
@@ -74,13 +80,18 @@ class Webhook:
     """Webhook("/github", events, verify="github", secret=env("X")): each POST becomes a record of the table.
 
     The record is {"timestamp", "payload", "headers"}, or the payload itself where the table has a model.
-    The sender gets 2xx after the commit. verify, secret: as on routes.
+    The sender gets 2xx after the commit. verify, secret: as on routes. invalid: the status for what does not fit the
+    model or the table, and is kept in anton.quarantine; default 422.
     """
 
-    def __init__(self, path: str, table: Table[Any], *, verify: Verify = None, secret: Secret = None) -> None:
+    def __init__(self, path: str, table: Table[Any], *, verify: Verify = None, secret: Secret = None,
+                 invalid: int = 422) -> None:
         self.path, self.table, self.verify, self.secrets = _path(path, "Webhook"), table, verify, several(secret)
+        self.invalid = invalid
         if not isinstance(table, Table):
             raise BadOption("table", table, f'Webhook("{path}")', "a Table, which takes the requests as records")
+        if type(invalid) is not int or not 200 <= invalid <= 599:
+            raise BadOption("invalid", invalid, f'Webhook("{path}")', "a status to answer, such as 422 or 200")
         self.place = place_of_caller()
         current_app().claim_name("route", f"POST {path}", self.place)
         current_app().webhooks.append(self)

