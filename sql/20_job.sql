@@ -189,7 +189,6 @@ begin
     into v_held, v_handler, v_mixed, v_depth, v_trace, v_traces, v_tenant, v_settled, v_changes, v_los, v_his, v_causes, v_n, v_until, v_ids, v_keys
     from ranked;
   perform fence(p_token, v_held, cardinality(p_ids));
-  perform let_go(v_until);
   if v_mixed then
     raise exception using errcode = 'NT004', message = 'ack: jobs of more than one handler or tenant must be acked apart',
       hint = 'call it once for each, in the same transaction';
@@ -201,6 +200,7 @@ begin
     select array_agg(o) into v_rest from generate_series(v_los[1], v_his[1]) o where o <> all (v_settled);
     v_n := coalesce(cardinality(v_rest), 0);
   end if;
+  perform let_go(v_until);
   insert into receipt (id, slot, at, handler_id, worker_id, ms, n, gone, change_ids, los, his, causes, ordinals, ids, keys,
                        depth, trace, tenant)
   values (v_receipt, slot(v_now), v_now, v_handler, p_worker, p_ms, v_n, p_gone, v_changes, v_los, v_his, v_causes, v_rest,
