@@ -3,6 +3,7 @@
     inserts   grouped by table, by COPY from 17 rows on
     upserts   one statement for each run of different keys
     steps     one statement for each kind of update or delete by key, else one each
+    calls     of the runtime's functions, in their turn
 
 What is grouped comes out as if each write had been made in its turn.
 """
@@ -17,7 +18,7 @@ import asyncpg
 
 from anton.db import Conn, quote
 from anton.errors import RowChanged, WriteRefused
-from anton.op import Form, Op, Output, Rows, Step
+from anton.op import Call, Form, Op, Output, Rows, Step
 from anton.relation import Relation, columns_sql, forget_spare
 
 COPY_FROM = 17  # rows from which COPY is quicker than INSERT
@@ -49,11 +50,24 @@ class _Apply:
                 await self.flush(waiting)
                 waiting = _Waiting()
                 if not waiting.takes(op):
-                    await (self.upsert(op) if isinstance(op, Rows) else self.step(op))
+                    await self.one(op)
         await self.flush(waiting)
         if self.changed:
             raise RowChanged(self.changed, self.changed_table)
         return list(self.outputs.values())
+
+    async def one(self, op: Op) -> None:
+        """A write that waits for no others."""
+        if isinstance(op, Step):
+            await self.step(op)
+        elif isinstance(op, Call):
+            if not await op.work(self.conn):
+                self.changed.add(op.owner)
+                self.changed_table = op.name
+        elif op.kind == "upsert":
+            await self.upsert(op)
+        else:
+            await self.missing(op)
 
     async def flush(self, waiting: _Waiting) -> None:
         await self.insert_all(waiting.inserts)
@@ -82,7 +96,7 @@ class _Apply:
             await self.conn.copy_records_to_table(relation.table, schema_name=relation.schema, columns=columns,
                                                   records=feed)
         except asyncpg.PostgresError as error:
-            if not _refused(error):
+            if not refused(error):
                 error.query = f"copy {relation.sql}"  # type: ignore[attr-defined]  # asyncpg names no COPY
                 raise
             if isinstance(error, asyncpg.UniqueViolationError):
@@ -94,8 +108,8 @@ class _Apply:
             raise WriteRefused({owners[len(rows) - feed.__length_hint__() - 1]}, error) from error
 
     async def values(self, relation: Relation, columns: tuple[str, ...], owners: list[int],
-                     rows: list[tuple[Any, ...]], conflict: str) -> None:
-        """INSERT … VALUES for a few rows, from arrays for many."""
+                     rows: list[tuple[Any, ...]], conflict: str) -> list[asyncpg.Record]:
+        """INSERT … VALUES for a few rows, from arrays for many. What it returns, if conflict says so."""
         types = [relation.columns[name] for name in columns]
         if not all(column.plain for column in types):
             rows = [tuple(value if column.plain or value is None or isinstance(value, str) else str(value)
@@ -108,15 +122,30 @@ class _Apply:
         args: list[Any] = [list(column) for column in zip(*rows, strict=True)] if many else [
             value for row in rows for value in row]
         try:
-            await self.conn.execute(sql, *args)
+            return await self.conn.fetch(sql, *args)
         except (asyncpg.PostgresError, *_UNFIT) as error:
-            if not _refused(error):
+            if not refused(error):
                 raise
             if isinstance(error, asyncpg.UniqueViolationError):
                 forget_spare(relation, error)
             position = re.search(r"query argument \$(\d+)", str(error)) if not many else None
             at = (int(position[1]) - 1) // len(columns) if position else None
             raise WriteRefused({owners[at]} if at is not None else _only(owners), error) from error
+
+    async def missing(self, op: Rows) -> None:
+        """Inserts those rows whose values of op.unless are not there yet; the first of several that are alike."""
+        relation, owners, rows = op.relation, op.owners, op.rows
+        conflict = f" on conflict ({columns_sql(op.unless)}) do nothing"
+        if relation.key:
+            conflict += f" returning {columns_sql(relation.key)}"
+        size = _size(relation, op.columns)
+        for at in range(0, len(rows), size):
+            some, whose = rows[at:at + size], owners[at:at + size]
+            made = {relation.key_of(row) for row in await self.values(relation, op.columns, whose, some, conflict)}
+            if relation.key and set(relation.key) <= set(op.columns):
+                kept = [(key, who) for key, who in zip(_keys(relation, op.columns, some), whose, strict=True)
+                        if _hashable(key) in made]
+                self.note(relation, [key for key, _ in kept], [who for _, who in kept])
 
     async def upsert(self, op: Rows) -> None:
         relation, columns, owners, rows = op.relation, op.columns, op.owners, op.rows
@@ -148,7 +177,7 @@ class _Apply:
         try:
             rows = await self.conn.fetch(text, *args)
         except (asyncpg.PostgresError, *_UNFIT) as error:
-            if not _refused(error):
+            if not refused(error):
                 raise
             raise WriteRefused(_only([op.owner for op in steps]), error) from error
         made = {row["_at"] - 1 for row in rows}
@@ -176,7 +205,7 @@ class _Apply:
         try:
             rows = await self.conn.fetch(sql, *args)
         except (asyncpg.PostgresError, *_UNFIT) as error:
-            if not _refused(error):
+            if not refused(error):
                 raise
             raise WriteRefused({op.owner}, error) from error
         if op.version is not None and not mine and not rows:
@@ -220,9 +249,12 @@ class _Waiting:
 
     def takes(self, op: Op) -> bool:
         """Adds it if that does not change what comes out."""
+        if isinstance(op, Call):
+            return False
         table = op.relation.oid
         if isinstance(op, Rows):
-            if op.kind == "upsert" or (self.steps and (self._minds or table in self._stepped or op.relation.triggers)):
+            late = bool(self.steps) and (self._minds or table in self._stepped or op.relation.triggers)
+            if op.kind == "upsert" or op.unless or late:
                 return False
             self.inserts.setdefault((table, op.columns), []).append(op)
             return True
@@ -264,7 +296,7 @@ def _many(relation: Relation, form: Form) -> str:
 _UNFIT = (TypeError, ValueError, ArithmeticError, AttributeError)  # asyncpg's codecs raise these
 
 
-def _refused(error: BaseException) -> bool:
+def refused(error: BaseException) -> bool:
     """True when it is the written values that Postgres does not take: data, size, constraint, policy, or a raise."""
     if not isinstance(error, asyncpg.PostgresError) or (error.sqlstate or "22")[:2] in ("22", "23", "44", "54", "P0"):
         return True

@@ -130,7 +130,7 @@ class Caller:
         finally:
             scope.close()
         ops = scope.take()
-        lane.writes.update(op.relation.name for op in ops)
+        lane.writes.update(op.relation.name for op in ops if op.relation)
         if ctx is None or not ctx.outcomes:
             return Called(ops, {})
         return Called(

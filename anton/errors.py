@@ -11,7 +11,7 @@
       UnknownTable UnknownHandler
       WriteError            a write that was not, or could not be, made
         InvalidRecord WriteRefused RowChanged NoScope ScopeClosed ValueWithoutInto
-      QueryError SyncInLoop LeaseLost HandlerTimeout WorldError
+      QueryError SyncInLoop LeaseLost HandlerTimeout WorldError PollFailed
     Outcome                 what a handler raises to settle its record; not errors
       Retry Discard
 
@@ -148,7 +148,48 @@ class DatabaseError(AntonError):
 
 
 class WorldError(AntonError):
-    """Something outside is down. The handler waits and resumes; no record is blamed. Raise it for your own services."""
+    """Something outside is down. The handler waits and resumes; no record is blamed. Raise it for your own services.
+
+    after: how long it waits at least, a timedelta; None: as long as it sees fit.
+    """
+
+    after: timedelta | None = None
+
+
+class StorageError(WorldError):
+    """A storage cannot be reached, or refuses. storage, url, verb, path, reason."""
+
+    def __init__(self, storage: str, url: str, verb: str, path: str, reason: str) -> None:
+        at = f' "{path}"' if path else ""
+        super().__init__(f'storage "{storage}" ({url}): cannot {verb}{at}: {reason}. See to its url and options in '
+                         "autonomous.json, and its rights.", storage=storage, url=url, verb=verb, path=path,
+                         reason=reason)
+
+
+class FileGone(AntonError):
+    """A file that is not there. storage, path."""
+
+    def __init__(self, storage: str, path: str) -> None:
+        super().__init__(f'no file "{path}" in storage "{storage}": it is gone, or never was.',
+                         storage=storage, path=path)
+
+
+class FileChanged(AntonError):
+    """A file is not the version that was meant any more. storage, path."""
+
+    def __init__(self, storage: str, path: str) -> None:
+        super().__init__(f'file "{path}" in storage "{storage}" was replaced meanwhile; the next scan sees the new '
+                         "one.", storage=storage, path=path)
+
+
+class LoadFailed(AntonError):
+    """A file that does not load into a Table. What is in stays, and is not loaded again. path, table, reason."""
+
+    reason: str
+
+    def __init__(self, path: str, table: str, reason: str) -> None:
+        super().__init__(f'"{path}" cannot be loaded into table "{table}": {reason}', path=path, table=table,
+                         reason=reason)
 
 
 class DatabaseUnreachable(DatabaseError, WorldError):
@@ -333,6 +374,13 @@ class ValueWithoutInto(WriteError):
         super().__init__(f'handler "{handler}" returned {type(value).__name__} and has no into=. '
                          "Say into=TABLE where the handler is declared, or return nothing.",
                          handler=handler, value=value)
+
+
+class PollFailed(WorldError):
+    """A poll's function raised, or returned what is no rows. It waits and goes on from the same cursor. poll, after."""
+
+    def __init__(self, poll: str, reason: str, after: timedelta | None = None) -> None:
+        super().__init__(reason, poll=poll, after=after)
 
 
 class QueryError(AntonError):

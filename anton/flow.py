@@ -15,8 +15,9 @@ EVERY = 0.2  # seconds between looks
 
 def endpoints(app: App) -> str:
     """ "/orders POST · /github POST": what answers, in the order of declaration."""
-    routes = [f"{route.path} {route.method}" for route in app.routes] + [f"{hook.path} POST" for hook in app.webhooks]
-    return " · ".join(routes) or "no endpoints"
+    there = [f"{route.path} {route.method}" for route in app.routes] + [f"{hook.path} POST" for hook in app.webhooks]
+    there += [f"{path or '/'} mounted" for path, _, _ in app.mounts]
+    return " · ".join(there) or "no endpoints"
 
 
 def banner(app: App, rows: list[Row], storage: str, url: str | None, seconds: float) -> str:

@@ -2,13 +2,14 @@
 
     Rows   inserts or upserts into one table
     Step   an update or a delete
+    Call   a function of the runtime that belongs to the same transaction
 
 Each belongs to an owner: the position of the input record that caused it, or WHOLE.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -18,16 +19,20 @@ WHOLE = -1  # owner of what belongs to the batch as a whole
 
 
 class Rows:
-    """Rows to insert or upsert. flat: owner, row, owner, row, … (one list, so that threads may add to it)."""
+    """Rows to insert or upsert. flat: owner, row, owner, row, … (one list, so that threads may add to it).
 
-    __slots__ = ("columns", "flat", "kind", "relation")
+    unless: columns with a unique index; a row whose values of them are there already is left out of an insert.
+    """
+
+    __slots__ = ("columns", "flat", "kind", "relation", "unless")
 
     def __init__(self, kind: Literal["insert", "upsert"], relation: Relation, columns: tuple[str, ...],
-                 flat: list[Any] | None = None) -> None:
+                 flat: list[Any] | None = None, unless: tuple[str, ...] = ()) -> None:
         self.kind = kind
         self.relation = relation
         self.columns = columns
         self.flat: list[Any] = [] if flat is None else flat
+        self.unless = unless
 
     @property
     def owners(self) -> list[int]:
@@ -77,7 +82,21 @@ class Step:
     form: Form | None = None
 
 
-Op = Rows | Step
+@dataclass(slots=True, eq=False)
+class Call:
+    """What the runtime itself notes along with an owner's writes.
+
+    work: makes it, on the transaction's connection; False when what the owner went by has changed, then it runs again.
+    """
+
+    name: str
+    work: Callable[[Any], Awaitable[bool]]
+    owner: int
+    relation: None = None
+    form: None = None
+
+
+Op = Rows | Step | Call
 
 
 @dataclass(slots=True, eq=False)
@@ -93,7 +112,7 @@ def pick(ops: Iterable[Op], owners: Collection[int], keep: bool = True) -> list[
     """The writes of these owners; with keep=False those of all others."""
     picked: list[Op] = []
     for op in ops:
-        if isinstance(op, Step):
+        if not isinstance(op, Rows):
             if (op.owner in owners) == keep:
                 picked.append(op)
             continue
@@ -101,7 +120,7 @@ def pick(ops: Iterable[Op], owners: Collection[int], keep: bool = True) -> list[
         flat = [part for who, row in zip(all_of_it[0::2], all_of_it[1::2], strict=True) if (who in owners) == keep
                 for part in (who, row)]
         if flat:
-            picked.append(Rows(op.kind, op.relation, op.columns, flat))
+            picked.append(Rows(op.kind, op.relation, op.columns, flat, op.unless))
     return picked
 
 
@@ -113,7 +132,7 @@ def merge(parts: Iterable[tuple[int, Iterable[Op]]]) -> list[Op]:
             if isinstance(op, Rows):
                 flat = op.flat[:]
                 flat[0::2] = [who] * (len(flat) // 2)
-                merged.append(Rows(op.kind, op.relation, op.columns, flat))
+                merged.append(Rows(op.kind, op.relation, op.columns, flat, op.unless))
             else:
                 merged.append(replace(op, owner=who))
     return merged

@@ -180,9 +180,10 @@ async def give_back(db: Database, conn: Conn, lease: int, ids: list[int]) -> Non
     await db.call(conn, "give_back", lease, ids)
 
 
-async def world_failed(db: Database, conn: Conn, lease: int, ids: list[int], error: str) -> datetime:
-    """Gives the jobs back and makes their handler wait; when one of them may probe."""
-    when: datetime = await db.call_value(conn, "world_failed", lease, ids, error)
+async def world_failed(db: Database, conn: Conn, lease: int, ids: list[int], error: str,
+                       after: timedelta | None = None) -> datetime:
+    """Gives the jobs back and makes their handler wait, at least `after`; when one of them may probe."""
+    when: datetime = await db.call_value(conn, "world_failed", lease, ids, error, after)
     return when
 
 

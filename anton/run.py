@@ -289,7 +289,7 @@ class Runner:
         fates = {item: fate for item, fate in each.fates.items() if item not in again}
         inputs = each.inputs
         lane = each.lane
-        lane.writes.update(op.relation.name for op in each.ops)
+        lane.writes.update(op.relation.name for op in each.ops if op.relation)
         plain = len(items) == each.count and not inputs.gone and not inputs.broken
         await self.finish(run, inputs, Called(each.ops, fates), ms, 0, None if plain else items, first=False)
         each.flushed()

@@ -67,7 +67,7 @@ class Schedule:
     """A function and when it runs.
 
     cron: five fields, or "@every SECONDS". tz: an IANA name. title: how people say it ("Daily, at 03:00").
-    place: "main.py:12". rules: misfire and the like, as put_schedule() takes them.
+    place: "main.py:12". rules: misfire, options and the like, as put_schedule() takes them.
     """
 
     name: str

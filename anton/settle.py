@@ -15,6 +15,7 @@ import logging
 import random
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import partial
 from typing import Any, TypeVar
 
@@ -85,7 +86,7 @@ class Settler:
     async def settle(self, lane: Lane, batch: Batch, doing: Doing) -> None:
         """Commits all of it. Raises WriteRefused, RowChanged, LeaseLost, World."""
         outputs: list[Output] = []
-        for relation in {op.relation.oid: op.relation for op in doing.ops}.values():
+        for relation in {op.relation.oid: op.relation for op in doing.ops if op.relation}.values():
             await self._table(relation)
 
         async def work(conn: Conn) -> None:
@@ -93,7 +94,7 @@ class Settler:
             outputs.extend(await self._write(conn, lane, batch, doing))
 
         if not await self._settled(batch, doing, work):
-            self._wrote({self._tables[op.relation.oid] for op in doing.ops})
+            self._wrote({self._tables[op.relation.oid] for op in doing.ops if op.relation})
         elif outputs:
             self._wrote({self._tables[output.relation.oid] for output in outputs if output.keys})
 
@@ -173,7 +174,7 @@ class Settler:
 
     async def world_failed(self, jobs: Iterable[Job], error: BaseException) -> None:
         """Gives the jobs back and lets their handler wait for the world. Those that were lost are left."""
-        await self._give(jobs, partial(_world_failed, self.db, say(error)))
+        await self._give(jobs, partial(_world_failed, self.db, say(error), getattr(error, "after", None)))
 
     async def _give(self, jobs: Iterable[Job], give: Callable[[int, list[int], Conn], Awaitable[None]]) -> None:
         jobs = [job for job in jobs if job.left]
@@ -326,8 +327,9 @@ async def _give_back(db: Database, token: int, ids: list[int], conn: Conn) -> No
     await queue.give_back(db, conn, token, ids)
 
 
-async def _world_failed(db: Database, error: str, token: int, ids: list[int], conn: Conn) -> None:
-    await queue.world_failed(db, conn, token, ids, error)
+async def _world_failed(db: Database, error: str, after: timedelta | None, token: int, ids: list[int],
+                        conn: Conn) -> None:
+    await queue.world_failed(db, conn, token, ids, error, after)
 
 
 class _Undo(Exception):

@@ -191,7 +191,8 @@ def check_public(app: App, host: str) -> None:
     missing = [f"{verifier.of} needs {verifier.unset()}" for verifier in _unset(app)]
     if missing:
         raise ConfigError(f"not set: {'; '.join(missing)}. Without it every request gets 401.", host=host)
-    if open_ := [name for name, door in doors if door.verify is False]:
+    open_ = [name for name, door in doors if door.verify is False]
+    if open_ := open_ + [f"what is mounted at {path or '/'}" for path, _, _ in app.mounts]:
         log.warning("open to everybody on %s: %s", host, ", ".join(open_))
 
 

@@ -53,6 +53,9 @@ create table counter (id bigint primary key, n bigint not null);
 insert into counter values (0, 0);
 create table tally (id bigint primary key, n bigint not null);
 insert into tally select n, 0 from generate_series(0, 1) n;
+create table out_ask (id bigint generated always as identity primary key, src bigint not null);
+create table service (n bigint not null);
+insert into service values (0);
 create table out_ups (id bigint generated always as identity primary key, src bigint not null, v bigint not null);
 create table ping (id bigint generated always as identity primary key, hop int not null);
 create table pong (id bigint generated always as identity primary key, hop int not null);
@@ -83,6 +86,8 @@ def make_template(server: servers.Server) -> str:
     done = subprocess.run(words, cwd=APP, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"anton migrate failed: {done.stdout}{done.stderr}")
+    with psycopg.connect(url, autocommit=True) as conn:
+        conn.execute("select anton.pause_schedule('ask')")              # its times pass: a fault fires it
     return "chaos_template"
 
 

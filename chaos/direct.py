@@ -194,3 +194,38 @@ def second_looks(cell: Cell, n: int) -> Result:
     result.n = len(slow)
     result.more["pickup_max_s"] = max(slow)
     return _finish(cell, result)
+
+
+POLL = ("mid_poll", "before_ack", "before_commit", "commit_sent_no_reply", "after_commit")
+PAGE = 7  # rows that the service has more at each call
+
+
+@fault("S1", "SIGKILL of a worker between a poll's fetch and its commit, at five named points in turn")
+def killed_polls(cell: Cell, n: int) -> Result:
+    """n kills; after each five one worker that lives. Each row of the service is there once, the cursor at its end."""
+    result = Result()
+    for at in range(1, n + 1):
+        point = POLL[at % len(POLL)]
+        cell.one("update service set n = n + %s returning n", PAGE)
+        cell.one("select anton.fire(id, anton.now(), 'parallel') from anton.schedule where name = 'ask'")
+        cell.start(point=point)
+        cell.kill(_stopped(cell, point)["pid"], point, both=True)      # after its commit it holds nothing
+        result.n += 1
+        if at % len(POLL) == 0 or at == n:  # a firing that is killed over and over would be a dead letter
+            cell.start()
+            cell.drain(PATIENCE)
+            cell.end()
+    cell.start()
+    cell.one("select anton.run_schedule('ask')")
+    _finish(cell, result)
+    total, rows, different = cell.one(
+        "select n, (select count(*) from out_ask), "
+        "(select count(distinct src) from out_ask where src between 1 and n) from service"
+    )
+    result.verdict.lost += total - different
+    result.verdict.doubled += rows - different
+    result.verdict.require(total == rows == different, f"the service has {total} rows, out_ask {rows}, of {different}")
+    (cursor,) = cell.one("select cursor from anton.poll")
+    result.verdict.require(cursor == total, f"the cursor is {cursor}, not {total}")
+    result.more |= {"rows": rows, "polls": cell.one("select version from anton.poll")[0]}
+    return result

@@ -58,6 +58,7 @@ FULL = {
     "Q1": 20,
     "T1a": 10,
     "W2": 100,
+    "S1": 100,
 }
 
 
@@ -241,7 +242,9 @@ def save(results: dict[str, Result], seed: int, folder: Path = RESULTS) -> list[
 
 
 def derive(folder: Path = RESULTS) -> list[dict[str, Any]]:
-    """Writes chaos.json from chaos-detail.json."""
+    """Writes chaos.json from chaos-detail.json. A bar whose fault is not in there keeps its row."""
+    path = folder / "chaos.json"
+    before = {row["name"]: row for row in json.loads(path.read_text())} if path.exists() else {}
     detail = json.loads((folder / DETAIL).read_text())
     found = rows(
         {
@@ -249,5 +252,7 @@ def derive(folder: Path = RESULTS) -> list[dict[str, Any]]:
             for name, one in detail.items()
         }
     )
-    (folder / "chaos.json").write_text(json.dumps(found, indent=1) + "\n")
+    now = before | {row["name"]: row for row in found}
+    found = [now[bar.name] for bar in BARS if bar.name in now]
+    path.write_text(json.dumps(found, indent=1) + "\n")
     return found

@@ -319,9 +319,9 @@ language sql immutable set search_path from current as $$
   select greatest(interval '1 s', least(interval '60 s', (p_now - p_since) / 20))
 $$;
 
--- world_failed(token, ids, error) -> when to probe again
--- The outside world fails, not these records: gives the jobs back and makes their handler wait, see patience().
-create or replace function world_failed(p_token bigint, p_ids bigint[], p_error text) returns timestamptz
+-- world_failed(token, ids, error, after) -> when to probe again
+-- The outside world fails, not these records: gives the jobs back and makes their handler wait, see patience(); at least `after`.
+create or replace function world_failed(p_token bigint, p_ids bigint[], p_error text, p_after interval default null) returns timestamptz
 language plpgsql volatile set search_path from current
 set jit = off set enable_seqscan = off as $$
 declare v_now timestamptz := now(); v_handler int; v_probe timestamptz;
@@ -333,7 +333,7 @@ begin
          failures = failures + case when failing_since is null or failed_at is null
                                       or v_now >= failed_at + 0.5 * patience(failing_since, failed_at) then 1 else 0 end,
          -- jitter only shortens it: handlers that one service failed do not come back to it together
-         probe_at = v_now + patience(coalesce(failing_since, v_now), v_now) * (0.8 + 0.2 * random())
+         probe_at = v_now + greatest(p_after, patience(coalesce(failing_since, v_now), v_now) * (0.8 + 0.2 * random()))
    where id = v_handler returning probe_at into v_probe;
   return v_probe;
 end $$;

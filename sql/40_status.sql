@@ -91,6 +91,7 @@ begin
            format('end it: select pg_terminate_backend(%s)', a.pid)
       from pg_stat_activity a where a.datname = current_database() and a.backend_xmin is not null and a.pid <> pg_backend_pid()
        and a.xact_start < pg_catalog.clock_timestamp() - interval '1 hour';
+  return query select * from load_findings();
 end $$;
 
 -- repair() -> what was done: triggers written anew where findings() misses them
@@ -437,12 +438,13 @@ language sql stable set search_path from current as $$
    order by s.next_at nulls last, s.app, s.name
 $$;
 
--- show_schedule(name) -> the schedule and its last ten firings, as JSON
+-- show_schedule(name) -> the schedule, its last ten firings and how far it has polled, as JSON
 create or replace function show_schedule(p_name text) returns jsonb language plpgsql stable set search_path from current as $$
 begin
   return (select to_jsonb(s) - array['ahead', 'planned_to'] || jsonb_build_object('ticks', (
             select coalesce(jsonb_agg(jsonb_build_object('planned_at', t.planned_at, 'state', t.state, 'error', t.error, 'fired_at', t.fired_at) order by t.planned_at desc), '[]')
               from (select * from tick where schedule_id = s.id order by planned_at desc limit 10) t))
+           || coalesce((select jsonb_build_object('poll', to_jsonb(p) - 'schedule_id') from poll p where p.schedule_id = s.id), '{}')
      from schedule s where s.id = find_schedule(p_name));
 end $$;
 

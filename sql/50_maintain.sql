@@ -31,6 +31,10 @@ begin
   if v_n > 0 then
     return format('%s deliveries forgotten', v_n);
   end if;
+  v_n := forget_keys(v_now);
+  if v_n > 0 then
+    return format('%s keys of polls forgotten', v_n);
+  end if;
   v_n := mend();
   if v_n > 0 then
     return format('%s tables or changes mended', v_n);

@@ -12,11 +12,12 @@ end $$;
 
 -- put_schedule(definition) -> schedule id
 -- Inserts or updates a schedule and its handler by (app, name). Keys: app, name, cron, tz, title, kind, body, misfire, overlap,
--- jitter, starts_at, ends_at, options (put_handler's, for its handler). A changed time is planned anew; an unchanged one keeps its plan.
+-- jitter, starts_at, ends_at, options (put_handler's, for its handler), at_once (due for the first time when it is made).
+-- A changed time is planned anew; an unchanged one keeps its plan.
 create or replace function put_schedule(d jsonb) returns int language plpgsql volatile set search_path from current as $$
 declare
   v_id int; v_tick text := quote_ident(current_schema()) || '.tick'; v_other text; v_kind text := coalesce(d ->> 'kind', 'python');
-  v_old schedule; v_new schedule;
+  v_old schedule; v_new schedule; v_now timestamptz := now();
 begin
   perform check_cron(d ->> 'cron');
   select format('%I.%I', w.schema_name, w.table_name) into v_other from handler h join watched w on w.id = h.table_id
@@ -42,6 +43,9 @@ begin
   if (v_new.cron, v_new.tz, v_new.jitter, v_new.starts_at, v_new.ends_at, true)
      is distinct from (v_old.cron, v_old.tz, v_old.jitter, v_old.starts_at, v_old.ends_at, v_old.enabled) then
     perform plan_anew(v_id);
+  end if;
+  if v_old.id is null and (d ->> 'at_once')::boolean then
+    update schedule set next_at = v_now where id = v_id;
   end if;
   perform ring();
   return v_id;
@@ -305,7 +309,8 @@ begin
   perform ring();
 end $$;
 
--- run_schedule(name) -> when: fires it now, beside its plan. While a firing before it is not done it waits, unless they may overlap.
+-- run_schedule(name) -> when: fires it now, beside its plan. While a firing before it is not done it waits, unless they may overlap;
+-- one that waits for the world to come back does so no longer.
 create or replace function run_schedule(p_name text) returns timestamptz language plpgsql volatile set search_path from current as $$
 declare v_now timestamptz; s schedule;
 begin
@@ -313,6 +318,7 @@ begin
   perform close_ticks();
   v_now := now();
   perform fire(s.id, v_now, case s.overlap when 'skip' then 'queue' else s.overlap end);
+  update handler h set probe_at = v_now where (h.app, h.name) = (s.app, s.name) and h.probe_at > v_now;
   perform ring();
   return v_now;
 end $$;

@@ -36,6 +36,7 @@ SHORT = [  # fault, how often, seed; those that take long come first
     ("D6", 15, SEED),
     ("P5", 8, SEED),
     ("A5", 20, SEED),
+    ("S1", 10, SEED),
     ("L3", 1, SEED),
     ("A3", 3, SEED),
     ("A4", 50_000, SEED),

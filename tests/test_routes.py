@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field
 from serving import count, serving
 from starlette.middleware.cors import CORSMiddleware
 
+from anton import flow, web
 from anton.app import App, declaring
 from anton.db import Database, set_database
 from anton.errors import BadOption, DuplicateName, NoScope
@@ -130,6 +131,14 @@ async def test_an_apps_own_exception_handlers_answer_and_what_was_written_is_dro
         assert (tea.status_code, tea.json(), tea.headers["x-tea"]) == (418, {"detail": "short and stout"}, "green")
 
 
+def test_what_is_mounted_is_named_where_it_is_open_to_everybody(caplog: pytest.LogCaptureFixture) -> None:
+    with declaring(App("web")) as app:
+        app.mount("/static", PlainTextResponse(""))
+    web.check_public(app, "0.0.0.0")
+    assert "open to everybody on 0.0.0.0: what is mounted at /static" in caplog.text
+    assert flow.endpoints(app) == "/static mounted"
+
+
 def test_what_is_no_mount_middleware_or_handler_is_refused_where_it_is_declared() -> None:
     with declaring(App("web")) as app:
         app.mount("/static", PlainTextResponse(""))
@@ -164,6 +173,41 @@ async def test_forms_files_headers_and_background_tasks_are_fastapis(db):
         await done.wait()
         assert (await client.post("/form", data={"a": "1", "b": "ü"})).json() == {"a": "1", "b": "ü"}
         assert (await client.post("/form", content=b"a=\xff\xfe")).status_code == 400
+
+
+async def test_what_a_background_task_writes_is_a_transaction_of_its_own(db):
+    done = asyncio.Event()
+
+    def declare(app: App) -> None:
+        notes = Table("notes")
+
+        async def later() -> None:
+            with pytest.raises(NoScope, match="async with transaction"):
+                notes.append({"by": "nobody"})
+            async with transaction():
+                notes.append({"by": "background"})
+            done.set()
+
+        @post("/")
+        async def answer(background: BackgroundTasks) -> int:
+            background.add_task(later)
+            notes.append({"by": "route"})
+            return 201
+
+        @post("/plain")
+        def plain(background: BackgroundTasks) -> dict[str, str]:
+            background.add_task(later)
+            notes.append({"by": "route"})
+            return {}
+
+    async with serving(db, declare) as client:
+        for path in ("/", "/plain"):
+            done.clear()
+            await client.post(path)
+            await done.wait()
+        async with db.conn() as conn:
+            found = [row[0]["by"] for row in await conn.fetch("select data from notes order by id")]
+        assert found == ["route", "background"] * 2
 
 
 async def test_a_form_with_too_many_or_too_large_parts_gets_413(db):

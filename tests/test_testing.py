@@ -184,10 +184,11 @@ def test_nothing_reaches_another_machine(app):
         pass
 
 
-def test_the_example_passes_its_own_tests(server):
+@pytest.mark.parametrize("example", ["slack_ai_bot", "feed_reader", "github_hooks"])
+def test_an_example_passes_its_own_tests(example, server):
     """As users run them: pytest in the app's folder, the fixture found by itself."""
     environment = {**os.environ, "ANTON_TEST_DATABASE": server.url()}
     words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "error"]
-    bot = Path(__file__).parent.parent / "examples" / "slack_ai_bot"
-    done = subprocess.run(words, cwd=bot, env=environment, capture_output=True, text=True)
+    folder = Path(__file__).parent.parent / "examples" / example
+    done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

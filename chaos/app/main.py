@@ -7,7 +7,7 @@ import signal
 import time
 from typing import Any
 
-from anton import Records, Table, Webhook, sql
+from anton import Records, Table, Webhook, poll, sql
 from anton.errors import WorldError
 from anton.sense import Request, post
 from chaos import points
@@ -41,6 +41,7 @@ out_drift_sql = Table("public.out_drift_sql")
 out_kept = Table("public.out_kept")
 clash = Table("public.clash")
 out_clash = Table("public.out_clash")
+out_ask = Table("public.out_ask")
 shared = Table("public.shared")
 ping = Table("public.ping")
 pong = Table("public.pong")
@@ -219,3 +220,11 @@ def put(request: Request) -> dict[str, int]:
     id = request.json()["id"]
     src.append({"id": id, "kind": "http"})
     return {"id": id}
+
+
+@poll(every="1h", into=out_ask)
+async def ask(cursor: int | None) -> tuple[list[dict[str, int]], int]:
+    """What a service has that numbers its rows: those after the cursor. No key, so that a doubled row would be seen."""
+    (row,) = await sql("select n from service")
+    points.reach("mid_poll")
+    return [{"src": n} for n in range((cursor or 0) + 1, row["n"] + 1)], row["n"]
