@@ -117,4 +117,5 @@ async def _failed(request: Incoming, error: Exception) -> Response:
     """The server logs it, the sender need not know."""
     if is_away(error):
         return JSONResponse({"detail": AWAY}, 503, {"Retry-After": str(RETRY_AFTER)})
+    log.error("500 for %s %s: %s", request.method, request.scope["path"], type(error).__name__)
     return JSONResponse({"detail": "Internal Server Error"}, 500)

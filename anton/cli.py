@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
     _verb(every, "new", verbs.new).add_argument("name", help="the folder to make; its name is the app's")
     one = _verb(every, "dev", verbs.dev)
     one.add_argument("--live", action="store_true", help="send effects instead of capturing them")
-    one.add_argument("--port", type=int, help="default: autonomous.json's, 3000")
+    one.add_argument("--port", type=_port, help="default: autonomous.json's, 3000")
     one = _verb(every, "migrate", verbs.do_migrate)
     one.add_argument("--plan", action="store_true", help="print the SQL, change nothing")
     one.add_argument("--check", action="store_true", help="exit 1 when there is something to do, change nothing")
@@ -57,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--lease", help="how long a claim lasts without a heartbeat, such as 30s")
     one = _verb(every, "serve", verbs.serve)
     one.add_argument("--host", help="default: autonomous.json's, 127.0.0.1")
-    one.add_argument("--port", type=int, help="default: autonomous.json's, 3000; 0 is any free one")
+    one.add_argument("--port", type=_port, help="default: autonomous.json's, 3000; 0 is any free one")
     many = one.add_mutually_exclusive_group()
     many.add_argument("--workers", type=_positive, help="processes that serve; default: autonomous.json's, 1")
     many.add_argument("--reload", action="store_true", help="serve anew when a file of the app changes")
@@ -128,6 +128,12 @@ def _some(verb: argparse.ArgumentParser, filter: str) -> None:
 def _positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not possible; allowed: 1 or more")
+    return int(text)
+
+
+def _port(text: str) -> int:
+    if not text.isdigit() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text} is not possible; allowed: 0 to 65535")
     return int(text)
 
 

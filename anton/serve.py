@@ -66,6 +66,7 @@ def serve(db: Database, target: str | None = None, *, host: str = "127.0.0.1", p
     options: dict[str, Any] = {**web.OPTIONS, "host": host, "port": port, "factory": True}
     try:
         if reload:
+            logging.getLogger("watchfiles").setLevel(logging.WARNING)  # it tells each file, also those nobody watches
             away = [str(place) for name in _UNWATCHED if (place := folder / name).is_dir()]
             config = uvicorn.Config("anton.serve:child", reload=True, reload_dirs=str(folder),
                                     reload_includes=WATCHED, reload_excludes=away, **options)

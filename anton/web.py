@@ -260,15 +260,18 @@ async def _lifespan(served: FastAPI) -> AsyncIterator[None]:
 
 
 def _guarded(verifier: Verifier, clock: Clock, base: str) -> type[APIRoute]:
-    """A route class that reads the body, checks who sent it, and holds the scope its writes are recorded in."""
+    """A route class that checks who sent a request, and holds the scope its writes are recorded in."""
 
     class Guarded(APIRoute):
         def get_route_handler(self) -> Callable[[Incoming], Coroutine[Any, Any, Response]]:
             handle = super().get_route_handler()
+            whole = verifier.active or any(one.call is _request for one in self.dependant.dependencies)
 
             async def answer(request: Incoming) -> Response:
                 request = Strict(request.scope, request.receive)
                 try:
+                    if whole:                                          # else FastAPI takes it in: files go to disk
+                        await request.body()
                     with write.Scope("route"):
                         return await _checked(request, verifier, clock, base) or await handle(request)
                 except ClientDisconnect:                               # before its end had come: nobody waits for this
@@ -289,10 +292,10 @@ def _guarded(verifier: Verifier, clock: Clock, base: str) -> type[APIRoute]:
 
 
 async def _checked(request: Incoming, verifier: Verifier, clock: Clock, base: str) -> Response | None:
-    """Reads the body and checks who sent it. Returns the answer to a handshake, None for what the route must see."""
-    body = await request.body()
+    """Checks who sent it. Returns the answer to a handshake, None for what the route must see."""
     if not verifier.active:
         return None
+    body = await request.body()
     scope, headers = request.scope, request.headers.raw
     url = public_url(base, scope["scheme"], headers, scope["raw_path"], scope["query_string"]) \
         if verifier.addressed else ""

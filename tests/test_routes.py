@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import tracemalloc
 from decimal import Decimal
 from typing import Annotated, Any
 
@@ -257,6 +258,39 @@ async def test_a_body_beyond_the_limit_gets_413_also_without_a_length_and_a_rout
                 assert (await client.post(path, content=body)).status_code == status, path
         assert (await client.post("/", content=b"x" * 10_000_000)).status_code == 200
         assert (await client.post("/small", content=b"x" * 100)).status_code == 200
+
+
+async def test_a_large_file_is_not_held_in_memory(db):
+    def declare(app: App) -> None:
+        @post("/films", max_body_size=100_000_000)
+        async def film(file: UploadFile) -> dict[str, int]:
+            return {"size": file.size or 0}
+
+    async def parts(count: int) -> Any:
+        yield b'--x\r\ncontent-disposition: form-data; name="file"; filename="a"\r\n\r\n'
+        for _ in range(count):
+            yield bytes(1_000_000)
+        yield b"\r\n--x--\r\n"
+
+    async with serving(db, declare) as client:
+        tracemalloc.start()
+        try:
+            sent = {"content-type": "multipart/form-data; boundary=x"}
+            answer = await client.post("/films", content=parts(30), headers=sent, timeout=60)
+            assert answer.json() == {"size": 30_000_000}
+            assert tracemalloc.get_traced_memory()[1] < 15_000_000
+        finally:
+            tracemalloc.stop()
+
+
+async def test_a_route_may_take_a_form_and_the_request(db):
+    def declare(app: App) -> None:
+        @post("/")
+        def both(a: Annotated[str, Form()], request: Request) -> dict[str, str]:
+            return {"a": a, "body": request.text()}
+
+    async with serving(db, declare) as client:
+        assert (await client.post("/", data={"a": "1"})).json() == {"a": "1", "body": "a=1"}
 
 
 @pytest.mark.parametrize("path", [

@@ -16,13 +16,13 @@ from typing import Annotated, Any
 
 import httpx
 import pytest
-from fastapi import Depends
+from fastapi import BackgroundTasks, Depends
 from pydantic import BaseModel, Field
 
 from anton import config, web, webhook
 from anton.app import App, declaring
 from anton.db import Database, set_database
-from anton.errors import ConfigError
+from anton.errors import ConfigError, NoScope
 from anton.migrate import migrate
 from anton.secret import env
 from anton.sense import Request, Webhook, get, patch, post
@@ -174,22 +174,45 @@ async def test_writes_of_one_route_are_one_transaction(db):
         assert (await count(db, "orders"), await count(db, "log")) == (1, 1)
 
 
-async def test_a_write_after_the_commit_is_an_error_and_not_lost_in_silence(db):
+async def test_what_runs_after_the_reply_is_outside_the_routes_transaction(db):
+    ended: asyncio.Queue[NoScope | None] = asyncio.Queue()
+
     def declare() -> None:
         events = Table("events")
+        loop = asyncio.get_running_loop()
 
-        def late():
+        def in_thread():
+            events.append({"by": "dependency"})
             yield
-            events.append({"late": True})
+            events.append({"by": "thread, after"})
+            loop.call_soon_threadsafe(ended.put_nowait, None)
+
+        async def in_loop():
+            yield
+            try:
+                events.append({"by": "loop, after"})
+            except NoScope as error:
+                await ended.put(error)
+
+        async def background():
+            async with transaction():
+                events.append({"by": "background"})
+            await ended.put(None)
 
         @post("/")
-        def create(_: None = Depends(late)) -> int:
-            events.append({"late": False})
+        def create(tasks: BackgroundTasks, _: None = Depends(in_thread), __: None = Depends(in_loop)) -> int:
+            tasks.add_task(background)
             return 200
 
     async with serving(db, declare) as client:
-        await client.post("/")
-        assert await count(db, "events") == 1
+        assert (await client.post("/")).status_code == 200
+        errors = [await ended.get() for _ in range(3)]
+        assert [str(error) for error in errors if error] == [
+            "nothing around this write would commit it. Put it inside: async with transaction():"]
+        async with db.conn() as conn:
+            rows = await conn.fetch("select data ->> 'by' as by, xmin::text as tx from events order by id")
+        assert sorted(row["by"] for row in rows) == ["background", "dependency", "thread, after"]
+        assert rows[0]["by"] == "dependency" and len({row["tx"] for row in rows}) == 3
 
 
 def webhooks() -> None:
