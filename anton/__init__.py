@@ -8,6 +8,7 @@ Everything users type is here; the modules behind it say more: table.py, handler
 from anton.app import app
 from anton.ctx import Ctx
 from anton.errors import Discard, Retry
+from anton.files import Files
 from anton.poll import poll
 from anton.query import sql
 from anton.record import Record as Record
@@ -19,5 +20,5 @@ from anton.signed import Hmac as Hmac
 from anton.table import Table
 from anton.write import transaction
 
-__all__ = ["Ctx", "Discard", "Records", "Request", "Retry", "Table", "Webhook", "app", "cron", "delete", "env", "get",
-           "patch", "poll", "post", "put", "sql", "transaction"]
+__all__ = ["Ctx", "Discard", "Files", "Records", "Request", "Retry", "Table", "Webhook", "app", "cron", "delete", "env",
+           "get", "patch", "poll", "post", "put", "sql", "transaction"]

@@ -96,7 +96,7 @@ class _Apply:
             await self.conn.copy_records_to_table(relation.table, schema_name=relation.schema, columns=columns,
                                                   records=feed)
         except asyncpg.PostgresError as error:
-            if not _refused(error):
+            if not refused(error):
                 error.query = f"copy {relation.sql}"  # type: ignore[attr-defined]  # asyncpg names no COPY
                 raise
             if isinstance(error, asyncpg.UniqueViolationError):
@@ -124,7 +124,7 @@ class _Apply:
         try:
             return await self.conn.fetch(sql, *args)
         except (asyncpg.PostgresError, *_UNFIT) as error:
-            if not _refused(error):
+            if not refused(error):
                 raise
             if isinstance(error, asyncpg.UniqueViolationError):
                 forget_spare(relation, error)
@@ -177,7 +177,7 @@ class _Apply:
         try:
             rows = await self.conn.fetch(text, *args)
         except (asyncpg.PostgresError, *_UNFIT) as error:
-            if not _refused(error):
+            if not refused(error):
                 raise
             raise WriteRefused(_only([op.owner for op in steps]), error) from error
         made = {row["_at"] - 1 for row in rows}
@@ -205,7 +205,7 @@ class _Apply:
         try:
             rows = await self.conn.fetch(sql, *args)
         except (asyncpg.PostgresError, *_UNFIT) as error:
-            if not _refused(error):
+            if not refused(error):
                 raise
             raise WriteRefused({op.owner}, error) from error
         if op.version is not None and not mine and not rows:
@@ -296,7 +296,7 @@ def _many(relation: Relation, form: Form) -> str:
 _UNFIT = (TypeError, ValueError, ArithmeticError, AttributeError)  # asyncpg's codecs raise these
 
 
-def _refused(error: BaseException) -> bool:
+def refused(error: BaseException) -> bool:
     """True when it is the written values that Postgres does not take: data, size, constraint, policy, or a raise."""
     if not isinstance(error, asyncpg.PostgresError) or (error.sqlstate or "22")[:2] in ("22", "23", "44", "54", "P0"):
         return True

@@ -150,6 +150,7 @@ _SCALARS: dict[Any, Kind] = {
     ipaddress.IPv6Network: Kind("cidr"),
     pydantic.IPvAnyNetwork: Kind("cidr"),
 }
+_EXACT = (bool, int, float, Decimal, str, uuid.UUID, dt.datetime, dt.date, dt.time)  # Postgres reads them as Pydantic
 _AS_TEXT = (pathlib.PurePath, pydantic.AnyUrl, pydantic.NameEmail)
 _NO_SECRETS = (pydantic.SecretStr, pydantic.SecretBytes)
 _EMPTY = (list, dict, set, frozenset, tuple)
@@ -252,6 +253,28 @@ def _flat(metadata: Sequence[Any]) -> abc.Iterator[Any]:
 def _said(metadata: Sequence[Any], name: str) -> Any:
     found = [getattr(item, name) for item in metadata if getattr(item, name, None) is not None]
     return found[-1] if found else None
+
+
+def exact(model: type[BaseModel]) -> bool:
+    """Whether the columns, with their NOT NULLs and CHECKs, say all that the model says. False when in doubt."""
+    decorated = model.__pydantic_decorators__
+    if (decorated.validators or decorated.field_validators or decorated.root_validators or decorated.model_validators
+            or model.model_post_init is not BaseModel.model_post_init or model.__init__ is not BaseModel.__init__
+            or model.model_config.keys() - {"title", "extra", "frozen", "json_schema_extra"}):
+        return False
+    return all(_exact(info) for info in model.model_fields.values())
+
+
+def _exact(info: FieldInfo) -> bool:
+    kind, inner = kind_of(info.annotation, info.metadata), info.annotation
+    while get_origin(inner) in (Union, types.UnionType):
+        members = [member for member in get_args(inner) if member is not type(None)]
+        inner = members[0] if len(members) == 1 else object
+    plain = get_origin(inner) is Literal or (isinstance(inner, type) and issubclass(inner, enum.Enum))
+    known = (at.Ge, at.Gt, at.Le, at.Lt) if kind.number else (at.MinLen, at.MaxLen) if kind.length else ()
+    return ((kind.choices is not None if plain else inner in _EXACT)
+            and all(isinstance(item, known) for item in kind.metadata)
+            and not (info.alias or info.validation_alias))
 
 
 def sql_value(value: Any, kind: Kind) -> str | None:

@@ -3,7 +3,8 @@
     --database  >  DATABASE_URL  >  PG*  >  the first database storage of autonomous.json  >  embedded
 
     {"name": "slack-ai-bot", "app": "main",
-     "storages": [{"name": "local-pg", "type": "database", "url": "embedded"}]}
+     "storages": [{"name": "local-pg", "type": "database", "url": "embedded"},
+                  {"name": "s3-fs", "type": "files", "url": "s3://bucket/path"}]}
 
 Any text value may be "env:NAME", read from the environment when it is used and never shown.
 An unknown key is an error. anton/autonomous.schema.json tells editors the same.
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import parse_qs, quote, urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from anton import embedded
 from anton.errors import ConfigError, did_you_mean
@@ -28,6 +29,8 @@ from anton.errors import ConfigError, did_you_mean
 FILE = "autonomous.json"
 _NAME = r"^[a-z][a-z0-9_-]{0,62}$"
 _SCHEMA = r"^[a-z_][a-z0-9_]{0,62}$"
+S3_OPTIONS = ("region", "endpoint", "access_key_id", "secret_access_key", "session_token")
+_SECRET = ("secret_access_key", "session_token")
 Name = Annotated[str, Field(pattern=_NAME, description="lower-case letters, digits, - and _; at most 63")]
 
 
@@ -36,13 +39,35 @@ class _Section(BaseModel):
 
 
 class Storage(_Section):
-    """Where data lives. Only databases so far."""
+    """A database."""
 
     name: Name
     type: Literal["database"]
     url: str = Field(default="embedded", description='"embedded", postgresql://user@host:5432/name, or "env:NAME"')
     pooled: bool = Field(default=False, description="true: the URL is a pooler in transaction mode (PgBouncer)")
     schema_: str = Field(default="anton", alias="schema", pattern=_SCHEMA, description="the runtime's")
+
+
+class FileStorage(_Section):
+    """Where files are, for Files("s3-fs", "incoming/*.csv")."""
+
+    name: Name
+    type: Literal["files"]
+    url: str = Field(description="s3://bucket/path, file:///absolute, file://in/the/app's/folder, or \"env:NAME\"")
+    options: dict[str, str] = Field(default={}, description="of S3: region, endpoint, access_key_id, "
+                                    'secret_access_key, session_token; what is secret only as "env:NAME". Default: '
+                                    "the usual AWS_ variables")
+
+    @field_validator("options")
+    @classmethod
+    def _known(cls, options: dict[str, str]) -> dict[str, str]:
+        for name, value in options.items():
+            if name not in S3_OPTIONS:
+                hint = did_you_mean(name, S3_OPTIONS)
+                raise ValueError(f'no option "{name}".{hint} Allowed: {", ".join(S3_OPTIONS)}')
+            if name in _SECRET and not value.startswith("env:"):
+                raise ValueError(f'"{name}" is secret: write "env:NAME", and the value into that variable')
+        return options
 
 
 class Runtime(_Section):
@@ -70,7 +95,7 @@ class Settings(_Section):
     schema_url: str | None = Field(default=None, alias="$schema")
     name: Name = Field(description="the app's name; scopes everything it registers. Default: the folder's")
     app: str = Field(default="main", description="the module that declares the app")
-    storages: tuple[Storage, ...] = ()
+    storages: tuple[Annotated[Storage | FileStorage, Field(discriminator="type")], ...] = ()
     runtimes: tuple[Runtime, ...] = ()
     deployment: Deployment = Deployment()
 
@@ -90,8 +115,18 @@ class Config:
     @property
     def storage(self) -> Storage:
         """The first database storage; an embedded one named "local-pg" where none is configured."""
-        first = next((s for s in self.settings.storages if s.type == "database"), None)
+        first = next((s for s in self.settings.storages if isinstance(s, Storage)), None)
         return first or Storage(name="local-pg", type="database")
+
+    def files(self, name: str) -> FileStorage:
+        """The storage of files with this name. Raises ConfigError naming those there are."""
+        known = {s.name: s for s in self.settings.storages if isinstance(s, FileStorage)}
+        if name not in known:
+            raise ConfigError(
+                f'no storage "{name}" of type "files" in {FILE}.{did_you_mean(name, known)} '
+                f"It has: {', '.join(known) or 'none'}. Add to its storages: "
+                f'{{"name": "{name}", "type": "files", "url": "file://data"}}', name=name)
+        return known[name]
 
 
 @dataclass(frozen=True)
@@ -151,7 +186,8 @@ def find_target(config: Config, database: str | None = None, environ: Mapping[st
     elif any(environ.get(name) for name in _PG):
         url, source = _pg_url(environ), ", ".join(name for name in _PG if environ.get(name))
     else:
-        source = f'storage "{storage.name}" of {FILE}' if config.settings.storages else "the default"
+        named = any(isinstance(one, Storage) for one in config.settings.storages)
+        source = f'storage "{storage.name}" of {FILE}' if named else "the default"
         url = resolve(storage.url, environ, source)
     if url == "embedded":
         return Target(embedded.start(config.folder), f"embedded, {source}", schema=storage.schema_, embedded=True)
@@ -239,27 +275,35 @@ def _folder_name(folder: Path) -> str:
 
 
 def _from_environment(value: Any, key: str = "") -> Any:
-    """"env:NAME" values replaced; a url is left for find_target, which only needs the one it uses."""
+    """"env:NAME" values replaced; a url and a storage's options are left for who opens it, and are not kept here."""
     if isinstance(value, dict):
-        return {name: _from_environment(inner, name) for name, inner in value.items()}
+        return value if key == "options" else {name: _from_environment(inner, name) for name, inner in value.items()}
     if isinstance(value, list):
         return [_from_environment(inner, key) for inner in value]
     return resolve(value, where=f'"{key}" of {FILE}') if isinstance(value, str) and key != "url" else value
 
 
-_SECTIONS: dict[str, type[BaseModel]] = {"storages": Storage, "runtimes": Runtime, "deployment": Deployment}
+_SECTIONS: dict[str, type[BaseModel]] = {"database": Storage, "files": FileStorage, "runtimes": Runtime,
+                                         "deployment": Deployment}
 
 
 def _explain(detail: Any) -> str:
     """One line of a pydantic error: the path, the value, what is allowed."""
-    path = ""
-    for part in detail["loc"]:
+    path, loc = "", list(detail["loc"])
+    kind = loc.pop(2) if loc[0] == "storages" and len(loc) > 2 else loc[0]  # which of the storages' types
+    for part in loc:
         path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
     if detail["type"] == "extra_forbidden":
-        model = _SECTIONS.get(detail["loc"][0], Settings) if len(detail["loc"]) > 1 else Settings
+        model = _SECTIONS.get(kind, Settings) if len(loc) > 1 else Settings
         keys = [field.alias or name for name, field in model.model_fields.items()]
-        key = str(detail["loc"][-1])
+        key = str(loc[-1])
         return f'unknown key "{path}".{did_you_mean(key, keys)} Allowed: {", ".join(keys)}'
     if detail["type"] == "missing":
         return f'"{path}" is missing'
+    if detail["type"] == "union_tag_not_found":
+        return f'"{path}.type" is missing. Allowed: "database", "files"'
+    if detail["type"] == "union_tag_invalid":
+        tag = detail["ctx"]["tag"]
+        hint = did_you_mean(tag, ("database", "files"))
+        return f'"{path}.type" is {json.dumps(tag)}.{hint} Allowed: "database", "files"'
     return f'"{path}" is {json.dumps(detail["input"], default=str)}: {detail["msg"][0].lower()}{detail["msg"][1:]}'

@@ -156,6 +156,42 @@ class WorldError(AntonError):
     after: timedelta | None = None
 
 
+class StorageError(WorldError):
+    """A storage cannot be reached, or refuses. storage, url, verb, path, reason."""
+
+    def __init__(self, storage: str, url: str, verb: str, path: str, reason: str) -> None:
+        at = f' "{path}"' if path else ""
+        super().__init__(f'storage "{storage}" ({url}): cannot {verb}{at}: {reason}. See to its url and options in '
+                         "autonomous.json, and its rights.", storage=storage, url=url, verb=verb, path=path,
+                         reason=reason)
+
+
+class FileGone(AntonError):
+    """A file that is not there. storage, path."""
+
+    def __init__(self, storage: str, path: str) -> None:
+        super().__init__(f'no file "{path}" in storage "{storage}": it is gone, or never was.',
+                         storage=storage, path=path)
+
+
+class FileChanged(AntonError):
+    """A file is not the version that was meant any more. storage, path."""
+
+    def __init__(self, storage: str, path: str) -> None:
+        super().__init__(f'file "{path}" in storage "{storage}" was replaced meanwhile; the next scan sees the new '
+                         "one.", storage=storage, path=path)
+
+
+class LoadFailed(AntonError):
+    """A file that does not load into a Table. What is in stays, and is not loaded again. path, table, reason."""
+
+    reason: str
+
+    def __init__(self, path: str, table: str, reason: str) -> None:
+        super().__init__(f'"{path}" cannot be loaded into table "{table}": {reason}', path=path, table=table,
+                         reason=reason)
+
+
 class DatabaseUnreachable(DatabaseError, WorldError):
     """No connection. host, port, database, source (where the URL came from), reason."""
 

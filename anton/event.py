@@ -166,7 +166,7 @@ def _fill(handler: Handler, options: Mapping[str, Any], of: str) -> None:
     into = options.get("into")
     handler.into = () if into is None else tuple(into) if isinstance(into, (list, tuple)) else (into,)
     for table in handler.into:
-        if not isinstance(table, type(handler.table)):
+        if not hasattr(type(table), "on_new_records"):                 # Files are Tables, too
             raise BadOption("into", table, of, 'a Table, such as into=invoices with invoices = Table("invoices")')
     if handler.each and handler.ops == ("truncate",):
         raise BadOption("each", True, of, "no each= here: a truncate has no records")

@@ -11,6 +11,7 @@ import errno
 import random
 import socket
 import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal
@@ -46,12 +47,21 @@ def disconnected(error: BaseException) -> bool:
 
 def no_fit(error: BaseException | None) -> asyncpg.PostgresError | None:
     """The error by which Postgres says that a right or an object is missing, and not that it refuses this row."""
-    while error is not None:
-        if isinstance(error, asyncpg.PostgresError):
-            source = getattr(error, "server_source_function", "")      # row security shares 42501 with missing rights
-            return error if error.sqlstate in _NO_FIT and source != "ExecWithCheckOptions" else None
-        error = error.__cause__
+    for one in _causes(error):
+        if isinstance(one, asyncpg.PostgresError):
+            source = getattr(one, "server_source_function", "")        # row security shares 42501 with missing rights
+            return one if one.sqlstate in _NO_FIT and source != "ExecWithCheckOptions" else None
     return None
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, its cause, the cause of that. Once each: `raise error from error` leads back."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        reason = getattr(error, "reason", None)                        # urllib keeps its reason there
+        error = error.__cause__ or (reason if isinstance(reason, BaseException) else None)
 
 
 class World(Exception):
@@ -99,6 +109,10 @@ def fate_of(outcome: Outcome) -> Fate:
 
 def is_world(error: BaseException) -> bool:
     """True when not the record but something outside fails: no connection, a timeout, 429, 5xx, a missing right."""
+    return any(_is_world(one) for one in _causes(error))
+
+
+def _is_world(error: BaseException) -> bool:
     if isinstance(error, BaseExceptionGroup):
         return all(is_world(one) for one in error.exceptions)
     if isinstance(error, (WorldError, ConnectionError, TimeoutError, socket.gaierror, socket.herror)):
@@ -110,10 +124,7 @@ def is_world(error: BaseException) -> bool:
     for cls in type(error).__mro__:
         if cls.__name__ in _CLIENTS.get(cls.__module__.partition(".")[0], ()):
             return True
-    if _status(error) in (408, 429) or 500 <= _status(error) <= 599:
-        return True
-    inner = error.__cause__ or getattr(error, "reason", None)          # urllib keeps its reason there
-    return isinstance(inner, BaseException) and is_world(inner)
+    return _status(error) in (408, 429) or 500 <= _status(error) <= 599
 
 
 def _status(error: BaseException) -> int:

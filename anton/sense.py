@@ -80,13 +80,18 @@ class Webhook:
     """Webhook("/github", events, verify="github", secret=env("X")): each POST becomes a record of the table.
 
     The record is {"timestamp", "payload", "headers"}, or the payload itself where the table has a model.
-    The sender gets 2xx after the commit. verify, secret: as on routes.
+    The sender gets 2xx after the commit. verify, secret: as on routes. invalid: the status for what does not fit the
+    model or the table, and is kept in anton.quarantine; default 422.
     """
 
-    def __init__(self, path: str, table: Table[Any], *, verify: Verify = None, secret: Secret = None) -> None:
+    def __init__(self, path: str, table: Table[Any], *, verify: Verify = None, secret: Secret = None,
+                 invalid: int = 422) -> None:
         self.path, self.table, self.verify, self.secrets = _path(path, "Webhook"), table, verify, several(secret)
+        self.invalid = invalid
         if not isinstance(table, Table):
             raise BadOption("table", table, f'Webhook("{path}")', "a Table, which takes the requests as records")
+        if type(invalid) is not int or not 200 <= invalid <= 599:
+            raise BadOption("invalid", invalid, f'Webhook("{path}")', "a status to answer, such as 422 or 200")
         self.place = place_of_caller()
         current_app().claim_name("route", f"POST {path}", self.place)
         current_app().webhooks.append(self)

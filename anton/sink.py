@@ -26,7 +26,7 @@ from anton.write import Rows, Scope, owner
 
 Put = Callable[[Iterable[Any]], None]
 
-_NUL = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")
+NUL = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")
 
 
 class Sink(Protocol):
@@ -107,7 +107,7 @@ def encode(table: str, row: Any) -> Json:
             data = to_json(row)
         except (TypeError, ValueError) as error:
             raise InvalidRecord(table, row, _no_json(row) or [str(error)]) from error
-    if data.find(b"\\u0000") >= 0 and _NUL.search(data):
+    if data.find(b"\\u0000") >= 0 and NUL.search(data):
         raise InvalidRecord(table, row, ["a text holds the character NUL, which Postgres cannot store"])
     return Json(data)
 

@@ -18,10 +18,9 @@ import time
 import typing
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime
+from datetime import datetime
 from types import TracebackType
 from typing import Annotated, Any, TypeVar
-from urllib.parse import parse_qsl
 
 import uvicorn
 from fastapi import Depends, FastAPI
@@ -33,6 +32,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as Incoming
+from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from anton import deadline, sense, sqlfile, write
@@ -44,6 +44,7 @@ from anton.errors import BadSignature, ConfigError
 from anton.record import Record
 from anton.share import share
 from anton.verify import Verifier, public_url
+from anton.webhook import Receiver, Writer
 
 T = TypeVar("T")
 
@@ -53,7 +54,6 @@ MAX_BODY = 10_000_000                                                  # bytes; 
 TRIES = 3  # more, for a commit that ran into a deadlock
 OPTIONS: dict[str, Any] = {"http": deadline.Protocol, "ws": "none", "timeout_graceful_shutdown": 30,
                            "access_log": False, "log_level": "warning"}  # of uvicorn
-_SECRET_HEADERS = {"authorization", "proxy-authorization", "cookie"}   # never kept in a record
 _CLOCK_SECONDS = 30.0
 _NO_RUNTIME = ("3F000", "42883", "42P01")  # SQLSTATEs: no such schema, function, table
 
@@ -119,23 +119,41 @@ def forget_clocks() -> None:
         served.state.clock.forget()
 
 
-_made: dict[int, tuple[Any, FastAPI]] = {}
+_made: dict[int, tuple[Any, Served]] = {}
 
 
-def build(app: App) -> FastAPI:
-    """A FastAPI app with the routes and webhooks of `app`. Raises what FastAPI finds wrong with a signature."""
+class Served(FastAPI):
+    """FastAPI's app. What comes for a Webhook goes straight to it, unless there is middleware to go through."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.receivers: dict[str, Receiver] = {}
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http" and not self.user_middleware:
+            receiver = self.receivers.get(scope["path"])
+            if receiver is not None and scope["method"] in receiver.methods:
+                await receiver(scope, receive, send)
+                return
+        await super().__call__(scope, receive, send)
+
+
+def build(app: App) -> Served:
+    """The routes and webhooks of `app`. Raises what FastAPI finds wrong with a signature."""
     clock = Clock()
     base = public_base(app)
-    served = FastAPI(title=app.name, lifespan=_lifespan, exception_handlers={**handlers(), **app.exception_handlers},
-                     max_body_size=MAX_BODY)
+    served = Served(title=app.name, lifespan=_lifespan, exception_handlers={**handlers(), **app.exception_handlers},
+                    max_body_size=MAX_BODY)
     served.state.clock = clock
     for route in app.routes:
         verifier = Verifier(route.verify, route.secrets or None, of=f"{route.method} {route.path}")
         _add(served, route, _guarded(verifier, clock, base))
+    writers: dict[str, Writer] = {}
     for webhook in app.webhooks:
-        verifier = Verifier(webhook.verify, webhook.secrets or None, of=webhook.path)
-        served.router.add_api_route(webhook.path, _receiver(webhook, clock), methods=["POST"], response_model=None,
-                                    route_class_override=_guarded(verifier, clock, base), name=webhook.path)
+        verifier = Verifier(webhook.verify, webhook.secrets or None, of=f"POST {webhook.path}")
+        writer = writers.setdefault(webhook.table.name, Writer(webhook.table, clock.now))
+        served.receivers[webhook.path] = receiver = Receiver(webhook, verifier, writer, clock.now, app.name, base)
+        served.router.routes.append(Route(webhook.path, receiver, methods=receiver.methods, name=webhook.path))
     for route in app.routes:                                           # after them: what you declare comes first
         verifier = Verifier(route.verify, route.secrets or None, of=f"{route.method} {route.path}")
         if asked := verifier.methods - {route.method}:
@@ -370,35 +388,6 @@ async def _commit() -> None:
         except Exception as error:
             if tries == 0 or str(getattr(error, "sqlstate", ""))[:2] != "40":
                 raise                                                  # class 40: another transaction was in its way
-
-
-# Webhooks
-
-
-def _receiver(webhook: sense.Webhook, clock: Clock) -> Callable[[Incoming], Coroutine[Any, Any, Response]]:
-    table = webhook.table
-
-    async def receive(request: Incoming) -> Response:
-        payload = _payload(request.headers.get("content-type", ""), await request.body())
-        if table.shape is None:
-            headers = {name: value for name, value in request.headers.items() if name not in _SECRET_HEADERS}
-            at = datetime.fromtimestamp(await clock.now(), UTC)
-            table.append({"timestamp": at, "payload": payload, "headers": headers})
-        else:
-            table.append(payload)
-        await _commit()
-        return Response(status_code=200)
-
-    return receive
-
-
-def _payload(content_type: str, body: bytes) -> Any:
-    if content_type.partition(";")[0].strip().lower() != "application/x-www-form-urlencoded":
-        return parse_json(body)
-    try:
-        return dict(parse_qsl(body.decode(), keep_blank_values=True, strict_parsing=bool(body), max_num_fields=1000))
-    except ValueError as error:
-        raise BadBody(f"the body is no form: {error}") from None
 
 
 # Is it there?

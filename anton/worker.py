@@ -144,7 +144,8 @@ class Worker:
                 self._wake.clear()
                 if await self._claim():
                     continue
-                if self._active:
+                self._dispatch()                                       # what was held for more, which did not come
+                if self._active or any(lane.held_until for lane in self._order):
                     await self._wake.wait()
                 elif self._errands:
                     await asyncio.wait(self._errands)

@@ -11,7 +11,8 @@ from pathlib import Path
 from benchmarks.harness import RESULTS, Run, benches, choose, measure, save, table
 from benchmarks.server import server
 
-for _module in ("throughput", "against_graphile", "writes", "pickup", "backlog", "footprint", "clocks"):
+for _module in ("throughput", "against_graphile", "writes", "pickup", "backlog", "loads", "footprint", "clocks",
+                "webhook", "hostile"):
     importlib.import_module(f"benchmarks.{_module}")  # registers its benches, in the order of the report
 
 

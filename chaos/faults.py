@@ -307,36 +307,45 @@ def dead_backends(cell: Cell, n: int) -> Result:
     """A backend of this cell's database."""
 
     def crash() -> None:
-        (pids,) = cell.one(
-            "select array_agg(pid) from pg_stat_activity where datname = current_database() "
-            "and pid <> pg_backend_pid() and backend_type = 'client backend'"
-        )
-        if pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(cell.random.choice(pids), signal.SIGKILL)
+        kill_backend(cell)
         time.sleep(0.05)
 
     return _crashes(cell, n, crash)
+
+
+def kill_backend(cell: Cell) -> int:
+    """One backend of this cell's database killed with -9, so that all others are thrown out; 0 when there was none."""
+    (pids,) = cell.one(
+        "select array_agg(pid) from pg_stat_activity where datname = current_database() "
+        "and pid <> pg_backend_pid() and backend_type = 'client backend'"
+    )
+    with contextlib.suppress(ProcessLookupError):
+        if pids:
+            os.kill(cell.random.choice(pids), signal.SIGKILL)
+            return 1
+    return 0
 
 
 @fault("D3", "the postmaster killed with -9, and started")
 def dead_postmasters(cell: Cell, n: int) -> Result:
     """It cannot start before the last orphan has gone."""
 
-    def crash() -> None:
-        file = cell.server.folder / "data" / "postmaster.pid"
-        os.kill(int(file.read_text().split()[0]), signal.SIGKILL)
-        end = time.monotonic() + 30
-        while True:
-            time.sleep(0.1)
-            try:
-                servers.start(cell.server)
-                return
-            except servers.NoServer:
-                if time.monotonic() > end:
-                    raise
+    return _crashes(cell, n, lambda: kill_postmaster(cell))
 
-    return _crashes(cell, n, crash)
+
+def kill_postmaster(cell: Cell) -> None:
+    """SIGKILL to the postmaster, and a new one."""
+    file = cell.server.folder / "data" / "postmaster.pid"
+    os.kill(int(file.read_text().split()[0]), signal.SIGKILL)
+    end = time.monotonic() + 30
+    while True:
+        time.sleep(0.1)
+        try:
+            servers.start(cell.server)
+            return
+        except servers.NoServer:
+            if time.monotonic() > end:
+                raise
 
 
 @fault("D5", "storms of pg_terminate_backend: half of all backends, every 200 ms")

@@ -35,18 +35,18 @@ _NASTY = st.sampled_from([
     "../../etc/passwd", "\r\nx: y", "9" * 400, "-0", "1e999", "NaN", "Infinity", "0x10", "1_000", "٣", "null",
     "9999-12-31T23:59:59-23:59", "0000-00-00", "-4713-01-01", "infinity", "10000-01-01", "a" * 5000, "{", "[]", "%00",
     "%ff%fe", "&a=b", "\\u0000"])
-_TEXT = st.one_of(_NASTY, st.text(max_size=20), st.sampled_from(_WORDS))
+TEXT = st.one_of(_NASTY, st.text(max_size=20), st.sampled_from(_WORDS))
 _NUMBERS = st.one_of(st.integers(), st.sampled_from([2**31, 2**63, -(2**63) - 1, 2**64, 10**400]), st.floats())
 _JSON = st.recursive(
-    st.one_of(st.none(), st.booleans(), _NUMBERS, _TEXT),
-    lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(_TEXT, inner, max_size=4)), max_leaves=8)
-_ORDER = st.fixed_dictionaries({"customer": st.one_of(_TEXT, _JSON)}, optional=dict.fromkeys(_WORDS[1:], _JSON))
+    st.one_of(st.none(), st.booleans(), _NUMBERS, TEXT),
+    lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(TEXT, inner, max_size=4)), max_leaves=8)
+_ORDER = st.fixed_dictionaries({"customer": st.one_of(TEXT, _JSON)}, optional=dict.fromkeys(_WORDS[1:], _JSON))
 _RAW_JSON = st.sampled_from([
     b"", b"{", b"nul", b'{"customer": "a",}', b'{"a": NaN}', b'{"a": -Infinity}', b"[" * 100_000, b'{"a":' * 10_000,
     b'"\\ud800"', b'"\xed\xa0\x80"', b"\xff\xfe{\x00}\x00", b"1" * 5000, b"1e99999", b'{"customer": "\\u0000"}',
     b"\xef\xbb\xbf{}", b'{"customer": "a", "customer": "b"}', b'{"customer": "' + b"x" * 9000 + b'"}', b"{}" * 3,
     b"\x1f\x8b\x08\x00"])
-_FORMS = st.lists(st.tuples(_TEXT, _TEXT), max_size=5).map(
+_FORMS = st.lists(st.tuples(TEXT, TEXT), max_size=5).map(
     lambda pairs: "&".join(f"{name}={value}" for name, value in pairs).encode("utf-8", "surrogatepass"))
 _PARTS = st.lists(st.tuples(
     st.sampled_from([
@@ -54,11 +54,11 @@ _PARTS = st.lists(st.tuples(
         b'form-data; name="file"; filename*=utf-8\'\'%ff%00', b'form-data; name="\xff"; filename="\xff\x00"']),
     st.binary(max_size=30)), max_size=4)
 _ENDS = st.sampled_from([b"--x--\r\n", b"--x", b"", b"--x\r\n" * 1200])
-_KINDS = [b"application/json"] * 4 + [
+KINDS = [b"application/json"] * 4 + [
     b"application/x-www-form-urlencoded", b"multipart/form-data; boundary=x", b"multipart/form-data", b"text/plain",
     b"application/json; charset=utf-16", b"application/x-www-form-urlencoded; charset=raw_unicode_escape", b"",
     b"application/x-www-form-urlencoded; charset=idna", b"multipart/form-data; boundary=\xff", b"a/b+json", b"\xff"]
-_HEADERS = st.sampled_from([
+HEADERS = st.sampled_from([
     b"host: [", b"host: \xff", b"expect: 100-continue", b"content-encoding: gzip", b"x-forwarded-for: a, b", b": x",
     b"x-forwarded-proto: x", b"transfer-encoding: chunked", b"transfer-encoding: gzip, chunked", b"content-length: 0",
     b"content-length: 5", b"content-length: -1", b"content-length: 99999999999999999999", b"range: bytes=0-",
@@ -77,7 +77,7 @@ def _multipart(parts: list[tuple[bytes, bytes]], end: bytes) -> bytes:
     return b"".join(b"--x\r\ncontent-disposition: %b\r\n\r\n%b\r\n" % part for part in parts) + end
 
 
-_BODIES = st.one_of(_ORDER.map(_as_bytes), _JSON.map(_as_bytes), _RAW_JSON, _FORMS,
+BODIES = st.one_of(_ORDER.map(_as_bytes), _JSON.map(_as_bytes), _RAW_JSON, _FORMS,
                     st.builds(_multipart, _PARTS, _ENDS), st.binary(max_size=50))
 
 
@@ -85,7 +85,7 @@ _BODIES = st.one_of(_ORDER.map(_as_bytes), _JSON.map(_as_bytes), _RAW_JSON, _FOR
 def paths(draw: st.DrawFn, path: bytes) -> bytes:
     """The path with something else in its place of an id, in its query or at its end."""
     for _ in range(draw(st.integers(0, 2))):
-        value = draw(_TEXT).encode("utf-8", "surrogatepass")
+        value = draw(TEXT).encode("utf-8", "surrogatepass")
         if draw(st.booleans()):
             value = b"".join(b"%%%02x" % byte for byte in value)
         value = re.sub(rb"[\x00-\x20]", b"+", value)
@@ -104,11 +104,11 @@ def requests(draw: st.DrawFn, targets: tuple[str, ...], bodies: st.SearchStrateg
     rarely = st.integers(0, 9).map(lambda n: n == 0)
     if draw(rarely):
         method = draw(_METHODS)
-    body = draw(bodies or _BODIES) if method != b"GET" or draw(rarely) else b""
+    body = draw(bodies or BODIES) if method != b"GET" or draw(rarely) else b""
     lines = [b"%b %b HTTP/1.1" % (method, draw(paths(path))), b"host: localhost", b"connection: close"]
     if body or method in (b"POST", b"PUT"):
-        lines += [b"content-type: " + draw(st.sampled_from(_KINDS)), b"content-length: %d" % len(body)]
-    lines += draw(st.lists(_HEADERS, max_size=2)) if draw(st.booleans()) else []
+        lines += [b"content-type: " + draw(st.sampled_from(KINDS)), b"content-length: %d" % len(body)]
+    lines += draw(st.lists(HEADERS, max_size=2)) if draw(st.booleans()) else []
     if any(line.startswith(b"transfer-encoding") for line in lines) and draw(st.booleans()):
         lines = [line for line in lines if not line.startswith(b"content-length")]
         body = b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)

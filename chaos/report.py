@@ -35,6 +35,7 @@ FULL = {
     "C1": 200,
     "W1": 3000,
     "H1": 500,
+    "H2": 100,
     "OUT": 60,
     "L1": 60,
     "D12": 500_000,
@@ -94,6 +95,9 @@ BARS = (
     Bar("overload_neighbour_ratio", "ratio", 2),
     Bar("overload_rss_mb", "MB", 20),
     Bar("xmin_claim_p99_ratio", "ratio", 2),
+    Bar("webhook_kills", "kills of each", 100, most=False),
+    Bar("webhook_2xx_missing", "deliveries", 0),
+    Bar("webhook_doubled", "deliveries", 0),
     Bar("planted_caught", "bugs", 12, most=False),
 )
 
@@ -133,6 +137,12 @@ def values(results: dict[str, Result]) -> dict[str, float | None]:
         zombie_doubled=lambda r: r.verdict.doubled,
     )
     take("P5", oom_kills=lambda r: r.n, oom_innocent_dead=lambda r: r.more["innocent_dead"])
+    take(
+        "H2",
+        webhook_kills=lambda r: r.n,
+        webhook_2xx_missing=lambda r: r.verdict.lost,
+        webhook_doubled=lambda r: r.verdict.doubled,
+    )
     take("OUT", outage_dead=lambda r: r.more["dead"], outage_drain_vs_ideal=lambda r: r.more["ratio"])
     take(
         "L1",
@@ -232,7 +242,9 @@ def save(results: dict[str, Result], seed: int, folder: Path = RESULTS) -> list[
 
 
 def derive(folder: Path = RESULTS) -> list[dict[str, Any]]:
-    """Writes chaos.json from chaos-detail.json."""
+    """Writes chaos.json from chaos-detail.json. A bar whose fault is not in there keeps its row."""
+    path = folder / "chaos.json"
+    before = {row["name"]: row for row in json.loads(path.read_text())} if path.exists() else {}
     detail = json.loads((folder / DETAIL).read_text())
     found = rows(
         {
@@ -240,5 +252,7 @@ def derive(folder: Path = RESULTS) -> list[dict[str, Any]]:
             for name, one in detail.items()
         }
     )
-    (folder / "chaos.json").write_text(json.dumps(found, indent=1) + "\n")
+    now = before | {row["name"]: row for row in found}
+    found = [now[bar.name] for bar in BARS if bar.name in now]
+    path.write_text(json.dumps(found, indent=1) + "\n")
     return found

@@ -1,6 +1,6 @@
 -- What is going on: the view status, and why a record is what it is.
 
--- status: a row for each handler. Records, not jobs; rate over the last minute; why says what holds it up.
+-- status: a row for each handler, and for each Webhook with deliveries in quarantine. Records, not jobs; rate over the last minute; why says what holds it up.
 create or replace view status as
 with clock as (select now() as at),
 recent as (                                               -- the newest receipts, by primary key: cheap however many there are
@@ -52,7 +52,11 @@ select h.app, h.name as handler,
   left join lateral (select sum(hi - lo + 1 - coalesce(cardinality(settled), 0)) as n from delayed where delayed.handler_id = h.id) d on true
   left join lateral (select sum(hi - lo + 1 - coalesce(cardinality(settled), 0)) as n, min(at) as at from lease where lease.handler_id = h.id) f on true
   left join lateral (select c.at - least(j.at, f.at) as age, c.at - least(j.at, f.at) > h.max_lag as is_behind from clock c) lag on true
- order by h.app, h.name;
+union all
+select split_part(q.webhook, '/', 1), substr(q.webhook, strpos(q.webhook, '/')), null, '{}', 'webhook', 'quarantine', q.n, 0, 0, 0, null, 0, 0,
+       format('%s deliveries do not fit, in table quarantine; the last at %s: %s', q.n, date_trunc('second', q.last_at), q.error), null, false, 0, '{}'
+  from (select webhook, count(*) as n, max(last_at) as last_at, (array_agg(error order by last_at desc))[1] as error from quarantine group by webhook) q
+ order by 1, 2;
 
 -- findings() -> what anton doctor reports: one row for each thing that is wrong, and what to do
 create or replace function findings() returns table (kind text, subject text, problem text, remedy text)
@@ -61,6 +65,7 @@ begin
   return query
     select 'handler', s.app || '.' || s.handler, coalesce(s.why, s.state),
            case s.state when 'missing' then 'deploy its code again, or let its jobs be worked and drop it' when 'paused' then format('anton handlers resume %s', s.handler)
+                        when 'quarantine' then 'mend the model or the sender; a delivery leaves when it is sent again and fits, or by DELETE'
                         when 'failing' then 'mend what it calls; it resumes by itself' when 'idle' then 'anton work' when 'behind' then 'anton work --processes N' end
       from status s where s.state not in ('ok', 'feeding');
   return query
@@ -86,6 +91,7 @@ begin
            format('end it: select pg_terminate_backend(%s)', a.pid)
       from pg_stat_activity a where a.datname = current_database() and a.backend_xmin is not null and a.pid <> pg_backend_pid()
        and a.xact_start < pg_catalog.clock_timestamp() - interval '1 hour';
+  return query select * from load_findings();
 end $$;
 
 -- repair() -> what was done: triggers written anew where findings() misses them

@@ -31,7 +31,8 @@ def test_the_public_names() -> None:
     (Table.get, "self *key"), (Table.aget, "self *key"), (Query.order_by, "self *columns"), (Query.limit, "self count"),
     (Query.count, "self"), (Query.acount, "self"), (Query.update, "self on_conflict= **"),
     (Query.delete, "self on_conflict="), (anton.sql, "text **"), (anton.transaction, "on_conflict="),
-    (anton.post, "path verify= secret= **"), (anton.Webhook, "path table verify= secret="), (anton.env, "name"),
+    (anton.post, "path verify= secret= **"), (anton.Webhook, "path table verify= secret= invalid="),
+    (anton.env, "name"),
     (anton.Retry, "why after="), (anton.Discard, "why"), (anton.Ctx.retry, "self record after= why="),
     (anton.Ctx.discard, "self record why"), (anton.Ctx.origin, "self record"), (anton.Ctx.aorigin, "self record"),
 ])

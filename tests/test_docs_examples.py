@@ -84,6 +84,13 @@ class Order(BaseModel):
 
 orders, letters = Table("orders", Order), Table("letters")
 """,
+    "files": COMMON + """
+from anton.app import app as declared_on
+
+(declared_on.folder / "autonomous.json").write_text(
+    '{"name": "docs", "storages": [{"name": "s3-fs", "type": "files", "url": "file://data"}]}')
+orders, letters = Table("orders"), Table("letters")
+""",
     "bot": COMMON + """
 prompts, completions, letters = Table("prompts"), Table("completions"), Table("letters")
 

@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from hypothesis.errors import Unsatisfiable
 
-from chaos import hostile
+from chaos import forged, hostile
 
 ANTON = [sys.executable, "-c", "import sys; from anton.cli import main; sys.exit(main())"]
 EXAMPLES = int(os.environ.get("ANTON_HOSTILE", "400"))                  # of each kind
@@ -54,6 +54,16 @@ def test_no_hostile_request_gets_a_5xx_or_ends_the_process(port: int) -> None:
     count = hostile.attack(port, hostile.requests(hostile.TARGETS), EXAMPLES)
     assert count.sent == EXAMPLES and count.answered > EXAMPLES / 2
     assert not count.failures
+
+
+def test_no_forged_delivery_is_kept_and_no_hostile_one_gets_a_5xx(port: int, database: str) -> None:
+    count = hostile.attack(port, forged.deliveries(), EXAMPLES, 2, forged.forged)
+    assert count.sent == EXAMPLES and count.answered > EXAMPLES / 2
+    assert not count.failures
+    with psycopg.connect(database) as conn:
+        rows = conn.execute("select count(*), count(*) filter (where headers ->> 'x-chaos' is not null) from "
+                            "anton.delivery").fetchone()
+    assert rows is not None and rows[0] > 0 and rows[1] == 0
 
 
 def test_what_a_hostile_request_was_told_is_stored_is_stored(port: int, database: str) -> None:

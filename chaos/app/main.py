@@ -7,7 +7,7 @@ import signal
 import time
 from typing import Any
 
-from anton import Records, Table, poll, sql
+from anton import Records, Table, Webhook, poll, sql
 from anton.errors import WorldError
 from anton.sense import Request, post
 from chaos import points
@@ -45,6 +45,8 @@ out_ask = Table("public.out_ask")
 shared = Table("public.shared")
 ping = Table("public.ping")
 pong = Table("public.pong")
+hooked = Table("hooked")
+Webhook("/hook", hooked, verify="github", secret="what the senders of chaos sign with")
 
 
 @src.on_new_records(batch=50)

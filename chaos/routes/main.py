@@ -1,4 +1,4 @@
-"""The app that hostile requests are sent to: a route of each kind, which stores what it is sent."""
+"""The app that hostile requests are sent to: a route of each kind, which stores what it is sent, and webhooks."""
 
 from datetime import date, datetime
 from decimal import Decimal
@@ -8,7 +8,7 @@ from uuid import UUID
 from fastapi import Form, Header, HTTPException, UploadFile
 from pydantic import BaseModel
 
-from anton import Request, Table, delete, get, patch, post, put, sql, transaction
+from anton import Request, Table, Webhook, delete, get, patch, post, put, sql, transaction
 
 
 class Order(BaseModel):
@@ -23,6 +23,8 @@ class Order(BaseModel):
 
 
 orders, notes = Table("orders", Order, unique=["customer"]), Table("notes")
+Webhook("/hook", notes, verify="github", secret="what the senders of chaos sign with")
+Webhook("/hooked-orders", orders, verify="github", secret="what the senders of chaos sign with")
 
 
 @post("/orders", verify=False)
