@@ -274,6 +274,16 @@ class Cell:
         self.events += found
         return found
 
+    @contextmanager
+    def calm(self) -> Iterator[None]:
+        """Nobody stops at a point meanwhile."""
+        file = Path(f"{self.log}.calm")
+        file.touch()
+        try:
+            yield
+        finally:
+            file.unlink()
+
     def stops(self) -> list[Stop]:
         """Workers that came to their point since the last look."""
         return [Stop(one["pid"], one["point"], one.get("token")) for one in self.look() if one["what"] == "stopped"]

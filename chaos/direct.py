@@ -114,6 +114,27 @@ def stale_hearts(cell: Cell, n: int) -> Result:
     return _zombies(cell, n, "before_late_ack")
 
 
+@fault("P3c", "SIGSTOP inside the ack, just before its COMMIT, until another worker has done the work; then SIGCONT")
+def frozen_acks(cell: Cell, n: int) -> Result:
+    """n acks that hold their row locks; the server ends them, and what they had written is not there twice."""
+    result = Result(n)
+    for id in range(1, n + 1):
+        cell.add("near", [id])
+        cell.start(point="before_commit")
+        _stopped(cell, "before_commit")
+    with cell.calm():
+        cell.start()
+        end = time.monotonic() + SOON
+        while cell.one("select count(*) from out_near") != (n,) and time.monotonic() < end:
+            time.sleep(0.02)
+        (done,) = cell.one("select count(*) from out_near")
+        result.verdict.require(done == n, f"{n - done} of {n} records waited for {SOON:g} s behind a frozen ack")
+        for event in cell.events:
+            if event["what"] == "stopped":
+                cell.signal(event["pid"], signal.SIGCONT)
+        return _finish(cell, result)
+
+
 @fault("R2", "records that fail their first run, beside others, each in a call of its own")
 def first_runs(cell: Cell, n: int) -> Result:
     """n of them in a statement of 5 n records. What a failed run wrote is not there."""

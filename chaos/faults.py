@@ -90,19 +90,17 @@ def kills(cell: Cell, n: int) -> Result:
 def _redone(cell: Cell, killed: list[int]) -> None:
     """Waits until others have what these held: how long that takes is to be measured without another kill or stop."""
     end = time.monotonic() + 10
-    calm = Path(f"{cell.log}.calm")
-    calm.touch()
-    while time.monotonic() < end and cell.one(
-        "select count(*) from anton.lease l join anton.worker w on w.id = l.worker_id where l.alone or l.together > 0 "
-        "or w.pid = any(%s)",
-        killed,
-    ) != (0,):
-        for stop in cell.stops():
-            cell.signal(stop.pid, signal.SIGCONT)
-        if not cell.workers:
-            cell.start()
-        time.sleep(0.05)
-    calm.unlink()
+    with cell.calm():
+        while time.monotonic() < end and cell.one(
+            "select count(*) from anton.lease l join anton.worker w on w.id = l.worker_id "
+            "where l.alone or l.together > 0 or w.pid = any(%s)",
+            killed,
+        ) != (0,):
+            for stop in cell.stops():
+                cell.signal(stop.pid, signal.SIGCONT)
+            if not cell.workers:
+                cell.start()
+            time.sleep(0.05)
 
 
 def _kills(cell: Cell, n: int, **given: Any) -> Result:

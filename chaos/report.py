@@ -54,6 +54,7 @@ FULL = {
     "P1a": 60,
     "P3a": 20,
     "P3b": 10,
+    "P3c": 20,
     "R2": 20,
     "Q1": 20,
     "T1a": 10,
@@ -162,17 +163,13 @@ def rows(results: dict[str, Result]) -> list[dict[str, Any]]:
     for bar in BARS:
         if bar.name in found:
             value = found[bar.name]
-            ok = value is not None and (value <= bar.limit if bar.most else value >= bar.limit)
-            out.append(
-                {
-                    "name": bar.name,
-                    "value": None if value is None else float(f"{value:.4g}"),
-                    "unit": bar.unit,
-                    "bar": bar.limit,
-                    "ok": ok,
-                }
-            )
+            out.append(_judged(bar, None if value is None else float(f"{value:.4g}")))
     return out
+
+
+def _judged(bar: Bar, value: float | None) -> dict[str, Any]:
+    ok = value is not None and (value <= bar.limit if bar.most else value >= bar.limit)
+    return {"name": bar.name, "value": value, "unit": bar.unit, "bar": bar.limit, "ok": ok}
 
 
 def bound(n: int, failures: int = 0) -> str:
@@ -253,6 +250,6 @@ def derive(folder: Path = RESULTS) -> list[dict[str, Any]]:
         }
     )
     now = before | {row["name"]: row for row in found}
-    found = [now[bar.name] for bar in BARS if bar.name in now]
+    found = [_judged(bar, now[bar.name]["value"]) for bar in BARS if bar.name in now]
     path.write_text(json.dumps(found, indent=1) + "\n")
     return found

@@ -142,11 +142,17 @@ begin
   end if;
 end $$;
 
--- let_go(until): a holder that freezes in this transaction keeps its row locks no longer than it would have had its lease
-create or replace function let_go(p_until timestamptz) returns void language sql volatile set search_path from current as $$
-  select set_config('idle_in_transaction_session_timeout',
-                    (1000 * least(86400, greatest(1, extract(epoch from p_until - now()))))::int::text, true)
-$$;
+-- let_go(until): who freezes between two statements of this transaction keeps its row locks for what is left of its lease,
+-- and two seconds at least; a shorter idle_in_transaction_session_timeout of the session or role stays as it is
+create or replace function let_go(p_until timestamptz) returns void language plpgsql volatile set search_path from current as $$
+declare
+  v_ms int := 1000 * case when isfinite(p_until) then least(86400, greatest(2, extract(epoch from p_until - now()))) else 2 end;
+  v_set numeric := 1000 * extract(epoch from current_setting('idle_in_transaction_session_timeout')::interval);
+begin
+  if v_set = 0 or v_set > v_ms then
+    perform set_config('idle_in_transaction_session_timeout', v_ms::text, true);
+  end if;
+end $$;
 
 -- enter(receipt, depth, trace, tenant): what the triggers of this transaction's writes will note as their cause
 create or replace function enter(p_receipt bigint, p_depth int, p_trace bigint, p_tenant text) returns void
@@ -183,7 +189,7 @@ begin
          max(depth), min(trace),
          -- no DISTINCT: Postgres 16 sorts for it, and the arrays below would come in that order
          case when min(trace) = max(trace) and count(trace) = count(*) then 1 else 2 end, min(tenant), min(settled),
-         array_agg(change_id), array_agg(lo), array_agg(hi), array_agg(cause), sum(hi - lo + 1), max(lease_until),
+         array_agg(change_id), array_agg(lo), array_agg(hi), array_agg(cause), sum(hi - lo + 1), min(lease_until),
          (select array_agg(k order by r.part, o) from ranked r, unnest(r.ids) with ordinality x (k, o)),
          (select jsonb_agg(k order by r.part, o) from ranked r, jsonb_array_elements(r.keys) with ordinality x (k, o))
     into v_held, v_handler, v_mixed, v_depth, v_trace, v_traces, v_tenant, v_settled, v_changes, v_los, v_his, v_causes, v_n, v_until, v_ids, v_keys
@@ -301,15 +307,16 @@ end $$;
 create or replace function give_back(p_token bigint, p_ids bigint[]) returns void
 language plpgsql volatile set search_path from current
 set jit = off set enable_seqscan = off as $$
-declare v_held bigint;
+declare v_held bigint; v_until timestamptz;
 begin
   with gone as (delete from lease where token = p_token and id = any (p_ids) returning *),
   back as (
     insert into job (handler_id, change_id, at, cause, trace, lo, hi, attempt, crashes, depth, op, tenant, origin, settled, ids, keys)
     select handler_id, change_id, at, cause, trace, lo, hi, attempt, crashes, depth, op, tenant, origin, settled, ids, keys
       from gone order by id returning 1)
-  select count(*) into v_held from back;
+  select (select count(*) from back), (select min(lease_until) from gone) into v_held, v_until;
   perform fence(p_token, v_held, cardinality(p_ids));
+  perform let_go(v_until);
 end $$;
 
 -- patience(since, now) -> how long a handler waits that has been failing since then: a twentieth of that time, 1 s to
@@ -321,6 +328,7 @@ $$;
 
 -- world_failed(token, ids, error, after) -> when to probe again
 -- The outside world fails, not these records: gives the jobs back and makes their handler wait, see patience(); at least `after`.
+drop function if exists world_failed(bigint, bigint[], text);
 create or replace function world_failed(p_token bigint, p_ids bigint[], p_error text, p_after interval default null) returns timestamptz
 language plpgsql volatile set search_path from current
 set jit = off set enable_seqscan = off as $$
@@ -349,6 +357,7 @@ declare v lease; v_size int;
 begin
   delete from lease l where l.token = p_token and l.id = p_id returning * into v;
   perform fence(p_token, case when v.id is null then 0 else 1 end, 1);
+  perform let_go(v.lease_until);
   v_size := greatest(1, ceil((v.hi - v.lo + 1) / p_parts::numeric)::int);
   return query
   insert into lease as l (handler_id, id, change_id, at, cause, trace, lo, hi, attempt, crashes, depth, op, tenant, origin,

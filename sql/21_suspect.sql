@@ -53,6 +53,7 @@ begin
      where l.lease_until < v_now and l.handler_id = any (p_handlers) and (l.lease_until = '-infinity' or v_now > v_back)
        and l.together < 2 and not l.alone and l.crashes = 0 and l.attempt = 0 and l.tenant is null
        and not h.paused and h.failing_since is null
+       and l.hi - l.lo < greatest(h.batch, 100) / 10 ^ l.together   -- a larger one is no reason to run those behind it apart
   ), locked as (
     select l.ctid as row from lease l
      where l.ctid in (select row from several where n <= most and (handler_id, together) =

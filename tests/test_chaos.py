@@ -28,6 +28,7 @@ SHORT = [  # fault, how often, seed; those that take long come first
     ("P1a", 60, SEED),
     ("P3a", 8, SEED),
     ("P3b", 6, SEED),
+    ("P3c", 3, SEED),
     ("D1", 4, SEED),
     ("D2", 3, SEED),
     ("N1", 2, SEED),

@@ -526,6 +526,41 @@ def test_a_holder_that_freezes_in_its_ack_lets_go_of_its_locks_when_its_lease_wo
     assert queue.counts() == {"lease": 1}
 
 
+@pytest.mark.parametrize("call", [
+    "ack(%(token)s, array[%(id)s], 1, 1)", "ack_part(%(token)s, %(id)s, array[1], 1, 1)",
+    "retry(%(token)s, %(id)s, array[1], '1 min', 'x', true)", "give_back(%(token)s, array[%(id)s])",
+    "split(%(token)s, %(id)s, 2)", "world_failed(%(token)s, array[%(id)s], 'x')"])
+def test_a_lease_that_was_ended_and_not_taken_is_settled_as_before(queue: Queue, call: str) -> None:
+    queue.sql("insert into orders (total) values (1), (2)")
+    worker = queue.value("select anton.register_worker('sql', 'here', 1, '')")
+    token, (id,) = queue.ids(worker=worker)
+    queue.sql(f"select anton.worker_died({worker})")
+    queue.sql("select anton." + call % {"token": token, "id": id})
+
+
+def test_a_stricter_timeout_of_the_session_stays_and_the_lease_s_is_local_to_the_transaction(queue: Queue) -> None:
+    queue.insert(1, 2)
+    shown = "show idle_in_transaction_session_timeout"
+    for before, within in (("5s", "5s"), ("10min", None), ("0", None)):
+        queue.sql(f"set idle_in_transaction_session_timeout = '{before}'")
+        token, ids = queue.ids(jobs=1)
+        with queue.conn.transaction():
+            queue.sql(f"select anton.give_back({token}, array{ids})")
+            found = queue.value(shown)
+            assert found == within if within else found.endswith(("s", "ms")) and found not in (before, "5s"), found
+        assert queue.value(shown) == before
+
+
+def test_a_large_suspect_is_no_reason_to_run_those_behind_it_alone(queue: Queue) -> None:
+    queue.sql("update anton.handler set batch = 1")
+    queue.insert(1)
+    queue.sql("insert into orders (total) select n from generate_series(1, 200) n")
+    queue.insert(*range(20))
+    queue.ids()
+    queue.clock("31 s")
+    assert sorted(len(queue.together(token=n)) for n in (1, 2)) == [1, 21]
+
+
 def test_suspects_run_together_are_a_hundred_records_at_most_or_a_batch_and_one_is_run_alone(queue: Queue) -> None:
     queue.sql("update anton.handler set batch = 1")
     queue.insert(*range(101))
