@@ -27,7 +27,7 @@ from anton.errors import InvalidRecord, QueryError, RowChanged, WriteRefused
 
 log = logging.getLogger("anton.web")
 
-AWAY = "the database is away; nothing was kept, send it again"
+AWAY = "the database is away; send it again"
 RETRY_AFTER = 2  # seconds, said with a 503
 _MANY = ("Too many", "Field exceeded", "Part exceeded")  # how Starlette's 400s for forms beyond its limits begin
 _MAYBE_INFINITE = re.compile(rb"[eE]\+?\d{3}|\d{309}")

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 import uuid
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -156,8 +157,10 @@ def webhook_latency(run: Run) -> Rows:
 def _paced(port: int, rate: float, seconds: float) -> list[float]:
     """Seconds from when each was due until its answer, in a process of its own."""
     words = [sys.executable, "-m", "benchmarks.webhook", str(port), str(rate), str(seconds)]
-    out = subprocess.run(words, env=environment(), capture_output=True, text=True, check=True).stdout
-    times: list[float] = json.loads(out)
+    done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=60 + 9 * seconds)
+    if done.returncode:
+        raise WrongResult(done.stderr[-500:])
+    times: list[float] = json.loads(done.stdout)
     return times
 
 
@@ -176,6 +179,10 @@ class _Client(asyncio.Protocol):
         self.due = due
         self.transport.write(self.load.head + str(uuid.uuid4()).encode() + b"\r\n\r\n" + BODY)
 
+    def connection_lost(self, error: Exception | None) -> None:
+        if len(self.load.times) < self.load.n:
+            raise SystemExit(f"a connection was lost: {error}")
+
     def data_received(self, data: bytes) -> None:
         if not data.startswith(b"HTTP/1.1 200 "):
             raise SystemExit(data.decode())
@@ -188,7 +195,7 @@ class _Load:
 
     def __init__(self, port: int, rate: float, seconds: float) -> None:
         self.port, self.rate, self.n = port, rate, int(rate * seconds)
-        self.free: list[_Client] = []
+        self.free: deque[_Client] = deque()  # each in its turn, so that none idles for long
         self.times: list[float] = []
         lines = {"Host": f"127.0.0.1:{port}", "Content-Length": str(len(BODY)), **HEADERS}
         self.head = ("POST /hook HTTP/1.1\r\n" + "".join(f"{name}: {value}\r\n" for name, value in lines.items())
@@ -202,7 +209,7 @@ class _Load:
         while len(self.times) < self.n:
             now = time.perf_counter()
             while sent < self.n and self.free and began + sent / self.rate <= now:
-                self.free.pop().send(began + sent / self.rate)
+                self.free.popleft().send(began + sent / self.rate)
                 sent += 1
             await asyncio.sleep(max(0.0, min(0.001, began + sent / self.rate - time.perf_counter())))
 

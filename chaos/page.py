@@ -13,10 +13,13 @@ from chaos.report import bound, derive
 
 MARKS = re.compile(r"(<!-- chaos: [^>]* -->\n).*?(<!-- /chaos -->)", re.DOTALL)
 LINES = (  # (what is done, how often, lost, doubled, what else was measured)
-    ("SIGKILL of a worker with jobs in flight", "kills", "kill_lost", "kill_doubled", ""),
+    ("SIGKILL of a worker with jobs in flight", "kills", "kill_lost", "kill_doubled",
+     "redone {redo_p99_over_lease_s:.1f} s after the lease, p99"),
     ("Postgres stopped with `-m immediate`", "restarts", "restart_lost", "restart_doubled",
      "first ack {first_ack_p99_s:.1f} s after it is up, p99"),
     ("COMMIT carried out, its reply lost", "reply_lost", "reply_lost_lost", "reply_lost_doubled", ""),
+    ("web process and Postgres killed in turn, webhooks coming in", "webhook_kills", "webhook_2xx_missing",
+     "webhook_doubled", "of those told 2xx"),
     ("a zombie's ack after its lease went to another", "zombies", "", "zombie_doubled",
      "{zombie_refused_ratio:.0%} of them refused"),
     ("a record that kills its process, beside innocent ones", "oom_kills", "", "",

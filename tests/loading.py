@@ -37,7 +37,7 @@ MODELS = {"copied": Order, "checked": Checked}                         # the two
 
 
 def main(folder: str, url: str, storage: str, path: str, model: str) -> None:
-    load.RAW, load.PARSED, load.ROWS = 20_000, 5_000, 200
+    load.READ, load.RAW, load.PARSED, load.ROWS = 2_000, 4_000, 4_000, 200
     db = Database(url)
     set_database(db)
     app = App("store", folder)

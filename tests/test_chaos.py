@@ -40,12 +40,27 @@ SHORT = [  # fault, how often, seed; those that take long come first
     ("L3", 1, SEED),
     ("A3", 3, SEED),
     ("A4", 50_000, SEED),
+    ("H2", 10, SEED),
     *(
         (fault, n, SEED)
         for fault, n in {bug.fault: bug.n for bug in BUGS}.items()
         if fault not in ("P1a", "P3a", "P3b", "P5")
     ),
 ]
+HOOKED = Bug(
+    "2xx to a webhook before COMMIT",
+    (
+        (
+            "anton/webhook.py",
+            "        self._bytes += len(delivery.body)\n",
+            "        self._bytes += len(delivery.body)\n        _tell(delivery, 200)\n",
+        ),
+    ),
+    "H2",
+    10,
+    r"lost \d.*delivery",
+)
+PLANTED = (*BUGS, HOOKED)
 SERVER = {"D1", "D2"}  # these harm all databases of a server: they have one of their own, one after the other
 AT_ONCE = 2  # databases with their workers; most of what they do is to wait
 
@@ -85,13 +100,13 @@ def test_nothing_is_lost_or_doubled_by(fault: str, n: int, seed: int, outcome: C
     assert result.n >= n
 
 
-@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
+@pytest.mark.parametrize("bug", PLANTED, ids=lambda bug: bug.name)
 def test_a_planted_bug_is_caught_for_its_own_reason(bug: Bug, outcome: Callable[..., Any]) -> None:
     trial, found = outcome(bug)
     assert trial, found
 
 
-@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
+@pytest.mark.parametrize("bug", PLANTED, ids=lambda bug: bug.name)
 def test_a_bug_can_still_be_planted(bug: Bug) -> None:
     with planted(bug) as (modules, statements):
         assert modules or statements
