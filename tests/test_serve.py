@@ -187,7 +187,7 @@ def test_what_cannot_be_served_is_told_before_a_process_starts(database: str, tm
 
     assert told("--workers", "2", "--reload")[0] == 2
     assert told("--workers", "0")[0] == 2
-    assert told("--port", "65536") == (2, "anton: argument --port: 65536 is not possible; allowed: 0 to 65535\n")
+    assert told("--port", "65536") == (2, "anton serve: argument --port: 65536 is not possible; allowed: 0 to 65535\n")
     status, text = told("--workers", "2", "--host", "0.0.0.0")
     assert status == 2 and "GET /open (main.py:3) would take requests from anybody on 0.0.0.0" in text
     (tmp_path / "autonomous.json").write_text(json.dumps({"name": "a", "deployment": {"workers": 0}}))
