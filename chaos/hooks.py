@@ -66,6 +66,12 @@ class Senders:
             self.gaps.append(time.monotonic() - began)
         connection.close()
 
+    def go_on(self) -> None:
+        """Until 20 more were told 2xx, for 30 s at most."""
+        before, patience = len(self.told), time.monotonic() + 30
+        while len(self.told) < before + 20 and time.monotonic() < patience:
+            time.sleep(0.01)
+
     def _post(self, connection: http.client.HTTPConnection, body: bytes, headers: dict[str, str]) -> int | str:
         try:
             connection.request("POST", "/hook", body, headers)
@@ -90,9 +96,7 @@ def deliveries(cell: Cell, n: int) -> Result:
     end = time.monotonic() + 60 + 10 * n
     try:
         while min(kills["web"], kills["Postgres"]) < n and time.monotonic() < end:
-            before, patience = len(senders.told), time.monotonic() + 30
-            while len(senders.told) < before + 20 and time.monotonic() < patience:
-                time.sleep(0.01)
+            senders.go_on()
             time.sleep(cell.random.uniform(0, 0.2))
             if kills["web"] <= kills["Postgres"]:
                 cell.signal(web, signal.SIGKILL)
@@ -103,6 +107,7 @@ def deliveries(cell: Cell, n: int) -> Result:
                 kills["Postgres"] += 1
             else:
                 kills["Postgres"] += kill_backend(cell)
+        senders.go_on()  # the server is up again
     finally:
         senders.stop()
         cell.signal(web, signal.SIGKILL)
