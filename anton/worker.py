@@ -481,6 +481,7 @@ class Worker:
         """Schedules, backfills, housekeeping, the catalogue: beside the loop, at their times or when called."""
         kept = 0.0
         while True:
+            self._errand.clear()                                       # who calls from here on is heard
             pause = self._length.total_seconds()
             try:
                 async with self.db.conn() as conn:
@@ -507,6 +508,5 @@ class Worker:
                 if not disconnected(error):
                     log.exception("worker: chores")
                 pause = 5.0
-            self._errand.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._errand.wait(), max(0.02, pause))
