@@ -141,6 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
     args = parser().parse_args(argv)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s  %(message)s", level=logging.INFO)
+    logging.getLogger("httpx").setLevel(logging.WARNING)               # it logs URLs, and a query may hold a secret
     try:
         return int(args.verb(args))
     except AntonError as error:

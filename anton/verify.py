@@ -144,8 +144,8 @@ class Verifier:
             return Reply(403, b"wrong verify token", {"Content-Type": "text/plain; charset=utf-8"})
         if shake.tell is not None and not known:
             # The service says it only here, and only to us; a person must copy it.
-            log.warning("%s: whoever called sent this secret to set as %s: %s", self.of,
-                        ", ".join(map(mask, self.secrets)), sent.one(shake.tell))
+            log.warning("%s: whoever called sent this secret to set as %s: %.200s", self.of,
+                        ", ".join(map(mask, self.secrets)), str(sent.one(shake.tell)).encode("unicode_escape").decode())
         return shake.answer(sent, known[0] if known else None)
 
     def check(self, body: bytes, headers: RawHeaders, now: float, *, method: str = "POST",

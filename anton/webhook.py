@@ -59,7 +59,7 @@ BUSY = "too much is waiting for the database; send it again"
 COLUMNS = ("timestamp", "payload", "headers")  # of a record, where the table has no model
 _SECRET_HEADERS = {b"authorization", b"proxy-authorization", b"cookie"}  # never kept
 _FORM = "application/x-www-form-urlencoded"
-_DATA = ("22", "23", "44", "54", "P0")  # SQLSTATE classes: the values are what Postgres does not take
+_DATA = ("22", "23", "2F", "38", "39", "44", "54", "P0")  # SQLSTATE classes: Postgres or a trigger refuses the values
 _UNFIT = (TypeError, ValueError, ArithmeticError, AttributeError)  # asyncpg's codecs raise these
 
 _own = f"~{time.time_ns():x}-{os.urandom(8).hex()}-".__add__

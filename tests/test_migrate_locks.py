@@ -70,8 +70,8 @@ class Listening(Database):
         super().__init__(url, source="the test")
         self.sent: list[str] = []
 
-    async def connect(self) -> Any:
-        conn = await super().connect()
+    async def connect(self, database: str | None = None) -> Any:
+        conn = await super().connect(database)
         original = conn.execute
 
         async def execute(*args: Any, **options: Any) -> str:
@@ -191,8 +191,8 @@ def test_killed_at_any_statement_it_ends_well_when_run_again(server, tmp_path):
         seen = 0
 
         class Killing(Database):
-            async def connect(self) -> Any:
-                conn = await super().connect()
+            async def connect(self, database: str | None = None) -> Any:
+                conn = await super().connect(database)
                 original = conn.execute
 
                 async def execute(*args: Any, **options: Any) -> str:
