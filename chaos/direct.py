@@ -90,7 +90,7 @@ def _zombies(cell: Cell, n: int, point: str) -> Result:
             cell.signal(event["pid"], signal.SIGCONT)
         end = time.monotonic() + SOON
         while count.total() < n and time.monotonic() < end:
-            count.update(event["what"] for event in cell.look() if event["what"] in ("refused", "accepted"))
+            count.update(event["what"] for event in cell.look() if event["what"] in ("refused", "accepted", "dropped"))
             time.sleep(0.01)
     (held,) = cell.one(mine, token)
     result.verdict.require(held == wanted, f"{wanted - held} of {wanted} leases were taken from the harness")
