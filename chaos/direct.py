@@ -111,7 +111,7 @@ def stale_acks(cell: Cell, n: int) -> Result:
 
 @fault("P3b", "as P3a, and the heart of the zombie beats before it tries its ack")
 def stale_hearts(cell: Cell, n: int) -> Result:
-    """n heartbeats with tokens that hold nothing any more, then n stale acks, or work that was dropped before its ack."""
+    """n heartbeats with tokens that hold nothing any more, then n stale acks, or work dropped before its ack."""
     return _zombies(cell, n, "before_late_ack")
 
 
