@@ -36,7 +36,7 @@ types: $(READY)
 lock: $(READY)        ## pins every dependency anew; needs python 3.11, see CONTRIBUTING
 	@$(BIN)/pip-compile --quiet --upgrade --generate-hashes --allow-unsafe --strip-extras --no-header \
 	  --no-emit-index-url --no-emit-trusted-host --no-emit-find-links --no-emit-options \
-	  --extra web --extra embedded --extra files --extra llm --extra rss --extra test --extra dev --output-file requirements.lock pyproject.toml
+	  --extra web --extra embedded --extra files --extra llm --extra rss --extra dbt --extra test --extra dev --output-file requirements.lock pyproject.toml
 
 schema: $(READY)      ## anton/autonomous.schema.json, from anton/config.py; the table of docs/verify.md, from anton/verify.json
 	@$(BIN)/python -c "import json; from anton import config; print(json.dumps(config.json_schema(), indent=2))" > schema.tmp

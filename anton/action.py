@@ -32,7 +32,7 @@ def set_effects(wanted: Effects) -> Effects:
     limit = os.environ.get("ANTON_EFFECTS", "live")
     if limit not in _ORDER:
         raise ConfigError(f"ANTON_EFFECTS={limit!r} is not possible. Allowed: {one_of(_ORDER)}.", value=limit)
-    _effects = max(wanted, limit, key=_ORDER.index)
+    _effects = _ORDER[max(_ORDER.index(wanted), _ORDER.index(limit))]
     return _effects
 
 

@@ -369,7 +369,7 @@ def check_adopted(shape: Shape[Any], have: Found) -> tuple[list[str], list[str]]
         if not _fits(column, attr):
             wrong.append(f'{model}.{column.name} is {column.type}, column "{column.name}" is {attr.type}.'
                          + _advice(column.type, attr.base))
-        elif attr.labels and column.choices and set(attr.labels) - set(column.choices):
+        elif attr.labels and column.choices and set(attr.labels) - {*map(str, column.choices)}:
             more = sorted(set(attr.labels) - {str(choice) for choice in column.choices})
             wrong.append(f'{model}.{column.name} does not know {", ".join(map(repr, more))}, which {attr.type} has.')
         if column.notnull and not attr.notnull and column.name not in shape.key:

@@ -290,7 +290,9 @@ def _several(names: tuple[str, ...]) -> Callable[[Any], tuple[Any, ...]]:
     """itemgetter that always gives a tuple."""
     if len(names) > 1:
         return itemgetter(*names)
-    return (lambda row: (row[names[0]],)) if names else (lambda row: ())
+    if names:
+        return lambda row: (row[names[0]],)
+    return lambda row: ()
 
 
 class Models(_Plain):
