@@ -86,6 +86,7 @@ $$;
 
 -- run_sql(token, ids, worker) -> receipt id
 -- Runs a SQL handler over whole leased jobs, in the caller's transaction; its writes and the ack commit together.
+-- That of a model refreshes it; null: not now, the jobs wait.
 -- new_records and old_records are what the jobs hold: images as committed, the rows of now where read = 'now' or an
 -- image is missing (a degraded change, a backfill); an old record without image is its key and nulls.
 create or replace function run_sql(p_token bigint, p_ids bigint[], p_worker int) returns bigint
@@ -99,6 +100,9 @@ begin
   select count(*), min(handler_id) into v_held, v_handler from leased(p_token, p_ids);
   perform fence(p_token, v_held, coalesce(cardinality(p_ids), 0));
   select * into h from handler where id = v_handler;
+  if h.model_id is not null then
+    return refresh_jobs(h, p_token, p_ids, p_worker);
+  end if;
   select * into w from watched where id = h.table_id;
   with part as (
     select l.*, l.cols is not null and l.op in ('n', 'u') and (h.read = 'change' or w.key_kind = 'none') as new_image,

@@ -21,12 +21,14 @@ end $$;
 -- Inserts or updates a model by (app, name); its table exists. Keys: app, name, table, body, key, refresh, incremental,
 -- distinct_keys, max_wait. One that is new, came back or has changed is stale: see build_model().
 create or replace function put_model(d jsonb) returns int language plpgsql volatile set search_path from current as $$
-declare v_id int; v_table int;
+declare
+  v_id int; v_table int;
+  v_groups jsonb := (select coalesce(jsonb_agg(i || jsonb_build_object('table_id', watch(i ->> 'table'))), '[]') from jsonb_array_elements(d -> 'incremental') i);
 begin
   v_table := put_table(jsonb_build_object('table', d ->> 'table', 'app', d ->> 'app', 'model', '{}'::jsonb));
   insert into model as m (app, name, table_id, body, key_columns, refresh, incremental, distinct_keys, max_wait)
   values (d ->> 'app', d ->> 'name', v_table, d ->> 'body', array(select jsonb_array_elements_text(d -> 'key')),
-          array(select jsonb_array_elements_text(d -> 'refresh')), coalesce(d -> 'incremental', '[]'),
+          array(select jsonb_array_elements_text(d -> 'refresh')), v_groups,
           coalesce((d ->> 'distinct_keys')::boolean, false), coalesce((d ->> 'max_wait')::interval, '0'))
   on conflict (app, name) do update
      set table_id = excluded.table_id, body = excluded.body, key_columns = excluded.key_columns, refresh = excluded.refresh,
@@ -67,7 +69,7 @@ language sql stable set search_path from current as $$
    order by m.app, m.name
 $$;
 
--- group_condition(model, row, values) -> SQL that tells whether a row is of a group that has changed
+-- group_condition(row, values) -> SQL that tells whether a row is of a group that has changed
 --   values  {output: {"type", "values": [text, …]}}
 create or replace function group_condition(p_row text, p_values jsonb) returns text language sql immutable set search_path from current as $$
   select coalesce(string_agg(format('%s.%I = any (%L::%s[])', p_row, o, v.list, d ->> 'type')
@@ -99,21 +101,21 @@ begin
       || case when exists (select from jsonb_object_keys(p_values) o where o <> all (m.key_columns)) then format(' or (%s) in (select %1$s from news)', v_keys) else '' end;
   end if;
   return format($f$
-with news as %s (select %s, true as anton_new from (
-%s
-) m%s),
-olds as (select t.*, t.ctid as anton_at from %s t %s),
+with news as %1$s (select %2$s, true as anton_new from (
+%3$s
+) m%4$s),
+olds as (select t.*, t.ctid as anton_at from %5$s t %6$s),
 diff as materialized (
-  select %s, n.anton_new, o.anton_at from news n full join olds o on %s
-   where n.anton_new is null or o.anton_at is null%s),
+  select %7$s, n.anton_new, o.anton_at from news n full join olds o on %8$s
+   where n.anton_new is null or o.anton_at is null%9$s),
 gone as (delete from %5$s t using diff d where d.anton_new is null and t.ctid = d.anton_at returning 1),
-changed as (%s),
-added as (insert into %5$s (%s) select %10$s from diff where anton_at is null and (select count(*) from changed) >= 0 returning 1)
-select (select count(*) from added) as new, (select count(*) from changed) as updated, (select count(*) from gone) as deleted, %s as twice$f$,
+changed as (%10$s),
+added as (insert into %5$s (%11$s) select %11$s from diff where anton_at is null and (select count(*) from changed) >= 0 returning 1)
+select (select count(*) from added) as new, (select count(*) from changed) as updated, (select count(*) from gone) as deleted, %12$s as twice$f$,
     case when m.distinct_keys then '' else 'materialized' end, v_cast, m.body,
     case when p_values is not null then ' where ' || group_condition('m', p_values) end,
-    v_rel, v_old, v_new, v_join, coalesce(' or ' || v_diff, ''),
-    case when v_sets is null then 'select 1 where false'
+    v_rel, v_old, v_new, v_join, ' or ' || v_diff,
+    case when v_sets is null then 'select 1 where (select count(*) from gone) < 0'
          else format('update %s t set %s from diff d where d.anton_new and t.ctid = d.anton_at and (select count(*) from gone) >= 0 returning 1', v_rel, v_sets) end,
     v_cols, case when m.distinct_keys then 'null::text'
                  else format('(select concat_ws('', '', %s) from news group by %1$s having count(*) > 1 limit 1)', v_keys) end);
@@ -162,4 +164,149 @@ begin
     v_some := null;
   end loop;
   return v_found;
+end $$;
+
+-- rebuild(model, jobs, full) -> what it changed
+-- The model's row is locked, and these jobs are those that it takes with it. NT006 when its keys are no keys: the old rows stay.
+create or replace function rebuild(m model, p_jobs job[], p_full boolean) returns model language plpgsql volatile set search_path from current as $$
+declare v_values jsonb; v_app text := setting('app_schema'); v_path text := current_setting('search_path'); v_memory text := current_setting('work_mem');
+  v_sql text; v_of text := format('model "%s": ', m.name); v_began timestamptz := clock_timestamp(); v_now timestamptz := now(); v_twice text; v_detail text; v_n bigint;
+begin
+  p_full := p_full or m.stale or m.built_at is null or m.incremental = '[]';
+  v_values := case when not p_full then changed_groups(m, p_jobs) end;
+  if v_values is not null then                             -- so many groups that it is cheaper to look at all
+    select sum(jsonb_array_length(d -> 'values')) into v_n from jsonb_each(v_values) x (o, d);
+    if v_n > 1000 and v_n > (select c.reltuples / 4 from watched w join pg_class c on c.oid = w.relid where w.id = m.table_id) then
+      v_values := null;
+    end if;
+  end if;
+  m.is_full := v_values is null;
+  v_sql := model_sql(m, v_values);
+  begin
+    perform set_config('search_path', quote_ident(v_app) || ', pg_catalog, pg_temp', true);
+    if m.is_full and pg_size_bytes(v_memory) < 64 << 20 then   -- a join of all rows; spilled it takes half as long again
+      perform set_config('work_mem', '64MB', true);
+    end if;
+    execute v_sql into m.new_n, m.updated_n, m.deleted_n, v_twice;
+    perform set_config('search_path', v_path, true), set_config('work_mem', v_memory, true);
+  exception when unique_violation or not_null_violation then
+    get stacked diagnostics v_twice = message_text, v_detail = pg_exception_detail;
+    raise exception using errcode = 'NT006', message = v_of || v_twice || coalesce('. ' || nullif(v_detail, ''), ''),
+      hint = format('"-- key: %s" has to name columns that are never null and tell the rows of the SELECT apart', array_to_string(m.key_columns, ', '));
+  end;
+  if v_twice is not null then
+    raise exception using errcode = 'NT006', message = format('%sits SELECT gives the key (%s) more than once', v_of, v_twice),
+      hint = format('"-- key: %s" has to name columns that tell its rows apart', array_to_string(m.key_columns, ', '));
+  end if;
+  update model set stale = false, built_at = v_now, ms = extract(epoch from clock_timestamp() - v_began) * 1000, is_full = m.is_full,
+         new_n = m.new_n, updated_n = m.updated_n, deleted_n = m.deleted_n, jobs = coalesce(cardinality(p_jobs), 0)
+   where id = m.id returning * into m;
+  return m;
+end $$;
+
+-- swallow(model, worker, jobs) -> receipt of the first
+-- Notes these jobs, which are taken already, as settled, and their deepest chain as the cause of what is written next.
+create or replace function swallow(m model, p_worker int, p_jobs job[]) returns bigint language plpgsql volatile set search_path from current
+set jit = off as $$
+declare v_now timestamptz := now(); v_receipt bigint; v_depth int; v_trace bigint; v_traces bigint;
+begin
+  with part as materialized (select j.*, row_number() over (order by j.handler_id, j.id) as part from unnest(p_jobs) j),
+  done as (
+    insert into receipt (id, slot, at, handler_id, worker_id, ms, n, gone, change_ids, los, his, causes, ids, keys, depth, trace, tenant)
+    select nextval('change_seq'), slot(v_now), v_now, p.handler_id, p_worker, 0, sum(p.hi - p.lo + 1), 0, array_agg(p.change_id order by p.part),
+           array_agg(p.lo order by p.part), array_agg(p.hi order by p.part), array_agg(p.cause order by p.part),
+           (select array_agg(k order by q.part, o) from part q, unnest(q.ids) with ordinality x (k, o)
+             where q.handler_id = p.handler_id and q.tenant is not distinct from p.tenant),
+           (select jsonb_agg(k order by q.part, o) from part q, jsonb_array_elements(q.keys) with ordinality x (k, o)
+             where q.handler_id = p.handler_id and q.tenant is not distinct from p.tenant),
+           max(p.depth), case when min(p.trace) = max(p.trace) and count(p.trace) = count(*) then min(p.trace) end, p.tenant
+      from part p group by p.handler_id, p.tenant
+    returning id, depth)
+  select (array_agg(id order by depth desc, id))[1], max(depth) into v_receipt, v_depth from done;
+  select min(trace), case when min(trace) = max(trace) and count(trace) = count(*) then 1 else 2 end into v_trace, v_traces from unnest(p_jobs);
+  perform enter(v_receipt, v_depth + 1, case when v_traces = 1 then v_trace end, null);
+  perform recover(h.id) from handler h where h.model_id = m.id and h.failing_since is not null;
+  return v_receipt;
+end $$;
+
+-- pending(model) -> its jobs that nobody holds, taken out of the queue
+create or replace function pending(p_model int) returns job[] language plpgsql volatile set search_path from current
+set jit = off set enable_seqscan = off as $$
+declare v_ready job[]; v_later job[]; v_ids int[] := array(select id from handler where model_id = p_model);
+begin
+  with found as materialized (
+    select ctid as row from job where handler_id = any (v_ids) limit 50000 for update skip locked),
+  taken as (delete from job where ctid in (select row from found) returning job.*)
+  select array_agg(t::job) into v_ready from taken t;
+  with found as materialized (
+    select ctid as row from delayed where handler_id = any (v_ids) limit 50000 for update skip locked),
+  taken as (delete from delayed where ctid in (select row from found) returning *)
+  select array_agg((handler_id, id, change_id, at, cause, trace, lo, hi, attempt, crashes, depth, op, tenant, origin, settled, ids, keys)::job)
+    into v_later from taken;
+  return coalesce(v_ready, '{}') || coalesce(v_later, '{}');
+end $$;
+
+-- postpone(token, ids, due): these leased jobs are ready then; nothing counts against them
+create or replace function postpone(p_token bigint, p_ids bigint[], p_due timestamptz) returns void language plpgsql volatile set search_path from current
+set jit = off set enable_seqscan = off as $$
+declare v_held bigint;
+begin
+  with held as (delete from lease where token = p_token and id = any (p_ids) returning *),
+  back as (
+    insert into delayed (handler_id, id, change_id, at, cause, trace, lo, hi, attempt, crashes, depth, op, tenant, origin, settled, ids, keys, run_at)
+    select handler_id, id, change_id, at, cause, trace, lo, hi, attempt, crashes, depth, op, tenant, origin, settled, ids, keys, p_due from held
+    returning 1)
+  select count(*) into v_held from back;
+  perform fence(p_token, v_held, cardinality(p_ids));
+end $$;
+
+-- refresh_jobs(handler, token, ids, worker) -> receipt id; null when they have to wait
+-- What run_sql() does for a handler of a model: one refresh for these jobs and all that wait beside them, in the caller's
+-- transaction. While another refresh of the model runs they wait for a moment, and with max_wait for others to come.
+create or replace function refresh_jobs(h handler, p_token bigint, p_ids bigint[], p_worker int) returns bigint
+language plpgsql volatile set search_path from current as $$
+declare m model; v_jobs job[]; v_held bigint; v_receipt bigint; v_now timestamptz := now(); v_until timestamptz;
+begin
+  select * into m from model where id = h.model_id for no key update skip locked;
+  if m.id is null then
+    perform postpone(p_token, p_ids, v_now + interval '0.2 s');
+    return null;
+  end if;
+  if m.built_at + m.max_wait > v_now and m.max_wait > interval '0' and h.table_id <> (select id from watched where relid = 'tick'::regclass) then
+    perform postpone(p_token, p_ids, m.built_at + m.max_wait);
+    return null;
+  end if;
+  with held as (delete from lease where token = p_token and id = any (p_ids) returning *)
+  select count(*), min(lease_until), array_agg((handler_id, id, change_id, at, cause, trace, lo, hi, attempt, crashes, depth, op, tenant, origin, settled, ids, keys)::job)
+    into v_held, v_until, v_jobs from held;
+  perform fence(p_token, v_held, cardinality(p_ids));
+  perform let_go(v_until);
+  v_jobs := v_jobs || pending(m.id);
+  v_receipt := swallow(m, p_worker, v_jobs);
+  perform rebuild(m, v_jobs, false);
+  return v_receipt;
+end $$;
+
+-- refresh(name, full) -> what it changed
+-- From psql, and `anton models run`: takes all that waits with it. Without `incremental`, or with full, of all rows.
+create or replace function refresh(p_name text, full_ boolean default false)
+returns table (name text, is_full boolean, new bigint, updated bigint, deleted bigint, jobs bigint, ms real)
+language plpgsql volatile set search_path from current as $$
+declare m model; v_id int := find_model(p_name); v_jobs job[];
+begin
+  select x.* into m from model x where x.id = v_id for no key update;
+  v_jobs := pending(m.id);
+  if v_jobs <> '{}' then
+    perform swallow(m, null, v_jobs);
+  end if;
+  m := rebuild(m, v_jobs, full_);
+  return query select m.name, m.is_full, m.new_n, m.updated_n, m.deleted_n, m.jobs, m.ms;
+end $$;
+
+-- build_model(app, name): all rows, if it is stale; what `anton migrate` ends with
+create or replace function build_model(p_app text, p_name text) returns void language plpgsql volatile set search_path from current as $$
+begin
+  if exists (select from model x where x.app = p_app and x.name = p_name and x.stale) then
+    perform refresh(p_app || '.' || p_name, true);
+  end if;
 end $$;
