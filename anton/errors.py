@@ -376,6 +376,20 @@ class ValueWithoutInto(WriteError):
                          handler=handler, value=value)
 
 
+class ModelFailed(WorldError):
+    """A model's SELECT gives what its table cannot hold: a key that is null or comes twice. The old rows stay."""
+
+    sqlstate = "NT006"
+
+
+class ReadOnly(WriteError):
+    """A write to a Table that something else keeps. table, keeper: "the model sql/daily.sql"."""
+
+    def __init__(self, table: str, keeper: str) -> None:
+        super().__init__(f'table "{table}" is kept by {keeper}, which would undo this write. '
+                         "Write to the tables it reads.", table=table, keeper=keeper)
+
+
 class PollFailed(WorldError):
     """A poll's function raised, or returned what is no rows. It waits and goes on from the same cursor. poll, after."""
 

@@ -78,6 +78,11 @@ class Select:
 
     def outputs(self, table: Name, column: str) -> frozenset[str]:
         """The output columns that carry the groups of this column of a table. Raises Cannot."""
+        if any(one.args.get("recursive") for one in self.root.expression.find_all(exp.With)):
+            raise Cannot("it is recursive")
+        for one in self.root.expression.find_all(exp.Func):
+            if _function(one) in self.functions.opaque:
+                raise Cannot(f"{_function(one)}() is not IMMUTABLE: it may read tables")
         trace = _Trace(table, column, self.functions)
         found = trace.scope(self.root)
         if found is None:
@@ -110,24 +115,19 @@ class _Trace:
         self.table, self.column, self.functions = table, column, functions
         self.met: set[int] = set()
         self.known: dict[int, frozenset[str] | None] = {}
-        self.under_way: set[int] = set()
 
     def scope(self, scope: Scope) -> frozenset[str] | None:
         """The output columns that carry the group; None when nothing of the scope depends on the table."""
-        at = id(scope)
-        if at in self.under_way:
-            raise Cannot("it is recursive")
+        at = id(scope)                                                 # a CTE may be named more than once
         if at not in self.known:
-            self.under_way.add(at)
-            self.known[at] = self._set(scope) if scope.union_scopes else self._select(scope)
-            self.under_way.discard(at)
+            self.known[at] = self._set(scope) if scope.set_operation_scopes else self._select(scope)
         return self.known[at]
 
     def _set(self, scope: Scope) -> frozenset[str] | None:
         """UNION, EXCEPT, INTERSECT: the same position in every part that depends on it."""
         positions: set[int] | None = None
         names: list[str] = []
-        for part in scope.union_scopes:
+        for part in scope.set_operation_scopes:
             found = self.scope(part)
             mine = list(part.expression.named_selects)
             names = names or mine
@@ -159,7 +159,6 @@ class _Trace:
         if not carries:
             return None
         self._no_limit(select)
-        self._opaque(select)
         classes = self._classes(scope, carries)
         why = Cannot(f"its rows are not told apart by {self.column}")
         outputs: set[str] = set()
@@ -222,7 +221,7 @@ class _Trace:
             raise Cannot(f"it joins without an equality on {self.column}")
         return sorted(shared, key=sorted)
 
-    def _named(self, node: exp.Expression) -> bool:
+    def _named(self, node: exp.Expr) -> bool:
         return any((one.db, one.name) == self.table for one in node.find_all(exp.Table))
 
     def _through(self, scope: Scope, select: exp.Select, held: Class) -> set[str]:
@@ -253,33 +252,28 @@ class _Trace:
             raise Cannot(f"{self.column} is none of its columns")
         return outputs
 
-    def _aggregate(self, node: exp.Expression) -> bool:
+    def _aggregate(self, node: exp.Expr) -> bool:
         if isinstance(node.parent, exp.Window) or isinstance(node.parent, exp.Filter | exp.WithinGroup) \
                 and isinstance(node.parent.parent, exp.Window):
             return False
         return isinstance(node, exp.AggFunc) or _function(node) in self.functions.aggregates
 
-    def _opaque(self, select: exp.Select) -> None:
-        for node in _own(select):
-            if _function(node) in self.functions.opaque:
-                raise Cannot(f"{_function(node)}() is not IMMUTABLE: it may read tables")
-
-    def _no_limit(self, query: exp.Expression) -> None:
+    def _no_limit(self, query: exp.Expr) -> None:
         if query.args.get("limit") or query.args.get("offset") or query.args.get("fetch"):
             raise Cannot("it has a LIMIT or OFFSET")
 
 
-def _own(select: exp.Expression) -> Iterator[exp.Expression]:
+def _own(select: exp.Expr) -> Iterator[exp.Expr]:
     """The nodes of this SELECT, without those of subqueries and CTEs."""
     for key, value in select.args.items():
         if key in ("with", "with_"):
             continue
         for child in value if isinstance(value, list) else [value]:
-            if isinstance(child, exp.Expression):
+            if isinstance(child, exp.Expr):
                 yield from _walk(child)
 
 
-def _walk(node: exp.Expression) -> Iterator[exp.Expression]:
+def _walk(node: exp.Expr) -> Iterator[exp.Expr]:
     if isinstance(node, exp.Query):
         return
     yield node
@@ -287,7 +281,7 @@ def _walk(node: exp.Expression) -> Iterator[exp.Expression]:
         yield from _walk(child)
 
 
-def _function(node: exp.Expression) -> str:
+def _function(node: exp.Expr) -> str:
     if isinstance(node, exp.Anonymous):
         return node.name.lower()
     return node.sql_name().lower() if isinstance(node, exp.Func) and not isinstance(node, exp.And | exp.Or) else ""
@@ -308,11 +302,11 @@ def _col(column: exp.Column) -> tuple[str, str]:
     return column.table, column.name
 
 
-def _is(node: exp.Expression, held: Class) -> bool:
+def _is(node: exp.Expr, held: Class) -> bool:
     return isinstance(node, exp.Column) and _col(node) in held
 
 
-def _equalities(node: exp.Expression | None) -> Iterator[tuple[exp.Column, exp.Column]]:
+def _equalities(node: exp.Expr | None) -> Iterator[tuple[exp.Column, exp.Column]]:
     """The pairs of columns that a condition makes equal: column = column, joined by AND."""
     node = node.this if isinstance(node, exp.Where | exp.Paren) else node
     if isinstance(node, exp.And):

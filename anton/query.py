@@ -265,7 +265,7 @@ class Query(Generic[T]):
             raise QueryError(f"{self}.update() needs a value: update(status=\"paid\")")
         found = find_scope()
         db = found[0].db if found else current_database()
-        relation = described(db, self._source.name)
+        relation = writable(db, self._source.name)
         values: list[Any] = []
         head = f"delete from {relation.sql}"
         if kind == "update":
