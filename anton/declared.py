@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from anton import sqlfile
@@ -29,6 +30,7 @@ from anton.errors import (
     distance,
     near,
 )
+from anton.model import Model, Models
 from anton.plan import LOCK_TIMEOUT, Step
 from anton.steps import Steps
 
@@ -49,6 +51,7 @@ class Wanted:
     difference: Difference = field(default_factory=Difference)
     rows: bool = False                                                 # it existed before this migrate
     can_work: bool = True                                              # False: it could not be made
+    model: Model | None = None                                         # it is kept by this
 
     @property
     def sql(self) -> str:
@@ -69,6 +72,7 @@ class Declared:
         self.app_schema = app_schema
         self.handlers: list[dict[str, Any]] = []                       # what put_handler takes, and "since"
         self.schedules: list[dict[str, Any]] = []                      # what put_schedule takes
+        self.models = Models(run, [], self.place, app_schema)
 
     def place(self, name: str) -> tuple[str, str]:
         """Schema and name of a table as users write it."""
@@ -80,8 +84,13 @@ class Declared:
         self._collect()
         rows = await self.conn.fetch(f"select name, app, model from {self.run.schema}.watched_tables()")
         watched = {row["name"]: row for row in rows}
-        wanted = {}
+        await self.models.examine()
+        wanted = {model.sql: Wanted(model.schema, model.table, model.found, rows=model.found is not None, model=model)
+                  for model in self.models.all}
         for table in self.app.tables.values():
+            schema, name = self.place(table.name)
+            if f"{quote(schema)}.{quote(name)}" in wanted:             # of a model: compared when that is made
+                continue
             one = await self._table(table, watched)
             if one is not None:
                 wanted[one.sql] = one
@@ -95,13 +104,18 @@ class Declared:
 
     def _collect(self) -> None:
         app = self.app.name
+        files = [file for file in self.run.files if file.kind == "model"]
+        self.models = Models(self.run, files, self.place, self.app_schema)
         for handler in self.app.handlers.values():
             self.handlers.append({"since": handler.since, **handler.definition(), "app": app})
         self.schedules = [schedule.definition(app) for schedule in self.app.schedules.values()]
+        for model in self.models.all:
+            self.handlers += model.handlers(app, self.place)
+            self.schedules += model.schedules(app)
         for file in self.run.files:
             if file.kind == "handler":
                 self.handlers.append(sqlfile.handler(file, app))
-            else:
+            elif file.kind == "schedule":
                 self.schedules.append(sqlfile.schedule(file, app))
 
     async def _table(self, table: Table[Any], watched: Mapping[str, Any]) -> Wanted | None:
@@ -178,6 +192,8 @@ class Declared:
     async def make_tables(self, wanted: Sequence[Wanted]) -> None:
         """Makes missing tables, alters those that are ours, watches the others."""
         for one in wanted:
+            if one.model is not None:
+                continue
             same = f"select {self.run.schema}.table_state({literal(one.sql)})"
             if one.spec is None:
                 await self.run.step(Step(f"watch {one.shown}", self._call("watch", one.sql)), table=one.sql,
@@ -206,17 +222,43 @@ class Declared:
     async def make_handlers(self, wanted: Sequence[Wanted]) -> None:
         """Puts handlers and schedules into the catalogue, retires the vanished, brings all triggers up to date."""
         tables = {one.sql: one for one in wanted}
+        await self._make_models(tables)
         for definition in self.handlers:
             one = tables[definition["table"]]
-            if one.can_work:
+            if one.can_work and definition["name"] not in self._unmade():
                 await self._handler(definition, one)
         for definition in self.schedules:
-            await self._put("schedule", "put_schedule", definition, None)
+            if definition["name"] not in self._unmade():
+                await self._put("schedule", "put_schedule", definition, None)
         if self.app.name != "sql":                                     # psql's own are nobody's code
             await self._retire()
         self._loops()
+        kept = {model.sql for model in self.models.all}
         for row in await self.conn.fetch(f"select name, partitioned from {self.run.schema}.watched_tables()"):
-            await self._sync(row["name"], row["partitioned"], tables.get(row["name"]))
+            if row["name"] not in kept:
+                await self._sync(row["name"], row["partitioned"], tables.get(row["name"]))
+        for model in self.models.all:
+            await self.models.build(model, partial(self._sync, model.sql, False, tables[model.sql]))
+
+    async def _make_models(self, tables: Mapping[str, Wanted]) -> None:
+        await self.models.make()
+        for model in self.models.all:
+            one = tables[model.sql]
+            one.can_work, one.difference.alters = not model.failed, model.alters
+        declared = {self.place(table.name): table for table in self.app.tables.values()}
+        for model in self.models.all:
+            table, oid = declared.get((model.schema, model.table)), await self._oid(model.schema, model.table)
+            if table is not None and table.shape is not None and oid is not None and not (model.alters or model.failed):
+                wrong, notes = check_adopted(table.shape, await inspect(self.conn, oid))
+                if wrong:
+                    self.plan.refused.append(ModelMismatch(f"{model.schema}.{model.table}", wrong, table.place))
+                self.plan.notes += [f"{model.schema}.{model.table}: {note}" for note in notes]
+
+    def _unmade(self) -> set[str]:
+        """Names of what would refresh the models that could not be made."""
+        app = self.app.name
+        return {definition["name"] for model in self.models.all if model.failed
+                for definition in (*model.handlers(app, self.place), *model.schedules(app))}
 
     async def _handler(self, definition: dict[str, Any], one: Wanted) -> None:
         since = definition.pop("since")
@@ -258,6 +300,7 @@ class Declared:
             kept = f"array[{', '.join(literal(name) for name in names)}]::text[]"
             await self.run.step(Step("retire " + ", ".join(row["name"] for row in rows),
                                      f"select {self.run.schema}.retire({literal(self.app.name)}, {kept})"))
+        await self.models.retire()
 
     def _loops(self) -> None:
         """Handlers that can feed each other without end: said, not refused, for a handler may well stop by itself."""
@@ -265,6 +308,8 @@ class Declared:
         for definition in self.handlers:
             handler = self.app.handlers.get(definition["name"])
             written = writes(handler) if handler else set(sql_writes(definition["body"]))
+            if definition.get("model"):
+                written = {(name, op) for name in definition["into_tables"] for op in ("new", "updated", "deleted")}
             for name, op in sorted(written):
                 for heard in definition["ops"]:
                     schema, table = self.place(name)

@@ -26,7 +26,7 @@ from anton.db import Database, current_database, literal, quote
 from anton.errors import InvalidRecord, QueryError, SyncInLoop, did_you_mean
 from anton.op import Form
 from anton.record import Document, Record, Row
-from anton.relation import Relation, columns_sql, describe, described
+from anton.relation import Relation, columns_sql, describe, writable
 from anton.sink import encode, reasons
 from anton.write import OnConflict, Scope, Step, commit, find_scope, in_loop, scope
 

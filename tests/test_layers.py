@@ -15,7 +15,7 @@ REPO = Path(__file__).parent.parent
 PACKAGE = REPO / "anton"
 
 LAYERS = [
-    "errors share sent",
+    "errors groups share sent",
     "secret db deadline duration embedded template plan threads",
     "answers handshake config columns relation queue doorbell status due chunk parquet",
     "scheme op sqlfile",
@@ -28,7 +28,7 @@ LAYERS = [
     "handler call",
     "event",
     "table run catalogue",
-    "sense edges leases suspects pgcron poll layout",
+    "sense edges leases suspects pgcron poll layout model",
     "webhook",
     "worker web declared load",
     "migrate supervisor files",
@@ -41,7 +41,7 @@ LEVEL = {name: level for level, line in enumerate(LAYERS) for name in line.split
 HEAVY = {  # packages that only some need, and the only modules that may import them
     "fastapi": {"answers", "web"}, "starlette": {"answers", "serve", "web"}, "uvicorn": {"deadline", "serve", "web"},
     "watchfiles": {"dev"}, "pytest": {"testing"}, "httpx": {"testing"}, "openai": set(), "anthropic": set(),
-    "dbt": set(), "sqlglot": set(), "psycopg": set(), "uvloop": {"supervisor"}, "obstore": {"storage"},
+    "dbt": set(), "sqlglot": {"groups"}, "psycopg": set(), "uvloop": {"supervisor"}, "obstore": {"storage"},
     "pyarrow": {"parquet"}, "cryptography": {"signed"},
     "jwt": {"scheme"},
 }
