@@ -21,6 +21,7 @@ from anton.ddl import Difference, Found, Spec, check_adopted, compare, create_sq
 from anton.edges import sql_writes, writes
 from anton.errors import (
     AntonError,
+    BadOption,
     DatabaseError,
     Destructive,
     KeyNeeded,
@@ -100,6 +101,7 @@ class Declared:
                 wanted.setdefault(one.sql, one)
                 definition["table"] = one.sql
         self.handlers = [d for d in self.handlers if d["table"] in wanted]
+        self._check_into()
         return list(wanted.values())
 
     def _collect(self) -> None:
@@ -117,6 +119,20 @@ class Declared:
                 self.handlers.append(sqlfile.handler(file, app))
             elif file.kind == "schedule":
                 self.schedules.append(sqlfile.schedule(file, app))
+
+    def _check_into(self) -> None:
+        """Refuses what would write to a model's table: its next refresh would undo that."""
+        kept = {(model.schema, model.table): model for model in self.models.all}
+        given = [(f'handler "{d["name"]}"', d.get("into_tables", ())) for d in self.handlers if "model" not in d]
+        given += [(f'"{d["name"]}"', d.get("options", {}).get("into_tables", ())) for d in self.schedules
+                  if "model" not in d.get("options", {})]
+        given += [(f'Webhook "{hook.path}"', (hook.table.name,)) for hook in self.app.webhooks]
+        for of, names in given:
+            for name in names:
+                model = kept.get(self.place(name))
+                if model is not None:
+                    self.plan.refused.append(BadOption("into", name, of, "a Table that no model keeps: "
+                                                       f"{model.said.file} would undo what is written to it"))
 
     async def _table(self, table: Table[Any], watched: Mapping[str, Any]) -> Wanted | None:
         schema, name = self.place(table.name)

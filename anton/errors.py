@@ -379,7 +379,7 @@ class ValueWithoutInto(WriteError):
 class ModelFailed(WorldError):
     """A model's SELECT gives what its table cannot hold: a key that is null or comes twice. The old rows stay."""
 
-    sqlstate = "NT006"
+    sqlstate = "NT007"
 
 
 class ReadOnly(WriteError):

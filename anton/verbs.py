@@ -18,6 +18,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
+import asyncpg
 import orjson
 
 from anton import config, embedded, migrate, schedule, supervisor, template
@@ -25,7 +26,7 @@ from anton.action import set_effects
 from anton.app import load_app, open_database
 from anton.db import Conn, Database, set_database
 from anton.duration import duration
-from anton.errors import AntonError, ConfigError
+from anton.errors import AntonError, ConfigError, ModelFailed
 from anton.status import Row, ask, behind, draw_why, layout, layout_one, status
 
 T = TypeVar("T")
@@ -35,6 +36,8 @@ OK, FOUND, USAGE = 0, 1, 2
 _HANDLERS = ("app", "handler", "table", "state", "ready", "delayed", "in_flight", "dead", "oldest", "per_second",
              "workers", "versions", "why")
 _SCHEDULES = ("name", "app", "title", "tz", "state", "next_at", "last_at", "last_state", "error")
+_MODELS = ("name", "app", "state", "refresh", "incremental", "pending", "built_at", "ms", "new", "updated", "deleted",
+           "error")
 _JOBS = ("id", "handler", "state", "records", "op", "attempt", "waiting_since", "run_at", "worker", "error")
 _DEAD = ("id", "handler", "record", "op", "reason", "error", "attempt", "died_at")
 _ACTIONS = ("id", "name", "app", "state", "args", "at")
@@ -253,6 +256,35 @@ def schedules_next(args: Args) -> int:
 
     rows = query(args, times)
     emit(args, rows, layout(rows, ("due", "tz")) if rows else f"{args.name} is never due again")
+    return OK
+
+
+# --- models
+
+
+def models_list(args: Args) -> int:
+    """List Tables that are kept by a SELECT, and their last refresh."""
+    return _list(args, "models", (), _MODELS)
+
+
+def models_show(args: Args) -> int:
+    """Show a model, its last refresh and its SELECT."""
+    row = query(args, lambda db, conn: ask(db, conn, "models", args.name))[0]
+    emit(args, row, layout_one(row))
+    return OK
+
+
+def models_run(args: Args) -> int:
+    """Refresh a model now: what changed since, or with --full all of its rows."""
+    async def run(db: Database, conn: Conn) -> Row:
+        try:
+            return (await ask(db, conn, "refresh", args.name, args.full))[0]
+        except asyncpg.PostgresError as error:
+            raise ModelFailed(f"model {args.name}: {error}. Its old rows stay.") from error
+
+    row = query(args, run)
+    scope = "all rows" if row["is_full"] else "what changed"
+    emit(args, row, f"{row['name']}: {scope}, {row['new']:,} new, {row['updated']:,} updated, {row['deleted']:,} deleted")
     return OK
 
 

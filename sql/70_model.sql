@@ -167,10 +167,10 @@ begin
 end $$;
 
 -- rebuild(model, jobs, full) -> what it changed
--- The model's row is locked, and these jobs are those that it takes with it. NT006 when its keys are no keys: the old rows stay.
+-- The model's row is locked, and these jobs are those that it takes with it. NT007 when its keys are no keys: the old rows stay.
 create or replace function rebuild(m model, p_jobs job[], p_full boolean) returns model language plpgsql volatile set search_path from current as $$
 declare v_values jsonb; v_app text := setting('app_schema'); v_path text := current_setting('search_path'); v_memory text := current_setting('work_mem');
-  v_sql text; v_of text := format('model "%s": ', m.name); v_began timestamptz := clock_timestamp(); v_now timestamptz := now(); v_twice text; v_detail text; v_n bigint;
+  v_sql text; v_of text := format('model "%s": ', m.name); v_began timestamptz := clock_timestamp(); v_now timestamptz := now(); v_twice text; v_detail text; v_n bigint; v_initial boolean := m.built_at is null;
 begin
   p_full := p_full or m.stale or m.built_at is null or m.incremental = '[]';
   v_values := case when not p_full then changed_groups(m, p_jobs) end;
@@ -191,16 +191,21 @@ begin
     perform set_config('search_path', v_path, true), set_config('work_mem', v_memory, true);
   exception when unique_violation or not_null_violation then
     get stacked diagnostics v_twice = message_text, v_detail = pg_exception_detail;
-    raise exception using errcode = 'NT006', message = v_of || v_twice || coalesce('. ' || nullif(v_detail, ''), ''),
+    raise exception using errcode = 'NT007', message = v_of || v_twice || coalesce('. ' || nullif(v_detail, ''), ''),
       hint = format('"-- key: %s" has to name columns that are never null and tell the rows of the SELECT apart', array_to_string(m.key_columns, ', '));
   end;
   if v_twice is not null then
-    raise exception using errcode = 'NT006', message = format('%sits SELECT gives the key (%s) more than once', v_of, v_twice),
+    raise exception using errcode = 'NT007', message = format('%sits SELECT gives the key (%s) more than once', v_of, v_twice),
       hint = format('"-- key: %s" has to name columns that tell its rows apart', array_to_string(m.key_columns, ', '));
   end if;
   update model set stale = false, built_at = v_now, ms = extract(epoch from clock_timestamp() - v_began) * 1000, is_full = m.is_full,
          new_n = m.new_n, updated_n = m.updated_n, deleted_n = m.deleted_n, jobs = coalesce(cardinality(p_jobs), 0)
    where id = m.id returning * into m;
+  perform recover(h.id) from handler h where h.model_id = m.id and h.failing_since is not null;
+  if to_regprocedure('rebuilt(int, jsonb, "char")') is not null then
+    perform rebuilt(m.table_id, jsonb_build_object('new', m.new_n, 'updated', m.updated_n, 'deleted', m.deleted_n, 'initial', v_initial, 'full', m.is_full,
+                                                   'changed', m.new_n + m.updated_n + m.deleted_n > 0), 'r'::"char");
+  end if;
   return m;
 end $$;
 
@@ -225,7 +230,6 @@ begin
   select (array_agg(id order by depth desc, id))[1], max(depth) into v_receipt, v_depth from done;
   select min(trace), case when min(trace) = max(trace) and count(trace) = count(*) then 1 else 2 end into v_trace, v_traces from unnest(p_jobs);
   perform enter(v_receipt, v_depth + 1, case when v_traces = 1 then v_trace end, null);
-  perform recover(h.id) from handler h where h.model_id = m.id and h.failing_since is not null;
   return v_receipt;
 end $$;
 
@@ -292,14 +296,18 @@ end $$;
 create or replace function refresh(p_name text, full_ boolean default false)
 returns table (name text, is_full boolean, new bigint, updated bigint, deleted bigint, jobs bigint, ms real)
 language plpgsql volatile set search_path from current as $$
-declare m model; v_id int := find_model(p_name); v_jobs job[];
+declare m model; v_id int := find_model(p_name); v_jobs job[]; v_context text := current_setting('anton.context', true); v_tenant text := current_setting('anton.tenant', true);
 begin
   select x.* into m from model x where x.id = v_id for no key update;
+  if m.missing_at is not null then
+    raise exception using errcode = 'NT004', message = format('model "%s" is not in its app''s sql/ any more', m.name), hint = 'its table is an ordinary one';
+  end if;
   v_jobs := pending(m.id);
   if v_jobs <> '{}' then
     perform swallow(m, null, v_jobs);
   end if;
   m := rebuild(m, v_jobs, full_);
+  perform set_config('anton.context', coalesce(v_context, ''), true), set_config('anton.tenant', coalesce(v_tenant, ''), true);   -- what follows is the caller's
   return query select m.name, m.is_full, m.new_n, m.updated_n, m.deleted_n, m.jobs, m.ms;
 end $$;
 

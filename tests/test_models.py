@@ -83,3 +83,56 @@ def test_a_change_of_its_table_refreshes_it_and_only_what_differs_is_an_event(da
     assert rows(daily) == [("bob", 1, Decimal(8)), ("cid", 1, Decimal(3))]
     assert sorted(seen) == [("deleted", "ann"), ("new", "cid"), ("updated", "bob")]
     assert daily.sql("select count(*) from anton.job") == [(0,)]
+
+
+def test_jobs_that_wait_together_are_one_refresh(daily):
+    daily.sql(*(f"insert into orders values ({n}, 'eve', 1)" for n in range(100, 160)))
+    daily.sql("insert into orders select g, 'flo', 1 from generate_series(1000, 9999) g")
+    work(daily)
+    assert daily.sql("select jobs, new_n, is_full from anton.model") == [(69, 2, True)]
+    assert rows(daily)[2:] == [("eve", 60, Decimal(60)), ("flo", 9000, Decimal(9000))]
+    assert daily.sql("select sum(n) from anton.receipt") == [(9060,)]
+
+
+def test_a_refresh_that_changes_nothing_fires_nothing(daily):
+    def code() -> None:
+        Table("daily", Daily, key="customer").on_changes(lambda_named("note"))
+
+    daily.declare(code).migrate()
+    daily.sql("update orders set id = 99 where id = 2")
+    assert daily.sql("select new, updated, deleted from anton.refresh('daily')") == [(0, 0, 0)]
+    assert daily.sql("select count(*) from anton.job") == [(0,)]
+
+
+def test_a_key_that_is_null_or_comes_twice_leaves_the_old_rows_and_the_handler_waits(daily):
+    before = rows(daily)
+    daily.sql("insert into orders values (5, null, 1)")
+    work(daily)
+    assert rows(daily) == before
+    (error, failures), = daily.sql("select failing_error, failures from anton.handler where name = 'daily:orders'")
+    assert 'model "daily": null value in column "customer"' in error and failures == 1
+    assert daily.sql("select count(*) from anton.dead") == [(0,)] and daily.sql("select count(*) from anton.job") == [(1,)]
+    daily.sql("delete from orders where customer is null", "select anton.refresh('daily')")
+    assert daily.sql("select failing_since from anton.handler where name = 'daily:orders'") == [(None,)]
+    daily.file("sql/daily.sql", DAILY.replace("group by customer", "group by customer, id"))
+    with pytest.raises(AntonError, match=r"gives the key \(ann\) more than once"):
+        daily.migrate()
+    assert rows(daily) == before
+
+
+def test_python_writes_to_a_models_table_are_refused(daily):
+    holder: dict[str, Table[Any]] = {}
+
+    def code() -> None:
+        holder["daily"] = Table("daily", Daily, key="customer")
+
+    daily.declare(code).migrate()
+    from anton.db import set_database
+    set_database(daily.db)
+    table = holder["daily"]
+    assert table.get("ann").total == 6
+    for write in (lambda: table.append({"customer": "x", "orders": 1, "total": 1}), lambda: table.extend([{}]),
+                  lambda: table.upsert({"customer": "x", "orders": 1, "total": 1}),
+                  lambda: table.select(customer="ann").update(orders=3), lambda: table.select(customer="ann").delete()):
+        with pytest.raises(ReadOnly, match='"daily" is kept by the model daily'):
+            write()
