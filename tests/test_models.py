@@ -6,10 +6,12 @@ import asyncio
 from decimal import Decimal
 from typing import Any
 
+import psycopg
 import pytest
 from pydantic import BaseModel
 from shop import Shop, lambda_named
 
+from anton.db import set_database
 from anton.errors import (
     AntonError,
     BadOption,
@@ -120,19 +122,174 @@ def test_a_key_that_is_null_or_comes_twice_leaves_the_old_rows_and_the_handler_w
     assert rows(daily) == before
 
 
-def test_python_writes_to_a_models_table_are_refused(daily):
+def test_python_writes_to_a_models_table_are_refused(daily, request):
     holder: dict[str, Table[Any]] = {}
 
     def code() -> None:
         holder["daily"] = Table("daily", Daily, key="customer")
 
     daily.declare(code).migrate()
-    from anton.db import set_database
     set_database(daily.db)
     table = holder["daily"]
     assert table.get("ann").total == 6
+    request.addfinalizer(lambda: set_database(None))
     for write in (lambda: table.append({"customer": "x", "orders": 1, "total": 1}), lambda: table.extend([{}]),
                   lambda: table.upsert({"customer": "x", "orders": 1, "total": 1}),
                   lambda: table.select(customer="ann").update(orders=3), lambda: table.select(customer="ann").delete()):
         with pytest.raises(ReadOnly, match='"daily" is kept by the model daily'):
             write()
+
+
+def test_a_changed_select_alters_the_table_in_place_and_rebuilds_it(daily):
+    oid = daily.sql("select 'daily'::regclass::oid")
+    daily.sql("grant select on daily to public", "alter table daily enable row level security")
+    daily.file("sql/daily.sql", DAILY.replace("count(*) as orders, sum(total) as total",
+                                              "sum(total)::int as total, max(id) as last"))
+    plan = daily.migrate(plan=True)
+    assert 'alter table "public"."daily" drop column "orders", drop column "total", add column "total" integer' in plan.sql
+    assert rows(daily)[0] == ("ann", 2, Decimal(6))
+    daily.migrate()
+    assert rows(daily) == [("ann", 6, 3), ("bob", 7, 2)] and daily.sql("select 'daily'::regclass::oid") == oid
+    assert daily.sql("select relrowsecurity, relacl::text like '%=r/%' from pg_class where relname = 'daily'") == [
+        (True, True)]
+    assert not daily.migrate(check=True).drift
+    daily.file("sql/daily.sql", DAILY.replace("key: customer", "key: customer, orders"))
+    with pytest.raises(MigrationError, match=r'drop table "public"."daily"; and run again'):
+        daily.migrate()
+
+
+def test_a_view_on_a_column_that_goes_is_said(daily):
+    daily.sql("create view best as select total from daily")
+    daily.file("sql/daily.sql", DAILY.replace(", sum(total) as total", ""))
+    with pytest.raises(MigrationError, match="other objects depend on it"):
+        daily.migrate()
+    assert rows(daily)[0] == ("ann", 2, Decimal(6))
+
+
+def test_models_on_models_are_made_and_refreshed_in_order(daily):
+    daily.file("sql/all_days.sql", "-- anton: model\n-- refresh: daily\n-- key: one\n"
+               "select 1 as one, sum(orders) as orders from daily")
+    daily.migrate()
+    assert rows(daily, "all_days") == [(1, Decimal(3))]
+    daily.sql("insert into orders values (4, 'ann', 1)")
+    work(daily)
+    assert rows(daily, "all_days") == [(1, Decimal(4))]
+    assert any("a loop" in note for note in daily.migrate().notes) is False
+    daily.file("sql/daily.sql", DAILY.replace("refresh: orders", "refresh: orders, all_days"))
+    with pytest.raises(MigrationError, match="in a circle: all_days -> daily -> all_days"):
+        daily.migrate()
+
+
+def test_a_model_by_the_clock_is_rebuilt_whole_and_its_pending_changes_with_it(daily):
+    daily.file("sql/daily.sql", DAILY.replace("refresh: orders", "refresh: orders, @hourly")
+               .replace("-- key", "-- incremental: orders.customer\n-- key"))
+    daily.migrate()
+    daily.sql("update daily set orders = 0", "insert into orders values (4, 'cid', 1)",
+              "select anton.run_schedule('daily:@hourly')")
+    work(daily)
+    assert rows(daily) == [("ann", 2, Decimal(6)), ("bob", 1, Decimal(7)), ("cid", 1, Decimal(1))]
+    assert daily.sql("select state from anton.tick") == [("done",)]
+    assert not daily.migrate(check=True).drift
+
+
+def test_with_max_wait_the_first_change_is_seen_at_once_and_later_ones_together(daily):
+    daily.file("sql/daily.sql", DAILY.replace("-- key", "-- max_wait: 10m\n-- key"))
+    daily.migrate()
+    daily.sql("update anton.model set built_at = built_at - interval '11 min'", "insert into orders values (4, 'cid', 1)")
+    work(daily)
+    assert len(rows(daily)) == 3
+    daily.sql("insert into orders values (5, 'dan', 1)", "insert into orders values (6, 'eve', 1)")
+    work(daily)
+    assert len(rows(daily)) == 3 and daily.sql("select count(*) from anton.delayed") == [(2,)]
+    daily.sql("update anton.delayed set run_at = anton.now()", "update anton.model set built_at = built_at - interval '11 min'")
+    work(daily)
+    assert len(rows(daily)) == 5 and daily.sql("select jobs from anton.model") == [(2,)]
+
+
+def test_while_one_refresh_runs_others_wait_in_the_queue_and_not_in_a_transaction(daily):
+    daily.sql("insert into orders values (4, 'cid', 1)")
+    with psycopg.connect(daily.url) as other:
+        other.execute("select from anton.model for no key update")
+        claimed = daily.sql("select id from anton.claim(0, 7, array(select id from anton.handler where model_id is not null), "
+                            "'{1}', '{1000}', '{0}', '1 min')")
+        assert daily.sql(f"select anton.run_sql(7, array{[claimed[0][0]]}, 0)") == [(None,)]
+        assert daily.sql("select count(*) from anton.delayed") == [(1,)] and daily.sql("table anton.lease") == []
+    daily.sql("update anton.delayed set run_at = anton.now()")
+    work(daily)
+    assert len(rows(daily)) == 3
+
+
+def test_a_table_that_is_no_models_is_not_taken(daily):
+    daily.sql("create table mine (customer text primary key)")
+    daily.file("sql/mine.sql", DAILY)
+    with pytest.raises(DatabaseError, match='there is a table "public.mine", and it is none that a model keeps'):
+        daily.migrate()
+
+
+def test_a_model_that_vanished_leaves_an_ordinary_table(daily):
+    (daily.folder / "sql/daily.sql").unlink()
+    assert any("model daily is not in sql/ any more" in note for note in daily.migrate().notes)
+    daily.sql("insert into orders values (4, 'cid', 1)")
+    work(daily)
+    assert len(rows(daily)) == 2 and daily.sql("select state from anton.models()") == [("missing",)]
+    daily.file("sql/daily.sql", DAILY)
+    daily.migrate()
+    assert len(rows(daily)) == 3
+
+
+def test_a_first_build_that_fails_is_made_up_for_without_events(shop):
+    def code() -> None:
+        Table("daily", Daily, key="customer").on_changes(lambda_named("note"))
+
+    shop.sql(ORDERS, "insert into orders values (1, 'ann', 5), (2, null, 1)")
+    shop.file("sql/daily.sql", DAILY)
+    with pytest.raises(AntonError, match="null value in column"):
+        shop.declare(code).migrate()
+    shop.sql("delete from orders where id = 2")
+    shop.migrate()
+    assert rows(shop) == [("ann", 1, Decimal(5))]
+    assert shop.sql("select count(*) from anton.job j join anton.handler h on h.id = j.handler_id where h.name = 'note'") \
+        == [(0,)]
+    shop.sql("insert into orders values (3, 'cid', 1)", "select anton.refresh('daily')")
+    assert shop.sql("select count(*) from anton.job j join anton.handler h on h.id = j.handler_id where h.name = 'note'") \
+        == [(1,)]
+
+
+@pytest.mark.parametrize(("header", "error", "match"), [
+    ("-- refresh: orders\n-- kee: a", UnknownOption, 'unknown option "kee" of sql/m.sql. Did you mean "key"'),
+    ("-- refresh: orders", BadOption, "key="),
+    ("-- key: a", BadOption, "refresh="),
+    ("-- refresh: @sometimes\n-- key: a", BadOption, "@sometimes"),
+    ("-- refresh: orders, 0 25 * * *\n-- key: a", BadOption, "0 25"),
+    ("-- refresh: ordrs\n-- key: a", UnknownTable, 'Did you mean "orders"'),
+    ("-- refresh: orders\n-- key: b", UnknownOption, 'unknown option "b" of key: of sql/m.sql'),
+    ("-- refresh: orders\n-- key: a\n-- incremental: customers.id", BadOption, "customers.id"),
+    ("-- refresh: orders\n-- key: a\n-- incremental: orders.custmer", UnknownOption, 'Did you mean "customer"'),
+    ("-- refresh: orders\n-- key: a\n-- max_wait: soon", BadOption, "soon"),
+    ("-- refresh: orders\n-- key: a\nselect 1;", DeclarationError, "holds 2 statements"),
+    ("-- refresh: orders\n-- key: a\nselect\nnothing,", MigrationFailed, 'sql/m.sql, line 5: column "nothing"'),
+])
+def test_a_header_that_cannot_be_is_refused(shop, header, error, match):
+    shop.sql(ORDERS)
+    shop.file("sql/m.sql", f"-- anton: model\n{header}\n" + ("" if header.endswith(",") else "select ") + "customer as a from orders")
+    with pytest.raises(error, match=match):
+        shop.migrate()
+
+
+def test_what_writes_into_a_model_is_refused(daily):
+    def code() -> None:
+        kept = Table("daily", Daily, key="customer")
+        Table("prompts").on_new_records(lambda_named("make"), into=kept)
+
+    with pytest.raises(BadOption, match="sql/daily.sql would undo what is written to it"):
+        daily.declare(code).migrate()
+
+
+def test_values_that_have_no_equality_are_compared_as_text(shop):
+    shop.sql("create table docs (id int primary key, body json, at point, x xml)",
+             "insert into docs values (1, '{\"a\":1}', '(1,2)', '<a/>'), (2, '{}', null, null)")
+    shop.file("sql/copy.sql", "-- anton: model\n-- refresh: docs\n-- key: id\nselect * from docs")
+    shop.migrate()
+    assert shop.sql("select new, updated, deleted from anton.refresh('copy')") == [(0, 0, 0)]
+    shop.sql("update docs set x = '<b/>' where id = 2", "update docs set at = '(1,3)' where id = 1")
+    assert shop.sql("select new, updated, deleted from anton.refresh('copy')") == [(0, 2, 0)]
