@@ -244,9 +244,10 @@ async def images_sql(db: Database, conn: Conn, table: int, cols: list[str]) -> s
     return str(await db.call_value(conn, "images_sql", table, cols))
 
 
-async def run_sql(db: Database, conn: Conn, lease: int, ids: list[int], worker: int) -> int:
-    """Runs a SQL handler over whole jobs and settles them; the receipt's id."""
-    return int(await db.call_value(conn, "run_sql", lease, ids, worker))
+async def run_sql(db: Database, conn: Conn, lease: int, ids: list[int], worker: int) -> int | None:
+    """Runs a SQL handler over whole jobs and settles them; the receipt's id, None when they have to wait."""
+    receipt: int | None = await db.call_value(conn, "run_sql", lease, ids, worker)
+    return receipt
 
 
 async def chain(db: Database, conn: Conn, receipt: int) -> str:

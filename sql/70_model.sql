@@ -266,17 +266,20 @@ end $$;
 
 -- refresh_jobs(handler, token, ids, worker) -> receipt id; null when they have to wait
 -- What run_sql() does for a handler of a model: one refresh for these jobs and all that wait beside them, in the caller's
--- transaction. While another refresh of the model runs they wait for a moment, and with max_wait for others to come.
+-- transaction. While another refresh of the model runs they wait, after a second of it in the queue; with max_wait for others to come.
 create or replace function refresh_jobs(h handler, p_token bigint, p_ids bigint[], p_worker int) returns bigint
 language plpgsql volatile set search_path from current as $$
-declare m model; v_jobs job[]; v_held bigint; v_receipt bigint; v_now timestamptz := now(); v_until timestamptz;
+declare m model; v_jobs job[]; v_held bigint; v_receipt bigint; v_now timestamptz := now(); v_until timestamptz; v_patience text := current_setting('lock_timeout');
 begin
-  select * into m from model where id = h.model_id for no key update skip locked;
-  if m.id is null then
+  begin
+    perform set_config('lock_timeout', '1s', true);
+    select * into m from model where id = h.model_id for no key update;
+    perform set_config('lock_timeout', v_patience, true);
+  exception when lock_not_available then
     perform postpone(p_token, p_ids, v_now + interval '0.2 s');
     return null;
-  end if;
-  if m.built_at + m.max_wait > v_now and m.max_wait > interval '0' and h.table_id <> (select id from watched where relid = 'tick'::regclass) then
+  end;
+  if m.built_at + m.max_wait > v_now and m.max_wait > interval '0' and h.table_id is distinct from (select id from watched where relid = 'tick'::regclass) then
     perform postpone(p_token, p_ids, m.built_at + m.max_wait);
     return null;
   end if;

@@ -146,7 +146,7 @@ def test_a_changed_select_alters_the_table_in_place_and_rebuilds_it(daily):
     daily.file("sql/daily.sql", DAILY.replace("count(*) as orders, sum(total) as total",
                                               "sum(total)::int as total, max(id) as last"))
     plan = daily.migrate(plan=True)
-    assert 'alter table "public"."daily" drop column "orders", drop column "total", add column "total" integer' in plan.sql
+    assert 'alter table public.daily drop column orders, drop column total, add column total integer' in plan.sql
     assert rows(daily)[0] == ("ann", 2, Decimal(6))
     daily.migrate()
     assert rows(daily) == [("ann", 6, 3), ("bob", 7, 2)] and daily.sql("select 'daily'::regclass::oid") == oid
@@ -154,7 +154,7 @@ def test_a_changed_select_alters_the_table_in_place_and_rebuilds_it(daily):
         (True, True)]
     assert not daily.migrate(check=True).drift
     daily.file("sql/daily.sql", DAILY.replace("key: customer", "key: customer, orders"))
-    with pytest.raises(MigrationError, match=r'drop table "public"."daily"; and run again'):
+    with pytest.raises(MigrationError, match=r'drop table public.daily; and run again'):
         daily.migrate()
 
 
@@ -286,10 +286,10 @@ def test_what_writes_into_a_model_is_refused(daily):
 
 
 def test_values_that_have_no_equality_are_compared_as_text(shop):
-    shop.sql("create table docs (id int primary key, body json, at point, x xml)",
-             "insert into docs values (1, '{\"a\":1}', '(1,2)', '<a/>'), (2, '{}', null, null)")
+    shop.sql("create table docs (id int primary key, body json, at point)",
+             "insert into docs values (1, '{\"a\":1}', '(1,2)'), (2, '{}', null)")
     shop.file("sql/copy.sql", "-- anton: model\n-- refresh: docs\n-- key: id\nselect * from docs")
     shop.migrate()
     assert shop.sql("select new, updated, deleted from anton.refresh('copy')") == [(0, 0, 0)]
-    shop.sql("update docs set x = '<b/>' where id = 2", "update docs set at = '(1,3)' where id = 1")
+    shop.sql("update docs set body = '[]' where id = 2", "update docs set at = '(1,3)' where id = 1")
     assert shop.sql("select new, updated, deleted from anton.refresh('copy')") == [(0, 2, 0)]
