@@ -124,7 +124,7 @@ end $$;
 -- changed_groups(model, jobs) -> {output: {"type", "values"}}: the groups that these jobs name; null when they cannot tell
 -- A new record is in the group that it is in now: it left every other one by an update or a delete, which names that.
 create or replace function changed_groups(m model, p_jobs job[]) returns jsonb language plpgsql stable set search_path from current
-set jit = off as $$
+set jit = off set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
 declare
   i record; w watched; v_type text; v_ids bigint[]; v_keys jsonb; v_list text[]; v_some text[]; v_lost boolean; v_found jsonb := '{}'; v_in text;
 begin
@@ -148,7 +148,8 @@ begin
            (select array_agg(id) from part q, unnest(coalesce(q.own_ids, q.ids[q.lo:q.hi])) id where q.op = 'n'),
            (select jsonb_agg(k) from part q, jsonb_array_elements(coalesce(q.own_keys, jsonb_path_query_array(q.keys, '$[$lo to $hi]',
                      jsonb_build_object('lo', q.lo - 1, 'hi', q.hi - 1)))) k where q.op = 'n'),
-           (select array_agg(distinct v) from part q, unnest(array[q.olds[q.at:q.at][q.lo:q.hi], q.news[q.at:q.at][q.lo:q.hi]]) v where q.op <> 'n' and q.at is not null)
+           (select array_agg(distinct v) from part q cross join lateral (select unnest(q.olds[q.at:q.at][q.lo:q.hi]) union all select unnest(q.news[q.at:q.at][q.lo:q.hi])) x (v)
+             where q.op <> 'n' and q.at is not null)
       into v_lost, v_ids, v_keys, v_list from part p;
     if v_lost then
       return null;
