@@ -19,7 +19,7 @@ from sqlglot.optimizer.qualify import qualify
 from sqlglot.optimizer.scope import Scope, build_scope
 
 Name = tuple[str, str]                                                 # schema, table
-Class = frozenset[tuple[str, str]]                                     # columns (source, name) that are equal in every row
+Class = frozenset[tuple[str, str]]                                     # (source, column) that are equal in every row
 
 
 class Cannot(Exception):
@@ -63,9 +63,9 @@ class Select:
     functions: Functions = field(default_factory=Functions)
 
     def __post_init__(self) -> None:
-        known: dict[str, dict[str, dict[str, str]]] = {}
-        for (schema, table), columns in self.columns.items():
-            known.setdefault(schema, {})[table] = dict(columns)
+        known: dict[str, object] = {}
+        for schema in {schema for schema, _ in self.columns}:
+            known[schema] = {table: dict(columns) for (of, table), columns in self.columns.items() if of == schema}
         try:
             qualified = qualify(self.tree.copy(), dialect="postgres", schema=known, db=self.schema,
                                 quote_identifiers=False, identify=False)
@@ -103,8 +103,7 @@ class Select:
         if group is not None and _plain(group):
             return all(one in in_key for one in group.expressions)
         if distinct is not None and distinct.args.get("on") is not None:
-            on = distinct.args["on"]
-            return all(one in in_key for one in (on.expressions if isinstance(on, exp.Tuple) else [on]))
+            return all(one in in_key for one in _distinct_on(select))
         return distinct is not None and set(outputs) <= key
 
 
@@ -129,7 +128,7 @@ class _Trace:
         names: list[str] = []
         for part in scope.set_operation_scopes:
             found = self.scope(part)
-            mine = list(part.expression.named_selects)
+            mine = part.expression.named_selects if isinstance(part.expression, exp.Query) else []
             names = names or mine
             if found is not None:
                 here = {n for n, name in enumerate(mine) if name in found}
@@ -210,7 +209,7 @@ class _Trace:
         shared: set[Class] | None = None
         for alias, columns in carries.items():
             mine = {groups.get((alias, column), frozenset({(alias, column)})) for column in columns}
-            if alias in optional:                                      # its own columns are null in rows without a match
+            if alias in optional:                                      # its own are null in rows without a match
                 pairs = [(_col(a), _col(b)) for a, b in _equalities(optional[alias].args.get("on"))]
                 held = {(alias, column) for column in columns}
                 others = {b if a in held else a for a, b in pairs if (a in held) != (b in held)}
@@ -242,10 +241,8 @@ class _Trace:
                 parts = parts or (known.args.get("partition_by") if known is not None else None) or []
                 if not any(_is(one, held) for one in parts):
                     raise Cannot(f"a window function goes across groups: it has no PARTITION BY {self.column}")
-        distinct = select.args.get("distinct")
-        on = distinct.args.get("on") if distinct is not None else None
-        if on is not None and not any(_is(one, held)
-                                      for one in (on.expressions if isinstance(on, exp.Tuple) else [on])):
+        on = _distinct_on(select)
+        if on and not any(_is(one, held) for one in on):
             raise Cannot(f"its DISTINCT ON does not name {self.column}")
         outputs = {one.alias_or_name for one in select.selects if _is(one.unalias(), held)}
         if not outputs:
@@ -289,6 +286,17 @@ def _function(node: exp.Expr) -> str:
 
 def _plain(group: exp.Group) -> bool:
     return not any(group.args.get(name) for name in ("rollup", "cube", "grouping_sets", "all", "totals"))
+
+
+def _distinct_on(select: exp.Select) -> list[exp.Expr]:
+    """What DISTINCT ON names, output columns as what they are made of."""
+    distinct = select.args.get("distinct")
+    on = distinct.args.get("on") if distinct is not None else None
+    if on is None:
+        return []
+    outputs = {one.alias_or_name: one.unalias() for one in select.selects}
+    return [outputs.get(one.name, one) if isinstance(one, exp.Column) and not one.table else one
+            for one in (on.expressions if isinstance(on, exp.Tuple) else [on])]
 
 
 def _makes_rows(select: exp.Select, functions: Functions) -> bool:

@@ -182,7 +182,9 @@ class Lane:
 
     def jobs_for(self, records: int) -> int:
         """How many jobs to ask for, to get that many records."""
-        return 1 if self.model else max(1, min(MOST_JOBS, math.ceil(records / max(1.0, self.per_job or self.batch / 16))))
+        if self.model:
+            return 1
+        return max(1, min(MOST_JOBS, math.ceil(records / max(1.0, self.per_job or self.batch / 16))))
 
     def start_from(self, now: float) -> int:
         """The id to claim after. Now and then 0: a job with a smaller id may have been committed later."""

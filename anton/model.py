@@ -5,9 +5,9 @@
     -- key: day
     select created_at::date as day, sum(total) as total from orders group by 1
 
-A handler on each table of `refresh` and a schedule for each time of it rebuild the table by difference; sql/70_model.sql
-is how. The table is made from the SELECT's columns and built by migrate, before any handler listens to it: what was there
-at first is no event.
+A handler on each table of `refresh` and a schedule for each time of it rebuild the table by difference, as
+sql/70_model.sql does. The table is made from the SELECT's columns and built by migrate, before any handler listens to
+it: what was there at first is no event.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from anton.sqlfile import model as parsed
 from anton.steps import Steps
 
 if TYPE_CHECKING:
-    from anton.db import Conn
+    pass
 
 OPS = ("new", "updated", "deleted", "truncate")
 BATCH = 1000  # records of one job; a refresh takes all jobs there are
@@ -95,8 +95,7 @@ class Models:
         """Looks at their tables. Refuses a name that another table, or another app's model, has."""
         for model in self.all:
             row = await self.conn.fetchrow(
-                "select c.oid, w.app, exists (select from pg_class k where k.oid = c.oid and k.relkind = 'r') as plain, "
-                "       m.app as of_app, m.name as of_model "
+                "select c.oid, c.relkind in ('r', 'p') as plain, m.app as of_app, m.name as of_model "
                 "  from pg_class c join pg_namespace n on n.oid = c.relnamespace "
                 f" left join {self.run.schema}.watched w on w.schema_name = n.nspname and w.table_name = c.relname "
                 f" left join {self.run.schema}.model m on m.table_id = w.id "

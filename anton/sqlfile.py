@@ -182,10 +182,11 @@ def model(file: SqlFile) -> SqlModel:
     if len(parts) != 1:
         raise DeclarationError(f"{of}: a model is one SELECT, and this holds {len(parts)} statements. "
                                "Put the others into a file of their own.")
-    tables, crons = [], []
+    named: list[str] = []
+    crons: list[str] = []
     for word in _words(re.split(r",\s+|,$", header.get("refresh", ""))):
-        (crons if word.startswith("@") or len(word.split()) == 5 else tables).append(word)
-    tables = [name for word in tables for name in _words(word.split(","))]
+        (crons if word.startswith("@") or len(word.split()) == 5 else named).append(word)
+    tables = [name for word in named for name in _words(word.split(","))]
     if not tables and not crons:
         raise BadOption("refresh", header.get("refresh", ""), of, 'tables, times or both: "orders, @hourly"')
     key = _words(header.get("key", "").split(","))

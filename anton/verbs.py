@@ -284,7 +284,8 @@ def models_run(args: Args) -> int:
 
     row = query(args, run)
     scope = "all rows" if row["is_full"] else "what changed"
-    emit(args, row, f"{row['name']}: {scope}, {row['new']:,} new, {row['updated']:,} updated, {row['deleted']:,} deleted")
+    did = ", ".join(f"{row[what]:,} {what}" for what in ("new", "updated", "deleted"))
+    emit(args, row, f"{row['name']}: {scope}, {did}")
     return OK
 
 

@@ -251,6 +251,19 @@ begin
   return coalesce(v_ready, '{}') || coalesce(v_later, '{}');
 end $$;
 
+-- held(token, ids) -> these leased jobs, taken out of their leases under the fence
+create or replace function held(p_token bigint, p_ids bigint[]) returns job[] language plpgsql volatile set search_path from current
+set jit = off set enable_seqscan = off as $$
+declare v_held bigint; v_until timestamptz; v_jobs job[];
+begin
+  with mine as (delete from lease where token = p_token and id = any (p_ids) returning *)
+  select count(*), min(lease_until), array_agg((handler_id, id, change_id, at, cause, trace, lo, hi, attempt, crashes, depth, op, tenant, origin, settled, ids, keys)::job)
+    into v_held, v_until, v_jobs from mine;
+  perform fence(p_token, v_held, cardinality(p_ids));
+  perform let_go(v_until);
+  return v_jobs;
+end $$;
+
 -- postpone(token, ids, due): these leased jobs are ready then; nothing counts against them
 create or replace function postpone(p_token bigint, p_ids bigint[], p_due timestamptz) returns void language plpgsql volatile set search_path from current
 set jit = off set enable_seqscan = off as $$
@@ -270,7 +283,7 @@ end $$;
 -- transaction. While another refresh of the model runs they wait, after a second of it in the queue; with max_wait for others to come.
 create or replace function refresh_jobs(h handler, p_token bigint, p_ids bigint[], p_worker int) returns bigint
 language plpgsql volatile set search_path from current as $$
-declare m model; v_jobs job[]; v_held bigint; v_receipt bigint; v_now timestamptz := now(); v_until timestamptz; v_patience text := current_setting('lock_timeout');
+declare m model; v_jobs job[]; v_receipt bigint; v_now timestamptz := now(); v_patience text := current_setting('lock_timeout');
 begin
   begin
     perform set_config('lock_timeout', '1s', true);
@@ -284,12 +297,7 @@ begin
     perform postpone(p_token, p_ids, m.built_at + m.max_wait);
     return null;
   end if;
-  with held as (delete from lease where token = p_token and id = any (p_ids) returning *)
-  select count(*), min(lease_until), array_agg((handler_id, id, change_id, at, cause, trace, lo, hi, attempt, crashes, depth, op, tenant, origin, settled, ids, keys)::job)
-    into v_held, v_until, v_jobs from held;
-  perform fence(p_token, v_held, cardinality(p_ids));
-  perform let_go(v_until);
-  v_jobs := v_jobs || pending(m.id);
+  v_jobs := held(p_token, p_ids) || pending(m.id);
   v_receipt := swallow(m, p_worker, v_jobs);
   perform rebuild(m, v_jobs, false);
   return v_receipt;

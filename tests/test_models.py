@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 from decimal import Decimal
 from typing import Any
 
+import asyncpg
 import psycopg
 import pytest
 from pydantic import BaseModel
 from shop import Shop, lambda_named
 
-from anton.db import set_database
+from anton.db import Database, set_database
 from anton.errors import (
     AntonError,
     BadOption,
@@ -31,6 +34,8 @@ DAILY = """-- anton: model
 -- key: customer
 select customer, count(*) as orders, sum(total) as total from orders group by customer;
 """
+AGED = "update anton.model set built_at = built_at - interval '11 min'"
+WAITING = "select count(*) from anton.job j join anton.handler h on h.id = j.handler_id where h.name = 'note'"
 ORDERS = "create table orders (id int primary key, customer text, total numeric)"
 
 
@@ -113,7 +118,7 @@ def test_a_key_that_is_null_or_comes_twice_leaves_the_old_rows_and_the_handler_w
     assert rows(daily) == before
     (error, failures), = daily.sql("select failing_error, failures from anton.handler where name = 'daily:orders'")
     assert 'model "daily": null value in column "customer"' in error and failures == 1
-    assert daily.sql("select count(*) from anton.dead") == [(0,)] and daily.sql("select count(*) from anton.job") == [(1,)]
+    assert daily.sql("select (select count(*) from anton.dead), (select count(*) from anton.job)") == [(0, 1)]
     daily.sql("delete from orders where customer is null", "select anton.refresh('daily')")
     assert daily.sql("select failing_since from anton.handler where name = 'daily:orders'") == [(None,)]
     daily.file("sql/daily.sql", DAILY.replace("group by customer", "group by customer, id"))
@@ -195,13 +200,13 @@ def test_a_model_by_the_clock_is_rebuilt_whole_and_its_pending_changes_with_it(d
 def test_with_max_wait_the_first_change_is_seen_at_once_and_later_ones_together(daily):
     daily.file("sql/daily.sql", DAILY.replace("-- key", "-- max_wait: 10m\n-- key"))
     daily.migrate()
-    daily.sql("update anton.model set built_at = built_at - interval '11 min'", "insert into orders values (4, 'cid', 1)")
+    daily.sql(AGED, "insert into orders values (4, 'cid', 1)")
     work(daily)
     assert len(rows(daily)) == 3
     daily.sql("insert into orders values (5, 'dan', 1)", "insert into orders values (6, 'eve', 1)")
     work(daily)
     assert len(rows(daily)) == 3 and daily.sql("select count(*) from anton.delayed") == [(2,)]
-    daily.sql("update anton.delayed set run_at = anton.now()", "update anton.model set built_at = built_at - interval '11 min'")
+    daily.sql("update anton.delayed set run_at = anton.now()", AGED)
     work(daily)
     assert len(rows(daily)) == 5 and daily.sql("select jobs from anton.model") == [(2,)]
 
@@ -210,7 +215,7 @@ def test_while_one_refresh_runs_others_wait_in_the_queue_and_not_in_a_transactio
     daily.sql("insert into orders values (4, 'cid', 1)")
     with psycopg.connect(daily.url) as other:
         other.execute("select from anton.model for no key update")
-        claimed = daily.sql("select id from anton.claim(0, 7, array(select id from anton.handler where model_id is not null), "
+        claimed = daily.sql("select id from anton.claim(0, 7, array(select id from anton.handler where model_id > 0), "
                             "'{1}', '{1000}', '{0}', '1 min')")
         assert daily.sql(f"select anton.run_sql(7, array{[claimed[0][0]]}, 0)") == [(None,)]
         assert daily.sql("select count(*) from anton.delayed") == [(1,)] and daily.sql("table anton.lease") == []
@@ -248,11 +253,9 @@ def test_a_first_build_that_fails_is_made_up_for_without_events(shop):
     shop.sql("delete from orders where id = 2")
     shop.migrate()
     assert rows(shop) == [("ann", 1, Decimal(5))]
-    assert shop.sql("select count(*) from anton.job j join anton.handler h on h.id = j.handler_id where h.name = 'note'") \
-        == [(0,)]
+    assert shop.sql(WAITING) == [(0,)]
     shop.sql("insert into orders values (3, 'cid', 1)", "select anton.refresh('daily')")
-    assert shop.sql("select count(*) from anton.job j join anton.handler h on h.id = j.handler_id where h.name = 'note'") \
-        == [(1,)]
+    assert shop.sql(WAITING) == [(1,)]
 
 
 @pytest.mark.parametrize(("header", "error", "match"), [
@@ -271,7 +274,8 @@ def test_a_first_build_that_fails_is_made_up_for_without_events(shop):
 ])
 def test_a_header_that_cannot_be_is_refused(shop, header, error, match):
     shop.sql(ORDERS)
-    shop.file("sql/m.sql", f"-- anton: model\n{header}\n" + ("" if header.endswith(",") else "select ") + "customer as a from orders")
+    select = "" if header.endswith(",") else "select "
+    shop.file("sql/m.sql", f"-- anton: model\n{header}\n{select}customer as a from orders")
     with pytest.raises(error, match=match):
         shop.migrate()
 
@@ -293,3 +297,66 @@ def test_values_that_have_no_equality_are_compared_as_text(shop):
     assert shop.sql("select new, updated, deleted from anton.refresh('copy')") == [(0, 0, 0)]
     shop.sql("update docs set body = '[]' where id = 2", "update docs set at = '(1,3)' where id = 1")
     assert shop.sql("select new, updated, deleted from anton.refresh('copy')") == [(0, 2, 0)]
+
+
+CHILD = """import asyncio, sys
+from anton.app import App
+from anton.db import Database
+from anton.worker import Worker
+asyncio.run(Worker(Database(sys.argv[1]), App("shop", sys.argv[2])).run_until_idle())"""
+
+
+def test_a_worker_that_is_killed_in_a_refresh_leaves_nothing_of_it_and_another_makes_it_once(daily):
+    def code() -> None:
+        Table("daily", Daily, key="customer").on_changes(lambda_named("note"))
+
+    daily.file("sql/daily.sql", DAILY.replace("from orders", "from orders, (select pg_advisory_xact_lock_shared(7)) l"))
+    daily.declare(code).migrate()
+    daily.sql("insert into orders values (4, 'cid', 3)")
+    with psycopg.connect(daily.url, autocommit=True) as other:
+        other.execute("select pg_advisory_lock(7)")
+        child = subprocess.Popen([sys.executable, "-c", CHILD, daily.url, str(daily.folder)])
+        while not other.execute("select exists (select from pg_locks where locktype = 'advisory' and objid = 7 "
+                                "and not granted)").fetchone()[0]:
+            assert child.poll() is None
+        child.kill()
+        child.wait()
+        other.execute("select pg_terminate_backend(pid) from pg_locks where locktype = 'advisory' and objid = 7 "
+                      "and not granted")
+        while other.execute("select exists (select from pg_locks where locktype = 'advisory' and objid = 7 "
+                            "and not granted)").fetchone()[0]:
+            pass
+    assert len(rows(daily)) == 2 and daily.sql("select count(*) from anton.lease") == [(1,)]
+    daily.sql("select anton.worker_died(max(id)) from anton.worker")
+    work(daily)
+    assert len(rows(daily)) == 3 and daily.sql(WAITING) == [(1,)]
+    assert daily.sql("select count(*) from anton.receipt") == [(1,)]
+
+
+def test_many_writers_and_two_workers_end_where_the_select_does(daily):
+    daily.file("sql/daily.sql", DAILY.replace("-- key", "-- incremental: orders.customer\n-- key"))
+    daily.migrate()
+
+    async def write(n: int) -> None:
+        conn = await asyncpg.connect(daily.url)
+        for i in range(40):
+            await conn.execute("insert into orders values ($1, $2, 1) on conflict (id) do update set customer = $3",
+                               (n * 7 + i) % 50, f"c{i % 5}", f"c{(n + i) % 6}")
+        await conn.close()
+
+    async def race() -> None:
+        other = Database(daily.url)
+        workers = [Worker(db, daily.app) for db in (daily.db, other)]
+        tasks = [asyncio.create_task(worker.run()) for worker in workers]
+        await asyncio.gather(*map(write, range(4)))
+        for worker in workers:
+            worker.drain()
+        await asyncio.gather(*tasks)
+        await Worker(daily.db, daily.app).run_until_idle()
+
+    asyncio.run(race())
+    while daily.sql("select count(*) from anton.delayed") != [(0,)]:
+        daily.sql("update anton.delayed set run_at = anton.now()")
+        work(daily)
+    assert rows(daily) == sorted(daily.sql(daily.sql("select body from anton.model")[0][0]))
+    assert daily.sql("select failures from anton.handler where model_id is not null") == [(0,)]

@@ -17,8 +17,8 @@ from anton.worker import Worker
 HEADER = "-- anton: model\n-- refresh: orders\n-- key: {key}\n-- incremental: orders.customer\n"
 SUMS = (HEADER.format(key="customer") +
         "select customer, count(*) as n, sum(total) as total from orders where customer is not null group by customer")
-ROWS = HEADER.format(key="id") + ("select id, customer, total, rank() over (partition by customer order by total, id) as place\n"
-                                  "from orders")
+ROWS = (HEADER.format(key="id") + "select id, customer, total,\n"
+        "rank() over (partition by customer order by total, id) as place from orders")
 LEFT = (HEADER.format(key="who") + "select c.who, count(o.id) as n from customers c left join orders o\n"
         "on o.customer = c.who group by c.who")
 TABLES = ("create table orders (id int primary key, customer text, total int)",
@@ -28,9 +28,12 @@ LOG = """create function note_{model}() returns trigger language plpgsql as $$be
   if tg_op = 'INSERT' then insert into log select 'n{model}', {key} from new_table;
   elsif tg_op = 'DELETE' then insert into log select 'd{model}', {key} from old_table;
   else insert into log select 'u{model}', n.{key} from new_table n; end if; return null; end$$;
-create trigger a after insert on {model} referencing new table as new_table for each statement execute function note_{model}();
-create trigger b after update on {model} referencing new table as new_table for each statement execute function note_{model}();
-create trigger c after delete on {model} referencing old table as old_table for each statement execute function note_{model}()"""
+create trigger a after insert on {model} referencing new table as new_table for each statement
+  execute function note_{model}();
+create trigger b after update on {model} referencing new table as new_table for each statement
+  execute function note_{model}();
+create trigger c after delete on {model} referencing old table as old_table for each statement
+  execute function note_{model}()"""
 MODELS = {"sums": "customer", "ranked": "id", "counts": "who"}
 
 
@@ -75,7 +78,7 @@ step = st.one_of(
     st.tuples(st.just("total"), customer, st.integers(0, 3)),
     st.tuples(st.just("rekey"), st.integers(1, 12), st.integers(13, 20)),
     st.tuples(st.just("delete"), st.integers(1, 12), st.integers(1, 12)),
-    st.tuples(st.just("truncate")), st.tuples(st.just("work")), st.tuples(st.just("commit")), st.tuples(st.just("late")))
+    *(st.tuples(st.just(word)) for word in ("truncate", "work", "commit", "late")))
 
 
 def run(conn: psycopg.Connection[Any], one: tuple[Any, ...]) -> None:
