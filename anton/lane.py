@@ -319,4 +319,4 @@ def lane_of(row: Any, handler: Any) -> Lane:
         row["id"], row["name"], handler, row["kind"], each, row["read"], row["where_sql"] is not None,
         row["batch"], row["max_wait"], concurrency, row["timeout"], row["attempts"],
         row["backoff"], row["table_id"], f"{row['schema_name']}.{row['table_name']}", tuple(row["key_columns"]),
-        row["key_kind"], row["fetch_sql"], row["feeding"], frozenset(row["had"]), model=row["model"])
+        row["key_kind"], row["fetch_sql"], row["feeding"], frozenset(row["had"]))

@@ -5,14 +5,19 @@ drop function if exists catalogue(text);
 create or replace function catalogue(p_app text) returns table (
   id int, app text, name text, kind text, ops text[], each_record boolean, read text, where_sql text, into_tables text[], batch int,
   max_wait interval, concurrency int, timeout interval, attempts int, backoff interval, feeding boolean,
-  table_id int, schema_name text, table_name text, key_columns text[], key_kind text, fetch_sql text, had text[], model boolean)
+  table_id int, schema_name text, table_name text, key_columns text[], key_kind text, fetch_sql text, had text[])
 language sql stable set search_path from current as $$
   select h.id, h.app, h.name, h.kind, h.ops, h.each_record, h.read, h.where_sql, h.into_tables, h.batch,
          h.max_wait, h.concurrency, h.timeout, h.attempts, h.backoff, h.feeding,
-         w.id, w.schema_name, w.table_name, w.key_columns, w.key_kind, w.fetch_sql, w.had, h.model_id is not null
+         w.id, w.schema_name, w.table_name, w.key_columns, w.key_kind, w.fetch_sql, w.had
     from handler h join watched w on w.id = h.table_id
    where h.app = p_app or (h.app = 'sql' and h.kind = 'sql')
    order by h.id
+$$;
+
+-- refreshers() -> the handlers that refresh models
+create or replace function refreshers() returns setof int language sql stable set search_path from current as $$
+  select id from handler where model_id is not null
 $$;
 
 -- table_ids() -> what each watched table is called in receipts
