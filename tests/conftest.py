@@ -1,4 +1,5 @@
 """Fixtures of the whole suite. ANTON_TEST_SERVER=embedded (default) | system picks the server; make test runs both.
+--asks-server: only tests that ask for a server, which differ from one to the other.
 
     server     the running server of this session
     template   the name of a database with Anton's runtime in it, migrated once a session
@@ -28,6 +29,17 @@ from anton.db import Database, set_database
 
 for _name in [name for name in os.environ if name.startswith("PG") or name == "DATABASE_URL"]:
     del os.environ[_name]  # a developer's own database is no test's business
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--asks-server", action="store_true", help="only tests that ask for the fixture `server`")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--asks-server"):
+        asking = {item for item in items if "server" in getattr(item, "fixturenames", ())}
+        config.hook.pytest_deselected(items=[item for item in items if item not in asking])
+        items[:] = [item for item in items if item in asking]
 
 
 @pytest.fixture(scope="session")

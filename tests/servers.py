@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import os
+import random
 import re
 import shutil
 import socket
@@ -78,9 +79,10 @@ class Server:
 def running(kind: str, **settings: str) -> Iterator[Server]:
     """A server of its own, with these settings. Raises NoServer with the reason when there can be none."""
     _clear_leftovers()
-    folder = Path(tempfile.mkdtemp(prefix=PREFIX))
+    made = Path(tempfile.mkdtemp(prefix="anton-new-"))
+    owner = _own(made)
+    folder = made.rename(made.with_name(made.name.replace("anton-new-", PREFIX)))  # owned before others clear it away
     folder.chmod(0o755)  # the server's account must reach into it
-    owner = _own(folder)
     start = {"embedded": _start_embedded, "system": _start_system}[kind]
     try:
         yield start(folder, {**FAST, **settings})
@@ -177,10 +179,12 @@ def _run(data: Path, *words: str | Path) -> None:
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A port that nobody has, also while its server is being started again: none that connections are given."""
+    while True:
+        port = random.randrange(20_000, 32_768)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def _own(folder: Path) -> int:
