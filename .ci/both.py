@@ -1,6 +1,6 @@
 """both.py [pytest arguments]: the suite on both servers at once, which mostly wait; fails when either does.
 
-Tests that ask for no server are the same on both and run once, beside the system's, which alone has some of its own.
+Tests that ask for no server are the same on both and run once, beside the embedded one.
 The output of the embedded one is shown as it comes, and then that of the system's.
 """
 
@@ -13,12 +13,13 @@ import tempfile
 from pathlib import Path
 
 NOTHING = 5                                                                      # of pytest: no test was collected
-ONLY = {"embedded": ("--asks-server",), "system": ()}
+ONLY = {"embedded": (), "system": ("--asks-server",)}
 
 
 def start(server: str, words: list[str], output: Path) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "pytest", "-o", f"cache_dir=.pytest_cache/{server}", *ONLY[server], *words]
     environment = {**os.environ, "ANTON_TEST_SERVER": server, "PYTHONUNBUFFERED": "1"}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)                             # hundreds of processes are started
     with output.open("wb") as file:
         return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
 
