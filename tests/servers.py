@@ -107,7 +107,7 @@ def _start_system(folder: Path, settings: dict[str, str]) -> Server:
     account = embedded.unprivileged(data)
     if account:
         os.chown(data, account.pw_uid, account.pw_gid)
-    port = _free_port()
+    port = free_port()
     settings = {
         "listen_addresses": "127.0.0.1",
         "port": str(port),
@@ -156,6 +156,15 @@ def has_cron(bin: Path) -> bool:
     return (Path(folder) / "extension" / "pg_cron.control").exists()
 
 
+def free_port() -> int:
+    """A port that nobody has, also while its server is being started again: none that connections are given."""
+    while True:
+        port = random.randrange(20_000, 32_768)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
 def _data(folder: Path) -> Path:
     return next(path for path in (folder / "data", folder / ".anton" / "postgres") if path.exists())
 
@@ -177,15 +186,6 @@ def _run(data: Path, *words: str | Path) -> None:
     if done.returncode:
         log = data / "server.log"
         raise NoServer(f"{words[0]} failed: {done.stderr}{log.read_text() if log.exists() else ''}")
-
-
-def _free_port() -> int:
-    """A port that nobody has, also while its server is being started again: none that connections are given."""
-    while True:
-        port = random.randrange(20_000, 32_768)
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
 
 
 def _own(folder: Path) -> int:
