@@ -156,7 +156,7 @@ async def test_a_table_to_read_that_is_denied_makes_the_handler_wait(db: Databas
 
 GONE = {
     "table": ("alter table b rename to b_gone", "alter table b_gone rename to b",
-              r'relation "(public\.)?b" does not exist'),                  # without its schema once a probe looked for it
+              r'relation "(public\.)?b" does not exist'),                  # no schema once a probe looked for it
     "column": ("alter table b rename data to data_gone", "alter table b rename data_gone to data", '"data"'),
 }
 
