@@ -26,7 +26,8 @@ def outputs(sql: str) -> set[str]:
     ("select o.who, p.name from orders o left join people p on p.id = o.who", {"who"}),
     ("select a.id, b.id as other, a.who from orders a join orders b on a.who = b.who", {"who"}),
     ("with a as (select who, sum(total) as t from orders group by 1), "
-     "b as (select who, count(*) as n from orders group by 1) select a.who, t, n from a join b on a.who = b.who", {"who"}),
+     "b as (select who, count(*) as n from orders group by 1) select a.who, t, n from a join b on a.who = b.who",
+     {"who"}),
     ("select who, total from orders union all select id, 0 from people", {"who"}),
     ("select who from orders except select who from orders where total > 3", {"who"}),
     ("select who, id, rank() over (partition by who order by id) as r from orders", {"who"}),
