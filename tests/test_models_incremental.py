@@ -100,7 +100,7 @@ def run(conn: psycopg.Connection[Any], one: tuple[Any, ...]) -> None:
         conn.execute("truncate orders")
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=st.lists(step, min_size=1, max_size=12))
 def test_incremental_refreshes_end_where_a_full_rebuild_does_and_their_events_are_the_difference(three, steps):
     three.sql("truncate orders")
