@@ -62,10 +62,15 @@ begin
 end $$;
 
 -- begin_load(app, storage, path, version, table) -> the load, begun now or before
+-- A version that comes back after another one was begun is loaded anew: the load of then keeps its rejects under another name,
+-- and whoever is still at it finds that it has moved.
 create or replace function begin_load(p_app text, p_storage text, p_path text, p_version text, p_table text) returns setof load
 language plpgsql volatile set search_path from current as $$
 declare v_now timestamptz := now();
 begin
+  update load l set version = format('%s, load %s', version, id), reached = -1, state = case when state = 'done' then state else 'changed' end
+   where (l.app, l.storage, l.path, l.version, l.table_name) = (p_app, p_storage, p_path, p_version, p_table)
+     and exists (select from load x where (x.app, x.storage, x.path, x.table_name) = (p_app, p_storage, p_path, p_table) and x.id > l.id);
   insert into load (app, storage, path, version, table_name, started_at) values (p_app, p_storage, p_path, p_version, p_table, v_now)
     on conflict do nothing;
   return query select * from load l where (l.app, l.storage, l.path, l.version, l.table_name) = (p_app, p_storage, p_path, p_version, p_table);
