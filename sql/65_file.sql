@@ -22,10 +22,12 @@ begin
 end $$;
 
 -- merge_files(app, table, token, paths, sizes, etags, times, settle) -> (added, changed)
--- Files that were found. Of one whose time lies less than settle away, somebody may be writing it: it is left for the next scan.
+-- Files that were found, up to some thousands: each is looked up, as reading all that is known for each part of a scan would make the
+-- scan's time grow with its square. Of one whose time lies less than settle away, somebody may be writing it: it is left for the next scan.
 create or replace function merge_files(p_app text, p_table text, p_token bigint, p_paths text[], p_sizes bigint[], p_etags text[],
                                        p_modified timestamptz[], p_settle interval, out added bigint, out changed bigint)
-returns record language plpgsql volatile set search_path from current as $$
+returns record language plpgsql volatile set search_path from current
+set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set jit = off as $$
 declare v_now timestamptz := now(); v_found text := '(select * from unnest($1, $2, $3, $4) x (path, size, etag, modified) where modified not between $5 - $6 and $5 + $6 or $6 = ''0'') f';
 begin
   perform keep_scan(p_app, p_table, p_token);

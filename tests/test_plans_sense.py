@@ -107,7 +107,7 @@ def deliveries(sensed: Sensed) -> None:
     for ids in (fresh, known):
         sensed.run(f"select anton.deliver(array_fill('app/hook'::text, array[100]), {ids}, "
                    "array_fill('{}'::text, array[100]), array_fill('x'::bytea, array[100])), $1::text",
-                   args=(f"new {sensed.state} ",))
+                   args=(f"new {sensed.state} ",), but="quarantine")  # whether there is any
     sensed.run("select anton.delivered('app/hook', 'd7')")
     sensed.run("select anton.quarantine('app/hook', 'q7', '{}', 'x', 'x', 422)")
     sensed.run("select anton.forget_deliveries(anton.now())")
