@@ -46,7 +46,8 @@ begin
 end $$;
 
 -- drop_files(app, table, token, paths) -> how many: files that are gone
-create or replace function drop_files(p_app text, p_table text, p_token bigint, p_paths text[]) returns bigint language plpgsql volatile set search_path from current as $$
+create or replace function drop_files(p_app text, p_table text, p_token bigint, p_paths text[]) returns bigint language plpgsql volatile set search_path from current
+set enable_seqscan = off set jit = off as $$
 declare v_n bigint;
 begin
   perform keep_scan(p_app, p_table, p_token);
