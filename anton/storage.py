@@ -16,8 +16,8 @@ import itertools
 import logging
 import os
 import re
-from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -62,7 +62,7 @@ class Storage:
     local: bool
     _left_out: set[str] = field(default_factory=set, repr=False)       # that were told of
 
-    async def list(self, prefix: str) -> AsyncIterator[list[Found]]:
+    async def list(self, prefix: str) -> AsyncIterator[Sequence[Found]]:
         """The files whose path begins with prefix, up to 1,000 at a time, in no order.
 
         Left out: of a folder links that lead out of it or round in it, and what vanishes meanwhile; names that cannot
@@ -72,7 +72,7 @@ class Storage:
             async for some in self._folder(prefix) if self.root is not None else self._bucket(prefix):
                 yield some
 
-    async def _bucket(self, prefix: str) -> AsyncIterator[list[Found]]:
+    async def _bucket(self, prefix: str) -> AsyncIterator[Sequence[Found]]:
         async for some in self.store.list(prefix.rpartition("/")[0] or None, chunk_size=PAGE):
             found = [_found(one["path"], one) for one in some
                      if one["path"].startswith(prefix) and self._askable(one["path"])]
@@ -90,25 +90,25 @@ class Storage:
             real = dict(zip(empty, await asyncio.gather(*map(there, empty)), strict=True))
             yield [one for one in found if real.get(one.path, True)]
 
-    async def _folder(self, prefix: str) -> AsyncIterator[list[Found]]:
+    async def _folder(self, prefix: str) -> AsyncIterator[Sequence[Found]]:
         """obstore's own way through a folder ends at the first odd name, and at a link that leads round."""
         assert self.root is not None
         if not self.root.is_dir():
             raise StorageError(self.name, self.url, "list", prefix, "there is no such folder")
         paths = _walk(self.root, prefix)
 
-        def page() -> list[str]:
-            return list(itertools.islice(paths, PAGE))
+        def page() -> Sequence[str]:
+            return [*itertools.islice(paths, PAGE)]
 
         while some := await asyncio.to_thread(page):
-            found = await asyncio.to_thread(list, map(self._looked_at, filter(self._askable, some)))
-            yield [one for one in found if one is not None]
+            yield await asyncio.to_thread(self._looked_at, some)
 
-    def _looked_at(self, path: str) -> Found | None:
-        try:
-            return _found(path, obstore.head(self.store, path))
-        except FileNotFoundError:
-            return None
+    def _looked_at(self, paths: Sequence[str]) -> Sequence[Found]:
+        found = []
+        for path in filter(self._askable, paths):
+            with suppress(FileNotFoundError):                          # it has vanished
+                found.append(_found(path, obstore.head(self.store, path)))
+        return found
 
     def _askable(self, path: str) -> bool:
         """Whether read() and the like take this path."""
@@ -195,7 +195,9 @@ def _walk(root: Path, prefix: str) -> Iterator[str]:
     """
     start = prefix.rpartition("/")[0]
     first = (root / start).resolve()
-    waiting = [(start + "/" if start else "", (root, first))] if first.is_relative_to(root) else []
+    waiting: list[tuple[str, tuple[Path, ...]]] = []
+    if first.is_relative_to(root):
+        waiting.append((start + "/" if start else "", (root, first)))
     while waiting:
         folder, above = waiting.pop()                                  # above: where the folders on the way really are
         try:

@@ -9,7 +9,7 @@ from chaos.direct import SOON, _finish, _stopped
 from chaos.faults import PATIENCE, Result, fault
 
 TICK = ("mid_tick", "after_claim", "mid_firing", "before_ack", "before_commit", "commit_sent_no_reply", "after_commit")
-LOAD = ("mid_piece", "after_piece", "commit_sent_no_reply", "before_ack", "before_commit")  # at the last two all of a file is in
+LOAD = ("mid_piece", "after_piece", "commit_sent_no_reply", "before_ack", "before_commit")  # the last two: all is in
 LINES = 4000  # of a file: some 80 pieces, see chaos/app/main.py
 FAR = 6  # pieces at most that a load gets on between two kills
 
@@ -47,7 +47,8 @@ def killed_firings(cell: Cell, n: int) -> Result:
     result.verdict.lost += missed
     result.verdict.doubled += rows - different
     result.verdict.phantom += phantom
-    result.verdict.require(rows == times and not missed, f"{times} times, {missed} missed, {rows} firings of {different}")
+    result.verdict.require(rows == times and not missed,
+                           f"{times} times, {missed} missed, {rows} firings of {different}")
     result.verdict.require(states == ["done"], f"firings are {', '.join(states)}")
     result.more |= {"times": times, "firings": rows}
     return result
@@ -75,8 +76,8 @@ def killed_loads(cell: Cell, n: int) -> Result:
     cell.start()
     _finish(cell, result)
     rows, different, states = cell.one(
-        "select (select count(*) from out_lots), (select count(distinct src) from out_lots where src between 1 and %s), "
-        "array(select distinct state from anton.load order by 1)", total
+        "select (select count(*) from out_lots), "
+        "(select count(distinct src) from out_lots where src between 1 and %s), array(select distinct state from anton.load order by 1)", total
     )
     result.verdict.lost += total - different
     result.verdict.doubled += rows - different

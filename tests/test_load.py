@@ -235,7 +235,8 @@ def test_who_is_at_a_version_that_was_begun_anew_goes_on_with_the_new_load(store
     store.sql(begin.format("other"))
     assert first.load(orders) == load.Loaded(2, 0)
     assert store.sql(f"select anton.lock_load({old[0]}, {old[1]})") == [(False,)]
-    assert store.sql("select n::int, state from anton.load order by id") == [(0, "changed"), (0, "loading"), (2, "done")]
+    assert store.sql("select n::int, state from anton.load order by id") == [
+        (0, "changed"), (0, "loading"), (2, "done")]
 
 
 @pytest.mark.parametrize("store", ["disk", "s3"], indirect=True)

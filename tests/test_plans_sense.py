@@ -1,4 +1,4 @@
-"""Plans: how the statements of schedules, polls, files, loads and deliveries read what has piled up, 300,000 rows deep."""
+"""Plans: how schedules, polls, files, loads and deliveries read what has piled up, 300,000 rows deep."""
 
 from __future__ import annotations
 
@@ -17,14 +17,16 @@ insert into anton.tick (schedule_id, planned_at, state, fired_at, change_id)
     from anton.schedule s, generate_series(1, {depth} / 3) g where s.name <> 'idle';
 insert into anton.poll (schedule_id) select id from anton.schedule where name = 'first';
 insert into anton.poll_key (schedule_id, key, seen_at)
-  select p.schedule_id, md5(g::text)::uuid, anton.now() - g * interval '1 s' from anton.poll p, generate_series(1, {depth}) g;
+  select p.schedule_id, md5(g::text)::uuid, anton.now() - g * interval '1 s'
+    from anton.poll p, generate_series(1, {depth}) g;
 insert into anton.delivery (webhook, id, at, headers, body)
   select 'app/hook', 'd' || g, anton.now() - g * interval '1 s', '{{}}', 'x' from generate_series(1, {depth}) g;
 insert into anton.quarantine (webhook, id, at, last_at, status, error, headers, body)
   select 'app/hook', 'q' || g, anton.now(), anton.now(), 422, 'x', '{{}}', 'x' from generate_series(1, {depth} / 10) g;
 insert into anton.load (app, storage, path, version, table_name, state, started_at)
   select 'app', 'disk', 'lots/' || g, 'v', 'public.orders', 'done', anton.now() from generate_series(1, {depth}) g;
-insert into anton.load_reject (load_id, row_number, data, error) select id, 1, 'x', 'x' from anton.load where id % 3 = 0;
+insert into anton.load_reject (load_id, row_number, data, error)
+  select id, 1, 'x', 'x' from anton.load where id % 3 = 0;
 insert into lots (path, size, etag, modified)
   select 'lots/' || g, 1, 'v', '2026-01-01' from generate_series(1, {depth}) g;
 """

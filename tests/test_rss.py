@@ -234,8 +234,8 @@ def test_a_redirect_into_a_private_network_is_not_followed(private, live, proxy)
 
 
 @pytest.mark.parametrize("address", [
-    "10.0.0.1", "169.254.169.254", "0.0.0.0", "100.64.0.1", "224.0.0.1", "240.0.0.1", "::1", "fe80::1", "fd00::1", "ff0e::1",
-    "::ffff:127.0.0.1", "64:ff9b::a00:1", "2002:7f00:1::"])
+    "10.0.0.1", "169.254.169.254", "0.0.0.0", "100.64.0.1", "224.0.0.1", "240.0.0.1", "::1", "fe80::1",
+    "fd00::1", "ff0e::1", "::ffff:127.0.0.1", "64:ff9b::a00:1", "2002:7f00:1::"])
 def test_an_address_that_not_all_may_ask_is_private_however_it_is_written(address):
     assert not rss._public(ip_address(address))
     assert all(rss._public(ip_address(one)) for one in ("8.8.8.8", "2600::1", "::ffff:8.8.8.8", "64:ff9b::808:808"))
