@@ -87,7 +87,7 @@ def csv(run: Run) -> Rows:
 @bench(at_least("csv_python_vs_copy", 0.02), at_least("parquet_vs_copy", 0.02),
        at_most("parquet_rss_mb", 300, "MB"))
 def through_python(run: Run) -> Rows:
-    """500,000 rows, each through a model: a CSV whose model has a validator, and Parquet in row groups of 100,000 rows."""
+    """500,000 rows, each through a model: a CSV whose model has a validator, and Parquet in groups of 100,000."""
     rows = run.size(500_000, 20_000)
     copied, checked, unpacked, memory = [], [], [], []
     with run.server.database("python") as url, connect(url) as conn, tempfile.TemporaryDirectory() as name:

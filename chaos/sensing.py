@@ -77,7 +77,9 @@ def killed_loads(cell: Cell, n: int) -> Result:
     _finish(cell, result)
     rows, different, states = cell.one(
         "select (select count(*) from out_lots), "
-        "(select count(distinct src) from out_lots where src between 1 and %s), array(select distinct state from anton.load order by 1)", total
+        "(select count(distinct src) from out_lots where src between 1 and %s), "
+        "array(select distinct state from anton.load order by 1)",
+        total,
     )
     result.verdict.lost += total - different
     result.verdict.doubled += rows - different
