@@ -27,7 +27,7 @@ end $$;
 create or replace function merge_files(p_app text, p_table text, p_token bigint, p_paths text[], p_sizes bigint[], p_etags text[],
                                        p_modified timestamptz[], p_settle interval, out added bigint, out changed bigint)
 returns record language plpgsql volatile set search_path from current
-set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set jit = off as $$
+set enable_seqscan = off set jit = off as $$
 declare v_now timestamptz := now(); v_found text := '(select * from unnest($1, $2, $3, $4) x (path, size, etag, modified) where modified not between $5 - $6 and $5 + $6 or $6 = ''0'') f';
 begin
   perform keep_scan(p_app, p_table, p_token);
