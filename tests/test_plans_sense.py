@@ -1,4 +1,4 @@
-"""Plans: how schedules, polls, files, loads and deliveries read what has piled up, 300,000 rows deep."""
+"""Plans: how schedules, polls, files, loads and deliveries read what has piled up, 60,000 rows deep."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from servers import Server
 from test_plans import Watched
 
 DEEP = ("tick", "poll_key", "delivery", "quarantine", "load", "load_reject", "lots")
-DEPTH = 300_000
+DEPTH = 60_000
 FILL = """
 insert into anton.tick (schedule_id, planned_at, state, fired_at, change_id)
   select s.id, '2020-01-01'::timestamptz + g * interval '1 min', 'done', anton.now(), g
@@ -69,7 +69,7 @@ def schedules(sensed: Sensed) -> None:
 
 def polls(sensed: Sensed) -> None:
     (poll,) = sensed.run("select schedule_id, version from anton.begin_poll('sql', 'first', anton.now())")
-    keys = "array(select md5(g::text)::uuid from generate_series(299500, 300500) g)"
+    keys = "array(select md5(g::text)::uuid from generate_series(59500, 60500) g)"
     sensed.run(f"select anton.new_keys($1, {keys})", args=(poll[0],))
     sensed.run(f"select anton.finish_poll($1, $2, null, anton.now(), {keys}, 1, 0)", args=poll)
     sensed.run("select anton.forget_keys(anton.now())")
@@ -79,7 +79,7 @@ def polls(sensed: Sensed) -> None:
 def scans(sensed: Sensed) -> None:
     """known_files() goes through all of the table, a page at a time."""
     (token,) = sensed.run("select anton.begin_scan('app', 'public.lots')")[0]
-    for n in (1, 5000):
+    for n in (1, 2000):
         first = sensed.pg.value("select count(*) from lots")
         found = (f"array(select 'lots/' || g from generate_series({first - n + 1}, {first + n}) g), "
                  f"array(select 2::bigint from generate_series(1, {2 * n})), "
@@ -88,7 +88,7 @@ def scans(sensed: Sensed) -> None:
         sensed.run(f"select anton.merge_files('app', 'public.lots', $1, {found}, '0')", args=(token,))
     sensed.run("select count(*) from anton.known_files('public.lots', 'lots/7', 5000)")
     sensed.run("select anton.drop_files('app', 'public.lots', $1, "
-               "array(select 'lots/' || g from generate_series(1, 5000) g))", args=(token,))
+               "array(select 'lots/' || g from generate_series(1, 2000) g))", args=(token,))
     sensed.run("select anton.keep_scan('app', 'public.lots', $1)", args=(token,))
     sensed.run("select anton.end_scan('app', 'public.lots', $1, 1)", args=(token,))
 
