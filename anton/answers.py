@@ -2,6 +2,7 @@
 
     400  a body or a value that cannot be          413  too large, too many parts
     401  not who it says it is                     422  not what the route declares
+    403  on a public address, and open to anybody
     409  against a constraint, or changed since    503  the database is away, or not migrated: Retry-After
 
 Never a traceback, never SQL: those are logged. An app's own @app.exception_handler goes first.
@@ -26,6 +27,7 @@ from starlette.requests import Request as Incoming
 from anton.db import current_database, is_away
 from anton.errors import InvalidRecord, QueryError, RowChanged, UnknownTable, WriteRefused
 from anton.sink import NUL
+from anton.verify import Verifier
 
 log = logging.getLogger("anton.web")
 
@@ -34,6 +36,7 @@ DEPTH = 200  # of JSON, which pydantic's parser goes
 AWAY = "the database is away; send it again"  # what of it was kept before is then known
 NOT_READY = "the database is not ready for this release; send it again"
 UNSIGNED = "the request is not signed as it must be"  # the log says why: who sends it learns nothing of the secrets
+NOT_PUBLIC = "not open to the public"
 RETRY_AFTER = 2  # seconds, said with a 503
 _NO_RUNTIME = ("3F000", "42883", "42P01")  # SQLSTATEs: no such schema, function, table
 _MANY = ("Too many", "Field exceeded", "Part exceeded")  # how Starlette's 400s for forms beyond its limits begin
@@ -99,9 +102,19 @@ def try_later(error: BaseException, what: str) -> str | None:
         log.warning("503 for %s: %s", what, error or type(error).__name__)
         return AWAY
     if is_unmigrated(error):
-        log.error("503 for %s: %s; run: anton migrate", what, error)
+        log.error("503 for %s: %s%s", what, error, "" if "anton migrate" in str(error) else "; run: anton migrate")
         return NOT_READY
     return None
+
+
+def refuse_public(verifier: Verifier, scope: Mapping[str, Any]) -> str | None:
+    """What to say with a 403 to a request on a public address, where nobody said who may call; None lets it in."""
+    address = verifier.closed(scope)
+    if address is None:
+        return None
+    log.error('403 for %s: it takes requests from anybody, and %s is a public address. Say who signs them: '
+              'verify="slack", secret=env(…); or verify=False when that is meant', verifier.of, address)
+    return NOT_PUBLIC
 
 
 def _infinite(value: Any) -> bool:

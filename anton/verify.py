@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from anton.config import is_loopback
+from anton.config import is_loopback, is_public
 from anton.errors import BadOption, did_you_mean
 from anton.handshake import Handshake, Reply
 from anton.scheme import Adyen, BadKey, Basic, Jwt, Refusal, Scheme, Token
@@ -94,6 +94,14 @@ class Verifier:
         self.hidden = _SECRET_HEADERS | {name.encode() for name in secret_headers}         # headers kept in no record
         self.bodyless = self.scheme is not None and self.scheme.bodyless                   # whether "" is an event
         self.accepted = self.scheme.accepted if self.scheme else b""   # the body that a 2xx must have
+
+    def closed(self, scope: Mapping[str, Any]) -> str | None:
+        """The public address that an ASGI request came to, where nobody said who may call; None lets it in.
+
+        `anton serve` does not start on one; another server is first known by its requests.
+        """
+        server = scope.get("server")
+        return server[0] if not self.declared and server and is_public(server[0]) else None
 
     def url(self, base: str, scope: Mapping[str, Any]) -> str:
         """The URL of an ASGI request for check() and handshake(); "" where nobody looks at it.

@@ -33,10 +33,21 @@ from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as Incoming
 from starlette.routing import Route
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Message, Send
 
 from anton import answered, deadline, sense, sqlfile, write
-from anton.answers import MAX_BODY, UNSIGNED, BadBody, Refused, handlers, is_unmigrated, parse_json, too_many, try_later
+from anton.answers import (
+    MAX_BODY,
+    UNSIGNED,
+    BadBody,
+    Refused,
+    handlers,
+    is_unmigrated,
+    parse_json,
+    refuse_public,
+    too_many,
+    try_later,
+)
 from anton.app import App, load_app, own_frames, shown
 from anton.config import Settings, is_loopback
 from anton.db import current_database, identifier
@@ -55,6 +66,7 @@ TRIES = 3  # more, for a commit that ran into a deadlock
 OPTIONS: dict[str, Any] = {"http": deadline.Protocol, "ws": "none", "timeout_graceful_shutdown": 30,
                            "access_log": False, "log_level": "warning"}  # of uvicorn
 _CLOCK_SECONDS = 30.0
+_TOO_LARGE, _TOO_LARGE_JSON = b"Content Too Large", b'{"detail":"Content Too Large"}'
 
 
 class Request(sense.Request):
@@ -134,7 +146,7 @@ class Served(FastAPI):
             if receiver is not None and scope["method"] in receiver.methods:
                 await receiver(scope, receive, send)
                 return
-        await super().__call__(scope, receive, send)
+        await super().__call__(scope, receive, _json_413(send) if scope["type"] == "http" else send)
 
 
 def build(app: App) -> Served:
@@ -257,6 +269,26 @@ def _verifiers(app: App) -> dict[str, Verifier]:
     return {name: Verifier(door.verify, door.secrets or None, of=name) for name, door in _doors(app)}
 
 
+def _json_413(send: Send) -> Send:
+    """Starlette's own 413 is a text; all that Anton refuses is JSON."""
+    replaced = False
+
+    async def answer(message: Message) -> None:
+        nonlocal replaced
+        if message["type"] == "http.response.start" and message["status"] == 413:
+            said = dict(message["headers"])
+            replaced = said.get(b"content-type", b"").startswith(b"text/plain") \
+                and said.get(b"content-length") == b"%d" % len(_TOO_LARGE)
+            if replaced:
+                headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(_TOO_LARGE_JSON))]
+                await send({**message, "headers": headers})
+                await send({"type": "http.response.body", "body": _TOO_LARGE_JSON})
+        if not replaced:
+            await send(message)
+
+    return answer
+
+
 @asynccontextmanager
 async def _lifespan(served: FastAPI) -> AsyncIterator[None]:
     yield
@@ -276,12 +308,18 @@ def _guarded(verifier: Verifier, clock: Clock, base: str, app: str) -> type[APIR
 
             async def answer(request: Incoming) -> Response:
                 request = Strict(request.scope, request.receive)
+                if closed := refuse_public(verifier, request.scope):
+                    raise Refused(403, closed)
                 try:
                     if whole:                                          # else FastAPI takes it in: files go to disk
                         await request.body()
                     with write.Scope("route"):
-                        return await _checked(request, verifier, clock, base, app) \
-                            or await answered.once(app, request, verifier, handle)
+                        if reply := await _checked(request, verifier, clock, base, app):
+                            return reply
+                        reply = await answered.once(app, request, verifier, handle)
+                        if verifier.accepted and reply.status_code == 200 and not getattr(reply, "body", b"-"):
+                            return Response(verifier.accepted, background=reply.background)
+                        return reply
                 except ClientDisconnect:                               # before its end had come: nobody waits for this
                     return Response(status_code=400)
                 except HTTPException as error:

@@ -28,7 +28,7 @@ from urllib.parse import parse_qsl
 import orjson
 from pydantic import ValidationError
 
-from anton.answers import AWAY, MAX_BODY, RETRY_AFTER, UNSIGNED, BadBody, check_json, try_later
+from anton.answers import AWAY, MAX_BODY, RETRY_AFTER, UNSIGNED, BadBody, check_json, refuse_public, try_later
 from anton.db import Conn, Database, current_database, is_away, quote, to_json
 from anton.errors import AntonError, ConfigError, InvalidRecord
 from anton.relation import Attribute, Relation, columns_sql, describe
@@ -99,6 +99,8 @@ class Receiver:
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         try:
+            if closed := refuse_public(self._verifier, scope):
+                raise Answer(403, closed)
             outcome = await self._receive(scope, await _body(scope["headers"], receive))
         except Answer as answer:
             outcome = answer
@@ -314,7 +316,7 @@ class Writer:
         return known
 
     async def _alone(self, conn: Conn, delivery: Delivery, error: Exception) -> None:
-        """Answers one that the database refused alone: its values are kept in quarantine, all else is no fault of it."""
+        """Answers one that the database refused alone. Bad values go to quarantine; all else is no fault of it."""
         why, kind = str(error.args[0] if error.args else error), str(getattr(error, "sqlstate", None))[:2]
         if not isinstance(error, _UNFIT) and kind not in _DATA:
             self._fail([delivery], error)
