@@ -38,8 +38,8 @@ _EXAMINE = """
 with mine as (select * from cron.job where jobname = $1),
      run as (select d.* from cron.job_run_details d join mine using (jobid) where d.end_time is not null
               order by d.runid desc limit 1)
-select 'pg_cron does not call tick(): its job is ' || case when exists (select from mine) then 'another' else 'missing' end
-         as problem, 'anton migrate' as remedy
+select 'pg_cron does not call tick(): its job is ' || case when exists (select from mine) then 'another'
+       else 'missing' end as problem, 'anton migrate' as remedy
  where not exists (select from mine where (schedule, command, database, active) = ($2, $3, $4, true))
 union all
 select format('pg_cron''s call of tick() at %s failed: %s', date_trunc('second', end_time), return_message),
