@@ -113,7 +113,8 @@ async def test_a_status_that_is_set_on_fastapis_response_counts(db):
             for _ in range(2):
                 assert (await send(client, {"text": str(status)}, f"is-{status}")).status_code == status
         async with db.conn() as conn:
-            assert [tuple(row) for row in await conn.fetch("select id, status from anton.delivery")] == [("is-203", 203)]
+            kept = await conn.fetch("select id, status from anton.delivery")
+    assert [tuple(row) for row in kept] == [("is-203", 203)]
 
 
 async def test_of_two_at_once_the_second_waits_for_the_first(db):

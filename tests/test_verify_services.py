@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import hashlib
+import hmac
 import json
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anton.errors import BadOption
-from anton.scheme import Adyen, Basic, Jwt, Scheme, Token
+from anton.scheme import Adyen, BadKey, Basic, Jwt, Scheme, Token
 from anton.signed import Hmac, PublicKey, Signed
 from anton.verify import DATA, SCHEMES, Verifier
 
@@ -232,7 +234,8 @@ ED = "302a300506032b6570032100" + PublicKey("x", algo="ed25519").pair("jwt")[1]
 
 
 @pytest.mark.parametrize("secret", [
-    RSA, RSA.replace("+", "-").replace("/", "_").rstrip("="), f"{RSA[:64]}\\n{RSA[64:]}", ED, base64.b64decode(RSA).hex(),
+    RSA, RSA.replace("+", "-").replace("/", "_").rstrip("="), f"{RSA[:64]}\\n{RSA[64:]}",
+    ED, base64.b64decode(RSA).hex(),
     '{"kty": "RSA", "n": "AQAB", "e": "AQAB"}', '{"keys": [{"kty": "EC"}]}', "ssh-ed25519 AAAA me@here",
     "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----"])
 def test_a_public_key_that_is_not_pem_is_no_secret_of_a_jwt(secret):
@@ -241,11 +244,27 @@ def test_a_public_key_that_is_not_pem_is_no_secret_of_a_jwt(secret):
         with pytest.raises(BadKey, match="public key"):
             scheme.key(secret)
         one = Verifier(name, secret, of="/x")
-        made = scheme.sign(BODY, secret, str(int(NOW)), url=URL)
+        said = {"iss": "netlify", "aud": URL, "sha256": hashlib.sha256(BODY).hexdigest(), "exp": NOW + 60,
+                "request_body_sha256": base64.b64encode(hashlib.sha256(BODY).digest()).decode()}
+        made = {scheme.header: hs256(said, secret)}
         assert one.unset() and one.check(BODY, [(k.encode(), v.encode()) for k, v in made.items()], NOW, url=URL)
 
 
-@pytest.mark.parametrize("secret", [TEXT, "a" * 64, "0" * 64, '{"kty": "oct", "k": "x"}', "cGxhaW4gdGV4dCBvZiBhIGtleQ=="])
+def hs256(said: dict[str, Any], secret: str) -> str:
+    """A token as anybody can make one who has a text."""
+    parts = [base64.urlsafe_b64encode(json.dumps(one).encode()).rstrip(b"=") for one in ({"alg": "HS256"}, said)]
+    made = hmac.new(secret.encode(), b".".join(parts), "sha256").digest()
+    return b".".join([*parts, base64.urlsafe_b64encode(made).rstrip(b"=")]).decode()
+
+
+def test_such_a_token_passes_with_a_text():
+    said = {"iss": "netlify", "sha256": hashlib.sha256(BODY).hexdigest(), "exp": NOW + 60}
+    made = [(b"x-webhook-signature", hs256(said, TEXT).encode())]
+    assert verifier("netlify").check(BODY, made, NOW) is None
+
+
+@pytest.mark.parametrize("secret", [
+    TEXT, "a" * 64, "0" * 64, '{"kty": "oct", "k": "x"}', "cGxhaW4gdGV4dCBvZiBhIGtleQ=="])
 def test_a_text_stays_a_secret_of_a_jwt(secret):
     assert SCHEMES["netlify"].key(secret) == secret
 

@@ -400,7 +400,8 @@ async def test_a_database_that_was_not_migrated_is_503_and_the_log_says_what_to_
             return 200
 
     async def asked(client: httpx.AsyncClient) -> set[int]:
-        answers = [await client.post(path, content=b"1", headers=signed(b"1")) for path in ("/hook", "/timed", "/route")]
+        paths = ("/hook", "/timed", "/route")
+        answers = [await client.post(path, content=b"1", headers=signed(b"1")) for path in paths]
         assert all(answer.headers["retry-after"] == "2" for answer in answers)
         assert not any("anton" in answer.text for answer in answers)
         return {answer.status_code for answer in answers}
