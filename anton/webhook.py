@@ -138,7 +138,7 @@ class Receiver:
         if method != "POST":
             return Answer(405, "events come by POST")
         headers = readable(raw, verifier.hidden)
-        form = _form(body) if is_form(headers.get("content-type", "")) else None
+        form = _form(body) if is_form(headers.get("content-type", ""), body) else None
         if form is None and (body or not verifier.bodyless):
             check_json(body)
         id = verifier.delivery_id(raw, body)
@@ -240,6 +240,8 @@ class Writer:
                     for _ in range(TURNS):
                         self._began = loop.time()
                         group = group or self._next()
+                        if not group:                                  # another lane took all meanwhile
+                            break
                         await self._keep(conn, group, self._began + SPLIT_SECONDS)
                         group, broken = [], False
                         if not self._waiting:
@@ -327,6 +329,8 @@ class Writer:
 
     def _fail(self, group: list[Delivery], error: Exception) -> None:
         group = [one for one in group if not one.done.done()]
+        if not group:
+            return
         what = f"{len(group)} deliveries to {self._table.name}"
         if later := try_later(error, what):
             answer = Answer(503, later)

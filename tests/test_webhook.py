@@ -8,6 +8,7 @@ import os
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 from decimal import Decimal
 from enum import Enum
@@ -407,10 +408,13 @@ async def test_what_is_sent_more_than_once_is_kept_more_than_once(db):
         body, form = b"a=1&b=2&a=3&a=", [("Content-Type", "Application/X-WWW-Form-UrlEncoded; charset=utf-8")]
         headers = [*github(body, "one").items(), *form, ("X-Tag", "x"), ("X-Tag", "y")]
         assert (await client.post("/hook", content=body, headers=headers)).status_code == 200
+        json_of_curl = {**github(b'{"a": "b=c"}', "three"), "Content-Type": "application/x-www-form-urlencoded"}
+        assert (await client.post("/hook", content=b'{"a": "b=c"}', headers=json_of_curl)).status_code == 200
         wrong = [*github(body, "two").items(), ("Content-Type", "application/x-www-form-urlencoded-not")]
         assert (await client.post("/hook", content=body, headers=wrong)).status_code == 400   # so it must be JSON
-    [(data,)] = await fetch(db, "select data from hooks")
+    [(data,), (other,)] = await fetch(db, "select data from hooks order by id")
     assert data["payload"] == {"a": ["1", "3", ""], "b": "2"} and data["headers"]["x-tag"] == "x, y"
+    assert other["payload"] == {"a": "b=c"}
 
 
 async def test_what_does_not_fit_the_model_is_kept_raw_and_shown_and_leaves_when_it_fits(db):
@@ -500,6 +504,18 @@ async def test_one_that_waits_for_another_transaction_does_not_hold_up_the_other
             await tx.rollback()
         assert (await held).status_code == 200
     assert await count(db, "hooks") == 4
+
+
+async def test_two_groups_at_once_of_which_one_finds_nothing_left(db, caplog):
+    async with serving(db, typed()) as client, AsyncExitStack() as all_of_them:
+        for _ in range(db.size):
+            await all_of_them.enter_async_context(db.conn())
+        sent = [asyncio.create_task(send(client, {"customer": name})) for name in ("ann", "bob")]
+        while sum(task.get_coro().__qualname__ == "Writer._work" for task in asyncio.all_tasks()) < 2:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        await all_of_them.aclose()
+        assert [(await one).status_code for one in sent] == [200, 200]
+    assert await count(db, "orders") == 2 and not caplog.records
 
 
 async def _waits(db: Database) -> None:
