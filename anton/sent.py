@@ -93,11 +93,15 @@ def is_form(content_type: str, body: bytes) -> bool:
 
 
 def readable(headers: RawHeaders, hidden: Container[bytes] = ()) -> dict[str, str]:
-    """Headers by lower-case name; what is sent more than once is joined by ", ". hidden: names to leave out."""
-    found: dict[str, str] = {}
-    for raw, value in headers:
-        if raw not in hidden:
-            name, text = raw.decode("latin-1").lower(), value.decode("latin-1")
+    """Headers as text, by name as an ASGI server gives it: in lower case. hidden: names to leave out.
+
+    What is sent more than once is joined by ", ".
+    """
+    shown = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in headers if name not in hidden]
+    found = dict(shown)
+    if len(found) < len(shown):
+        found = {}
+        for name, text in shown:
             found[name] = f"{found[name]}, {text}" if name in found else text
     return found
 

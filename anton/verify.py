@@ -185,7 +185,7 @@ class Verifier:
             if self.scheme is not None:
                 return self._refusal(self.scheme, sent)
             assert self.callable is not None
-            good = self.callable(body, readable(sent.headers))
+            good = self.callable(body, readable((name.lower(), value) for name, value in sent.headers))
         except Exception:
             log.exception("verify= of %s raised; the request is refused", self.of)
             good = False
