@@ -21,7 +21,7 @@ import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 
-from anton.db import Conn, Database, current_database, is_away
+from anton.db import Conn, Database, current_database
 from anton.sent import readable
 from anton.verify import Verifier
 
@@ -67,8 +67,6 @@ class Incoming:
                 await db.call(conn, "keep_reply", self.webhook, self.id, status, reply,
                               response.headers.get("content-type"))
         except Exception as error:
-            if not is_away(error):
-                raise
             log.warning("%s: the answer to delivery %s was not kept: %s", self.webhook, self.id, error)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import hmac
 import json
 import time
 from collections.abc import Callable
@@ -171,6 +173,41 @@ class _Forgetful(dict[Any, Any]):
 
     def __delitem__(self, key: Any) -> None:
         self.pop(key, None)
+
+
+@pytest.mark.parametrize("state", ["57P01", "XX000"])
+async def test_an_answer_that_cannot_be_noted_leaves_and_is_a_2xx_without_a_body_when_it_comes_again(db, state, caplog):
+    """As when a process dies after the commit: the delivery is known, what was said to it is not."""
+    async with db.conn() as conn:
+        await conn.execute("create or replace function anton.keep_reply(p_webhook text, p_id text, p_status int, "
+                           "p_reply bytea, p_type text) returns void language plpgsql as "
+                           f"$$ begin raise 'lost' using errcode = '{state}'; end $$")
+    ran: list[Any] = []
+    async with serving(db, route(lambda got: {"got": got}, ran)) as client:
+        assert (await send(client, 1, "same")).json() == {"got": 1}
+        again = await send(client, 1, "same")
+        assert (again.status_code, again.content, ran) == (200, b"", [1])
+    assert await count(db, "notes") == 1 and "the answer to delivery same was not kept: lost" in caplog.text
+
+
+async def test_adyen_hears_what_it_wants_to_from_a_route_too(db):
+    items = {"notificationItems": [{"NotificationRequestItem": {
+        "pspReference": "p", "eventCode": "AUTHORISATION", "success": "true", "eventDate": "d",
+        "merchantAccountCode": "m", "merchantReference": "r", "amount": {"value": 1, "currency": "EUR"}}}]}
+    key = "00" * 32
+    made = hmac.new(bytes.fromhex(key), b"p::m:r:1:EUR:AUTHORISATION:true", "sha256").digest()
+    items["notificationItems"][0]["NotificationRequestItem"]["additionalData"] = {
+        "hmacSignature": base64.b64encode(made).decode()}
+
+    def declare(app: App) -> None:
+        @post("/hook", verify="adyen", secret=key)
+        async def hook(request: Request) -> int:
+            return 200
+
+    async with serving(db, declare) as client:
+        for _ in range(2):
+            answer = await client.post("/hook", json=items)
+            assert (answer.status_code, answer.text) == (200, "[accepted]")
 
 
 async def test_a_known_delivery_is_answered_however_old_its_time_and_a_forged_one_never(db):
