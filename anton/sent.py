@@ -41,7 +41,7 @@ class Sent:
     @cached_property
     def form(self) -> list[tuple[str, str]] | None:
         """The fields of a form in their order; None when the body is none."""
-        if not is_form((self.header(b"content-type") or b"").decode("latin-1"), self.body):
+        if not is_form((self.header(b"content-type") or b"").decode("latin-1")):
             return None
         try:
             return parse_qsl(self.body.decode(), keep_blank_values=True, max_num_fields=MAX_FIELDS)
@@ -84,12 +84,9 @@ class Sent:
         return found[0] if len(found) == 1 else None
 
 
-def is_form(content_type: str, body: bytes) -> bool:
-    """Whether a Content-Type says that the body is a form's fields.
-
-    What begins as JSON does is none, for a form would escape it: `curl -d '{"a": 1}'` says form unless told otherwise.
-    """
-    return content_type.partition(";")[0].strip().lower() == FORM and body[:1] not in (b"{", b"[")
+def is_form(content_type: str) -> bool:
+    """Whether a Content-Type says that the body is a form's fields. What signs and what reads it must agree on that."""
+    return content_type.partition(";")[0].strip().lower() == FORM
 
 
 def readable(headers: RawHeaders, hidden: Container[bytes] = ()) -> dict[str, str]:

@@ -138,7 +138,7 @@ class Receiver:
         if method != "POST":
             return Answer(405, "events come by POST")
         headers = readable(raw, verifier.hidden)
-        form = _form(body) if is_form(headers.get("content-type", ""), body) else None
+        form = _form(body) if is_form(headers.get("content-type", "")) else None
         if form is None and (body or not verifier.bodyless):
             check_json(body)
         id = verifier.delivery_id(raw, body)
