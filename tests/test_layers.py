@@ -18,8 +18,8 @@ LAYERS = [
     "errors share sent",
     "secret db deadline duration embedded template plan threads",
     "answers handshake config columns relation queue doorbell status due chunk parquet",
-    "scheme op sqlfile",
-    "signed apply",
+    "scheme op sqlfile lineage graph",
+    "signed apply sqlread",
     "verify write app heartbeat lane ddl",
     "record schedule action fate flow steps pace",
     "sink read component settle rights storage",
@@ -29,10 +29,10 @@ LAYERS = [
     "event",
     "table run catalogue",
     "sense edges leases suspects pgcron poll layout",
-    "webhook",
+    "webhook sqlcheck",
     "worker web declared load",
     "migrate supervisor files",
-    "dev serve testing",
+    "dev serve testing wiring",
     "verbs",
     "cli",
 ]
@@ -41,7 +41,7 @@ LEVEL = {name: level for level, line in enumerate(LAYERS) for name in line.split
 HEAVY = {  # packages that only some need, and the only modules that may import them
     "fastapi": {"answers", "web"}, "starlette": {"answers", "serve", "web"}, "uvicorn": {"deadline", "serve", "web"},
     "watchfiles": {"dev"}, "pytest": {"testing"}, "httpx": {"testing"}, "openai": set(), "anthropic": set(),
-    "dbt": set(), "sqlglot": set(), "psycopg": set(), "uvloop": {"supervisor"}, "obstore": {"storage"},
+    "dbt": set(), "sqlglot": {"lineage", "sqlread"}, "psycopg": set(), "uvloop": {"supervisor"}, "obstore": {"storage"},
     "pyarrow": {"parquet"}, "cryptography": {"signed"},
     "jwt": {"scheme"},
 }
