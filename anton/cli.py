@@ -15,7 +15,15 @@ from typing import Any, NoReturn
 
 from anton import verbs
 from anton.app import while_loading
-from anton.errors import AntonError, ConfigError, DeclarationError, UnknownHandler, UnknownNode, UnknownTable, did_you_mean
+from anton.errors import (
+    AntonError,
+    ConfigError,
+    DeclarationError,
+    UnknownHandler,
+    UnknownNode,
+    UnknownTable,
+    did_you_mean,
+)
 from anton.share import version
 from anton.verbs import FOUND, USAGE, emit
 

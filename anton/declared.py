@@ -233,12 +233,12 @@ class Declared:
                 if definition.get("body") is not None:
                     name = definition["name"]
                     place = places.get(name) or self.app.place("handler", name)
-                    found.append(SqlStep(kind, name, definition["body"], place,
-                                         definition.get("table", f"{self.run.schema}.tick"), definition.get("params", {})))
+                    table = definition.get("table", f"{self.run.schema}.tick")
+                    found.append(SqlStep(kind, name, definition["body"], place, table, definition.get("params", {})))
         return found
 
     async def _check(self, wanted: Sequence[Wanted]) -> set[str]:
-        """Has Postgres look at the SQL that runs later; the names of what it refuses. A plan may lack columns: later, then."""
+        """Has Postgres look at the SQL that runs later; the names of what it refuses. Not while columns lack."""
         steps = self.sql_steps()
         if not steps:
             return set()

@@ -46,7 +46,7 @@ def read(text: str, tables: Tables | None, records: str | None = None) -> Readin
 
 
 def writes(handler: Handler, tables: Tables | None = None) -> set[tuple[str, str]]:
-    """(table name, "new" | "updated" | "deleted" | "truncate" | "rebuilt") for each write that can be seen from here."""
+    """(table name, "new" | "updated" | "deleted" | "truncate" | "rebuilt") for each write that can be seen."""
     return uses(handler, tables).writes
 
 

@@ -138,9 +138,10 @@ class NearName(DeclarationError):
 
 
 class SqlRefused(DeclarationError):
-    """SQL of a handler, schedule or model that Postgres would refuse. file, line and column (from 1), token, near, reason.
+    """SQL of a handler, schedule or model that Postgres would refuse. file, line, column, token, near, reason.
 
-    file: "sql/flag_big.sql", or "main.py:12" of SQL in Python, whose lines count from the SQL's first.
+    line and column count from 1; None when Postgres does not say. file: "sql/flag_big.sql", or
+    "main.py:12" of SQL in Python, whose lines count from the SQL's first.
     """
 
     line: int | None
@@ -157,8 +158,8 @@ class SqlRefused(DeclarationError):
         if not help and 0 < len(known) <= 20:
             help = f" There: {', '.join(known)}."
         shown = f"\n  {text.splitlines()[line - 1]}\n  {' ' * ((column or 1) - 1)}^" if line else ""
-        super().__init__(f"{file}{at}{of}: {reason}.{help}{shown}\nMend it and run again: anton migrate", file=file, line=line,
-                         column=column, token=token, near=near(token, known), reason=reason)
+        super().__init__(f"{file}{at}{of}: {reason}.{help}{shown}\nMend it and run again: anton migrate", file=file,
+                         line=line, column=column, token=token, near=near(token, known), reason=reason)
 
 
 class ConfigError(AntonError):

@@ -25,11 +25,12 @@ PLACES = ("table", "view", "action")                                   # where s
 KINDS = (*SOURCES, *STEPS, *PLACES)
 _SHAPES = {"table": '[("{}")]', "view": '[("{}")]', "action": '{{{{"{}"}}}}', "model": '[["{}"]]', "dbt": '[["{}"]]',
            "handler": '["{}"]', "sql": '["{}"]', "function": '["{}"]'}
+_COMES_IN = '(["{}"])'
 
 
 @dataclass(frozen=True)
 class Node:
-    """A thing. kind: one of KINDS. app: "" for what belongs to none. place: "main.py:12". about: "Daily", "new updated"."""
+    """A thing. kind: one of KINDS. app: "" for what belongs to none. place: "main.py:12". about: "Daily, at 03:00"."""
 
     kind: str
     name: str
@@ -73,7 +74,7 @@ class Graph:
                                           about=there.about or node.about)
 
     def join(self, source: str, target: str, *how: str, seen: bool = False) -> None:
-        """Adds an edge between two ids; one that is there gets the words of this one. What is declared is not "seen"."""
+        """Adds an edge between two ids; one that is there gets its words, too. What is declared is not "seen"."""
         there = self.edges.get((source, target))
         if there is not None:
             how, seen = (*there.how, *(() if seen else how)), there.seen and seen
@@ -112,7 +113,7 @@ class Graph:
                      {pair: edge for pair, edge in self.edges.items() if {*pair} <= found.keys()}, list(self.notes))
 
     def loops(self) -> list[list[str]]:
-        """Ways that lead back to where they begin: ["orders new", "thank", "orders new"]; one of every loop at least."""
+        """Ways that lead back to where they begin: ["orders new", "thank", "orders new"]; one of each loop at least."""
         found: dict[str, list[tuple[str, str]]] = {}
         for heard in self.edges.values():
             if not heard.source.startswith(("table:", "view:")) or heard.how <= {"reads"}:
@@ -121,7 +122,8 @@ class Graph:
                 if done.source == heard.target and done.target.startswith(("table:", "view:")):
                     for op in heard.how - {"reads"}:
                         for other in done.how or {"new", "updated", "deleted"}:
-                            found.setdefault(f"{heard.source} {op}", []).append((heard.target, f"{done.target} {other}"))
+                            ways = found.setdefault(f"{heard.source} {op}", [])
+                            ways.append((heard.target, f"{done.target} {other}"))
         return [[word.partition(":")[2] for word in chain] for chain in cycles(found)]
 
     def order(self) -> list[str]:
@@ -159,7 +161,8 @@ class Graph:
                 lines.append((self._said(id), self._beyond(id), self._where(id)))
         for id in order:
             if self.nodes[id].kind in PLACES:
-                listed = [edge for edge in self.edges.values() if edge.source == id and self.nodes[edge.target].kind in STEPS]
+                listed = [edge for edge in self.edges.values()
+                          if edge.source == id and self.nodes[edge.target].kind in STEPS]
                 alone = not listed and any(edge.target == id for edge in self.edges.values())
                 if not alone:                                          # said where it is written
                     lines.append((self._said(id), "", self._where(id)))
@@ -198,7 +201,7 @@ class Graph:
         for id, short in ids.items():
             node = self.nodes[id]
             label = (node.name if node.kind in (*STEPS, *PLACES) else f"{node.kind} {node.name}").replace('"', "#quot;")
-            lines.append(f"  {short}{_SHAPES.get(node.kind, '([\"{}\"])').format(label)}")
+            lines.append("  " + short + _SHAPES.get(node.kind, _COMES_IN).format(label))
         for edge in self.edges.values():
             arrow = "-.->" if edge.seen else "-->"
             how = "seen" if edge.seen else " ".join(sorted(edge.how))

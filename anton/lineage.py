@@ -3,8 +3,8 @@
     Tables({"public.orders": ["id", "total"]})    what there is to be named, as Postgres quotes it: public.orders
     Queries(…).query(tree)                        [("sum", {("public.orders", "total")}), …]
 
-What stands in an output's expression counts: arguments, PARTITION BY, a subquery's outputs; what filters, joins and groups
-rows does not. sqlread.py reads whole statements with it.
+What stands in an output's expression counts: arguments, PARTITION BY, a subquery's outputs; what filters, joins and
+groups rows does not. sqlread.py reads whole statements with it.
 """
 
 from __future__ import annotations
@@ -84,7 +84,6 @@ class Queries:
     def __init__(self, at: int, tables: Tables, found: Reading) -> None:
         self.at, self.tables, self.found = at, tables, found
 
-
     def query(self, tree: exp.Query, but: str | None = None) -> list[tuple[str, Sources]]:
         """Notes what it reads; its outputs in order. but: a table that is there as the target alone."""
         for table in tree.find_all(exp.Table):
@@ -93,7 +92,7 @@ class Queries:
         tree = qualify(tree, dialect=DIALECT, db=self.tables.default, schema=self.tables.mapping,
                        allow_partial_qualification=True, validate_qualify_columns=False, quote_identifiers=False)
         self._look(tree, but)
-        for lateral in list(tree.find_all(exp.Lateral)):               # lineage() reads a subquery better when it is plain
+        for lateral in list(tree.find_all(exp.Lateral)):               # lineage() reads plain subqueries better
             if isinstance(lateral.this, exp.Subquery):
                 lateral.replace(exp.Subquery(this=lateral.this.this, alias=lateral.args.get("alias")))
         keys = []
@@ -117,10 +116,11 @@ class Queries:
             if one.downstream:
                 continue
             if isinstance(table, exp.Table) and isinstance(table.this, exp.Identifier):
-                column = "*" if one.name.endswith("*") else exp.to_column(one.name, dialect=DIALECT).name
-                found.add((named(table, self.tables.default), column))
+                name = "*" if one.name.endswith("*") else exp.to_column(one.name, dialect=DIALECT).name
+                found.add((named(table, self.tables.default), name))
             elif isinstance(table, exp.Placeholder):                   # of a query around it, or of a function's rows
-                found |= self._elsewhere(exp.to_column(one.name, dialect=DIALECT), scopes, 0)
+                column = exp.to_column(one.name, dialect=DIALECT)
+                found |= self._elsewhere(column, scopes, 0) if isinstance(column, exp.Column) else set()
             elif isinstance(table, exp.Table):
                 found |= self._inside(table, scopes, 0)
         return frozenset(found)
@@ -129,18 +129,17 @@ class Queries:
         """A column that lineage() did not find: of the only source that has this name, or this column."""
         for scope in reversed(scopes):
             for name, source in scope.sources.items():
-                plain = isinstance(source, exp.Table) and isinstance(source.this, exp.Identifier)
                 whole = not column.table and name == column.name
                 if column.table == name or whole or (not column.table and column.name in self._outputs(source)):
-                    if plain:
+                    if isinstance(source, exp.Table) and isinstance(source.this, exp.Identifier):
                         return {(named(source, self.tables.default), "*" if whole else column.name)}
                     if isinstance(source, exp.Table):
                         return self._inside(source, scopes, depth)
                     if isinstance(source.expression, exp.Query):
                         if whole or column.name not in source.expression.named_selects:
                             continue
-                        inner = lineage(column.name, source.expression, self.tables.mapping, dialect=DIALECT, scope=source,
-                                        trim_selects=False)
+                        inner = lineage(column.name, source.expression, self.tables.mapping, dialect=DIALECT,
+                                        scope=source, trim_selects=False)
                         return set(self._leaves(inner, scopes[:-1])) if depth < DEPTH else set()
                     return self._inside(source.expression, scopes, depth)
         return set()
@@ -165,7 +164,7 @@ class Queries:
 
     def seen(self, table: exp.Table, name: str) -> None:
         if name not in self.tables.columns:
-            known = [other for other in self.tables.columns]
+            known = list(self.tables.columns)
             self._unknown("table", table.this, name, known)
 
     def _column(self, column: exp.Column, scope: Scope) -> None:

@@ -18,12 +18,12 @@ import asyncpg
 
 from anton.db import Conn, Database, quote
 from anton.edges import read, sqlread
-from anton.errors import SqlRefused
+from anton.errors import SqlRefused, near
 
 if TYPE_CHECKING:
     from anton.lineage import Reading, Tables
 
-_REFUSED = ("42", "22", "0A")                                          # what the text itself is wrong in: syntax, names, types
+_REFUSED = ("42", "22", "0A")                                          # the text is wrong: syntax, names, types
 _MISSING = {"42P01": "table", "42703": "column", "42883": "function"}
 _PLAIN = re.compile(r"\s*(?:with|select|insert|update|delete|merge|values|table)\b", re.IGNORECASE)
 _PLACEHOLDER = re.compile(r"\{([A-Za-z_]\w*)\}")
@@ -32,9 +32,10 @@ _TOKEN = re.compile(r'[\w.$]+|"(?:[^"]|"")*"(?:\."(?:[^"]|"")*")*|\S')
 
 @dataclass(frozen=True)
 class SqlStep:
-    """SQL that runs later. kind: "handler", "schedule" or "model". place: "sql/flag_big.sql", or "main.py:12" of Python's.
+    """SQL that runs later. kind: "handler", "schedule" or "model".
 
-    table: whose records it gets, as SQL names it; None for a model. params: {name: [type, text]}.
+    place: "sql/flag_big.sql", or "main.py:12" of SQL in Python. table: whose records it gets, as SQL names
+    it; None for a model. params: {name: [type, text]}.
     """
 
     kind: str
@@ -87,7 +88,7 @@ async def _parse(db: Database, conn: Conn, step: SqlStep, app_schema: str) -> No
             try:
                 await conn.prepare(sent, name="")
             except asyncpg.PostgresError as error:
-                if error.position is not None:                         # from the end: what stands before the text is ours
+                if error.position is not None:                         # what stands before the text is ours
                     error.place = end - len(sent) + int(error.position) - 1  # type: ignore[attr-defined]
                     error.inside = error.place >= start  # type: ignore[attr-defined]
                 raise
@@ -96,7 +97,7 @@ async def _parse(db: Database, conn: Conn, step: SqlStep, app_schema: str) -> No
 
 
 def parts(text: str, params: Mapping[str, Sequence[str | None]]) -> tuple[str, list[tuple[int, int]]]:
-    """The text as Postgres can parse it: null::TYPE for each {name} of params; and pairs (place in it, place in the text)."""
+    """The text as Postgres can parse it: null::TYPE for each {name} of params; and (place in it, in the text) pairs."""
     made, at, length, pairs = [], 0, 0, [(0, 0)]
     for found in _PLACEHOLDER.finditer(text):
         if found[1] in params:
@@ -110,17 +111,22 @@ def _refusal(step: SqlStep, error: asyncpg.PostgresError, known: Tables) -> SqlR
     start = _start(step, error)
     token = found[0] if start is not None and (found := _TOKEN.match(step.text, start)) else ""
     missing, names = _MISSING.get(error.sqlstate or ""), []
-    for one in step.reading(known).unknown:                                        # its neighbour names the same: FROM ordrs o, o.id
+    for one in step.reading(known).unknown:
         if one.kind == missing and (one.start == start or start is None or _last(token) == _last(one.name)):
             start, token, names = one.start, _last(one.name), list(one.known)
             break
     else:
         if missing == "table":
             names = list(known.columns)
+    hint = error.hint or ""
     if missing == "table":                                             # unqualified where that is enough
         names = [name.removeprefix(f"{quote(known.default)}.") for name in names]
+        close = near(_last(token), names)
+        names = [close] if close else []
+        if _last(token) in ("new_records", "old_records"):
+            hint = "They are there for the first statement of a handler alone"
     return SqlRefused(step.place, step.name if step.kind == "handler" else "", _last(token) if missing else token,
-                      str(error), step.text, start, names, hint=error.hint or "")
+                      str(error), step.text, start, names, hint=hint)
 
 
 def _start(step: SqlStep, error: asyncpg.PostgresError) -> int | None:

@@ -3,9 +3,9 @@
     columns("select sum(total) as sum from orders", tables)  ->  {"sum": {("public.orders", "total")}}
     read("insert into big (id) select id from new_records", tables, "public.orders")  ->  a Reading
 
-What sqlglot does not understand is read at table level, and the Reading's warnings say so; nothing here raises. {name} stands
-for a bound value: it is text that is never looked into. Importing this takes some 0.3 s, so commands import it only when
-there is SQL to read: edges.sqlread().
+What sqlglot does not understand is read at table level, and the Reading's warnings say so; nothing here raises. {name}
+stands for a bound value: it is text that is never looked into. Importing this takes some 0.3 s, so commands import it
+only when there is SQL to read: edges.sqlread().
 """
 
 from __future__ import annotations
@@ -34,10 +34,11 @@ _WRITES = (("new", r"\binsert\s+into\s+([\w.\"]+)"),
            ("truncate", r"\btruncate\s+(?:table\s+)?(?:only\s+)?([\w.\"]+)"),
            ("rebuilt", r"\brefresh\s+materialized\s+view\s+(?:concurrently\s+)?([\w.\"]+)"))
 _READS = r"(?<!\bdelete\s)\b(?:from|join|using)\s+(?:only\s+)?([a-z_\"][\w.\"]*)(?!\s*\()"
-_QUIET = re.compile(r"\s*(?:create\s+policy|alter|grant|revoke|comment|set|reset|drop|create\s+(?:extension|type|domain|role|schema))\b",
-                    re.IGNORECASE)                                     # they neither read nor write a record
+_QUIET = re.compile(r"\s*(?:create\s+(?:policy|extension|type|domain|role|schema)|alter|grant|revoke|comment|set|reset"
+                    r"|drop)\b", re.IGNORECASE)                             # they neither read nor write a record
 _BLANK = re.compile(r"--[^\n]*|/\*.*?\*/|'(?:[^']|'')*'", re.DOTALL)
-_PIECE = re.compile(r"--[^\n]*|/\*.*?\*/|'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|(\$\w*\$).*?\1|\{([A-Za-z_]\w*)\}", re.DOTALL)
+_PIECE = re.compile(r"--[^\n]*|/\*.*?\*/|'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|(\$\w*\$).*?\1|\{([A-Za-z_]\w*)\}",
+                    re.DOTALL)
 
 
 def columns(sql: str, tables: Tables) -> dict[str, set[Column]]:
@@ -107,7 +108,7 @@ class _Statement(Queries):
             self._place_records(tree)
             self._calls(tree)
             self._any(tree)
-        except Exception as error:                                     # whatever sqlglot stumbles over is no error of the app
+        except Exception as error:                                     # sqlglot's trouble is no error of the app
             self._in_words(str(error).partition("\n")[0] or type(error).__name__)
 
     def _in_words(self, why: str | None) -> None:
@@ -134,7 +135,9 @@ class _Statement(Queries):
     def _place_records(self, tree: exp.Expr) -> None:
         """new_records is the table itself, so that its columns are the table's."""
         own = {cte.alias for cte in tree.find_all(exp.CTE)}
-        for table in tree.find_all(exp.Table) if self.records is not None else ():
+        if self.records is None:
+            return
+        for table in tree.find_all(exp.Table):
             if table.name in RECORDS and not table.db and table.name not in own:
                 if not table.alias:
                     table.set("alias", exp.TableAlias(this=exp.to_identifier(table.name)))
@@ -180,6 +183,8 @@ class _Statement(Queries):
     def _create(self, tree: exp.Create) -> None:
         kind, what, query = str(tree.args["kind"]).lower(), tree.this, tree.expression
         table = what.find(exp.Table) if isinstance(what, (exp.Schema, exp.UserDefinedFunction)) else what
+        if not isinstance(table, exp.Table):                           # an index, a trigger
+            return
         if kind in ("view", "table") and isinstance(query, exp.Query):
             names = [one.name for one in what.expressions] if isinstance(what, exp.Schema) else []
             self._inner_writes(query)
@@ -217,7 +222,7 @@ class _Statement(Queries):
             assigned = list(_assigned(tree.expressions))
         elif isinstance(tree, exp.Delete):
             self.found.writes.add((target, "deleted"))
-        else:
+        elif isinstance(tree, exp.Merge):
             assigned = list(self._whens(tree, target))
         values = [_aliased(value, n) for n, (_, value) in enumerate(assigned)]
         select = _with(_from(tree, values or [exp.Literal.number(1)]), ctes)
@@ -252,7 +257,7 @@ class _Statement(Queries):
                 self.target(target, one)
         source = tree.expression
         tuples = source.expressions[:MOST_TUPLES] if isinstance(source, exp.Values) else []
-        queries = [exp.Select(expressions=list(one.expressions)) for one in tuples] or (
+        queries: list[exp.Query] = [exp.Select(expressions=list(one.expressions)) for one in tuples] or (
             [source] if isinstance(source, exp.Query) else [])
         for query in queries:
             for name, (_, sources) in zip(names, self.query(_with(query, ctes)), strict=False):
@@ -325,12 +330,13 @@ def _from(tree: exp.Expr, values: Sequence[exp.Expr]) -> exp.Select:
         plain = other.copy()
         plain.set("joins", None)
         joins += [exp.Join(this=plain, kind="cross"), *(join.copy() for join in inner)]
-    return exp.Select(expressions=[value.copy() for value in values], from_=exp.From(this=tree.this.copy()), joins=joins,
-                      where=where.copy() if where else exp.Where(this=on.copy()) if on else None)
+    return exp.Select(expressions=[value.copy() for value in values], from_=exp.From(this=tree.this.copy()),
+                      joins=joins, where=where.copy() if where else exp.Where(this=on.copy()) if on else None)
 
 
 def _aliased(value: exp.Expr, n: int) -> exp.Expr:
-    return value.copy() if isinstance(value, (exp.Star, exp.Alias)) or value.is_star else exp.alias_(value.copy(), f"v{n}")
+    plain = isinstance(value, (exp.Star, exp.Alias)) or value.is_star
+    return value.copy() if plain else exp.alias_(value.copy(), f"v{n}")
 
 
 def _with(query: exp.Query, ctes: Sequence[exp.CTE]) -> Any:
@@ -343,6 +349,6 @@ def _with(query: exp.Query, ctes: Sequence[exp.CTE]) -> Any:
 def _reads_itself(tree: exp.Expr) -> bool:
     """Whether an UPDATE or MERGE looks at its target elsewhere, too."""
     name = tree.this.name
-    return sum(table.name == name for table in tree.find_all(exp.Table)) > 1
+    return len([table for table in tree.find_all(exp.Table) if table.name == name]) > 1
 
 

@@ -257,7 +257,7 @@ def schedules_next(args: Args) -> int:
 
 
 def graph(args: Args) -> int:
-    """Show what leads to what: tables, what listens, writes and comes in. --mermaid draws it; --columns traces columns."""
+    """Show what leads to what: what comes in, tables, what listens to them. --columns TABLE traces columns."""
     app, told, note = load_app(args.app), None, ""
     if not args.offline:
         try:
