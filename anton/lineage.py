@@ -9,6 +9,7 @@ groups rows does not. sqlread.py reads whole statements with it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -236,11 +237,16 @@ def _output(one: exp.Expr) -> str:
         return _output(one.this) or one.this.alias_or_name or str(one.to.sql(dialect=DIALECT)).lower()
     if isinstance(one, exp.Anonymous):
         return str(one.this).lower()
-    if isinstance(one, exp.Window):
+    if isinstance(one, (exp.Window, exp.Filter, exp.WithinGroup, exp.Paren)):
         return _output(one.this)
     if isinstance(one, exp.Subquery):
         inner = one.this.selects[0]
         return _output(inner) or inner.alias_or_name
     if isinstance(one, exp.Case):
         return "case"
-    return one.sql_name().lower() if isinstance(one, exp.Func) and not isinstance(one, exp.Binary) else "?column?"
+    if isinstance(one, exp.CurrentTimestamp):                          # now() is read as the same
+        return "now"
+    if isinstance(one, exp.Func) and not isinstance(one, exp.Binary):  # sqlglot has names of its own: GROUP_CONCAT
+        word = re.match(r"\w+", one.sql(dialect=DIALECT))
+        return word[0].lower() if word else "?column?"
+    return "?column?"
