@@ -27,10 +27,14 @@ _READS = ("get", "aget")
 
 @dataclass
 class Uses:
-    """What something does to Tables. writes: (name, "new" | "updated" | "deleted" | …). reads: names."""
+    """What something does to Tables. writes: (name, "new" | "updated" | "deleted" | …). reads: names.
+
+    names: of those that it passes on, who knows what for.
+    """
 
     writes: set[tuple[str, str]] = field(default_factory=set)
     reads: set[str] = field(default_factory=set)
+    names: set[str] = field(default_factory=set)
 
 
 def sqlread() -> Any:
@@ -70,8 +74,8 @@ def of_code(fn: Callable[..., Any], tables: Tables | None = None) -> Uses:
         for table, op in _in_code(inner.__code__, {**inner.__globals__, **cells}):
             if op == "sql":
                 found.reads |= read(table, tables).reads
-            elif op == "read":
-                found.reads.add(table)
+            elif op in ("read", "name"):
+                (found.reads if op == "read" else found.names).add(table)
             else:
                 found.writes.add((table, op))
     return found
@@ -80,16 +84,19 @@ def of_code(fn: Callable[..., Any], tables: Tables | None = None) -> Uses:
 def _in_code(code: CodeType, names: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Table.append(…) and the like: a Table is loaded, then its method; select(…) leads to any update or delete.
 
-    (table name, op or "read"), and (text, "sql") for sql("select …").
+    (table name, op, "read" or "name"), and (text, "sql") for sql("select …").
     """
     table: Table[Any] | None = None
     asked = False                                                      # sql was loaded, its text comes next
     selected: list[Table[Any]] = []
     changed = False
     for step in dis.get_instructions(code):
+        if table is not None and step.opname not in ("LOAD_METHOD", "LOAD_ATTR", "CACHE"):
+            yield table.name, "name"
+            table = None
         if step.opname in ("LOAD_GLOBAL", "LOAD_DEREF", "LOAD_NAME", "LOAD_CLASSDEREF"):
             thing = names.get(step.argval)
-            table = thing if isinstance(thing, Table) else table
+            table = thing if isinstance(thing, Table) else None
             asked = asked or thing is Sql
         elif step.opname == "LOAD_CONST" and asked and isinstance(step.argval, str):
             asked = False

@@ -48,7 +48,7 @@ class Node:
 class Edge:
     """One thing leads to another, from source to target, both ids.
 
-    how: what happens to the table at one end: ops such as "new", or "reads". seen: learnt from what was run; no
+    how: what happens to the table at one end: ops such as "new"; "reads"; "uses": there is no saying. seen: learnt from what was run; no
     declaration says so.
     """
 
@@ -116,11 +116,11 @@ class Graph:
         """Ways that lead back to where they begin: ["orders new", "thank", "orders new"]; one of each loop at least."""
         found: dict[str, list[tuple[str, str]]] = {}
         for heard in self.edges.values():
-            if not heard.source.startswith(("table:", "view:")) or heard.how <= {"reads"}:
+            if not heard.source.startswith(("table:", "view:")):
                 continue
             for done in self.edges.values():
                 if done.source == heard.target and done.target.startswith(("table:", "view:")):
-                    for op in heard.how - {"reads"}:
+                    for op in heard.how - {"reads", "uses"}:
                         for other in done.how or {"new", "updated", "deleted"}:
                             ways = found.setdefault(f"{heard.source} {op}", [])
                             ways.append((heard.target, f"{done.target} {other}"))
@@ -161,13 +161,11 @@ class Graph:
                 lines.append((self._said(id), self._beyond(id), self._where(id)))
         for id in order:
             if self.nodes[id].kind in PLACES:
-                listed = [edge for edge in self.edges.values()
-                          if edge.source == id and self.nodes[edge.target].kind in STEPS]
+                listed = [edge for edge in self.edges.values() if edge.source == id]
                 alone = not listed and any(edge.target == id for edge in self.edges.values())
-                if not alone:                                          # said where it is written
+                if not alone:                                          # else it is said where it is written
                     lines.append((self._said(id), "", self._where(id)))
-                lines += [(f"  {_words(edge)}  {self.nodes[edge.target].name}{' (seen)' if edge.seen else ''}",
-                           self._beyond(edge.target), self._where(edge.target)) for edge in listed]
+                lines += [self._heard(edge) for edge in listed]
         heard = {edge.target for edge in self.edges.values() if self.nodes[edge.source].kind in PLACES}
         for id in order:
             if self.nodes[id].kind in STEPS and id not in heard:
@@ -176,6 +174,14 @@ class Graph:
         shown = ["  ".join((a.ljust(widths[0]), b.ljust(widths[1]), c)).rstrip() for a, b, c in lines]
         shown += [f"a loop: {' -> '.join(chain)}" for chain in self.loops()]
         return "\n".join((*shown, *self.notes)) or "nothing is declared"
+
+    def _heard(self, edge: Edge) -> tuple[str, str, str]:
+        """A line below a table. What comes of a step that reads several is said where it listens."""
+        node = self.nodes[edge.target]
+        name = node.name if node.kind == "handler" else self._said(node.id)
+        listens = any(one.target == node.id and one.how - {"reads", "uses"} for one in self.edges.values())
+        beyond = "" if node.kind in SOURCES or (listens and edge.how <= {"reads", "uses"}) else self._beyond(node.id)
+        return f"  {' '.join(sorted(edge.how)) or '->'}  {name}", beyond, self._where(node.id)
 
     def _said(self, id: str) -> str:
         node = self.nodes[id]
@@ -207,10 +213,6 @@ class Graph:
             how = "seen" if edge.seen else " ".join(sorted(edge.how))
             lines.append(f"  {ids[edge.source]} {arrow}{f'|{how}|' if how else ''} {ids[edge.target]}")
         return "\n".join(lines)
-
-
-def _words(edge: Edge) -> str:
-    return " ".join(sorted(edge.how)) or "->"
 
 
 def _plain(id: str) -> str:

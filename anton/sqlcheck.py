@@ -123,6 +123,7 @@ def _refusal(step: SqlStep, error: asyncpg.PostgresError, known: Tables) -> SqlR
         names = [name.removeprefix(f"{quote(known.default)}.") for name in names]
         close = near(_last(token), names)
         names = [close] if close else []
+        hint = hint or f'Declare it: Table("{_last(token)}"), or create it in a migration'
         if _last(token) in ("new_records", "old_records"):
             hint = "They are there for the first statement of a handler alone"
     return SqlRefused(step.place, step.name if step.kind == "handler" else "", _last(token) if missing else token,

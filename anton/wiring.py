@@ -14,13 +14,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import asyncpg
+
 from anton import sqlfile
 from anton.app import App
 from anton.columns import MODELLESS
 from anton.component import Component
 from anton.db import Conn, Database, quote, split_name
 from anton.edges import Uses, of_code, read, sqlread, uses
-from anton.errors import UnknownTable
+from anton.errors import NotMigrated, UnknownTable
 from anton.files import Files
 from anton.graph import Graph, Node
 from anton.poll import Poll
@@ -49,7 +51,6 @@ class Told:
     """What the database says: tables and views, who listens, who was seen to write. schema: of unqualified names."""
 
     schema: str
-    runtime: str
     relations: list[Row]
     listeners: list[Row]
     seen: list[Row]
@@ -57,8 +58,11 @@ class Told:
 
 async def ask(db: Database, conn: Conn) -> Told:
     """Asks the database. Raises NotMigrated and the like."""
-    schema = await db.call_value(conn, "setting", "app_schema")
-    return Told(schema, db.schema, *[await rows_of(db, conn, name) for name in ("relations", "listeners", "seen")])
+    try:
+        schema = await db.call_value(conn, "setting", "app_schema")
+        return Told(schema, *[await rows_of(db, conn, name) for name in ("relations", "listeners", "seen")])
+    except (asyncpg.InvalidSchemaNameError, asyncpg.UndefinedFunctionError) as error:
+        raise NotMigrated(db.schema, db.name) from error
 
 
 def wire(app: App, told: Told | None = None) -> Wiring:
@@ -175,6 +179,10 @@ class Wiring:
         for table in sorted(what.reads):
             if (self.id_of(table), node.id) not in self.graph.edges:   # it listens to it already
                 self.graph.join(self.id_of(table), node.id, "reads")
+        for table in sorted(what.names):
+            id = self.id_of(table)
+            if (id, node.id) not in self.graph.edges and (node.id, id) not in self.graph.edges:
+                self.graph.join(id, node.id, "uses")
 
     # SQL
 

@@ -94,7 +94,8 @@ $$;
 
 -- empty_sql(table, body) -> the body as run_sql() would run it over no records: migrate has Postgres parse it, and nothing runs it
 create or replace function empty_sql(p_table text, p_body text) returns text language sql stable set search_path from current as $$
-  select beside(format('new_records as (select * from %1$s limit 0), old_records as (select * from %1$s limit 0)', resolve(p_table)), p_body)
+  select beside(format('new_records as (select * from %1$I.%2$I limit 0), old_records as (select * from %1$I.%2$I limit 0)', n.nspname, c.relname), p_body)
+    from pg_class c join pg_namespace n on n.oid = c.relnamespace where c.oid = resolve(p_table)
 $$;
 
 -- run_sql(token, ids, worker) -> receipt id

@@ -160,7 +160,8 @@ def test_the_code_alone_says_what_leads_to_what(wired: Wiring) -> None:
         ("files:s3-fs/in/*.csv", "table:s3_fs_in_csv", "deleted new updated"),
         ("table:s3_fs_in_csv", "handler:load_orders", "new updated"), ("handler:load_orders", "table:orders", "new"),
         ("table:orders", "handler:thank", "new"), ("handler:thank", "table:praise", "new"),
-        ("table:big", "handler:thank", "reads"), ("table:praise", "handler:send", "new"),
+        ("table:big", "handler:thank", "reads"), ("table:loose", "handler:thank", "uses"),
+        ("table:praise", "handler:send", "new"),
         ("table:orders", "view:paid", "reads"), ("function:tidy", "table:praise", "deleted"),
         ("table:orders", "model:revenue", "deleted new updated"), ("view:paid", "model:revenue", "reads"),
         ("model:revenue", "table:revenue", "deleted new updated"),
@@ -228,7 +229,8 @@ def test_the_database_adds_what_was_seen_and_who_else_listens(shop: Shop) -> Non
 
     wired = asyncio.run(work())
     assert edges(wired.graph) == {
-        ("table:orders", "handler:thank", "new"), ("handler:thank", "table:log", "seen"), ("table:orders", "view:big", "reads"),
+        ("table:orders", "handler:thank", "new"), ("handler:thank", "table:log", "seen"),
+        ("table:log", "handler:thank", "uses"), ("table:orders", "view:big", "reads"),
         ("table:orders", "handler:sql.copy", "new"), ("handler:sql.copy", "table:far", "new"),
         ("table:log", "handler:sql.back", "new"), ("handler:sql.back", "table:far", "new"),
         ("schedule:sql.tidy", "table:far", "deleted")}
