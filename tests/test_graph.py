@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from shop import Order, Shop
 
+from anton import cli
 from anton.action import perform
 from anton.errors import UnknownNode, UnknownTable
 from anton.files import Files
@@ -21,6 +24,8 @@ from anton.sense import Webhook, post
 from anton.table import Table
 from anton.wiring import Part, Wiring, ask, wire
 from anton.worker import Worker
+
+REPO = Path(__file__).parent.parent
 
 
 def some() -> Graph:
@@ -237,3 +242,13 @@ def test_the_database_adds_what_was_seen_and_who_else_listens(shop: Shop) -> Non
     assert "  new  thank" in wired.graph.text() and "-> log (seen)" in wired.graph.text()
     assert wired.columns_of("far")[0]["from"] == [{"table": "log", "column": "id", "by": "handler:sql.back"},
                                                   {"table": "orders", "column": "id", "by": "handler:sql.copy"}]
+
+
+@pytest.mark.parametrize(("form", "words"), [("text", ()), ("mermaid", ("--mermaid",))])
+def test_the_docs_show_what_the_example_draws(form: str, words: tuple[str, ...], capsys: pytest.CaptureFixture[str],
+                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPO / "examples" / "slack_ai_bot")
+    assert cli.main(["graph", "--offline", *words]) == 0
+    drawn = capsys.readouterr().out
+    block = re.search(rf"<!-- graph: {form} -->\n```{form}\n(.*?)```", (REPO / "docs" / "graph.md").read_text(), re.DOTALL)
+    assert block is not None and block[1] == drawn
