@@ -230,7 +230,7 @@ class Declared:
         found = []
         for kind, definitions in (("handler", self.handlers), ("schedule", self.schedules)):
             for definition in definitions:
-                kept = "model" in definition or "model" in (definition.get("options") or {})  # refreshes: Anton's own SQL
+                kept = "model" in definition or "model" in (definition.get("options") or {})  # our own SQL
                 if definition.get("body") is not None and not kept:
                     name = definition["name"]
                     place = places.get(name) or self.app.place("handler", name)

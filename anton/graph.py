@@ -48,8 +48,8 @@ class Node:
 class Edge:
     """One thing leads to another, from source to target, both ids.
 
-    how: what happens to the table at one end: ops such as "new"; "reads"; "uses": there is no saying. seen: learnt from what was run; no
-    declaration says so.
+    how: what happens to the table at one end: ops such as "new"; "reads"; "uses": there is no saying. seen: learnt from
+    what was run; no declaration says so.
     """
 
     source: str

@@ -127,7 +127,7 @@ def _refusal(step: SqlStep, error: asyncpg.PostgresError, known: Tables) -> SqlR
         if _last(token) in ("new_records", "old_records"):
             hint = "They are there for the first statement of a handler alone"
     return SqlRefused(step.place, step.name if step.kind == "handler" else "", _last(token) if missing else token,
-                      str(error), step.text, start, names, hint=hint)
+                      error.args[0], step.text, start, names, hint=hint)
 
 
 def _start(step: SqlStep, error: asyncpg.PostgresError) -> int | None:

@@ -10,10 +10,11 @@ from benchmarks.harness import Row, Rows, Run, WrongResult, at_most, bench, medi
 
 _MODELS = (  # simple ones: up to two tables, a CTE; each text is made anew by its number, so that nothing is cached
     "select id, customer_id, total * {n} as total, status from t1",
-    "select customer_id, count(*) as orders, sum(total) as total, max(created_at) as last from t2 where id > {n} group by 1",
+    "select customer_id, count(*) as orders, sum(total) as total, max(created_at) as last from t2 where id > {n} "
+    "group by 1",
     "select o.id, c.name, o.total from t3 o join t4 c on c.id = o.customer_id where o.total > {n}",
-    "with paid as (select customer_id, total from t5 where total > {n}) select c.name, sum(p.total) as total, count(*) as n "
-    "from paid p join t6 c on c.id = p.customer_id group by c.name",
+    "with paid as (select customer_id, total from t5 where total > {n}) select c.name, sum(p.total) as total, "
+    "count(*) as n from paid p join t6 c on c.id = p.customer_id group by c.name",
     "select id, total, sum(total) over (partition by customer_id order by created_at) + {n} as running from t7",
 )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import psycopg
 import pytest
 from shop import Order, Shop, orders
@@ -20,7 +22,8 @@ WRONG = {  # SQL: token, near, line and column
     "insert into big (id)\n  select n.id from new_records n\n   where n.totl > 3": ("totl", "total", 5, 12),
     "insert into big (idd) select id from new_records": ("idd", "id", 3, 18),
     "update orders set stauts = 'paid' where id in (select id from old_records)": ("stauts", "status", 3, 19),
-    "with x as (select id, total as sum from new_records)\ninsert into big (id) select smu from x": ("smu", "sum", 4, 29),
+    "with x as (select id, total as sum from new_records)\ninsert into big (id) select smu from x":
+        ("smu", "sum", 4, 29),
     "select count(*) from new_records; delete from big where idd = 1": ("idd", "id", 3, 57),
     "select 1; select id from new_records": ("new_records", None, 3, 26),
     "select coun(*) from new_records": ("coun", None, 3, 8),
@@ -36,7 +39,8 @@ RIGHT = [
     "WITH gone AS (delete from big using old_records o where o.id = big.id returning big.id) select id from gone",
     "insert into big (id) select o.id from new_records n join old_records o using (id) where o is distinct from n",
     "select ctid, tableoid, (n).id, n.id::text, row_to_json(n) from orders n where n.customer ~ E'it\\'s; x'",
-    "select x.a from new_records n, jsonb_to_recordset('[{\"a\": 1}]') as x(a int), generate_series(1, 3) g where g > x.a",
+    "select x.a from new_records n, jsonb_to_recordset('[{\"a\": 1}]') as x(a int), generate_series(1, 3) g "
+    "where g > x.a",
     "merge into big b using new_records n on n.id = b.id when matched then delete when not matched then insert (id) "
     "values (n.id)",
     "insert into sums (data) select jsonb_build_object('n', count(*)) from new_records; delete from big;",
@@ -71,7 +75,8 @@ def test_what_postgres_refuses_is_refused_with_its_place_and_what_was_meant(shop
 
 
 def test_what_postgres_takes_is_right_and_what_sqlglot_does_not_read_is_noted(shop: Shop) -> None:
-    shop.file("sql/a.sql", "create or replace function later() returns bigint language sql as 'select count(*) from big';")
+    shop.file("sql/a.sql", "create or replace function later() returns bigint language sql "
+                           "as 'select count(*) from big';")
     for n, body in enumerate(RIGHT):
         shop.file(f"sql/f{n:02}.sql", HEAD + body)
     plan = shop.declare(shop_tables).migrate()
@@ -129,3 +134,13 @@ def test_values_become_typed_nulls_and_places_are_found_again() -> None:
     text, pairs = parts("select {a}, {b}, '{c}'", {"a": ["bigint", "1"], "b": ["text", None]})
     assert text == "select null::bigint, null::text, '{c}'"
     assert pairs == [(0, 0), (19, 10), (31, 15)]
+
+
+def test_the_docs_show_the_message(shop: Shop) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "sql-steps.md").read_text()
+    shop.file("sql/a.sql", "create view big_spenders as select customer from orders;")
+    shop.file("sql/flag_big.sql", "-- anton: handler\n-- on: orders new\n-- where: total > 100\ninsert into big (id)\n"
+                                  "select o.idd from new_records o join big_spenders using (customer)")
+    with pytest.raises(SqlRefused) as error:
+        shop.declare(shop_tables).migrate()
+    assert f"```text\nanton: {error.value}\n```" in page
