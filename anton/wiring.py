@@ -253,7 +253,7 @@ class Wiring:
 
     def _model(self, file: SqlFile) -> None:
         refresh = [word for word in re.split(r"\s*,\s*", file.header.get("refresh", "")) if word]
-        times = [word for word in refresh if word.startswith("@") or " " in word]
+        times = [word for word in refresh if not re.fullmatch(r'[A-Za-z_"][\w."]*', word)]
         node = Node("model", file.stem, self.app.name, file.name, ", ".join(times))
         self.graph.add(Node("table", self.shown(file.stem), self.app.name, file.name))
         for table in refresh:
@@ -272,6 +272,10 @@ class Wiring:
         for row in self.told.listeners if self.told else ():
             own = row["app"] == self.app.name
             name = row["name"] if own else f"{row['app']}.{row['name']}"
+            refreshed = re.fullmatch(r"refresh (\S+)", row["body"] or "")
+            if refreshed:                                              # what keeps a model, one for each table and time
+                names[row["app"], row["name"]] = self._kept(row, self.shown(refreshed[1]), own)
+                continue
             ids = [id for kind in ("handler", "schedule", "poll", "model")
                    if (id := f"{kind}:{name}") in self.graph.nodes]
             names[row["app"], row["name"]] = ids[0] if ids else f"{'schedule' if row['cron'] else 'handler'}:{name}"
@@ -281,6 +285,15 @@ class Wiring:
             by = names.get((row["app"], row["handler"]))
             if by in self.graph.nodes:
                 self.graph.join(by, self.id_of(row["table"]), seen=True)
+
+    def _kept(self, row: Row, model: str, own: bool) -> str:
+        node = Node("model", model, row["app"])
+        if not own:                                                    # else its file said it
+            self.graph.add(node)
+            if not row["cron"]:
+                self._listens(node, row["table"], CHANGES)
+            self._uses(node, Uses({(model, op) for op in CHANGES}))
+        return node.id
 
     def _listener(self, row: Row, name: str) -> None:
         """One of psql or of another app, or one that the code has no more."""

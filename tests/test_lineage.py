@@ -156,7 +156,8 @@ def test_statements_end_at_their_semicolons_alone() -> None:
 
 
 @pytest.mark.parametrize("sql", ["", ";", "select", "'", "$$", "with", "insert into", "\x00", "select ((((",
-                                 "merge into x", "update orders set", "create view v as", "select * from (select * from", "🙂",
-                                 "copy", "select {", "select {}", "create function f()", "insert into big values", "truncate"])
+                                 "merge into x", "update orders set", "create view v as", "🙂",
+                                 "select * from (select * from", "copy", "select {", "select {}", "create function f()",
+                                 "insert into big values", "truncate"])
 def test_nothing_raises(sql: str) -> None:
     read(sql, TABLES, "public.orders")
