@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _METHODS = {"append": "new", "extend": "new", "upsert": "new"}
 _READS = ("get", "aget")
+_NO_WRITE = ("sql", "read", "name")
 
 
 @dataclass
@@ -51,12 +52,15 @@ def read(text: str, tables: Tables | None, records: str | None = None) -> Readin
 
 def writes(handler: Handler, tables: Tables | None = None) -> set[tuple[str, str]]:
     """(table name, "new" | "updated" | "deleted" | "truncate" | "rebuilt") for each write that can be seen."""
-    return uses(handler, tables).writes
+    found = {(table.name, "new") for table in handler.into}
+    if handler.body is not None:
+        found |= read(handler.body, tables, identifier(handler.table.name)).writes
+    return found | {(name, op) for name, op in _of_function(handler.fn) if op not in _NO_WRITE}
 
 
 def uses(handler: Handler, tables: Tables | None = None) -> Uses:
     """What a handler does to Tables."""
-    found = Uses() if handler.fn is None else of_code(handler.fn, tables)
+    found = of_code(handler.fn, tables)
     if handler.body is not None:
         reading = read(handler.body, tables, identifier(handler.table.name))
         found = Uses(set(reading.writes), set(reading.reads))
@@ -64,21 +68,26 @@ def uses(handler: Handler, tables: Tables | None = None) -> Uses:
     return found
 
 
-def of_code(fn: Callable[..., Any], tables: Tables | None = None) -> Uses:
+def of_code(fn: Callable[..., Any] | None, tables: Tables | None = None) -> Uses:
     """What a function does to the Tables it names. Functions that it calls are not looked into."""
-    found, inner = Uses(), getattr(fn, "__wrapped__", fn)
+    found = Uses()
+    for table, op in _of_function(fn):
+        if op == "sql":
+            found.reads |= read(table, tables).reads
+        elif op in ("read", "name"):
+            (found.reads if op == "read" else found.names).add(table)
+        else:
+            found.writes.add((table, op))
+    return found
+
+
+def _of_function(fn: Any) -> Iterator[tuple[str, str]]:
+    inner = getattr(fn, "__wrapped__", fn)
     inner = getattr(inner, "__func__", inner)
     if getattr(inner, "__code__", None) is not None:
         closed = zip(inner.__code__.co_freevars, inner.__closure__ or (), strict=False)
         cells = {name: cell.cell_contents for name, cell in closed if _filled(cell)}
-        for table, op in _in_code(inner.__code__, {**inner.__globals__, **cells}):
-            if op == "sql":
-                found.reads |= read(table, tables).reads
-            elif op in ("read", "name"):
-                (found.reads if op == "read" else found.names).add(table)
-            else:
-                found.writes.add((table, op))
-    return found
+        yield from _in_code(inner.__code__, {**inner.__globals__, **cells})
 
 
 def _in_code(code: CodeType, names: dict[str, Any]) -> Iterator[tuple[str, str]]:
