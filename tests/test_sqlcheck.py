@@ -8,7 +8,7 @@ import psycopg
 import pytest
 from shop import Order, Shop, orders
 
-from anton.errors import MigrationError, SqlRefused
+from anton.errors import MigrationError, MigrationFailed, SqlRefused
 from anton.sqlcheck import parts
 from anton.table import Table
 
@@ -103,6 +103,15 @@ def test_a_schedule_is_looked_at_too(shop: Shop) -> None:
         shop.declare(orders()).migrate()
     assert (error.value.file, error.value.token, error.value.line) == ("sql/c.sql", "nosuch", 3)
     assert not shop.sql("select name from anton.schedule")
+
+
+@pytest.mark.parametrize("path", ["sql/view.sql", "migrations/0001_view.sql"])
+def test_a_file_that_migrate_runs_is_told_which_table_was_meant(shop: Shop, path: str) -> None:
+    shop.sql("create table customers (id int)")
+    shop.file(path, "create view seen as\n  select id from custmers;")
+    with pytest.raises(MigrationFailed, match=rf'{path}, line 2: relation "custmers" does not exist. Did you mean '
+                                              r'"customers"\?'):
+        shop.declare(orders()).migrate()
 
 
 def test_a_plan_refuses_as_migrate_does(shop: Shop) -> None:
