@@ -12,6 +12,7 @@ it: what was there at first is no event.
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +24,6 @@ from anton import due
 from anton.db import literal, quote
 from anton.ddl import Found, inspect
 from anton.errors import BadOption, DatabaseError, MigrationError, MigrationFailed, UnknownOption
-from anton.groups import Cannot, Functions, Select, parse, tables
 from anton.plan import LOCK_TIMEOUT, Step
 from anton.sqlfile import SqlFile, SqlModel
 from anton.sqlfile import model as parsed
@@ -226,18 +226,18 @@ class Models:
 
     async def _examine(self, model: Model, outputs: Mapping[str, str]) -> tuple[list[dict[str, str]], bool]:
         """The groups of `incremental`, and whether the SELECT's form tells its keys apart. Notes what it also reads."""
-        said = model.said
+        said, groups_of = model.said, importlib.import_module("anton.groups")  # sqlglot: only where there are models
         try:
-            tree = parse(said.body)
-            names = {self._full(one) for one in tables(tree)}
+            tree = groups_of.parse(said.body)
+            names = {self._full(one) for one in groups_of.tables(tree)}
             heard = set(map(self.place, said.tables))
             also = sorted(f"{schema}.{table}" for schema, table in names - heard if schema not in _SYSTEM)
             if also and said.tables:
                 self.plan.notes.append(f"model {said.name} also reads {', '.join(also)}, whose changes do not refresh "
                                        f"it: {said.file} has -- refresh: {', '.join((*said.tables, *said.crons))}")
             kinds, columns = await self._read(names)
-            select = Select(tree, self.app_schema, columns, await self._functions())
-        except Cannot as why:
+            select = groups_of.Select(tree, self.app_schema, columns, await self._functions())
+        except groups_of.Cannot as why:
             if said.incremental:
                 raise self._refused(said, str(why)) from None
             return [], False
@@ -251,7 +251,7 @@ class Models:
                 raise UnknownOption(column, f"incremental: of {said.file}", list(columns.get((schema, name), ())))
             try:
                 found = select.outputs((schema, name), column)
-            except Cannot as why:
+            except groups_of.Cannot as why:
                 raise self._refused(said, str(why)) from None
             output = min(found & set(outputs), key=lambda one: (one not in said.key, one))
             groups.append({"table": f"{quote(schema)}.{quote(name)}", "column": column, "output": output})
@@ -276,8 +276,9 @@ class Models:
 
     async def _functions(self) -> Functions:
         rows = await self.conn.fetch(_FUNCTIONS)
-        return Functions(*(frozenset(row["name"] for row in rows if row[kind])
-                           for kind in ("aggregate", "sets", "opaque")))
+        made: Functions = importlib.import_module("anton.groups").Functions(
+            *(frozenset(row["name"] for row in rows if row[kind]) for kind in ("aggregate", "sets", "opaque")))
+        return made
 
 
 _SYSTEM = ("pg_catalog", "information_schema")
