@@ -30,7 +30,7 @@ from anton.sqlfile import model as parsed
 from anton.steps import Steps
 
 if TYPE_CHECKING:
-    pass
+    from anton.groups import Functions
 
 OPS = ("new", "updated", "deleted", "truncate")
 BATCH = 1000  # records of one job; a refresh takes all jobs there are
@@ -253,6 +253,8 @@ class Models:
                 found = select.outputs((schema, name), column)
             except groups_of.Cannot as why:
                 raise self._refused(said, str(why)) from None
+            if not found & set(outputs):
+                raise self._refused(said, f"{column} is none of its columns")
             output = min(found & set(outputs), key=lambda one: (one not in said.key, one))
             groups.append({"table": f"{quote(schema)}.{quote(name)}", "column": column, "output": output})
         return groups, select.tells_apart(said.key)
