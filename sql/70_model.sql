@@ -59,7 +59,7 @@ language sql stable set search_path from current as $$
          (select string_agg((i ->> 'table') || '.' || (i ->> 'column'), ', ') from jsonb_array_elements(m.incremental) i),
          case when m.missing_at is not null then 'missing' when f.error is not null then 'failing' when m.built_at is null then 'not built'
               when m.stale then 'stale' when p.n > 0 then 'pending' else 'fresh' end,
-         p.n, m.built_at, m.ms, m.is_full, m.new_n, m.updated_n, m.deleted_n, m.jobs, f.error, m.body
+         p.n, m.built_at, round(m.ms::numeric, 1)::real, m.is_full, m.new_n, m.updated_n, m.deleted_n, m.jobs, f.error, m.body
     from model m join watched w on w.id = m.table_id
     cross join lateral (select (select coalesce(sum(j.hi - j.lo + 1), 0) from job j join handler h on h.id = j.handler_id where h.model_id = m.id)
                              + (select coalesce(sum(j.hi - j.lo + 1), 0) from lease j join handler h on h.id = j.handler_id where h.model_id = m.id)
