@@ -17,7 +17,8 @@ from chaos.points import POINTS
 CHAIN = (1, 1, 1, 2, 3)  # deaths in a row, each of whoever has jobs then, before the others are left in peace
 SOON = 3.0  # seconds that a worker has to come to its point, or to be found with jobs
 REAPER = "reaper_mid"  # the point of those who redo what the dead held
-PEACE = 15.0  # seconds at most that the living have to redo it, before the next experiment begins all the same
+PEACE = 60.0  # seconds at most that the living have to redo it, before the next experiment begins all the same
+RATE = 8  # operations a second, of nine records on average: what is measured is not how much two cores can take
 
 
 @fault("P1", "SIGKILL of a worker, half at named points, half at any time; half with its supervisor")
@@ -42,10 +43,13 @@ def _kills(cell: Cell, n: int, **given: Any) -> Result:
     """
     result, points = Result(), itertools.cycle(point for point in POINTS if point != REAPER)
     late = 0
-    with under_load(cell, result):
+    with under_load(cell, result, rate=RATE):
         end = time.monotonic() + 60 + 6 * n
         while len(cell.kills) < n and time.monotonic() < end:
             with cell.calm():
+                for pid in sorted(cell.workers)[WORKERS:]:
+                    cell.signal(pid, signal.SIGTERM)
+                    cell.workers.discard(pid)
                 while len(cell.workers) < WORKERS:
                     cell.start(point=next(points), hits=cell.random.randint(1, 12), **given)
                 time.sleep(cell.random.uniform(0, 0.4))

@@ -93,7 +93,7 @@ class Queue:
     def reclaim_together(self, token: int, parts: list[Part]) -> None:
         """Suspects for the first time or the second: no crash is counted for what they do together."""
         for job in (self.jobs[part] for part in parts):
-            assert not (job.alone or job.together > 1 or job.crashes or job.attempt or job.tenant)
+            assert not (job.alone or job.together > 1 or job.crashes)
             job.together, job.token, job.until = job.together + 1, token, (self.now + LEASE, self._next())
 
     def heartbeat(self, token: int) -> bool:
