@@ -589,13 +589,15 @@ def test_two_reclaims_at_once_share_the_suspects_and_neither_waits(queue: Queue)
 
 
 def test_two_that_reclaim_together_at_once_get_a_group_each(queue: Queue) -> None:
+    queue.sql("update anton.handler set batch = 1")
     queue.insert(*range(150))
     queue.ids()
     queue.clock("31 s")
     with queue.other(lock_timeout="1ms") as other:
         queue.sql("begin")
         mine = {job.id for job in queue.together(token=1)}
-        theirs = {row[0] for row in other.sql("select id from anton.reclaim_together(2, 7, %s, '30 s')", args=([queue.h],))}
+        theirs = {row[0] for row in other.sql("select id from anton.reclaim_together(2, 7, %s, '30 s')",
+                                              args=([queue.h],))}
         queue.sql("commit")
     assert (len(mine), len(theirs)) == (100, 50) and not mine & theirs
     assert queue.value("select bool_or(alone) from anton.lease") is False
@@ -603,7 +605,7 @@ def test_two_that_reclaim_together_at_once_get_a_group_each(queue: Queue) -> Non
 
 def test_suspects_of_all_handlers_tenants_and_attempts_run_together_at_first_and_a_handler_s_after_that_died(
         queue: Queue) -> None:
-    other = queue.pg.listen("orders", "new", name="other")
+    other = queue.listen("orders", "new", name="other")
     queue.insert(1, 2)
     with queue.conn.transaction():
         queue.sql("set local anton.tenant = 'acme'")
@@ -614,9 +616,11 @@ def test_suspects_of_all_handlers_tenants_and_attempts_run_together_at_first_and
     queue.ids()
     queue.ids(other)
     queue.clock("31 s")
+
     def run(token: int) -> list[tuple[Any, ...]]:
         return queue.sql("select handler_id, tenant, attempt from anton.reclaim_together(1, %s, %s, '30 s')",
                          args=(token, [queue.h, other]))
+
     first = run(1)
     assert sorted(row[0] for row in first) == sorted([queue.h, other] * 3)
     assert {row[1] for row in first} == {None, "acme"} and {row[2] for row in first} == {0, 1}
