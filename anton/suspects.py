@@ -35,8 +35,9 @@ async def work_suspects(settler: Settler, lease: timedelta, lanes: Mapping[int, 
     while alive():
         async with db.conn() as conn:
             jobs = await queue.reclaim_together(db, conn, settler.worker, lease, list(lanes))
-        if not jobs:
-            break
+            if not jobs:                                               # or those there are cannot be had
+                await queue.thaw(db, conn, lease)
+                break
         job = jobs[0]
         if job.crashes and len(job.left) > 1:
             await settler.transact(partial(queue.split_crashed, db, job=job))

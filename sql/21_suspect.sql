@@ -80,3 +80,13 @@ begin
     return query select * from reclaim(p_worker, p_token, p_handlers, p_lease, 1);
   end if;
 end $$;
+
+-- thaw(lease) -> sessions ended
+-- Who freezes in the middle of a COPY of its ack is not idle to the server, and keeps its row locks. Its leases have
+-- ended and its heart does not beat: a worker that is only slow has one that does.
+create or replace function thaw(p_lease interval) returns bigint language sql volatile set search_path from current as $$
+  select count(pg_terminate_backend(x.pid)) from (
+    select distinct a.pid from lease l join worker w on w.id = l.worker_id join pg_stat_activity a on a.backend_xid = l.xmax
+     where l.lease_until < now() and w.seen_at < now() - greatest(p_lease, '2 s')
+       and a.state = 'active' and a.wait_event = 'ClientRead') x
+$$;

@@ -526,6 +526,28 @@ def test_a_holder_that_freezes_in_its_ack_lets_go_of_its_locks_when_its_lease_wo
     assert queue.counts() == {"lease": 1}
 
 
+def test_a_holder_that_freezes_in_a_copy_of_its_ack_is_cut_off_when_its_heart_has_stopped(queue: Queue) -> None:
+    queue.insert(1)
+    worker = queue.value("select anton.register_worker('sql', 'here', 1, '')")
+    token, ids = queue.ids(worker=worker)
+    with psycopg.connect(queue.url) as frozen:
+        frozen.execute("select anton.ack(%s, %s::bigint[], 1, 1)", (token, ids))
+        frozen.execute("create temp table t (n int)")
+        with pytest.raises(psycopg.OperationalError), frozen.cursor().copy("copy t from stdin") as copy:
+            copy.write_row([1])
+            reading = f"select wait_event from pg_stat_activity where pid = {frozen.info.backend_pid}"
+            while queue.value(reading) != "ClientRead":
+                pass
+            assert queue.value("select anton.thaw('30 s')") == 0       # it holds its lease
+            queue.clock("31 s")
+            queue.sql(f"select anton.heartbeat({worker}, '{{}}', '30 s')")
+            assert queue.value("select anton.thaw('30 s')") == 0       # its heart beats: it is slow
+            queue.clock("62 s")
+            assert queue.value("select anton.thaw('30 s')") == 1
+            queue.sql("select from anton.lease for update")            # waits until the session has ended
+    assert [job.ids for job in queue.reclaim()] == [[1]]
+
+
 @pytest.mark.parametrize("call", [
     "ack(%(token)s, array[%(id)s], 1, 1)", "ack_part(%(token)s, %(id)s, array[1], 1, 1)",
     "retry(%(token)s, %(id)s, array[1], '1 min', 'x', true)", "give_back(%(token)s, array[%(id)s])",
