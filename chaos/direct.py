@@ -56,7 +56,7 @@ def killed_in_flight(cell: Cell, n: int) -> Result:
 
 
 def _zombies(cell: Cell, n: int, point: str) -> Result:
-    """n workers sleep at the point, and the harness takes the lease of each before the next begins; all wake and go on."""
+    """n workers sleep at the point, and the harness takes the lease of each before the next begins; all go on."""
     result, said, token = Result(), dict[int, str | None](), cell.random.getrandbits(62)
     (me,) = cell.one("select anton.register_worker('chaos', 'harness', 0, '')")
     mine, wanted = "select count(*) from anton.lease where token = %s", 0

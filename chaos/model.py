@@ -151,10 +151,10 @@ class Queue:
         for job in self.fence(token, parts):
             job.place, job.token, job.alone = "job", None, False
 
-    def died(self, tokens: Iterable[int]) -> None:
+    def died(self, tokens: set[int]) -> None:
         """Its parent saw the worker die that holds these: its leases have ended, but for those that it is settling."""
         for job in self.jobs.values():
-            if job.token in tokens and not job.locked:
+            if job.token is not None and job.token in tokens and not job.locked:
                 job.until = (float("-inf"), self._next())
 
     def split(self, token: int, part: Part, ways: int, ended: bool = False) -> None:
