@@ -35,7 +35,7 @@ T = TypeVar("T")
 log = logging.getLogger("anton.worker")
 
 TRIES = 6  # of a transaction that another one got in the way of
-BREAKS = 10  # of its connections, in the middle of a transaction: a loop that is blocked again and again is cut off each time
+BREAKS = 10  # of its connection, within a transaction: a loop that is blocked again and again is cut off each time
 
 BLOCKED = (asyncpg.SerializationError, asyncpg.DeadlockDetectedError, asyncpg.LockNotAvailableError,
            asyncpg.InsufficientResourcesError, asyncpg.PostgresSystemError, asyncpg.InvalidCachedStatementError,

@@ -54,6 +54,7 @@ def table(report: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+COUNTS = ("n", "seed", "acked", "unknown", "lost", "doubled")
 NOT_FIGURES = {"what", "n", "seed", "bound_95", "points", "operations", "cut", "drain_s", "late", *KEPT}
 
 
@@ -66,7 +67,7 @@ def faults(detail: dict[str, Any]) -> str:
             one = detail[name]
             more = ", ".join(f"{key} {_figure(value)}" for key, value in one.items() if key not in NOT_FIGURES)
             wrong = "".join(f" **{text}**" for text in one["wrong"])
-            counts = f"{one['n']:,} | {one['seed']} | {one['acked']:,} | {one['unknown']:,} | {one['lost']} | {one['doubled']}"
+            counts = " | ".join(str(one[key]) if key == "seed" else f"{one[key]:,}" for key in COUNTS)
             lines.append(f"| {name} {what} | {counts} | {one['bound_95']} | {more}{wrong} |")
     missing = sorted(FAULTS.keys() - detail.keys())
     return "\n".join(lines) + "\n" + (f"\nNot in here: {', '.join(missing)}.\n" if missing else "")
