@@ -9,7 +9,17 @@ import json
 import re
 from typing import Any
 
-from chaos import capacity, database, direct, edges, handlers, hooks, kills, wire  # noqa: F401  (faults register themselves)
+from chaos import (  # noqa: F401  (faults register themselves)
+    capacity,
+    database,
+    direct,
+    edges,
+    handlers,
+    hooks,
+    kills,
+    sensing,
+    wire,
+)
 from chaos.cell import ROOT
 from chaos.faults import FAULTS
 from chaos.report import DETAIL, KEPT, RESULTS, bound, derive
