@@ -25,6 +25,7 @@ from chaos import (  # noqa: F401  (faults register themselves)
     edges,
     handlers,
     hooks,
+    kills,
     report,
     sensing,
     wire,
