@@ -11,7 +11,7 @@
       UnknownTable UnknownHandler
       WriteError            a write that was not, or could not be, made
         InvalidRecord WriteRefused RowChanged NoScope ScopeClosed ValueWithoutInto
-      QueryError SyncInLoop LeaseLost HandlerTimeout WorldError PollFailed
+      QueryError SyncInLoop LeaseLost HandlerTimeout WorldError PollFailed DbtFailed
     Outcome                 what a handler raises to settle its record; not errors
       Retry Discard
 
@@ -190,6 +190,10 @@ class LoadFailed(AntonError):
     def __init__(self, path: str, table: str, reason: str) -> None:
         super().__init__(f'"{path}" cannot be loaded into table "{table}": {reason}', path=path, table=table,
                          reason=reason)
+
+
+class DbtFailed(AntonError):
+    """dbt cannot read a project, or cannot be run. What a single model fails of is its on_failed. project."""
 
 
 class DatabaseUnreachable(DatabaseError, WorldError):

@@ -1,0 +1,137 @@
+-- dbt's requests: what is asked of a project waits here, and becomes one run of whoever works it. anton/dbt/run.py builds.
+
+-- put_dbt_project(definition) -> handler id
+-- The handler that works a project's requests. Keys: app, name (of the handler), attempts, backoff.
+create or replace function put_dbt_project(d jsonb) returns int language sql volatile set search_path from current as $$
+  select put_handler(jsonb_build_object('ops', '[]'::jsonb, 'read', 'now', 'batch', 1000, 'concurrency', 1, 'timeout', '24 h',
+    'kind', 'python', 'table', quote_ident(current_schema()) || '.dbt_request') || d)
+$$;
+
+-- dbt_ask(app, project, what) -> request id
+-- Notes what is to be built, and a job for the project's handler, in the caller's transaction.
+--   models, upstream, tables, gate, full_refresh, vars, timeout: as the columns of dbt_request
+--   merge, debounce, max_wait: joins the request that waits under this word; due `debounce` from now, at most `max_wait` after its first
+create or replace function dbt_ask(p_app text, p_project text, d jsonb) returns bigint language plpgsql volatile set search_path from current as $$
+declare
+  v_now timestamptz := now(); v_handler int; v_context text := current_setting('anton.context', true); v_change bigint := nextval('change_seq');
+  r dbt_request; v_known text;
+  v_debounce interval := coalesce((d ->> 'debounce')::interval, '0'); v_longest interval := coalesce((d ->> 'max_wait')::interval, '0');
+begin
+  select id into v_handler from handler where app = p_app and name = 'dbt:' || p_project;
+  if v_handler is null then
+    select string_agg(app || '.' || substr(name, 5), ', ' order by app, name) into v_known from handler where name like 'dbt:%';
+    raise exception using errcode = 'NT003', message = format('no dbt project "%s" in app "%s"', p_project, p_app),
+      hint = format('known: %s; a new one needs: anton migrate', coalesce(v_known, 'none'));
+  end if;
+  insert into dbt_request as r (app, project, models, upstream, tables, gate, full_refresh, vars, timeout, merge, first_at, due_at, cause, depth, trace)
+  values (p_app, p_project, array(select jsonb_array_elements_text(coalesce(d -> 'models', '[]'))), coalesce((d ->> 'upstream')::boolean, false),
+          array(select jsonb_array_elements_text(coalesce(d -> 'tables', '[]'))), coalesce((d ->> 'gate')::boolean, false),
+          coalesce((d ->> 'full_refresh')::boolean, false), coalesce(d -> 'vars', '{}'), (d ->> 'timeout')::interval, d ->> 'merge',
+          v_now, v_now + v_debounce, nullif(split_part(v_context, ',', 1), '')::bigint,
+          coalesce(nullif(split_part(v_context, ',', 2), '')::smallint, 0), nullif(split_part(v_context, ',', 3), '')::bigint)
+  on conflict (app, project, merge) where state = 'waiting' do update
+     set tables = array(select distinct t from unnest(r.tables || excluded.tables) t order by t),
+         models = array(select distinct m from unnest(r.models || excluded.models) m order by m),
+         due_at = least(r.first_at + v_longest, greatest(r.due_at, v_now + v_debounce)),
+         cause = coalesce(excluded.cause, r.cause), depth = greatest(r.depth, excluded.depth), trace = coalesce(excluded.trace, r.trace)
+  returning * into r;
+  if r.job_id is not null then                             -- it joined one; a job that runs already takes it as it is now
+    update delayed set run_at = r.due_at where handler_id = v_handler and id = r.job_id;
+  elsif r.due_at > v_now then
+    insert into delayed (handler_id, id, change_id, at, cause, trace, lo, hi, attempt, crashes, depth, op, ids, run_at)
+    values (v_handler, v_change, v_change, v_now, r.cause, coalesce(r.trace, v_change), 1, 1, 0, 0, r.depth, 'n', array[r.id], r.due_at);
+    update dbt_request set job_id = v_change where id = r.id;
+  else
+    insert into job (handler_id, change_id, at, cause, trace, lo, hi, depth, op, ids)
+    values (v_handler, v_change, v_now, r.cause, coalesce(r.trace, v_change), 1, 1, r.depth, 'n', array[r.id]);
+  end if;
+  perform ring();
+  return r.id;
+end $$;
+
+-- dbt_lock(name) -> whether this transaction may run the project now; it may until it ends. What is left of runs that died is ended.
+create or replace function dbt_lock(p_name text) returns boolean language plpgsql volatile set search_path from current as $$
+begin
+  if not pg_try_advisory_xact_lock(1634628724, hashtext(p_name)) then
+    return false;
+  end if;
+  perform set_config('idle_in_transaction_session_timeout', '0', true);
+  perform dbt_end_sessions(p_name);
+  return true;
+end $$;
+
+-- dbt_end_sessions(name) -> how many of dbt's sessions were ended
+create or replace function dbt_end_sessions(p_name text) returns int language sql volatile set search_path from current as $$
+  select count(*)::int from pg_stat_activity a cross join lateral pg_terminate_backend(a.pid, 1000)
+   where a.application_name = p_name and a.datname = current_database() and a.pid <> pg_backend_pid()
+$$;
+
+-- dbt_begin(app, project, requests) -> what to build: these, all that are due, and those of a run that died
+-- Only with dbt_lock(): what still runs then has died. No request: there is nothing to do.
+create or replace function dbt_begin(p_app text, p_project text, p_ids bigint[]) returns setof dbt_request language plpgsql volatile set search_path from current as $$
+declare v_now timestamptz := now(); v_run bigint; v_ids bigint[];
+begin
+  update dbt_run set state = 'died', finished_at = v_now where app = p_app and project = p_project and state = 'running';
+  v_ids := array(select id from dbt_request where app = p_app and project = p_project
+                    and (state = 'running' or state = 'waiting' and (due_at <= v_now or id = any (p_ids))) order by id for update);
+  if v_ids = '{}' then
+    return;
+  end if;
+  insert into dbt_run (app, project, started_at) values (p_app, p_project, v_now) returning id into v_run;
+  return query update dbt_request set state = 'running', run_id = v_run where id = any (v_ids) and state in ('waiting', 'running') returning *;
+end $$;
+
+-- dbt_finish(run, state, error, failed, results) -> whether it was still running: a run that was taken over says nothing more
+--   failed   ids of the requests that ended badly; results: [{"node", "status", "seconds", "message", "log"}, …]
+create or replace function dbt_finish(p_run bigint, p_state text, p_error text, p_failed bigint[], p_results jsonb) returns boolean
+language plpgsql volatile set search_path from current as $$
+declare v_now timestamptz := now();
+begin
+  update dbt_run set state = p_state, error = p_error, finished_at = v_now where id = p_run and state = 'running';
+  if not found then
+    return false;
+  end if;
+  update dbt_request set state = case when id = any (p_failed) then 'failed' else 'done' end, error = case when id = any (p_failed) then p_error end
+   where run_id = p_run;
+  insert into dbt_result (run_id, unique_id, status, seconds, message, log)
+  select p_run, r ->> 'node', r ->> 'status', (r ->> 'seconds')::real, r ->> 'message', r ->> 'log' from jsonb_array_elements(p_results) r
+  on conflict (run_id, unique_id) do update set status = excluded.status, seconds = excluded.seconds, message = excluded.message, log = excluded.log;
+  return true;
+end $$;
+
+-- dbt_put_back(run, error): nothing could be built, as the project cannot be read or dbt cannot start; its requests wait again
+create or replace function dbt_put_back(p_run bigint, p_error text) returns void language plpgsql volatile set search_path from current as $$
+declare v_now timestamptz := now(); v_id bigint;
+begin
+  update dbt_run set state = 'failed', error = p_error, finished_at = v_now where id = p_run and state = 'running';
+  for v_id in select id from dbt_request where run_id = p_run and state = 'running' order by id loop
+    begin
+      update dbt_request set state = 'waiting', error = p_error, job_id = null where id = v_id;
+    exception when unique_violation then                   -- a newer one waits under its word: that builds it, too
+      update dbt_request r set tables = array(select distinct t from unnest(r.tables || o.tables) t order by t),
+                               models = array(select distinct m from unnest(r.models || o.models) m order by m)
+        from dbt_request o where o.id = v_id and (r.app, r.project, r.merge) = (o.app, o.project, o.merge) and r.state = 'waiting';
+      update dbt_request set state = 'failed', error = p_error where id = v_id;
+    end;
+  end loop;
+end $$;
+
+-- forget_dbt_runs(now, days) -> how many runs were forgotten, with their requests and results
+create or replace function forget_dbt_runs(p_now timestamptz, p_keep int) returns bigint language plpgsql volatile set search_path from current as $$
+declare v_ids bigint[] := array(select id from dbt_run where state <> 'running' and finished_at < p_now - make_interval(days => p_keep)
+   and not exists (select from dbt_request q where q.run_id = dbt_run.id and q.state in ('waiting', 'running')) order by id limit 1000);
+begin
+  delete from dbt_result where run_id = any (v_ids);
+  delete from dbt_request where run_id = any (v_ids);
+  delete from dbt_run where id = any (v_ids);
+  return cardinality(v_ids);
+end $$;
+
+-- list_dbt_runs(project, limit) -> the last runs, the newest first
+create or replace function list_dbt_runs(p_project text default null, p_limit int default 20)
+returns table (id bigint, app text, project text, state text, requests bigint, models bigint, seconds numeric, started_at timestamptz, error text)
+language sql stable set search_path from current as $$
+  select r.id, r.app, r.project, r.state, (select count(*) from dbt_request q where q.run_id = r.id), (select count(*) from dbt_result x where x.run_id = r.id),
+         round(extract(epoch from r.finished_at - r.started_at)::numeric, 3), r.started_at, r.error
+    from dbt_run r where p_project is null or r.project = p_project order by r.id desc limit p_limit
+$$;
