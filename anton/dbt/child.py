@@ -1,6 +1,6 @@
 """Child: a process that keeps dbt and one project's manifest warm. JSON lines in, JSON lines out; one job at a time.
 
-    {"id": 1, "args": ["build", "--select", "revenue"], "hooks": true}
+    {"id": 1, "args": ["build", "--select", "revenue"], "flags": [], "parse_flags": []}
     <- {"id": 1, "event": "NodeStart", "node": "model.shop.revenue", …}
     <- {"id": 1, "done": true, "success": true, "error": null, "results": […]}
 
@@ -43,7 +43,6 @@ class Child:
         self.project, self.target, self.macros, self.out = project, target, macros, out
         self.manifest: Any = None
         self.seen: tuple[int, int] | None = None                       # of the files that the manifest was made of
-        self.hooked = False
         self.job: dict[str, Any] = {}
         self.jobs: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
 
@@ -81,17 +80,14 @@ class Child:
         """One invocation of dbt, with what it brought as JSON."""
         args: list[str] = job["args"]
         if args[0] in RUNS or args[0] == "parse":
-            # with vars of its own a project may look different: it is parsed for this job alone
-            kept = "--vars" not in args or job.get("late_vars", False)
-            failure = self._parse([] if kept else args[args.index("--vars"):][:2], job)
+            vars = args[args.index("--vars"):][:2] if "--vars" in args else []
+            failure = self._parse(vars, job)
             if failure is not None:
                 return failure
             if args[0] == "parse":
                 return {"success": True, "error": None, "kind": None, "results": [], "manifest": self.summary()}
             self._reset()
             done = dbtRunner(self.manifest, [self._event]).invoke([*args, *job["flags"]])
-            if not kept:
-                self.seen = None
         else:
             done = dbtRunner(callbacks=[self._event]).invoke([*args, *job["flags"]])
         return {"success": done.success, "error": None if done.exception is None else str(done.exception).strip(),
@@ -102,13 +98,13 @@ class Child:
         now = fingerprint(self.project)
         if self.manifest is not None and now == self.seen and not vars:
             return None
+        # with vars a project may look different: it is read for this job alone
         done = dbtRunner(callbacks=[self._event]).invoke(["parse", *vars, *job["parse_flags"]])
         if not done.success:
             error = str(done.exception or "dbt could not read the project").strip()
             return {"success": False, "error": error, "kind": type(done.exception).__name__, "results": [], "parse": True}
         self.manifest, self.seen = done.result, None if vars else now
-        if job.get("hooks"):
-            self._hook()
+        self._hook()
         return None
 
     def _hook(self) -> None:

@@ -36,7 +36,7 @@ GRACE = 2.0  # seconds between SIGINT and SIGKILL
 LINE = 1 << 27  # bytes: the longest line, which holds what is known of the manifest
 QUIET = ("--no-send-anonymous-usage-stats", "--no-version-check", "--no-use-colors", "--log-level", "none",
          "--log-level-file", "none")
-WARM = ("--no-populate-cache", "--no-write-json")  # of commands that build
+ALONE = ("--no-populate-cache",)  # of one node: with several dbt's cache has to know that a swapped table took its views along
 
 Heard = Callable[[dict[str, Any]], None]
 
@@ -83,8 +83,8 @@ class Died(Exception):
 class Runner:
     """A child for a project and a target. One job at a time; others wait.
 
-    folder: the project's. home: where .anton is. schema: of the models. inject: Anton's hooks, in memory, for a project
-    that does not have them. kept: whether artefacts are written, as `anton dbt` does.
+    folder: the project's. home: where .anton is. schema: of the models.
+    env: more of the child's environment.
     """
 
     def __init__(self, db: Database, folder: Path, home: Path, *, name: str, target: str, schema: str, threads: int,
@@ -127,33 +127,31 @@ class Runner:
         return done.manifest
 
     async def invoke(self, args: Sequence[str], *, timeout: float | None = None, heard: Heard | None = None,
-                     hooks: bool = True, keep: bool = False, late_vars: bool = False) -> Done:
-        """One dbt command. heard: called with what happens. hooks: Anton's are put in where the project has none.
+                     alone: bool = False, keep: bool = False) -> Done:
+        """One dbt command. heard: called with what happens. alone: it builds one node. keep: artefacts are written.
 
-        keep: artefacts are written. late_vars: --vars is for hooks alone, so the manifest stays. Raises DbtFailed when
-        the child cannot start, or died twice.
+        Raises DbtFailed when the child cannot start, or died twice.
         """
         async with self._turn:
             for attempt in (1, 2):
                 try:
-                    return await self._invoke(list(args), timeout, heard, hooks, keep, late_vars)
+                    return await self._invoke(list(args), timeout, heard, alone, keep)
                 except Died as error:
                     await self._end()
                     if attempt == 2:
                         raise DbtFailed(f"dbt's process died: {error}", project=self.name) from None
             raise AssertionError
 
-    async def _invoke(self, args: list[str], timeout: float | None, heard: Heard | None, hooks: bool, keep: bool,
-                      late_vars: bool) -> Done:
+    async def _invoke(self, args: list[str], timeout: float | None, heard: Heard | None, alone: bool,
+                      keep: bool) -> Done:
         if self._jobs >= JOBS:
             await self._end()
         child = await self._started()
         self._jobs += 1
         own = [*QUIET, "--project-dir", str(self.folder), "--profiles-dir", str(self._scratch), "--profile", "anton",
                "--target", self.target, "--target-path", str(self._at), "--log-path", str(self._at)]
-        warm = WARM if args[0] in ("run", "build", "seed", "snapshot", "test") and not keep else ()
-        job = {"id": self._jobs, "args": args, "hooks": hooks, "late_vars": late_vars, "parse_flags": own,
-               "flags": [*own, *warm]}
+        warm = (*(ALONE if alone else ()), *(() if keep else ("--no-write-json",))) if args[0] != "parse" else ()
+        job = {"id": self._jobs, "args": args, "parse_flags": own, "flags": [*own, *warm]}
         assert child.stdin is not None
         with contextlib.suppress(ConnectionError):                     # its end is seen below
             child.stdin.write(json.dumps(job).encode() + b"\n")
