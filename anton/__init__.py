@@ -11,6 +11,8 @@ from anton.errors import Discard, Retry
 from anton.files import Files
 from anton.poll import poll
 from anton.query import sql
+from anton.rebuilt import Failed as Failed
+from anton.rebuilt import Rebuilt as Rebuilt
 from anton.record import Record as Record
 from anton.record import Records
 from anton.schedule import cron

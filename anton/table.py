@@ -19,8 +19,9 @@ from anton.app import current_app, place_of_caller
 from anton.columns import Shape, kind_of
 from anton.db import current_database, split_name
 from anton.errors import BadOption, UnknownOption
-from anton.event import Event
+from anton.event import BuildEvent, Event
 from anton.query import Query
+from anton.rebuilt import Failed, Rebuilt
 from anton.record import Record
 from anton.relation import Relation, described
 from anton.sink import Columns, Documents, Models, Sink, beside
@@ -94,6 +95,16 @@ class Table(Generic[T]):
     def on_truncate(self) -> Event[T]:
         """Handles TRUNCATE: no records, one change."""
         return Event(self, "truncate", ("truncate",))
+
+    @property
+    def on_rebuilt(self) -> BuildEvent[Rebuilt]:
+        """Handles rebuilds of a table that dbt or a SQL model makes: (rebuilt) or (rebuilt, ctx)."""
+        return BuildEvent(self, "rebuilt", ("rebuilt",))
+
+    @property
+    def on_failed(self) -> BuildEvent[Failed]:
+        """Handles rebuilds that failed: (failed) or (failed, ctx). The table is as it was."""
+        return BuildEvent(self, "failed", ("failed",))
 
     def append(self, row: T | Mapping[str, Any], *, of: object = None) -> T:
         """Records one insert and returns its record with the final key: record.id, even if the model has no such field.

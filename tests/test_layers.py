@@ -16,7 +16,7 @@ PACKAGE = REPO / "anton"
 
 LAYERS = [
     "errors share sent",
-    "secret db deadline duration embedded template plan threads",
+    "secret db deadline duration embedded template plan threads rebuilt",
     "answers handshake config columns relation queue doorbell status due chunk parquet",
     "scheme op sqlfile",
     "signed apply",

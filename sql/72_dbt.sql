@@ -1,0 +1,308 @@
+-- dbt: its models as tables that fire events. What its hooks call (dbt_project/macros/anton.sql), in the transaction of a build.
+--
+-- dbt makes a `table` anew and swaps it in; its post-hooks run when the new table has its name and the old one is still there
+-- as <name>__dbt_backup. dbt_after() then puts onto the new one what the old one had, compares the two, and fires events as
+-- any statement would: the old versions of what differs go into a temporary table with the triggers of the real one, and one
+-- DELETE, one UPDATE and one INSERT make them what they are now. All of it commits with the build, or none.
+-- These run with the rights of dbt's role, as it owns the tables.
+
+-- rebuilt(table, what, op) -> the change, null when nobody listens
+-- One event for a table that was rebuilt (op r; what: as in anton/rebuilt.py) or could not be (op f). Commits with the caller.
+create or replace function rebuilt(p_table int, p_what jsonb, p_op "char" default 'r') returns bigint language plpgsql volatile set search_path from current as $$
+declare
+  v_now timestamptz := now(); v_change bigint; v_context text := coalesce(current_setting('anton.context', true), '');
+  v_cause bigint := nullif(split_part(v_context, ',', 1), '')::bigint; v_depth int := coalesce(nullif(split_part(v_context, ',', 2), ''), '0')::int;
+  v_trace bigint; v_tenant text := nullif(current_setting('anton.tenant', true), '');
+  v_handlers int[] := array(select id from handler where table_id = p_table and enabled and case p_op when 'r' then 'rebuilt' else 'failed' end = any (ops) order by id);
+begin
+  if v_handlers = '{}' then
+    return null;
+  end if;
+  v_change := nextval('change_seq');
+  v_trace := coalesce(nullif(split_part(v_context, ',', 3), '')::bigint, v_change);
+  insert into change (id, slot, at, xid, table_id, op, n, keys, cause, depth, trace, tenant)
+  values (v_change, slot(v_now), v_now, pg_current_xact_id(), p_table, p_op, 1,
+          jsonb_build_array(p_what || jsonb_build_object('xid', pg_current_xact_id()::text)), v_cause, v_depth, v_trace, v_tenant);
+  insert into job (handler_id, change_id, at, cause, trace, lo, hi, depth, op, tenant)
+  select h, v_change, v_now, v_cause, v_trace, 1, 1, v_depth, p_op, v_tenant from unnest(v_handlers) h;
+  perform ring();
+  return v_change;
+end $$;
+
+-- dbt_register(project, unique_id, schema, name, key, track) -> table id
+-- A dbt model as a table that can be listened to; it need not be built yet. key: its columns, when they are known.
+-- track: its rows are compared at each build although nobody listens.
+create or replace function dbt_register(p_project text, p_unique_id text, p_schema text, p_name text, p_key text[] default '{}', p_track boolean default false)
+returns int language plpgsql volatile set search_path from current as $$
+declare v_id int; v_at timestamptz := now();
+begin
+  select table_id into v_id from dbt_model where project = p_project and unique_id = p_unique_id;
+  if v_id is not null then                                 -- it may have another name now; its handlers stay
+    update watched w set schema_name = p_schema, table_name = p_name
+     where w.id = v_id and (w.schema_name, w.table_name) <> (p_schema, p_name)
+       and not exists (select from watched o where o.schema_name = p_schema and o.table_name = p_name);
+  end if;
+  select id into v_id from watched where schema_name = p_schema and table_name = p_name;
+  if v_id is null then
+    insert into watched (schema_name, table_name, relid, key_kind)
+    values (p_schema, p_name, coalesce(to_regclass(format('%I.%I', p_schema, p_name)), 0::oid), 'none') returning id into v_id;
+  end if;
+  insert into dbt_model as m (project, unique_id, schema_name, table_name, key, track, table_id, registered_at)
+  values (p_project, p_unique_id, p_schema, p_name, coalesce(p_key, '{}'), p_track, v_id, v_at)
+  on conflict (project, unique_id) do update
+     set schema_name = excluded.schema_name, table_name = excluded.table_name, key = excluded.key, track = excluded.track, table_id = excluded.table_id,
+         registered_at = case when (m.schema_name, m.table_name, m.table_id) = (excluded.schema_name, excluded.table_name, excluded.table_id) then m.registered_at else v_at end;
+  return watch(format('%I.%I', p_schema, p_name));
+end $$;
+
+-- dbt_after(build) -> what was found
+-- build: project, unique_id, schema, name, backup, materialized, invocation_id, incremental, full_refresh, key, gate; counts
+-- where the materialization knows them itself. Raises NT006 when a test that gates the model fails: then nothing of the build stays.
+create or replace function dbt_after(p jsonb) returns jsonb language plpgsql volatile set search_path from current as $$
+declare
+  v_path text := format('%I.%I', p ->> 'schema', p ->> 'name');
+  v_rel regclass := to_regclass(v_path); v_kind "char"; v_old regclass; v_notes text[] := '{}';
+  v_incremental boolean := coalesce((p ->> 'incremental')::boolean, false);
+  w watched; m dbt_model; v_ops text[]; v_key text[]; v_asked boolean; v_initial boolean; v_schema_changed boolean := false;
+  v_changed boolean; v_new bigint; v_updated bigint; v_deleted bigint; v_n bigint; v_source text; v_what jsonb;
+begin
+  if v_rel is null then
+    return null;
+  end if;
+  select relkind into v_kind from pg_class where oid = v_rel;
+  perform dbt_gate(p);
+  select * into m from dbt_model where project = p ->> 'project' and unique_id = p ->> 'unique_id';
+  select * into w from watched where schema_name = p ->> 'schema' and table_name = p ->> 'name';
+  v_ops := array(select distinct unnest(ops) from handler where table_id = w.id and enabled);
+  v_asked := v_ops && array['new', 'updated', 'deleted', 'rebuilt'] or coalesce(m.track, false);
+  if not v_incremental and v_kind = 'r' then
+    v_old := to_regclass(format('%I.%I', p ->> 'schema', p ->> 'backup'));
+    if (select relkind from pg_class where oid = v_old) <> 'r' then
+      v_old := null;                                       -- it was a view
+    end if;
+  end if;
+  if v_old is not null then
+    v_notes := v_notes || dbt_carry(v_old, v_rel);
+  end if;
+  v_initial := v_kind = 'r' and v_old is null and not v_incremental;
+  v_key := dbt_key(p, w, m, v_rel);
+  if w.id is not null and v_kind = 'r' then
+    if not v_incremental and v_key <> '{}' and v_ops && array['new', 'updated', 'deleted'] then
+      v_notes := v_notes || dbt_key_index(v_rel, v_key, p ->> 'materialized' = 'table');
+    end if;
+    perform write_triggers(w.id, false);
+    select * into w from watched where id = w.id;
+  end if;
+  if v_old is not null then
+    v_schema_changed := dbt_columns(v_old) is distinct from dbt_columns(v_rel);
+    if v_asked and v_key <> '{}' and dbt_unique(v_rel, v_key) and dbt_unique(v_old, v_key) then
+      select d.new_n, d.updated_n, d.deleted_n into v_new, v_updated, v_deleted from dbt_diff(v_old, v_rel, v_key, false) d;
+      v_changed := v_new + v_updated + v_deleted > 0;
+      if v_changed and v_ops && array['new', 'updated', 'deleted'] then
+        perform dbt_replay(w, v_old, v_rel, v_key);
+      end if;
+      drop table pg_temp.anton_diff;
+    elsif v_asked then
+      v_changed := v_schema_changed or dbt_fingerprint(v_old) <> dbt_fingerprint(v_rel);
+      if v_key <> '{}' and v_ops && array['new', 'updated', 'deleted'] then
+        v_notes := v_notes || format('key (%s) is not unique: records were not compared', array_to_string(v_key, ', '));
+      end if;
+    end if;
+  elsif v_initial then
+    v_changed := true;
+    if v_asked then
+      execute format('select count(*) from %s', v_rel) into v_new;
+    end if;
+    perform backfill(format('%s.%s', h.app, h.name)) from handler h
+      where h.table_id = w.id and h.enabled and 'new' = any (h.ops) and h.options ->> 'since' = 'beginning' and w.key_kind <> 'none';
+  end if;
+  insert into dbt_build (project, unique_id, relation, invocation_id, materialized, initial, changed, new_n, updated_n, deleted_n, schema_changed, note, at, xid)
+  values (p ->> 'project', p ->> 'unique_id', v_path, p ->> 'invocation_id', p ->> 'materialized', v_initial, v_changed, v_new, v_updated, v_deleted,
+          v_schema_changed, nullif(array_to_string(v_notes, '; '), ''), now(), pg_current_xact_id());
+  v_what := jsonb_build_object('new', v_new, 'updated', v_updated, 'deleted', v_deleted, 'changed', v_changed, 'initial', v_initial, 'full', not v_incremental,
+    'schema_changed', v_schema_changed, 'run', p -> 'invocation_id', 'unique_id', p -> 'unique_id', 'materialized', p -> 'materialized');
+  if w.id is not null then
+    perform rebuilt(w.id, v_what);
+  end if;
+  if v_notes <> '{}' then
+    raise warning 'anton: %: %', v_path, array_to_string(v_notes, '; ');
+  end if;
+  return v_what;
+end $$;
+
+-- dbt_failed(project, unique_id, error, status, invocation_id): a build of this model failed; its handlers of failed hear of it
+create or replace function dbt_failed(p_project text, p_unique_id text, p_error text, p_status text default 'error', p_run text default null) returns bigint
+language sql volatile set search_path from current as $$
+  select rebuilt(m.table_id, jsonb_build_object('error', p_error, 'status', p_status, 'run', p_run, 'unique_id', p_unique_id), 'f')
+    from dbt_model m where m.project = p_project and m.unique_id = p_unique_id
+$$;
+
+-- dbt_key(build, watched, model, relation) -> the columns that name a record, {} when none are known
+create or replace function dbt_key(p jsonb, w watched, m dbt_model, p_rel regclass) returns text[] language sql stable set search_path from current as $$
+  select coalesce((
+    select k.key from (values (1, m.key), (2, w.key_columns),
+                              (3, case when jsonb_typeof(p -> 'key') = 'array' then array(select jsonb_array_elements_text(p -> 'key')) end)) k (o, key)
+     where cardinality(k.key) > 0 and k.key <@ array(select name from table_columns(p_rel)) order by k.o limit 1), '{}')
+$$;
+
+-- dbt_key_index(relation, key, unique) -> what could not be done
+-- The table that dbt just made gets an index on its key, so that its records can be read by it. A `table`, which nobody adds to
+-- before the next one takes its place, gets a primary key.
+create or replace function dbt_key_index(p_rel regclass, p_key text[], p_unique boolean) returns text[] language plpgsql volatile set search_path from current as $$
+declare v_columns text := (select string_agg(quote_ident(k), ', ' order by o) from unnest(p_key) with ordinality x (k, o));
+begin
+  if exists (select from pg_index i where i.indrelid = p_rel and i.indisvalid and i.indpred is null and i.indexprs is null
+                and p_key <@ array(select attname::text from unnest(i.indkey[0:cardinality(p_key) - 1]) c join pg_attribute a on a.attrelid = p_rel and a.attnum = c)) then
+    return '{}';
+  end if;
+  if p_unique then
+    begin
+      execute format('alter table %s add primary key (%s)', p_rel, v_columns);
+      return '{}';
+    exception when unique_violation or not_null_violation then
+      return array[format('no primary key (%s): %s', v_columns, sqlerrm)];
+    when invalid_table_definition then                     -- it has another one
+      null;
+    end;
+  end if;
+  execute format('create index on %s (%s)', p_rel, v_columns);
+  return '{}';
+end $$;
+
+-- dbt_unique(relation, key) -> whether no two records have the same key, and none a null in it
+create or replace function dbt_unique(p_rel regclass, p_key text[]) returns boolean language plpgsql volatile set search_path from current as $$
+declare v_columns text := (select string_agg(quote_ident(k), ', ') from unnest(p_key) k); v_ok boolean;
+begin
+  if not p_key <@ array(select name from table_columns(p_rel)) then
+    return false;
+  end if;
+  if exists (select from pg_index i where i.indrelid = p_rel and i.indisunique and i.indisvalid and i.indimmediate and i.indpred is null and i.indexprs is null
+                and array(select attname::text from unnest(i.indkey[0:i.indnkeyatts - 1]) c join pg_attribute a on a.attrelid = p_rel and a.attnum = c) <@ p_key)
+     and not exists (select from pg_attribute where attrelid = p_rel and attname = any (p_key) and not attnotnull) then
+    return true;
+  end if;
+  execute format('select not exists (select from %1$s where %2$s) and not exists (select from %1$s group by %3$s having count(*) > 1)',
+    p_rel, (select string_agg(format('%I is null', k), ' or ') from unnest(p_key) k), v_columns) into v_ok;
+  return v_ok;
+end $$;
+
+-- dbt_columns(relation) -> {name: type}, to tell whether its columns changed
+create or replace function dbt_columns(p_rel regclass) returns jsonb language sql stable set search_path from current as $$
+  select jsonb_object_agg(name, type) from table_columns(p_rel)
+$$;
+
+-- dbt_fingerprint(relation) -> text that is the same for the same rows in any order
+create or replace function dbt_fingerprint(p_rel regclass) returns text language plpgsql volatile set search_path from current as $$
+declare v_hash text; v_out text;
+begin
+  select case when bool_and(comparable and type <> 'money' and type !~ '^bit') then 'hash_record_extended(t, 0)' else 'hashtextextended(t::text, 0)' end into v_hash
+    from table_columns(p_rel);
+  execute format('select count(*) || '' '' || coalesce(sum(%s), 0) from %s t', v_hash, p_rel) into v_out;
+  return v_out;
+end $$;
+
+-- dbt_diff(old, new, key, touched) -> counts, and pg_temp.anton_diff (o, n): the rows that differ, as they were and as they are
+--   touched  old holds, for each key that was touched, the row before (anton_was), or that there was none; else it is all rows
+create or replace function dbt_diff(p_old regclass, p_new regclass, p_key text[], p_touched boolean, out new_n bigint, out updated_n bigint, out deleted_n bigint)
+language plpgsql volatile set search_path from current as $$
+declare
+  v_on text; v_differ text; v_old text; v_memory text := current_setting('work_mem'); v_first text := quote_ident(p_key[1]);
+begin
+  select string_agg(case when o.type = n.type then format('anton_o.%1$I = anton_n.%1$I', n.name) else format('anton_o.%1$I::text = anton_n.%1$I::text', n.name) end, ' and ')
+    into v_on from unnest(p_key) k join table_columns(p_old) o on o.name = k join table_columns(p_new) n on n.name = k;
+  if not p_touched and (select bool_and(comparable) from table_columns(p_new))
+     and (select array_agg(array[name, type]) from table_columns(p_old)) = (select array_agg(array[name, type]) from table_columns(p_new)) then
+    v_differ := 'anton_o is distinct from anton_n';
+  else
+    select concat_ws(' or ', format('anton_o.%1$s is null or anton_n.%1$s is null', v_first),
+             string_agg(case when o.type = n.type and n.comparable then format('anton_o.%1$I is distinct from anton_n.%1$I', n.name)
+                             else format('anton_o.%1$I::text is distinct from anton_n.%1$I::text', n.name) end, ' or '))
+      into v_differ from table_columns(p_old) o join table_columns(p_new) n using (name) where n.name <> all (p_key);
+  end if;
+  if (select reltuples from pg_class where oid = p_new) < 0 then
+    execute format('analyze %s', p_new);
+  end if;
+  perform set_config('work_mem', '256MB', true);
+  if p_touched then
+    execute format('create temp table anton_diff on commit drop as select case when anton_o.anton_was then anton_o end as o, anton_n as n from %s anton_o left join %s anton_n on %s
+                     where (anton_o.anton_was or anton_n.%s is not null) and (not anton_o.anton_was or %s)', p_old, p_new, v_on, v_first, v_differ);
+  else
+    execute format('create temp table anton_diff on commit drop as select anton_o as o, anton_n as n from %s anton_o full join %s anton_n on %s where %s', p_old, p_new, v_on, v_differ);
+  end if;
+  perform set_config('work_mem', v_memory, true);
+  execute format('select count(*) filter (where (o).%1$s is null), count(*) filter (where (o).%1$s is not null and (n).%1$s is not null), count(*) filter (where (n).%1$s is null)
+                    from pg_temp.anton_diff', v_first) into new_n, updated_n, deleted_n;
+end $$;
+
+-- dbt_replay(table, old, new, key): fires what pg_temp.anton_diff holds, as statements on the table would have
+create or replace function dbt_replay(w watched, p_old regclass, p_new regclass, p_key text[]) returns void language plpgsql volatile set search_path from current as $$
+declare v_names text; v_olds text; v_news text; v_sets text; v_match text; v_first text := quote_ident(p_key[1]); e record; v_bare text; v_any boolean;
+begin
+  select string_agg(quote_ident(n.name), ', ' order by n.o), string_agg(format('(d.n).%I', n.name), ', ' order by n.o), string_agg(format('%1$I = (d.n).%1$I', n.name), ', ' order by n.o),
+         string_agg(case when o.name is null then format('null::%s', n.type) when o.type = n.type then format('(d.o).%I', n.name) else format('(d.o).%I::text::%s', n.name, n.type) end, ', ' order by n.o),
+         string_agg(case when o.type = n.type or n.name = any (p_key) and o.name is not null then format('(d.o).%I::%s', n.name, n.type) else format('null::%s', n.type) end, ', ' order by n.o)
+    into v_names, v_news, v_sets, v_olds, v_bare
+    from (select *, row_number() over () as o from table_columns(p_new)) n (name, type, comparable, fixed, plain, o) left join table_columns(p_old) o (name, type) on o.name = n.name;
+  select string_agg(format('c.%1$I = (d.n).%1$I', k), ' and ') into v_match from unnest(p_key) k;
+  execute format('create temp table anton_carrier on commit drop as select *, null::"char" as anton_op from %s limit 0', p_new);
+  begin
+    execute format('insert into pg_temp.anton_carrier (%s, anton_op) select %s, case when (d.n).%s is null then ''d'' else ''u'' end from pg_temp.anton_diff d where (d.o).%3$s is not null',
+                   v_names, v_olds, v_first);
+  exception when data_exception or cannot_coerce then      -- a column has another type, and an old value does not fit it
+    execute format('insert into pg_temp.anton_carrier (%s, anton_op) select %s, case when (d.n).%s is null then ''d'' else ''u'' end from pg_temp.anton_diff d where (d.o).%3$s is not null',
+                   v_names, v_bare, v_first);
+  end;
+  for e in select x.event, x.verb, x.tables, f.proname
+             from (values ('new', 'insert', 'new table as new_records'), ('updated', 'update', 'old table as old_records new table as new_records'),
+                          ('deleted', 'delete', 'old table as old_records')) x (event, verb, tables)
+             join pg_proc f on f.pronamespace = current_schema()::regnamespace and f.proname = format('t%s_%s', w.id, x.event) loop
+    execute format('create trigger %I after %s on pg_temp.anton_carrier referencing %s for each statement execute function %I()',
+                   'anton_' || e.event, e.verb, e.tables, e.proname);
+  end loop;
+  if exists (select from pg_temp.anton_carrier where anton_op = 'd') then
+    delete from pg_temp.anton_carrier where anton_op = 'd';
+  end if;
+  if exists (select from pg_temp.anton_carrier) then
+    execute format('update pg_temp.anton_carrier c set %s from pg_temp.anton_diff d where (d.o).%s is not null and %s', v_sets, v_first, v_match);
+  end if;
+  execute format('select exists (select from pg_temp.anton_diff d where (d.o).%s is null)', v_first) into v_any;
+  if v_any then
+    execute format('insert into pg_temp.anton_carrier (%s) select %s from pg_temp.anton_diff d where (d.o).%s is null', v_names, v_news, v_first);
+  end if;
+  drop table pg_temp.anton_carrier;
+end $$;
+
+-- dbt_carry(old, new) -> what could not be carried over
+create or replace function dbt_carry(p_old regclass, p_new regclass) returns text[] language plpgsql volatile set search_path from current as $$
+begin
+  return '{}';
+end $$;
+
+-- dbt_gate(build): raises NT006 when a test that gates the model fails on what was built
+create or replace function dbt_gate(p jsonb) returns void language plpgsql volatile set search_path from current as $$
+declare t dbt_test; v_n text; v_error boolean; v_warn boolean; v_asked text := coalesce(p ->> 'gate', nullif(current_setting('anton.gate', true), ''));
+begin
+  if v_asked in ('false', 'off') then
+    return;
+  end if;
+  for t in select * from dbt_test x where x.project = p ->> 'project' and x.unique_id = p ->> 'unique_id' and (x.always or v_asked in ('true', 'on')) order by x.name loop
+    execute format('select (%1$s)::text, coalesce(%1$s %2$s, false), coalesce(%1$s %3$s, false) from (%4$s) dbt_internal_test', t.fail_calc, t.error_if, t.warn_if,
+                   regexp_replace(t.sql, '[\s;]+$', '')) into v_n, v_error, v_warn;
+    if v_error and t.severity = 'error' then
+      raise exception using errcode = 'NT006', message = format('test %s of %s failed: %s', t.name, p ->> 'unique_id', v_n),
+        hint = 'nothing was published: the table is as it was before';
+    elsif v_error or v_warn then
+      raise warning 'anton: test % of %: %', t.name, p ->> 'unique_id', v_n;
+    end if;
+  end loop;
+end $$;
+
+-- forget_builds(before) -> how many builds were forgotten; the last of each model is kept
+create or replace function forget_builds(p_before timestamptz) returns bigint language plpgsql volatile set search_path from current as $$
+declare v_n bigint;
+begin
+  delete from dbt_build where id in (
+    select b.id from dbt_build b where b.at < p_before and exists (select from dbt_build l where l.unique_id = b.unique_id and l.id > b.id) limit 10000);
+  get diagnostics v_n = row_count;
+  return v_n;
+end $$;
