@@ -18,7 +18,7 @@ from pydantic import BaseModel, TypeAdapter
 from anton.app import current_app, place_of_caller
 from anton.columns import Shape, kind_of
 from anton.db import current_database, split_name
-from anton.errors import BadOption, UnknownOption
+from anton.errors import BadOption, UnknownOption, WriteError
 from anton.event import BuildEvent, Event
 from anton.query import Query
 from anton.rebuilt import Failed, Rebuilt
@@ -67,6 +67,7 @@ class Table(Generic[T]):
             raise BadOption("key", key, of, "no key without a model: the key is id, or what the table has")
         self.make: Callable[[Any], T] | None = _maker(self.shape) if self.shape else None
         self._checks: dict[str, tuple[TypeAdapter[Any], Callable[[Any], Any] | None]] = {}
+        self.read_only = ""                                            # who writes it, where nobody else may
         self.place = place_of_caller()
         current_app().claim_name("table", name, self.place)
         current_app().tables[name] = self
@@ -187,6 +188,11 @@ class Table(Generic[T]):
         value = adapter.validate_python(value)
         return out(value) if out is not None and value is not None else value
 
+    def writable(self) -> None:
+        """Raises WriteError for a table that something else writes."""
+        if self.read_only:
+            raise WriteError(f'"{self.name}" is read only: {self.read_only}')
+
     def __repr__(self) -> str:
         return f'Table("{self.name}"{f", {self.model.__name__}" if self.model else ""})'
 
@@ -196,6 +202,7 @@ class Table(Generic[T]):
     def _sink(self, current: Scope) -> Sink:
         """Where this scope's appends go; made at the first one after anything else."""
         current.check()
+        self.writable()
         relation = self._relation(current)
         sink: Sink = (Models(current, relation, self.shape) if self.shape is not None
                       else Documents(current, relation) if relation.document else Columns(current, relation))

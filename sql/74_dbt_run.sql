@@ -99,10 +99,15 @@ begin
   return true;
 end $$;
 
--- dbt_put_back(run, error): nothing could be built, as the project cannot be read or dbt cannot start; its requests wait again
-create or replace function dbt_put_back(p_run bigint, p_error text) returns void language plpgsql volatile set search_path from current as $$
+-- dbt_put_back(run, error, project, models): nothing could be built, as the project cannot be read or dbt cannot start; its requests
+-- wait again. The first time these models (unique_ids) hear of it by on_failed.
+create or replace function dbt_put_back(p_run bigint, p_error text, p_project text, p_models text[]) returns void
+language plpgsql volatile set search_path from current as $$
 declare v_now timestamptz := now(); v_id bigint;
 begin
+  if exists (select from dbt_request where run_id = p_run and state = 'running' and error is null) then
+    perform dbt_failed(p_project, m, p_error) from unnest(p_models) m;
+  end if;
   update dbt_run set state = 'failed', error = p_error, finished_at = v_now where id = p_run and state = 'running';
   for v_id in select id from dbt_request where run_id = p_run and state = 'running' order by id loop
     begin
@@ -114,6 +119,32 @@ begin
       update dbt_request set state = 'failed', error = p_error where id = v_id;
     end;
   end loop;
+end $$;
+
+-- dbt_state(project, unique_id, schema, name) -> all that dbt_register() may change, as text; null when unknown
+create or replace function dbt_state(p_project text, p_unique_id text, p_schema text, p_name text) returns text
+language sql stable set search_path from current as $$
+  select jsonb_build_array(to_jsonb(m), table_state(format('%I.%I', p_schema, p_name)))::text from dbt_model m
+   where m.project = p_project and m.unique_id = p_unique_id
+$$;
+
+-- dbt_unchanged(project, invocation) -> the models whose build by this invocation left every record as it was
+create or replace function dbt_unchanged(p_project text, p_invocation text) returns table (unique_id text)
+language sql stable set search_path from current as $$
+  select b.unique_id from dbt_build b where b.project = p_project and b.invocation_id = p_invocation and not b.changed
+$$;
+
+-- dbt_put_tests(project, models, tests): the compiled tests of these models (unique_ids), instead of those that there were
+--   tests  [{"unique_id", "name", "sql", "severity", "fail_calc", "error_if", "warn_if"}, …]
+create or replace function dbt_put_tests(p_project text, p_models text[], p_tests jsonb) returns void
+language plpgsql volatile set search_path from current as $$
+begin
+  delete from dbt_test where project = p_project and unique_id = any (p_models) and not always;
+  insert into dbt_test (project, unique_id, name, sql, severity, fail_calc, error_if, warn_if)
+  select p_project, t ->> 'unique_id', t ->> 'name', t ->> 'sql', coalesce(t ->> 'severity', 'error'), coalesce(t ->> 'fail_calc', 'count(*)'),
+         coalesce(t ->> 'error_if', '!= 0'), coalesce(t ->> 'warn_if', '!= 0') from jsonb_array_elements(p_tests) t
+  on conflict (project, unique_id, name) do update set sql = excluded.sql, severity = excluded.severity, fail_calc = excluded.fail_calc,
+     error_if = excluded.error_if, warn_if = excluded.warn_if;
 end $$;
 
 -- forget_dbt_runs(now, days) -> how many runs were forgotten, with their requests and results

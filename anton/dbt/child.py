@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TextIO
@@ -28,11 +29,12 @@ from dbt.contracts.graph.unparsed import UnparsedMacro
 from dbt.node_types import NodeType
 from dbt.parser.macros import MacroParser
 
+from anton.dbt.manifest import fingerprint
+
 KNOWN = ("NodeStart", "NodeFinished", "LogModelResult", "LogTestResult", "LogSeedResult", "LogSnapshotResult",
          "SkippingDetails")
-RUNS = ("run", "build", "seed", "snapshot", "test")                    # they keep the manifest as it is
+RUNS = ("run", "build", "seed", "snapshot", "test", "compile")         # they take the manifest that is kept
 BUILT = ("model", "seed", "snapshot")
-SKIPPED = {"target", "logs", ".git", ".anton", "__pycache__", ".venv", "node_modules"}
 GRACE = 2.0  # seconds for a cancelled job to end
 
 
@@ -87,7 +89,8 @@ class Child:
             if args[0] == "parse":
                 return {"success": True, "error": None, "kind": None, "results": [], "manifest": self.summary()}
             self._reset()
-            done = dbtRunner(self.manifest, [self._event]).invoke([*args, *job["flags"]])
+            with self._settings(job.get("settings") or {}):
+                done = dbtRunner(self.manifest, [self._event]).invoke([*args, *job["flags"]])
         else:
             done = dbtRunner(callbacks=[self._event]).invoke([*args, *job["flags"]])
         return {"success": done.success, "error": None if done.exception is None else str(done.exception).strip(),
@@ -124,6 +127,22 @@ class Child:
                 node.config.pre_hook.insert(0, Hook("{{ anton_before() }}", transaction=True))
             if not any("anton_after" in hook.sql for hook in node.config.post_hook):
                 node.config.post_hook.append(Hook("{{ anton_after() }}", transaction=True))
+
+    @contextmanager
+    def _settings(self, settings: dict[str, str]) -> Iterator[None]:
+        """Settings of the transaction that builds a node, for this job."""
+        if not settings:
+            yield
+            return
+        calls = ", ".join(f"set_config('{name}', '{value}', true)" for name, value in settings.items())
+        built = [node for node in self.manifest.nodes.values() if node.resource_type in BUILT]
+        for node in built:
+            node.config.pre_hook.insert(0, Hook(f"select {calls}", transaction=True))
+        try:
+            yield
+        finally:
+            for node in built:
+                del node.config.pre_hook[0]
 
     def _reset(self) -> None:
         """A node that was compiled before is compiled anew; dbt would leave out its ephemeral models."""
@@ -205,21 +224,6 @@ def _results(result: Any) -> list[Any]:
             "test": {key: getattr(config, key, None) for key in ("severity", "error_if", "warn_if", "fail_calc", "limit")}
             if str(node.resource_type) == "test" else None})
     return found
-
-
-def fingerprint(folder: Path) -> tuple[int, int]:
-    """Of all files of a project: how many, and when the last one changed."""
-    count, newest = 0, 0
-    for root, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [one for one in folders if one not in SKIPPED]
-        newest = max(newest, Path(root).stat().st_mtime_ns)
-        for file in files:
-            try:
-                newest = max(newest, Path(root, file).stat().st_mtime_ns)
-            except OSError:
-                continue
-            count += 1
-    return count, newest
 
 
 def main() -> None:

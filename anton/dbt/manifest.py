@@ -5,11 +5,15 @@ Made by child.py of dbt's own manifest, and kept in .anton/dbt/PROJECT.json for 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from anton.errors import DeclarationError, did_you_mean
+
+SKIPPED = {"target", "logs", ".git", ".anton", "__pycache__", ".venv", "node_modules"}
 
 
 @dataclass(frozen=True)
@@ -116,3 +120,18 @@ class Manifest:
                     found.add(other)
                     todo.append(other)
         return found
+
+
+def fingerprint(folder: Path) -> tuple[int, int]:
+    """Of all files of a project: how many, and when the last one changed."""
+    count, newest = 0, 0
+    for root, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [one for one in folders if one not in SKIPPED]
+        newest = max(newest, Path(root).stat().st_mtime_ns)
+        for file in files:
+            try:
+                newest = max(newest, Path(root, file).stat().st_mtime_ns)
+            except OSError:
+                continue
+            count += 1
+    return count, newest

@@ -127,15 +127,17 @@ class Runner:
         return done.manifest
 
     async def invoke(self, args: Sequence[str], *, timeout: float | None = None, heard: Heard | None = None,
-                     alone: bool = False, keep: bool = False) -> Done:
+                     alone: bool = False, keep: bool = False, settings: Mapping[str, str] | None = None) -> Done:
         """One dbt command. heard: called with what happens. alone: it builds one node. keep: artefacts are written.
+
+        settings: of the transactions that build.
 
         Raises DbtFailed when the child cannot start, or died twice.
         """
         async with self._turn:
             for attempt in (1, 2):
                 try:
-                    return await self._invoke(list(args), timeout, heard, alone, keep)
+                    return await self._invoke(list(args), timeout, heard, alone, keep, settings)
                 except Died as error:
                     await self._end()
                     if attempt == 2:
@@ -143,7 +145,7 @@ class Runner:
             raise AssertionError
 
     async def _invoke(self, args: list[str], timeout: float | None, heard: Heard | None, alone: bool,
-                      keep: bool) -> Done:
+                      keep: bool, settings: Mapping[str, str] | None) -> Done:
         if self._jobs >= JOBS:
             await self._end()
         child = await self._started()
@@ -151,7 +153,7 @@ class Runner:
         own = [*QUIET, "--project-dir", str(self.folder), "--profiles-dir", str(self._scratch), "--profile", "anton",
                "--target", self.target, "--target-path", str(self._at), "--log-path", str(self._at)]
         warm = (*(ALONE if alone else ()), *(() if keep else ("--no-write-json",))) if args[0] != "parse" else ()
-        job = {"id": self._jobs, "args": args, "parse_flags": own, "flags": [*own, *warm]}
+        job = {"id": self._jobs, "args": args, "parse_flags": own, "flags": [*own, *warm], "settings": dict(settings or {})}
         assert child.stdin is not None
         with contextlib.suppress(ConnectionError):                     # its end is seen below
             child.stdin.write(json.dumps(job).encode() + b"\n")
