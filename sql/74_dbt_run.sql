@@ -14,7 +14,7 @@ $$;
 create or replace function dbt_ask(p_app text, p_project text, d jsonb) returns bigint language plpgsql volatile set search_path from current as $$
 declare
   v_now timestamptz := now(); v_handler int; v_context text := current_setting('anton.context', true); v_change bigint := nextval('change_seq');
-  r dbt_request; v_known text;
+  q dbt_request; v_known text;
   v_debounce interval := coalesce((d ->> 'debounce')::interval, '0'); v_longest interval := coalesce((d ->> 'max_wait')::interval, '0');
 begin
   select id into v_handler from handler where app = p_app and name = 'dbt:' || p_project;
@@ -34,19 +34,19 @@ begin
          models = array(select distinct m from unnest(r.models || excluded.models) m order by m),
          due_at = least(r.first_at + v_longest, greatest(r.due_at, v_now + v_debounce)),
          cause = coalesce(excluded.cause, r.cause), depth = greatest(r.depth, excluded.depth), trace = coalesce(excluded.trace, r.trace)
-  returning * into r;
-  if r.job_id is not null then                             -- it joined one; a job that runs already takes it as it is now
-    update delayed set run_at = r.due_at where handler_id = v_handler and id = r.job_id;
-  elsif r.due_at > v_now then
+  returning * into q;
+  if q.job_id is not null then                             -- it joined one; a job that runs already takes it as it is now
+    update delayed set run_at = q.due_at where handler_id = v_handler and id = q.job_id;
+  elsif q.due_at > v_now then
     insert into delayed (handler_id, id, change_id, at, cause, trace, lo, hi, attempt, crashes, depth, op, ids, run_at)
-    values (v_handler, v_change, v_change, v_now, r.cause, coalesce(r.trace, v_change), 1, 1, 0, 0, r.depth, 'n', array[r.id], r.due_at);
-    update dbt_request set job_id = v_change where id = r.id;
+    values (v_handler, v_change, v_change, v_now, q.cause, coalesce(q.trace, v_change), 1, 1, 0, 0, q.depth, 'n', array[q.id], q.due_at);
+    update dbt_request set job_id = v_change where id = q.id;
   else
     insert into job (handler_id, change_id, at, cause, trace, lo, hi, depth, op, ids)
-    values (v_handler, v_change, v_now, r.cause, coalesce(r.trace, v_change), 1, 1, r.depth, 'n', array[r.id]);
+    values (v_handler, v_change, v_now, q.cause, coalesce(q.trace, v_change), 1, 1, q.depth, 'n', array[q.id]);
   end if;
   perform ring();
-  return r.id;
+  return q.id;
 end $$;
 
 -- dbt_lock(name) -> whether this transaction may run the project now; it may until it ends. What is left of runs that died is ended.

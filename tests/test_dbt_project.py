@@ -89,6 +89,7 @@ def live(server: Server, template: str, tmp_path_factory: pytest.TempPathFactory
 def test_e2e(live: Live) -> None:
     live.shop.sql("insert into orders values (1, 'ann', 50), (2, 'bob', 200)")
     print(live.run())
+    for x in "handler job delayed dead dbt_request dbt_run dbt_result receipt dbt_model watched".split(): print(x, live.shop.sql(f"select to_jsonb(x) from anton.{x} x"))
     print(live.shop.sql("select * from revenue"), live.shop.sql("select * from anton.dbt_build"), live.shop.sql("select * from anton.dbt_request"), live.shop.sql("select * from anton.dbt_run"), live.shop.sql("select * from anton.dbt_result"))
     live.shop.sql("insert into orders values (3, 'ann', 150)")
     print(live.run())

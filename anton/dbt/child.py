@@ -23,6 +23,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TextIO
 
+import yaml
 from dbt.artifacts.resources import Hook
 from dbt.cli.main import dbtRunner
 from dbt.contracts.graph.unparsed import UnparsedMacro
@@ -39,10 +40,11 @@ GRACE = 2.0  # seconds for a cancelled job to end
 
 
 class Child:
-    """The loop. project: its folder. macros: Anton's own, for a project that has none."""
+    """The loop. project: its folder. macros: Anton's own, for a project that has none. schema: the runtime's."""
 
-    def __init__(self, project: Path, target: Path, macros: Path, out: TextIO) -> None:
-        self.project, self.target, self.macros, self.out = project, target, macros, out
+    def __init__(self, project: Path, macros: Path, schema: str, out: TextIO) -> None:
+        self.project, self.macros, self.out = project, macros, out
+        self.vars = {} if schema == "anton" else {"anton_schema": schema}
         self.manifest: Any = None
         self.seen: tuple[int, int] | None = None                       # of the files that the manifest was made of
         self.job: dict[str, Any] = {}
@@ -81,32 +83,37 @@ class Child:
     def invoke(self, job: dict[str, Any]) -> dict[str, Any]:
         """One invocation of dbt, with what it brought as JSON."""
         args: list[str] = job["args"]
+        vars = dict(self.vars)
+        if "--vars" in args:
+            at = args.index("--vars")
+            vars |= yaml.safe_load(" ".join(args[at + 1:at + 2])) or {}
+            args = args[:at] + args[at + 2:]
+        given = ["--vars", json.dumps(vars)] if vars else []
         if args[0] in RUNS or args[0] == "parse":
-            vars = args[args.index("--vars"):][:2] if "--vars" in args else []
-            failure = self._parse(vars, job)
+            failure = self._parse(given, vars != self.vars, job)
             if failure is not None:
                 return failure
             if args[0] == "parse":
                 return {"success": True, "error": None, "kind": None, "results": [], "manifest": self.summary()}
             self._reset()
             with self._settings(job.get("settings") or {}):
-                done = dbtRunner(self.manifest, [self._event]).invoke([*args, *job["flags"]])
+                done = dbtRunner(self.manifest, [self._event]).invoke([*args, *given, *job["flags"]])
         else:
-            done = dbtRunner(callbacks=[self._event]).invoke([*args, *job["flags"]])
+            done = dbtRunner(callbacks=[self._event]).invoke([*args, *(given if "--vars" in job["args"] else ()), *job["flags"]])
         return {"success": done.success, "error": None if done.exception is None else str(done.exception).strip(),
                 "kind": None if done.exception is None else type(done.exception).__name__, "results": _results(done.result)}
 
-    def _parse(self, vars: list[str], job: dict[str, Any]) -> dict[str, Any] | None:
+    def _parse(self, vars: list[str], once: bool, job: dict[str, Any]) -> dict[str, Any] | None:
         """Reads the project again when a file of it changed. What is wrong with it, when it cannot be read."""
         now = fingerprint(self.project)
-        if self.manifest is not None and now == self.seen and not vars:
+        if self.manifest is not None and now == self.seen and not once:
             return None
         # with vars a project may look different: it is read for this job alone
         done = dbtRunner(callbacks=[self._event]).invoke(["parse", *vars, *job["parse_flags"]])
         if not done.success:
             error = str(done.exception or "dbt could not read the project").strip()
             return {"success": False, "error": error, "kind": type(done.exception).__name__, "results": [], "parse": True}
-        self.manifest, self.seen = done.result, None if vars else now
+        self.manifest, self.seen = done.result, None if once else now
         self._hook()
         return None
 
@@ -189,7 +196,7 @@ class Child:
 
 def _key(node: Any, meta: dict[str, Any]) -> list[str]:
     """The columns that tell its rows apart: of the contract or of tests, of unique_key, of meta."""
-    own = meta.get("anton", {}).get("key") if isinstance(meta.get("anton"), dict) else None
+    own = meta.get("anton_key")
     given = own or getattr(node, "primary_key", None) or getattr(node.config, "unique_key", None) or []
     return [given] if isinstance(given, str) else [str(one) for one in given]
 
@@ -227,12 +234,11 @@ def _results(result: Any) -> list[Any]:
 
 
 def main() -> None:
-    """python -m anton.dbt.child PROJECT TARGET MACROS"""
+    """python -m anton.dbt.child PROJECT MACROS SCHEMA"""
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)                                                      # dbt prints, too
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    project, target, macros = (Path(one) for one in sys.argv[1:4])
-    Child(project, target, macros, out).run()
+    Child(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], out).run()
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ class DbtProject:
     def model(self, name: str, model: type[Any] | None = None) -> Model[Any]:
         """A model, seed or snapshot as a Table: dbt's name of it, and a Pydantic model of its records.
 
-        Its key is dbt's: of the contract, of the tests unique and not_null, of unique_key, or meta: {anton: {key: …}}.
+        Its key is dbt's: of the contract, of the tests unique and not_null, of unique_key, or meta: {anton_key: …}.
         Whether the project has it is found by migrate.
         """
         if name not in self.models:

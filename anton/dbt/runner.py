@@ -227,8 +227,8 @@ class Runner:
                     os.environ.get("PYTHONPATH")])])}
         assert self._at is not None
         self._child = await asyncio.create_subprocess_exec(
-            sys.executable, "-P", "-m", "anton.dbt.child", str(self.folder), str(self._at),
-            str(share("dbt_project") / "macros"), stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
+            sys.executable, "-P", "-m", "anton.dbt.child", str(self.folder),
+            str(share("dbt_project") / "macros"), self.db.schema, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE, env=env, cwd=self.folder, limit=LINE, start_new_session=True)
         self.started += 1
         self._jobs = 0
