@@ -52,25 +52,90 @@ begin
   on conflict (project, unique_id) do update
      set schema_name = excluded.schema_name, table_name = excluded.table_name, key = excluded.key, track = excluded.track, table_id = excluded.table_id,
          registered_at = case when (m.schema_name, m.table_name, m.table_id) = (excluded.schema_name, excluded.table_name, excluded.table_id) then m.registered_at else v_at end;
-  return watch(format('%I.%I', p_schema, p_name));
+  perform watch(format('%I.%I', p_schema, p_name));
+  if exists (select from handler where table_id = v_id and enabled) then
+    perform write_triggers(v_id, false);
+  end if;
+  return v_id;
 end $$;
 
+-- dbt_before(build): for what dbt writes into, rather than makes anew
+-- An incremental model or a snapshot is written to by any statements: their triggers note each record's first version, and
+-- dbt_after() fires the difference. A seed, and whatever else may empty its table, is copied first.
+create or replace function dbt_before(p jsonb) returns void language plpgsql volatile set search_path from current as $$
+declare v_rel regclass := to_regclass(format('%I.%I', p ->> 'schema', p ->> 'name')); w watched; m dbt_model; v_how text := p ->> 'materialized';
+begin
+  perform set_config('anton.collect', '', true);
+  if v_rel is null or (select relkind from pg_class where oid = v_rel) <> 'r' or v_how in ('table', 'view', 'materialized_view', 'anton_table') then
+    return;
+  end if;
+  select * into m from dbt_model where project = p ->> 'project' and unique_id = p ->> 'unique_id';
+  select * into w from watched where schema_name = p ->> 'schema' and table_name = p ->> 'name';
+  if v_how = 'incremental' and not coalesce((p ->> 'incremental')::boolean, false) then
+    return;                                                -- made anew
+  end if;
+  if v_how not in ('incremental', 'snapshot') then         -- a seed may be dropped
+    create temp table anton_belongings on commit drop as select * from dbt_belongings(v_rel);
+  end if;
+  if not dbt_collects(w.id) or dbt_key(p, w, m, v_rel) = '{}' then
+    return;
+  end if;
+  perform mend_table(w);
+  if (select key_columns from watched where id = w.id) = '{}' then
+    return;
+  end if;
+  perform set_config('anton.collect', w.id || ' ' || pg_current_xact_id(), true);
+  if v_how in ('incremental', 'snapshot') then
+    execute format('create temp table anton_seen on commit drop as select *, true as anton_was, 0::bigint as anton_seq from %s limit 0', v_rel);
+    alter table pg_temp.anton_seen alter anton_seq set not null, alter anton_seq add generated always as identity;
+    execute format('grant select, insert on pg_temp.anton_seen to %I', owner_role());
+  else
+    execute format('create temp table anton_was on commit drop as select * from %s', v_rel);
+  end if;
+end $$;
+
+-- dbt_collects(table) -> whether anybody wants to know what a build changes in it
+create or replace function dbt_collects(p_table int) returns boolean language sql stable set search_path from current as $$
+  select exists (select from dbt_model where table_id = p_table)
+     and (exists (select from handler where table_id = p_table and enabled and ops && array['new', 'updated', 'deleted', 'rebuilt'])
+          or exists (select from dbt_model where table_id = p_table and track))
+$$;
+
+-- capture_collected(table, event) -> plpgsql that notes, while dbt builds the table, what its records were; nothing is captured then
+create or replace function capture_collected(w watched, p_event text) returns text language sql stable set search_path from current as $$
+  select format($f$
+  if current_setting('anton.collect', true) = %L || pg_current_xact_id() then%s
+    return null;
+  end if;$f$, w.id || ' ', case when p_event in ('moved', 'truncate') or w.key_columns = '{}' then '' else format($f$
+    if to_regclass('pg_temp.anton_seen') is not null then%s
+    end if;$f$, concat(
+      case when p_event <> 'new' then $f$
+      execute (select format('insert into pg_temp.anton_seen (%1$s, anton_was) select %1$s, true from old_records', string_agg(quote_ident(a.attname), ', '))
+                 from pg_catalog.pg_attribute a join pg_catalog.pg_attribute b using (attname)
+                where a.attrelid = tg_relid and a.attnum > 0 and not a.attisdropped and b.attrelid = 'pg_temp.anton_seen'::regclass and not b.attisdropped);$f$ end,
+      case when p_event <> 'deleted' then format($f$
+      execute %L;$f$, format('insert into pg_temp.anton_seen (%1$s, anton_was) select %1$s, false from new_records', k.keys)) end)) end)
+    from (select string_agg(quote_ident(c), ', ' order by o) as keys from unnest(w.key_columns) with ordinality x (c, o)) k
+   where dbt_collects(w.id)
+$$;
+
 -- dbt_after(build) -> what was found
--- build: project, unique_id, schema, name, backup, materialized, invocation_id, incremental, full_refresh, key, gate; counts
--- where the materialization knows them itself. Raises NT006 when a test that gates the model fails: then nothing of the build stays.
+-- build: project, unique_id, schema, name, backup, materialized, invocation_id, incremental, full_refresh, key, gate. What was
+-- written in place, by triggers as they are, has its counts in the setting anton.counts. Raises NT006 when a test that gates the model fails: then nothing of the build stays.
 create or replace function dbt_after(p jsonb) returns jsonb language plpgsql volatile set search_path from current as $$
 declare
   v_path text := format('%I.%I', p ->> 'schema', p ->> 'name');
   v_rel regclass := to_regclass(v_path); v_kind "char"; v_old regclass; v_notes text[] := '{}';
   v_incremental boolean := coalesce((p ->> 'incremental')::boolean, false);
-  w watched; m dbt_model; v_ops text[]; v_key text[]; v_asked boolean; v_initial boolean; v_schema_changed boolean := false;
-  v_changed boolean; v_new bigint; v_updated bigint; v_deleted bigint; v_n bigint; v_source text; v_what jsonb;
+  w watched; m dbt_model; v_ops text[]; v_key text[]; v_asked boolean; v_initial boolean; v_schema_changed boolean;
+  v_changed boolean; v_new bigint; v_updated bigint; v_deleted bigint; v_n bigint; v_touched boolean; v_counts jsonb; v_columns jsonb; v_what jsonb;
 begin
   if v_rel is null then
     return null;
   end if;
   select relkind into v_kind from pg_class where oid = v_rel;
   perform dbt_gate(p);
+  perform set_config('anton.collect', '', true);           -- what comes now is no part of the build
   select * into m from dbt_model where project = p ->> 'project' and unique_id = p ->> 'unique_id';
   select * into w from watched where schema_name = p ->> 'schema' and table_name = p ->> 'name';
   v_ops := array(select distinct unnest(ops) from handler where table_id = w.id and enabled);
@@ -82,9 +147,18 @@ begin
     end if;
   end if;
   if v_old is not null then
-    v_notes := v_notes || dbt_carry(v_old, v_rel);
+    v_notes := v_notes || dbt_carry((select jsonb_agg(to_jsonb(b)) from dbt_belongings(v_old) b), v_rel);
   end if;
-  v_initial := v_kind = 'r' and v_old is null and not v_incremental;
+  if to_regclass('pg_temp.anton_belongings') is not null then
+    v_notes := v_notes || dbt_carry((select jsonb_agg(to_jsonb(b)) from pg_temp.anton_belongings b), v_rel);
+    drop table pg_temp.anton_belongings;
+  end if;
+  v_counts := nullif(current_setting('anton.counts', true), '')::jsonb;
+  v_initial := v_kind = 'r' and v_old is null and not v_incremental and v_counts is null;
+  v_columns := dbt_columns(v_rel);
+  v_schema_changed := v_columns <> case when v_old is not null then dbt_columns(v_old)
+    else (select b.columns from dbt_build b where b.project = p ->> 'project' and b.unique_id = p ->> 'unique_id' order by b.id desc limit 1) end;
+  v_schema_changed := coalesce(v_schema_changed, false);
   v_key := dbt_key(p, w, m, v_rel);
   if w.id is not null and v_kind = 'r' then
     if not v_incremental and v_key <> '{}' and v_ops && array['new', 'updated', 'deleted'] then
@@ -94,7 +168,6 @@ begin
     select * into w from watched where id = w.id;
   end if;
   if v_old is not null then
-    v_schema_changed := dbt_columns(v_old) is distinct from dbt_columns(v_rel);
     if v_asked and v_key <> '{}' and dbt_unique(v_rel, v_key) and dbt_unique(v_old, v_key) then
       select d.new_n, d.updated_n, d.deleted_n into v_new, v_updated, v_deleted from dbt_diff(v_old, v_rel, v_key, false) d;
       v_changed := v_new + v_updated + v_deleted > 0;
@@ -108,6 +181,35 @@ begin
         v_notes := v_notes || format('key (%s) is not unique: records were not compared', array_to_string(v_key, ', '));
       end if;
     end if;
+  elsif v_counts is not null then
+    v_new := v_counts -> 'new';
+    v_updated := v_counts -> 'updated';
+    v_deleted := v_counts -> 'deleted';
+    v_changed := v_new + v_updated + v_deleted > 0;
+    perform set_config('anton.counts', '', true);
+  elsif to_regclass('pg_temp.anton_seen') is not null or to_regclass('pg_temp.anton_was') is not null then
+    v_initial := false;
+    v_touched := to_regclass('pg_temp.anton_seen') is not null;
+    if v_touched then
+      v_key := w.key_columns;                              -- by which the triggers went
+      execute format('create temp table anton_was on commit drop as select distinct on (%1$s) * from pg_temp.anton_seen order by %1$s, anton_seq',
+                     (select string_agg(quote_ident(k), ', ') from unnest(v_key) k));
+    end if;
+    if v_touched or dbt_unique(v_rel, v_key) and dbt_unique('pg_temp.anton_was', v_key) then
+      select d.new_n, d.updated_n, d.deleted_n into v_new, v_updated, v_deleted from dbt_diff('pg_temp.anton_was', v_rel, v_key, v_touched) d;
+      v_changed := v_new + v_updated + v_deleted > 0;
+      if v_changed and v_ops && array['new', 'updated', 'deleted'] then
+        perform dbt_replay(w, 'pg_temp.anton_was', v_rel, v_key);
+      end if;
+      drop table pg_temp.anton_diff;
+    else
+      v_changed := dbt_fingerprint('pg_temp.anton_was') <> dbt_fingerprint(v_rel);
+      v_notes := v_notes || format('key (%s) is not unique: records were not compared', array_to_string(v_key, ', '));
+    end if;
+    drop table pg_temp.anton_was;
+    if v_touched then
+      drop table pg_temp.anton_seen;
+    end if;
   elsif v_initial then
     v_changed := true;
     if v_asked then
@@ -116,9 +218,9 @@ begin
     perform backfill(format('%s.%s', h.app, h.name)) from handler h
       where h.table_id = w.id and h.enabled and 'new' = any (h.ops) and h.options ->> 'since' = 'beginning' and w.key_kind <> 'none';
   end if;
-  insert into dbt_build (project, unique_id, relation, invocation_id, materialized, initial, changed, new_n, updated_n, deleted_n, schema_changed, note, at, xid)
+  insert into dbt_build (project, unique_id, relation, invocation_id, materialized, initial, changed, new_n, updated_n, deleted_n, schema_changed, columns, note, at, xid)
   values (p ->> 'project', p ->> 'unique_id', v_path, p ->> 'invocation_id', p ->> 'materialized', v_initial, v_changed, v_new, v_updated, v_deleted,
-          v_schema_changed, nullif(array_to_string(v_notes, '; '), ''), now(), pg_current_xact_id());
+          v_schema_changed, v_columns, nullif(array_to_string(v_notes, '; '), ''), now(), pg_current_xact_id());
   v_what := jsonb_build_object('new', v_new, 'updated', v_updated, 'deleted', v_deleted, 'changed', v_changed, 'initial', v_initial, 'full', not v_incremental,
     'schema_changed', v_schema_changed, 'run', p -> 'invocation_id', 'unique_id', p -> 'unique_id', 'materialized', p -> 'materialized');
   if w.id is not null then
@@ -272,11 +374,74 @@ begin
   drop table pg_temp.anton_carrier;
 end $$;
 
--- dbt_carry(old, new) -> what could not be carried over
-create or replace function dbt_carry(p_old regclass, p_new regclass) returns text[] language plpgsql volatile set search_path from current as $$
+-- dbt_belongings(relation) -> what a table has that dbt does not put onto the one that takes its place; sql names that @table@
+create or replace function dbt_belongings(p_rel regclass) returns table (o int, kind text, name text, sql text) language sql stable set search_path from current as $$
+  with found as (
+    select 1 as o, 'key' as kind, conname::text as name, 'alter table @table@ add ' || pg_get_constraintdef(oid) as sql
+      from pg_constraint where conrelid = p_rel and contype in ('p', 'u')
+    union all
+    select 2, 'key', c.relname, replace(pg_get_indexdef(i.indexrelid), 'INDEX ' || quote_ident(c.relname) || ' ON ' || p_rel, 'INDEX ON @table@')
+      from pg_index i join pg_class c on c.oid = i.indexrelid
+     where i.indrelid = p_rel and i.indisunique and i.indisvalid and not exists (select from pg_constraint k where k.conindid = i.indexrelid and k.contype in ('p', 'u', 'x'))
+    union all
+    select 3, 'grant', x.privilege_type, format('grant %s on @table@ to %s%s', x.privilege_type, coalesce(quote_ident(r.rolname), 'public'), case when x.is_grantable then ' with grant option' else '' end)
+      from pg_class c cross join lateral aclexplode(c.relacl) x left join pg_roles r on r.oid = x.grantee where c.oid = p_rel and x.grantee <> c.relowner
+    union all
+    select 3, 'grant', x.privilege_type, format('grant %s (%I) on @table@ to %s%s', x.privilege_type, a.attname, coalesce(quote_ident(r.rolname), 'public'), case when x.is_grantable then ' with grant option' else '' end)
+      from pg_attribute a cross join lateral aclexplode(a.attacl) x left join pg_roles r on r.oid = x.grantee where a.attrelid = p_rel and not a.attisdropped
+    union all
+    select 4, 'policy', polname, format('create policy %I on @table@ as %s for %s to %s%s%s', polname, case when polpermissive then 'permissive' else 'restrictive' end,
+             case polcmd when 'r' then 'select' when 'a' then 'insert' when 'w' then 'update' when 'd' then 'delete' else 'all' end,
+             (select string_agg(coalesce(quote_ident(r.rolname), 'public'), ', ') from unnest(polroles) u left join pg_roles r on r.oid = u),
+             ' using (' || pg_get_expr(polqual, polrelid) || ')', ' with check (' || pg_get_expr(polwithcheck, polrelid) || ')')
+      from pg_policy where polrelid = p_rel
+    union all
+    select 5, 'policy', 'row level security', format('alter table @table@ %s row level security', v.verb)
+      from pg_class c cross join lateral (values ('enable', c.relrowsecurity), ('force', c.relforcerowsecurity)) v (verb, on_) where c.oid = p_rel and v.on_
+    union all
+    select 6, 'trigger', tgname, replace(pg_get_triggerdef(t.oid), ' ON ' || p_rel || ' ', ' ON @table@ ')
+      from pg_trigger t join pg_proc f on f.oid = t.tgfoid where t.tgrelid = p_rel and not t.tgisinternal and f.pronamespace <> quote_ident(current_schema())::regnamespace
+    union all
+    select 7, 'trigger', tgname, format('alter table @table@ %s trigger %I', case tgenabled when 'D' then 'disable' when 'R' then 'enable replica' else 'enable always' end, tgname)
+      from pg_trigger t join pg_proc f on f.oid = t.tgfoid where t.tgrelid = p_rel and not t.tgisinternal and f.pronamespace <> quote_ident(current_schema())::regnamespace and tgenabled <> 'O'
+    union all
+    select 8, 'publication', p.pubname, format('alter publication %I add table @table@', p.pubname)
+      from pg_publication_rel r join pg_publication p on p.oid = r.prpubid where r.prrelid = p_rel
+    union all
+    select 9, 'replica identity', 'full', 'alter table @table@ replica identity full' from pg_class where oid = p_rel and relreplident = 'f')
+  select f.o, f.kind, f.name, replace(f.sql, p_rel::text, '@table@') from found f
+$$;
+
+-- dbt_carry(belongings, new) -> what could not be carried over
+-- belongings: rows of dbt_belongings() as JSON. Policies must be: a table that more people can read than before is not published.
+create or replace function dbt_carry(p_belongings jsonb, p_new regclass) returns text[] language plpgsql volatile set search_path from current as $$
+declare b record; v_notes text[] := '{}'; v_has text[] := array(select lower(sql) from dbt_belongings(p_new)); v_pk boolean;
 begin
-  return '{}';
+  for b in select x.* from jsonb_to_recordset(coalesce(p_belongings, '[]')) x (o int, kind text, name text, sql text) order by x.o, x.name loop
+    continue when lower(b.sql) = any (v_has);
+    if b.sql like 'alter table @table@ add PRIMARY KEY%' then
+      select exists (select from pg_index where indrelid = p_new and indisprimary) into v_pk;
+      continue when v_pk;
+    end if;
+    begin
+      execute replace(b.sql, '@table@', p_new::text);
+    exception when others then
+      if b.kind = 'policy' then
+        raise exception using errcode = sqlstate, message = format('%s of %s cannot be put onto the new table: %s', b.name, p_new, sqlerrm),
+          hint = $h$the table is as it was before. Change the policy, or the model; to build without Anton: --vars 'anton_enabled: false'$h$;
+      end if;
+      v_notes := v_notes || format('%s %s was lost: %s', b.kind, b.name, sqlerrm);
+    end;
+  end loop;
+  return v_notes;
 end $$;
+
+-- dbt_views(relation) -> views that read it, which go with it
+create or replace function dbt_views(p_rel regclass) returns text[] language sql stable set search_path from current as $$
+  select coalesce(array_agg(distinct v.oid::regclass::text), '{}')
+    from pg_depend d join pg_rewrite r on r.oid = d.objid join pg_class v on v.oid = r.ev_class
+   where d.classid = 'pg_rewrite'::regclass and d.refclassid = 'pg_class'::regclass and d.refobjid = p_rel and v.oid <> p_rel and v.relkind in ('v', 'm')
+$$;
 
 -- dbt_gate(build): raises NT006 when a test that gates the model fails on what was built
 create or replace function dbt_gate(p jsonb) returns void language plpgsql volatile set search_path from current as $$
