@@ -158,6 +158,65 @@ begin
   return cardinality(v_ids);
 end $$;
 
+-- list_builds(model, limit) -> the last builds of a model, by dbt's name of it or its unique_id, the newest first
+create or replace function list_builds(p_model text, p_limit int default 20)
+returns table (at timestamptz, project text, model text, materialized text, initial boolean, changed boolean, new bigint, updated bigint, deleted bigint,
+               schema_changed boolean, run text, note text)
+language sql stable set search_path from current as $$
+  select b.at, b.project, substring(b.unique_id from '[^.]+$'), b.materialized, b.initial, b.changed, b.new_n, b.updated_n, b.deleted_n, b.schema_changed,
+         b.invocation_id, b.note
+    from dbt_build b where b.unique_id = p_model or substring(b.unique_id from '[^.]+$') = p_model order by b.id desc limit p_limit
+$$;
+
+-- dbt_watchdog() -> how many tables that dbt made anew were found without Anton's hooks having run
+-- Their handlers get on_rebuilt, and triggers for what others write; the records of that build were not compared.
+create or replace function dbt_watchdog() returns int language plpgsql volatile set search_path from current set lock_timeout = '100ms' as $$
+declare r record; v_n int := 0; v_now timestamptz := now(); v_initial boolean;
+begin
+  for r in select m.project, m.unique_id, w.id, w.relid, c.oid, format('%I.%I', m.schema_name, m.table_name) as path
+             from dbt_model m join watched w on w.id = m.table_id
+             join pg_class c on c.oid = to_regclass(format('%I.%I', m.schema_name, m.table_name)) and c.relkind in ('r', 'p')
+            where c.oid <> w.relid loop
+    v_initial := r.relid = 0;
+    begin
+      perform sync_triggers(r.id);
+      insert into dbt_build (project, unique_id, relation, materialized, initial, schema_changed, note, at, xid)
+      values (r.project, r.unique_id, r.path, 'table', v_initial, false, 'built without Anton''s hooks: records were not compared', v_now, pg_current_xact_id());
+      perform rebuilt(r.id, jsonb_build_object('initial', v_initial, 'full', true, 'unique_id', r.unique_id, 'materialized', 'table'));
+      v_n := v_n + 1;
+    exception when lock_not_available or deadlock_detected then
+      null;                                                -- someone is at it; next time
+    end;
+  end loop;
+  return v_n;
+end $$;
+
+-- dbt_findings() -> for anton doctor: what dbt's rebuilds take from tables that are listened to
+create or replace function dbt_findings() returns table (kind text, subject text, problem text, remedy text)
+language plpgsql stable set search_path from current as $$
+begin
+  return query
+    select 'dbt', format('%I.%I', m.schema_name, m.table_name), b.note, 'anton dbt init, which adds Anton''s two hooks; or build it by anton dbt'
+      from dbt_model m cross join lateral (select * from dbt_build x where (x.project, x.unique_id) = (m.project, m.unique_id) order by x.id desc limit 1) b
+     where b.invocation_id is null;
+  return query
+    select 'dbt', format('%I.%I', m.schema_name, m.table_name), format('is a `table` with handlers of its records: dbt makes it anew at each build, and readers wait for the swap'),
+           'materialized="anton_table" changes it in place'
+      from dbt_model m cross join lateral (select * from dbt_build x where (x.project, x.unique_id) = (m.project, m.unique_id) order by x.id desc limit 1) b
+     where b.materialized = 'table' and b.new_n > 100000
+       and exists (select from handler h where h.table_id = m.table_id and h.enabled and h.ops && array['new', 'updated', 'deleted']);
+  return query
+    select 'dbt', format('%I.%I', m.schema_name, m.table_name), format('outside view %s depends on this `table`: a rebuild by dbt drops it', v.name),
+           'materialized="anton_table" keeps it; or make the view a model of the project'
+      from dbt_model m cross join lateral (select * from dbt_build x where (x.project, x.unique_id) = (m.project, m.unique_id) order by x.id desc limit 1) b
+     cross join lateral (
+       select distinct format('%I.%I', n.nspname, c.relname) as name from pg_depend d join pg_rewrite r on r.oid = d.objid join pg_class c on c.oid = r.ev_class
+         join pg_namespace n on n.oid = c.relnamespace
+        where d.refobjid = to_regclass(format('%I.%I', m.schema_name, m.table_name)) and d.classid = 'pg_rewrite'::regclass and c.oid <> d.refobjid
+          and not exists (select from dbt_build o where o.relation = format('%I.%I', n.nspname, c.relname))) v
+     where b.materialized = 'table';
+end $$;
+
 -- list_dbt_runs(project, limit) -> the last runs, the newest first
 create or replace function list_dbt_runs(p_project text default null, p_limit int default 20)
 returns table (id bigint, app text, project text, state text, requests bigint, models bigint, seconds numeric, started_at timestamptz, error text)

@@ -68,6 +68,10 @@ class Manifest:
         raise DeclarationError(f'dbt project "{self.project}" has no model "{name}".{did_you_mean(name, known)} '
                                f"It has: {', '.join(known) or 'none'}", name=name)
 
+    def children(self, id: str) -> list[str]:
+        """What reads a node or a source itself."""
+        return self._children.get(id, [])
+
     def downstream(self, ids: Iterable[str]) -> set[str]:
         """What is made of these, directly or not, without themselves."""
         return self._closure(ids, lambda id: self._children.get(id, ()))

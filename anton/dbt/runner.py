@@ -93,6 +93,7 @@ class Runner:
         self.name, self.target, self.schema, self.threads = name, target, schema, threads
         self.env = dict(env or {})
         self.started = 0                                               # children so far
+        self.migrated = True                                           # the runtime is in the database
         self._child: asyncio.subprocess.Process | None = None
         self._jobs = 0
         self._turn = asyncio.Lock()
@@ -205,6 +206,8 @@ class Runner:
 
     async def end_sessions(self) -> int:
         """Ends what dbt sessions of this project and target are left in the database. How many there were."""
+        if not self.migrated:
+            return 0
         async with self.db.conn() as conn:
             return int(await self.db.call_value(conn, "dbt_end_sessions", self.application) or 0)
 
