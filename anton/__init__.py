@@ -23,5 +23,5 @@ from anton.signed import Hmac as Hmac
 from anton.table import Table
 from anton.write import transaction
 
-__all__ = ["Ctx", "DbtProject", "Discard", "Files", "Records", "Request", "Retry", "Table", "Webhook", "app", "cron", "delete", "env",
-           "get", "patch", "poll", "post", "put", "sql", "transaction"]
+__all__ = ["Ctx", "DbtProject", "Discard", "Files", "Records", "Request", "Retry", "Table", "Webhook", "app", "cron",
+           "delete", "env", "get", "patch", "poll", "post", "put", "sql", "transaction"]

@@ -38,7 +38,8 @@ class App:
     """The registry of one app.
 
     name: scopes all it registers; autonomous.json's "name", else the folder's.
-    tables, handlers, schedules, actions, projects: by name. routes, webhooks, mounts, middlewares: in the order of declaration.
+    tables, handlers, schedules, actions, projects: by name.
+    routes, webhooks, mounts, middlewares: in the order of declaration.
     """
 
     def __init__(self, name: str = "app", folder: Path | str = ".") -> None:

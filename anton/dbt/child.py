@@ -2,7 +2,7 @@
 
     {"id": 1, "args": ["build", "--select", "revenue"], "flags": [], "parse_flags": []}
     <- {"id": 1, "event": "NodeStart", "node": "model.shop.revenue", …}
-    <- {"id": 1, "done": true, "success": true, "error": null, "results": […]}
+    <- {"id": 1, "done": true, "success": true, "error": null, "kind": null, "results": […]}
 
 SIGINT cancels the job and its query. The end of stdin, as when the worker was killed, does the same and ends the process.
 dbt is imported here and nowhere else. What dbt prints goes to stderr.
@@ -23,11 +23,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TextIO
 
-import yaml
-from dbt.artifacts.resources import Hook
+import yaml  # type: ignore[import-untyped]
+from dbt.artifacts.resources.v1.config import Hook
 from dbt.cli.main import dbtRunner
 from dbt.contracts.graph.unparsed import UnparsedMacro
-from dbt.node_types import NodeType
+from dbt.artifacts.resources.types import NodeType
 from dbt.parser.macros import MacroParser
 
 from anton.dbt.manifest import fingerprint
@@ -99,9 +99,11 @@ class Child:
             with self._settings(job.get("settings") or {}):
                 done = dbtRunner(self.manifest, [self._event]).invoke([*args, *given, *job["flags"]])
         else:
-            done = dbtRunner(callbacks=[self._event]).invoke([*args, *(given if "--vars" in job["args"] else ()), *job["flags"]])
-        return {"success": done.success, "error": None if done.exception is None else str(done.exception).strip(),
-                "kind": None if done.exception is None else type(done.exception).__name__, "results": _results(done.result)}
+            own = given if "--vars" in job["args"] else []             # not all of dbt's commands know them
+            done = dbtRunner(callbacks=[self._event]).invoke([*args, *own, *job["flags"]])
+        error = None if done.exception is None else str(done.exception).strip()
+        kind = None if done.exception is None else type(done.exception).__name__
+        return {"success": done.success, "error": error, "kind": kind, "results": _results(done.result)}
 
     def _parse(self, vars: list[str], once: bool, job: dict[str, Any]) -> dict[str, Any] | None:
         """Reads the project again when a file of it changed. What is wrong with it, when it cannot be read."""
@@ -112,7 +114,7 @@ class Child:
         done = dbtRunner(callbacks=[self._event]).invoke(["parse", *vars, *job["parse_flags"]])
         if not done.success:
             error = str(done.exception or "dbt could not read the project").strip()
-            return {"success": False, "error": error, "kind": type(done.exception).__name__, "results": [], "parse": True}
+            return {"success": False, "error": error, "kind": "parse", "results": [], "parse": True}
         self.manifest, self.seen = done.result, None if once else now
         self._hook()
         return None
@@ -228,7 +230,7 @@ def _results(result: Any) -> list[Any]:
             "failures": getattr(one, "failures", None), "attached": getattr(node, "attached_node", None),
             "parents": list(node.depends_on.nodes) if hasattr(node.depends_on, "nodes") else [],
             "code": getattr(node, "compiled_code", None),
-            "test": {key: getattr(config, key, None) for key in ("severity", "error_if", "warn_if", "fail_calc", "limit")}
+            "test": {key: getattr(config, key, None) for key in ("severity", "error_if", "warn_if", "fail_calc")}
             if str(node.resource_type) == "test" else None})
     return found
 

@@ -1,4 +1,4 @@
-"""Init: what `anton dbt init` writes into a dbt project: Anton's macros, and two lines for each kind of what dbt builds.
+"""Init: what `anton dbt init` writes into a dbt project: Anton's macros, and two lines for each kind of node.
 
 With them each build fires events, whoever runs dbt. Without, only builds through Anton do: it adds them in memory.
 """

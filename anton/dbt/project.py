@@ -211,7 +211,7 @@ class DbtProject:
             what = json.dumps({"merge": "when", "tables": [of(when.table)], "debounce": interval(when.debounce),
                                "max_wait": interval(when.max_wait)})
             body = f"select {schema}.dbt_ask({{app}}, {{project}}, {{what}})"
-            params = {"app": ("text", self.app.name), "project": ("text", self.name), "what": ("jsonb", what)}
+            params: dict[str, tuple[str, str | None]] = {"app": ("text", self.app.name), "project": ("text", self.name), "what": ("jsonb", what)}
             handler = Handler(self.app.name, when.name, when.table, ops, "sql", None, when.place, read="now", body=body,
                               params=params)
             found.append({"since": "now", **handler.definition()})

@@ -125,7 +125,7 @@ def _pass(verb: str, args: Args) -> int:
         print("anton: cancelled", file=sys.stderr)
         return FOUND
     if args.json:
-        facts = done.lines or [{"node": one.node, "status": one.status, "seconds": one.seconds, "message": one.message}
+        facts: list[Any] = [*done.lines] or [{"node": one.node, "status": one.status, "seconds": one.seconds, "message": one.message}
                                for one in done.results]
         emit(args, {"success": done.success, "error": done.error, "results": facts}, "")
     else:
