@@ -61,7 +61,7 @@ class Pg:
               execute format('drop function %s', f);
             end loop;
             foreach s in array array['job', 'lease', 'delayed', 'change', 'receipt', 'output', 'dead', 'fed',
-                                     'backfill', 'tick', 'schedule', 'action', 'worker', 'handler', 'dbt_test', 'dbt_build',
+                                     'backfill', 'dbt_result', 'dbt_request', 'dbt_run', 'tick', 'schedule', 'action', 'worker', 'handler', 'dbt_test', 'dbt_build',
                                      'dbt_model', 'watched'] loop
               execute format('delete from %I', s);
             end loop;

@@ -168,8 +168,8 @@ class DbtProject:
     async def examine(self, db: Database, schema: str) -> Manifest:
         """What there is in the project; dbt reads it only when a file of it changed. Raises DbtFailed, ConfigError."""
         if self._manifest is None or self._manifest.facts.get("stamp") != self.stamp(schema):
-            async with self.runner(db, schema) as runner:
-                self.keep(await runner.manifest(), schema)
+            runner = await self.work.runner(db, schema)
+            self.keep(await runner.manifest(), schema)
         assert self._manifest is not None
         self.settle(schema)
         return self._manifest

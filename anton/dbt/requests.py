@@ -69,7 +69,7 @@ class Requests:
         current = scope.get()
         assert current is not None                                     # the worker's
         db = current.db
-        runner = await self._child(db)
+        runner = await self.runner(db, await self.project.schema_in(db))
         ids = [record.id for record in records]
         async with alone(db, runner.application) as lost:
             async with db.tx() as conn:
@@ -88,10 +88,11 @@ class Requests:
                     await asyncio.wait({work})
             current.add(Call(f"dbt {self.project.name}", finish, WHOLE))
 
-    async def _child(self, db: Database) -> Runner:
+    async def runner(self, db: Database, schema: str) -> Runner:
+        """The child of this loop, which stays as long as the loop does. schema: of the models."""
         loop = asyncio.get_running_loop()
-        if self._runner is None or self._runner.db is not db or self._loop is not loop:
-            self._runner = self.project.runner(db, await self.project.schema_in(db))
+        if self._runner is None or self._loop is not loop or (self._runner.db, self._runner.schema) != (db, schema):
+            self._runner = self.project.runner(db, schema)
             self._loop, self._guard = loop, _close_with_loop(self._runner)
             await anext(self._guard)
         return self._runner

@@ -300,12 +300,18 @@ class Runner:
 
 def check_installed() -> None:
     """Raises ConfigError when dbt is not installed, or is one that Anton cannot use."""
-    wanted = "pip install 'anton-framework[dbt]'"
     try:
-        found = metadata.version("dbt-core")
         metadata.version("dbt-postgres")
-    except metadata.PackageNotFoundError as error:
-        raise ConfigError(f"{error.name} is not installed. {wanted}") from None
+        check_version(metadata.version("dbt-core"))
+    except metadata.PackageNotFoundError:
+        check_version(None)
+
+
+def check_version(found: str | None) -> None:
+    """Raises ConfigError for a version of dbt-core that Anton cannot use; None: there is none."""
+    wanted = "pip install 'anton-framework[dbt]'"
+    if found is None:
+        raise ConfigError(f"dbt-core with dbt-postgres is not installed. {wanted}")
     if int(found.partition(".")[0]) >= 2:
         raise ConfigError(f"dbt-core {found} is installed, which Anton cannot use: it has no Python API and no Postgres "
                           f"adapter. {wanted} brings 1.11")
