@@ -128,7 +128,7 @@ declare
   v_rel regclass := to_regclass(v_path); v_kind "char"; v_old regclass; v_notes text[] := '{}';
   v_incremental boolean := coalesce((p ->> 'incremental')::boolean, false);
   w watched; m dbt_model; v_ops text[]; v_key text[]; v_asked boolean; v_initial boolean; v_schema_changed boolean;
-  v_changed boolean; v_new bigint; v_updated bigint; v_deleted bigint; v_n bigint; v_touched boolean; v_counts jsonb; v_columns jsonb; v_what jsonb;
+  v_changed boolean; v_new bigint; v_updated bigint; v_deleted bigint; v_n bigint; v_touched boolean; v_counts jsonb; v_print text; v_columns jsonb; v_what jsonb;
 begin
   if v_rel is null then
     return null;
@@ -154,7 +154,8 @@ begin
     drop table pg_temp.anton_belongings;
   end if;
   v_counts := nullif(current_setting('anton.counts', true), '')::jsonb;
-  v_initial := v_kind = 'r' and v_old is null and not v_incremental and v_counts is null;
+  v_initial := case when v_kind = 'r' then v_old is null and not v_incremental and v_counts is null
+                    else not exists (select from dbt_build b where b.project = p ->> 'project' and b.unique_id = p ->> 'unique_id') end;
   v_columns := dbt_columns(v_rel);
   v_schema_changed := v_columns <> case when v_old is not null then dbt_columns(v_old)
     else (select b.columns from dbt_build b where b.project = p ->> 'project' and b.unique_id = p ->> 'unique_id' order by b.id desc limit 1) end;
@@ -181,6 +182,10 @@ begin
         v_notes := v_notes || format('key (%s) is not unique: records were not compared', array_to_string(v_key, ', '));
       end if;
     end if;
+  elsif v_kind = 'm' and v_asked and m.unique_id is not null then
+    v_print := dbt_fingerprint(v_rel);
+    v_changed := v_print is distinct from m.fingerprint or v_schema_changed;
+    update dbt_model set fingerprint = v_print where project = m.project and unique_id = m.unique_id and fingerprint is distinct from v_print;
   elsif v_counts is not null then
     v_new := v_counts -> 'new';
     v_updated := v_counts -> 'updated';
@@ -210,7 +215,7 @@ begin
     if v_touched then
       drop table pg_temp.anton_seen;
     end if;
-  elsif v_initial then
+  elsif v_initial and v_kind = 'r' then
     v_changed := true;
     if v_asked then
       execute format('select count(*) from %s', v_rel) into v_new;
@@ -443,16 +448,18 @@ create or replace function dbt_views(p_rel regclass) returns text[] language sql
    where d.classid = 'pg_rewrite'::regclass and d.refclassid = 'pg_class'::regclass and d.refobjid = p_rel and v.oid <> p_rel and v.relkind in ('v', 'm')
 $$;
 
--- dbt_gate(build): raises NT006 when a test that gates the model fails on what was built
+-- dbt_gate(build): raises NT006 when a test that gates the model fails on what was built. Tests see names as dbt's session does.
 create or replace function dbt_gate(p jsonb) returns void language plpgsql volatile set search_path from current as $$
-declare t dbt_test; v_n text; v_error boolean; v_warn boolean; v_asked text := coalesce(p ->> 'gate', nullif(current_setting('anton.gate', true), ''));
+declare t dbt_test; v_n text; v_error boolean; v_warn boolean; v_path text := current_setting('search_path'); v_asked text := coalesce(p ->> 'gate', nullif(current_setting('anton.gate', true), ''));
 begin
   if v_asked in ('false', 'off') then
     return;
   end if;
   for t in select * from dbt_test x where x.project = p ->> 'project' and x.unique_id = p ->> 'unique_id' and (x.always or v_asked in ('true', 'on')) order by x.name loop
+    perform set_config('search_path', coalesce(p ->> 'search_path', v_path), true);
     execute format('select (%1$s)::text, coalesce(%1$s %2$s, false), coalesce(%1$s %3$s, false) from (%4$s) dbt_internal_test', t.fail_calc, t.error_if, t.warn_if,
                    regexp_replace(t.sql, '[\s;]+$', '')) into v_n, v_error, v_warn;
+    perform set_config('search_path', v_path, true);
     if v_error and t.severity = 'error' then
       raise exception using errcode = 'NT006', message = format('test %s of %s failed: %s', t.name, p ->> 'unique_id', v_n),
         hint = 'nothing was published: the table is as it was before';
