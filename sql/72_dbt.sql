@@ -147,7 +147,7 @@ begin
     end if;
   end if;
   if v_old is not null then
-    v_notes := v_notes || dbt_carry((select jsonb_agg(to_jsonb(b)) from dbt_belongings(v_old) b), v_rel);
+    v_notes := v_notes || dbt_carry((select jsonb_agg(to_jsonb(b)) from dbt_belongings(v_old) b), v_rel) || dbt_repoint(v_old, v_rel, p -> 'views');
   end if;
   if to_regclass('pg_temp.anton_belongings') is not null then
     v_notes := v_notes || dbt_carry((select jsonb_agg(to_jsonb(b)) from pg_temp.anton_belongings b), v_rel);
@@ -441,12 +441,30 @@ begin
   return v_notes;
 end $$;
 
--- dbt_views(relation) -> views that read it, which go with it
-create or replace function dbt_views(p_rel regclass) returns text[] language sql stable set search_path from current as $$
-  select coalesce(array_agg(distinct v.oid::regclass::text), '{}')
-    from pg_depend d join pg_rewrite r on r.oid = d.objid join pg_class v on v.oid = r.ev_class
-   where d.classid = 'pg_rewrite'::regclass and d.refclassid = 'pg_class'::regclass and d.refobjid = p_rel and v.oid <> p_rel and v.relkind in ('v', 'm')
-$$;
+-- dbt_repoint(old, new, views) -> what goes with the old table
+-- Views that others made on a table would be dropped with the old one: they read the new one from here on. dbt's own (views:
+-- "schema.name" of the project's) are left to it, as it believes them dropped and makes them anew.
+create or replace function dbt_repoint(p_old regclass, p_new regclass, p_views jsonb) returns text[] language plpgsql volatile set search_path from current as $$
+declare
+  v record; v_notes text[] := '{}'; v_from text := (select quote_ident(relname) from pg_class where oid = p_old); v_to text := (select quote_ident(relname) from pg_class where oid = p_new);
+begin
+  for v in select distinct c.oid::regclass as view, c.relkind, array_to_string(c.reloptions, ', ') as options
+             from pg_depend d join pg_rewrite r on r.oid = d.objid join pg_class c on c.oid = r.ev_class join pg_namespace n on n.oid = c.relnamespace
+            where d.classid = 'pg_rewrite'::regclass and d.refclassid = 'pg_class'::regclass and d.refobjid = p_old and c.oid <> p_old and c.relkind in ('v', 'm')
+              and not coalesce(p_views, '[]') ? (n.nspname || '.' || c.relname)
+              and not exists (select from dbt_build b where b.relation = format('%I.%I', n.nspname, c.relname)) loop
+    begin
+      if v.relkind = 'm' then
+        raise exception 'dbt drops it with the old table';
+      end if;
+      execute format('create or replace view %s%s as %s', v.view, ' with (' || v.options || ')', replace(pg_get_viewdef(v.view), v_from, v_to));
+    exception when others then
+      v_notes := v_notes || format('view %s is lost: %s', v.view, sqlerrm);
+    end;
+  end loop;
+  return v_notes || array(select format('foreign key %s of %s is lost: dbt drops it with the old table', quote_ident(conname), conrelid::regclass)
+                            from pg_constraint where contype = 'f' and confrelid = p_old and conrelid <> p_old order by 1);
+end $$;
 
 -- dbt_gate(build): raises NT006 when a test that gates the model fails on what was built. Tests see names as dbt's session does.
 create or replace function dbt_gate(p jsonb) returns void language plpgsql volatile set search_path from current as $$

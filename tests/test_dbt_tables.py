@@ -203,3 +203,20 @@ def test_nothing_is_done_where_anton_is_not(dbt: Project, pg: Pg, bare: str) -> 
     dbt.model("daily", "select * from src", materialized="table")
     dbt("run", "--vars", "anton_enabled: false")
     assert pg.value("select count(*) from anton.dbt_build") == 0
+
+
+def test_views_that_others_made_read_the_new_table(dbt: Project, pg: Pg) -> None:
+    dbt.model("daily", "select * from src", materialized="table")
+    dbt.model("of_dbt", "select id from {{ ref('daily') }}", materialized="view")
+    dbt("run")
+    pg.sql("create view outside with (security_barrier = true) as select d.id, daily.n from daily, daily d where d.id = daily.id",
+           "create view over_it as select count(*) from outside", "grant select on outside to public")
+    pg.sql(*CHANGE)
+    for _ in range(2):
+        dbt("run")
+    assert pg.value("select sum(n) from outside") == pg.value("select sum(n) from src") and pg.value("select * from over_it") == 5
+    assert pg.value("select reloptions from pg_class where relname = 'outside'") == ["security_barrier=true"]
+    assert pg.value("select has_table_privilege('public', 'outside', 'select')")
+    pg.sql("create materialized view kept as select * from daily")
+    dbt("run")
+    assert "kept is lost" in pg.value("select note from anton.dbt_build where unique_id = 'model.shop.daily' order by id desc limit 1")

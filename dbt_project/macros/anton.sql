@@ -31,12 +31,14 @@
   {%- set meta = config.get('meta') or {} -%}
   {%- set key = meta.get('anton_key') or ((config.get('snapshot_table_column_names') or get_snapshot_table_column_names()).dbt_scd_id if model.resource_type == 'snapshot'
                 else (model.get('primary_key') or config.get('unique_key'))) or [] -%}
+  {%- set views = [] -%}
+  {%- for node in graph.nodes.values() if node.config.materialized in ('view', 'materialized_view') -%}{%- do views.append(node.schema ~ '.' ~ node.alias) -%}{%- endfor -%}
   {{ return({
     'project': model.package_name, 'unique_id': model.unique_id, 'schema': this.schema, 'name': this.identifier,
     'backup': make_backup_relation(this.incorporate(type='table'), 'table').identifier,
     'materialized': config.get('materialized'), 'invocation_id': invocation_id,
     'incremental': is_incremental(), 'full_refresh': should_full_refresh(),
-    'key': [key] if key is string else key, 'gate': var('anton_gate', none)
+    'key': [key] if key is string else key, 'gate': var('anton_gate', none), 'views': views
   }) }}
 {%- endmacro %}
 
