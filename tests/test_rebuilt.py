@@ -36,11 +36,18 @@ async def test_each_build_is_told_once_in_order_to_each_handler(db: Database) ->
     bench = await Bench.make(db, declare)
     table = await bench.value("select id from anton.watched where table_name = 'daily'")
     for n in (1, 2):
-        await bench.sql("select anton.rebuilt($1, $2)", table, {"new": n, "changed": True, "run": "r", "later": "ignored"})
-    await bench.sql("select anton.rebuilt($1, $2, 'f')", table, {"error": "no such column", "unique_id": "model.shop.daily"})
+        await bench.sql(
+            "select anton.rebuilt($1, $2)", table, {"new": n, "changed": True, "run": "r", "later": "ignored"}
+        )
+    await bench.sql(
+        "select anton.rebuilt($1, $2, 'f')", table, {"error": "no such column", "unique_id": "model.shop.daily"}
+    )
     await bench.work()
     rebuilt = [one for one in told if isinstance(one, Rebuilt)]
-    assert [(one.new, one.updated, one.run, bool(one)) for one in rebuilt] == [(1, None, "r", True), (2, None, "r", True)]
+    assert [(one.new, one.updated, one.run, bool(one)) for one in rebuilt] == [
+        (1, None, "r", True),
+        (2, None, "r", True),
+    ]
     assert 0 < rebuilt[0].xid < rebuilt[1].xid  # type: ignore[operator]
     assert [one for one in told if isinstance(one, Failed)] == [Failed("no such column", unique_id="model.shop.daily")]
     assert sorted(await bench.column("select (data ->> 'new')::int from log")) == [-1, 1, 2]
@@ -71,7 +78,14 @@ async def test_a_build_that_a_handler_fails_at_is_a_dead_letter_that_can_be_repl
 def test_what_does_not_fit_a_build_is_refused_where_it_is_declared() -> None:
     with declaring(App("t")):
         daily = Table("daily")
-        for option in ({"each": True}, {"where": "new > 1"}, {"columns": ["a"]}, {"read": "now"}, {"since": "beginning"}, {"batch": 5}):
+        for option in (
+            {"each": True},
+            {"where": "new > 1"},
+            {"columns": ["a"]},
+            {"read": "now"},
+            {"since": "beginning"},
+            {"batch": 5},
+        ):
             with pytest.raises(BadOption, match=f"{next(iter(option))}="):
                 daily.on_rebuilt(lambda rebuilt: None, name="x", **option)
 
