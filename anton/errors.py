@@ -294,6 +294,12 @@ class KeyNeeded(MigrationError):
                          table=table, handler=handler, sql=sql)
 
 
+class GateFailed(AntonError):
+    """A test that gates a dbt model failed on what was built: nothing was published, the table is as it was."""
+
+    sqlstate = "NT006"
+
+
 class LockNotGained(MigrationError):
     """Others held the table all the time. sql, seconds."""
 

@@ -235,7 +235,8 @@ def _choice(options: Mapping[str, Any], option: str, allowed: tuple[Any, ...], d
     return value
 
 
-BUILDS = {("rebuilt",): Rebuilt, ("failed",): Failed}  # what handlers of these ops get instead of a record
+BUILDS: dict[tuple[ChangeOp, ...], type[Rebuilt] | type[Failed]] = {  # what handlers of these ops get, not records
+    ("rebuilt",): Rebuilt, ("failed",): Failed}
 _WANTED = {False: "(records) or (records, ctx); with each=True (record) or (record, ctx)",
            True: "(record) or (record, ctx)"}
 

@@ -27,7 +27,7 @@ create table dbt_build (                          -- a committed build of one mo
   updated_n bigint,
   deleted_n bigint,
   schema_changed boolean not null,
-  columns jsonb not null,                         -- {name: type}
+  columns jsonb,                                  -- {name: type}; null: dbt's hooks did not run
   note text,                                      -- what could not be done, for people
   at timestamptz not null,
   xid xid8 not null

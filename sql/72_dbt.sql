@@ -128,7 +128,7 @@ declare
   v_rel regclass := to_regclass(v_path); v_kind "char"; v_old regclass; v_notes text[] := '{}';
   v_incremental boolean := coalesce((p ->> 'incremental')::boolean, false);
   w watched; m dbt_model; v_ops text[]; v_key text[]; v_asked boolean; v_initial boolean; v_schema_changed boolean;
-  v_changed boolean; v_new bigint; v_updated bigint; v_deleted bigint; v_n bigint; v_touched boolean; v_counts jsonb; v_columns jsonb; v_what jsonb;
+  v_changed boolean; v_new bigint; v_updated bigint; v_deleted bigint; v_n bigint; v_touched boolean; v_counts jsonb; v_print text; v_columns jsonb; v_what jsonb;
 begin
   if v_rel is null then
     return null;
@@ -147,14 +147,15 @@ begin
     end if;
   end if;
   if v_old is not null then
-    v_notes := v_notes || dbt_carry((select jsonb_agg(to_jsonb(b)) from dbt_belongings(v_old) b), v_rel);
+    v_notes := v_notes || dbt_carry((select jsonb_agg(to_jsonb(b)) from dbt_belongings(v_old) b), v_rel) || dbt_repoint(v_old, v_rel, p -> 'views');
   end if;
   if to_regclass('pg_temp.anton_belongings') is not null then
     v_notes := v_notes || dbt_carry((select jsonb_agg(to_jsonb(b)) from pg_temp.anton_belongings b), v_rel);
     drop table pg_temp.anton_belongings;
   end if;
   v_counts := nullif(current_setting('anton.counts', true), '')::jsonb;
-  v_initial := v_kind = 'r' and v_old is null and not v_incremental and v_counts is null;
+  v_initial := case when v_kind = 'r' then v_old is null and not v_incremental and v_counts is null
+                    else not exists (select from dbt_build b where b.project = p ->> 'project' and b.unique_id = p ->> 'unique_id') end;
   v_columns := dbt_columns(v_rel);
   v_schema_changed := v_columns <> case when v_old is not null then dbt_columns(v_old)
     else (select b.columns from dbt_build b where b.project = p ->> 'project' and b.unique_id = p ->> 'unique_id' order by b.id desc limit 1) end;
@@ -181,6 +182,10 @@ begin
         v_notes := v_notes || format('key (%s) is not unique: records were not compared', array_to_string(v_key, ', '));
       end if;
     end if;
+  elsif v_kind = 'm' and v_asked and m.unique_id is not null then
+    v_print := dbt_fingerprint(v_rel);
+    v_changed := v_print is distinct from m.fingerprint or v_schema_changed;
+    update dbt_model set fingerprint = v_print where project = m.project and unique_id = m.unique_id and fingerprint is distinct from v_print;
   elsif v_counts is not null then
     v_new := v_counts -> 'new';
     v_updated := v_counts -> 'updated';
@@ -210,7 +215,7 @@ begin
     if v_touched then
       drop table pg_temp.anton_seen;
     end if;
-  elsif v_initial then
+  elsif v_initial and v_kind = 'r' then
     v_changed := true;
     if v_asked then
       execute format('select count(*) from %s', v_rel) into v_new;
@@ -436,23 +441,43 @@ begin
   return v_notes;
 end $$;
 
--- dbt_views(relation) -> views that read it, which go with it
-create or replace function dbt_views(p_rel regclass) returns text[] language sql stable set search_path from current as $$
-  select coalesce(array_agg(distinct v.oid::regclass::text), '{}')
-    from pg_depend d join pg_rewrite r on r.oid = d.objid join pg_class v on v.oid = r.ev_class
-   where d.classid = 'pg_rewrite'::regclass and d.refclassid = 'pg_class'::regclass and d.refobjid = p_rel and v.oid <> p_rel and v.relkind in ('v', 'm')
-$$;
+-- dbt_repoint(old, new, views) -> what goes with the old table
+-- Views that others made on a table would be dropped with the old one: they read the new one from here on. dbt's own (views:
+-- "schema.name" of the project's) are left to it, as it believes them dropped and makes them anew.
+create or replace function dbt_repoint(p_old regclass, p_new regclass, p_views jsonb) returns text[] language plpgsql volatile set search_path from current as $$
+declare
+  v record; v_notes text[] := '{}'; v_from text := (select quote_ident(relname) from pg_class where oid = p_old); v_to text := (select quote_ident(relname) from pg_class where oid = p_new);
+begin
+  for v in select distinct c.oid::regclass as view, c.relkind, array_to_string(c.reloptions, ', ') as options
+             from pg_depend d join pg_rewrite r on r.oid = d.objid join pg_class c on c.oid = r.ev_class join pg_namespace n on n.oid = c.relnamespace
+            where d.classid = 'pg_rewrite'::regclass and d.refclassid = 'pg_class'::regclass and d.refobjid = p_old and c.oid <> p_old and c.relkind in ('v', 'm')
+              and not coalesce(p_views, '[]') ? (n.nspname || '.' || c.relname)
+              and not exists (select from dbt_build b where b.relation = format('%I.%I', n.nspname, c.relname)) loop
+    begin
+      if v.relkind = 'm' then
+        raise exception 'dbt drops it with the old table';
+      end if;
+      execute format('create or replace view %s%s as %s', v.view, ' with (' || v.options || ')', replace(pg_get_viewdef(v.view), v_from, v_to));
+    exception when others then
+      v_notes := v_notes || format('view %s is lost: %s', v.view, sqlerrm);
+    end;
+  end loop;
+  return v_notes || array(select format('foreign key %s of %s is lost: dbt drops it with the old table', quote_ident(conname), conrelid::regclass)
+                            from pg_constraint where contype = 'f' and confrelid = p_old and conrelid <> p_old order by 1);
+end $$;
 
--- dbt_gate(build): raises NT006 when a test that gates the model fails on what was built
+-- dbt_gate(build): raises NT006 when a test that gates the model fails on what was built. Tests see names as dbt's session does.
 create or replace function dbt_gate(p jsonb) returns void language plpgsql volatile set search_path from current as $$
-declare t dbt_test; v_n text; v_error boolean; v_warn boolean; v_asked text := coalesce(p ->> 'gate', nullif(current_setting('anton.gate', true), ''));
+declare t dbt_test; v_n text; v_error boolean; v_warn boolean; v_path text := current_setting('search_path'); v_asked text := coalesce(p ->> 'gate', nullif(current_setting('anton.gate', true), ''));
 begin
   if v_asked in ('false', 'off') then
     return;
   end if;
   for t in select * from dbt_test x where x.project = p ->> 'project' and x.unique_id = p ->> 'unique_id' and (x.always or v_asked in ('true', 'on')) order by x.name loop
+    perform set_config('search_path', coalesce(p ->> 'search_path', v_path), true);
     execute format('select (%1$s)::text, coalesce(%1$s %2$s, false), coalesce(%1$s %3$s, false) from (%4$s) dbt_internal_test', t.fail_calc, t.error_if, t.warn_if,
                    regexp_replace(t.sql, '[\s;]+$', '')) into v_n, v_error, v_warn;
+    perform set_config('search_path', v_path, true);
     if v_error and t.severity = 'error' then
       raise exception using errcode = 'NT006', message = format('test %s of %s failed: %s', t.name, p ->> 'unique_id', v_n),
         hint = 'nothing was published: the table is as it was before';

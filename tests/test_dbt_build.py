@@ -23,8 +23,16 @@ class Dbt:
         self.pg.sql("select anton.dbt_register('shop', %s, 'public', %s, %s, %s)", args=(MODEL, name, list(key), track))
 
     def after(self, **more: Any) -> dict[str, Any]:
-        build = {"project": "shop", "unique_id": MODEL, "schema": "public", "name": "daily", "backup": "daily__dbt_backup",
-                 "materialized": "table", "invocation_id": "run1", **more}
+        build = {
+            "project": "shop",
+            "unique_id": MODEL,
+            "schema": "public",
+            "name": "daily",
+            "backup": "daily__dbt_backup",
+            "materialized": "table",
+            "invocation_id": "run1",
+            **more,
+        }
         found: dict[str, Any] = self.pg.value("select anton.dbt_after(%s::jsonb)", json.dumps(build))
         return found
 
@@ -56,7 +64,9 @@ def test_a_rebuilt_table_fires_what_differs_and_nothing_else(dbt: Dbt) -> None:
     same = dbt.table(START)
     assert (first["initial"], counts(same), same["changed"]) == (True, (0, 0, 0), False)
     assert dbt.pg.events(every) == []
-    found = dbt.table("select g as id, 'c' || g as name, case g when 3 then 0 else g * 10 end as n from generate_series(2, 6) g")
+    found = dbt.table(
+        "select g as id, 'c' || g as name, case g when 3 then 0 else g * 10 end as n from generate_series(2, 6) g"
+    )
     assert counts(found) == (1, 1, 1)
     assert dbt.pg.events(every) == [
         Event("d", 1, {"id": 1, "name": "c1", "n": 10}),
@@ -69,7 +79,7 @@ def test_a_model_may_be_listened_to_before_it_was_ever_built(dbt: Dbt) -> None:
     dbt.register("id")
     new, rebuilt = dbt.pg.listen("daily", "new"), dbt.pg.listen("daily", "rebuilt")
     dbt.table(START)
-    assert dbt.pg.events(new) == []                                    # what the first build makes is not new
+    assert dbt.pg.events(new) == []  # what the first build makes is not new
     dbt.table("select g as id, 'c' || g as name, g * 10 as n from generate_series(1, 7) g")
     assert dbt.pg.keys(new) == [6, 7]
     first, second = (event.key for event in dbt.pg.events(rebuilt))

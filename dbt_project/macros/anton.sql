@@ -29,15 +29,16 @@
 {#- what dbt_before() and dbt_after() are told: see sql/72_dbt.sql of Anton -#}
 {% macro anton_build() -%}
   {%- set meta = config.get('meta') or {} -%}
-  {%- set names = config.get('snapshot_meta_column_names') or {} -%}
-  {%- set key = meta.get('anton_key') or (names.get('dbt_scd_id') or 'dbt_scd_id' if model.resource_type == 'snapshot' else
-                (model.get('primary_key') or config.get('unique_key'))) or [] -%}
+  {%- set key = meta.get('anton_key') or ((config.get('snapshot_table_column_names') or get_snapshot_table_column_names()).dbt_scd_id if model.resource_type == 'snapshot'
+                else (model.get('primary_key') or config.get('unique_key'))) or [] -%}
+  {%- set views = [] -%}
+  {%- for node in graph.nodes.values() if node.config.materialized in ('view', 'materialized_view') -%}{%- do views.append(node.schema ~ '.' ~ node.alias) -%}{%- endfor -%}
   {{ return({
     'project': model.package_name, 'unique_id': model.unique_id, 'schema': this.schema, 'name': this.identifier,
     'backup': make_backup_relation(this.incorporate(type='table'), 'table').identifier,
     'materialized': config.get('materialized'), 'invocation_id': invocation_id,
     'incremental': is_incremental(), 'full_refresh': should_full_refresh(),
-    'key': [key] if key is string else key, 'gate': var('anton_gate', none)
+    'key': [key] if key is string else key, 'gate': var('anton_gate', none), 'views': views
   }) }}
 {%- endmacro %}
 
@@ -47,7 +48,8 @@
   do $anton_do$ begin
     if exists (select from pg_catalog.pg_proc p join pg_catalog.pg_namespace n on n.oid = p.pronamespace
                 where n.nspname = '{{ schema }}' and p.proname = '{{ name }}' and pg_catalog.has_schema_privilege(n.oid, 'usage')) then
-      perform "{{ schema }}"."{{ name }}"($anton_build${{ tojson(build) }}$anton_build$::pg_catalog.jsonb);
+      perform "{{ schema }}"."{{ name }}"($anton_build${{ tojson(build) }}$anton_build$::pg_catalog.jsonb
+        || pg_catalog.jsonb_build_object('search_path', pg_catalog.current_setting('search_path')));
     end if;
   end $anton_do$
 {%- endmacro %}
