@@ -157,13 +157,19 @@ def _port(text: str) -> int:
     return int(text)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns its exit code."""
+def parse(argv: Sequence[str] | None = None) -> Args:
+    """The arguments; `passed` are those that are dbt's."""
     top = parser()
     args, rest = top.parse_known_args(argv)
     if rest and not hasattr(args, "passed"):
         top.error(f"unrecognized arguments: {' '.join(rest)}")
     args.passed = rest
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit code."""
+    args = parse(argv)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s  %(message)s", level=logging.INFO)
     logging.getLogger("httpx").setLevel(logging.WARNING)               # it logs URLs, and a query may hold a secret
     try:

@@ -237,9 +237,10 @@ async def hold(live: Live) -> int:
     conn = await live.shop.db.connect()
     async with conn.transaction():
         await conn.execute("lock table revenue in access exclusive mode")
-        while not await conn.fetchval("select count(*) from pg_stat_activity, pg_stat_clear_snapshot() "
-                                      "where application_name like 'anton-dbt-%' and wait_event_type = 'Lock'"):
-            await asyncio.sleep(0.02)
+        async with live.shop.db.conn() as look:                        # in no transaction, which would see what it saw
+            while not await look.fetchval("select count(*) from pg_stat_activity where application_name like "
+                                          "'anton-dbt-%' and wait_event_type = 'Lock'"):
+                await asyncio.sleep(0.02)
         child = live.child
         os.kill(child, signal.SIGKILL)
     await conn.close()

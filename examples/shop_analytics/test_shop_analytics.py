@@ -17,7 +17,6 @@ def test_who_becomes_a_big_spender_is_thanked_once(app):
     order(app, 3, "ann@x.com", 200)
     order(app, 4, "bob@x.com", 1, "FR")
     app.advance("3s")
-    for t in ("dbt_build","dbt_request","dbt_run","dbt_result","job","delayed","change"): print(t, app._fetch("select to_jsonb(x)::text from {schema}."+t+" x"))
     assert [call.text for call in app.outbox] == ["ann@x.com has spent 1100 in 2 orders"]
     assert {row.customer: row.revenue for row in app.records("customers")} == {"ann@x.com": 1100, "bob@x.com": 5001}
     assert not app.dead and not app.records("alarms")
