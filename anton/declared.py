@@ -104,7 +104,8 @@ class Declared:
         for handler in self.app.handlers.values():
             self.handlers.append({"since": handler.since, **handler.definition(), "app": app})
         for project in self.app.projects.values():
-            self.handlers += project.handlers(self.run.schema, lambda table: ".".join(map(quote, self.place(table.name))))
+            self.handlers += project.handlers(
+                self.run.schema, lambda table: ".".join(map(quote, self.place(table.name))))
         self.schedules = [schedule.definition(app) for schedule in self.app.schedules.values()]
         for file in self.run.files:
             if file.kind == "handler":
@@ -199,7 +200,8 @@ class Declared:
                 self.plan.refused.append(UnknownTable(definition["table"], known, self.plan.database))
                 return None
             one = Wanted(schema, name, await inspect(self.conn, oid), rows=True)
-        if one.node is None and one.found is not None and not one.found.key and {"updated", "deleted"} & set(definition["ops"]):
+        keyless = one.node is None and one.found is not None and not one.found.key
+        if keyless and one.found is not None and {"updated", "deleted"} & set(definition["ops"]):
             self.plan.refused.append(KeyNeeded(one.shown, definition["name"], key_advice(schema, name, one.found)))
         return one
 

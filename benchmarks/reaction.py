@@ -1,7 +1,7 @@
 """Reaction: a change of a Table until the handler of a dbt model's changed records is called, against the dbt command.
 
-Change -> run_when -> a warm `dbt build` of one small model -> its records compared -> the handler. The debounce, which is
-waited for on purpose, is taken off. The other side is `dbt run` of the same model on the same database.
+Change -> run_when -> a warm `dbt build` of one small model -> its records compared -> the handler. The debounce, which
+is waited for on purpose, is taken off. The other side is `dbt run` of the same model on the same database.
 """
 
 from __future__ import annotations
@@ -45,8 +45,9 @@ def start(records):
 _FILES = {
     "main.py": _APP,
     "dbt_project/dbt_project.yml": 'name: shop\nversion: "1.0"\nprofile: anton\n',
-    "dbt_project/models/revenue.sql": "{{ config(materialized='table') }}\n"
-                                      "select customer, sum(total) as revenue from {{ source('app', 'orders') }} group by 1\n",
+    "dbt_project/models/revenue.sql": """{{ config(materialized='table') }}
+select customer, sum(total) as revenue from {{ source('app', 'orders') }} group by 1
+""",
     "dbt_project/models/schema.yml": """version: 2
 sources: [{name: app, schema: public, tables: [{name: orders}]}]
 models: [{name: revenue, columns: [{name: customer, data_tests: [unique, not_null]}]}]
@@ -76,7 +77,8 @@ def dbt_reaction(run: Run) -> Rows:
                 at = conn.execute("select (data ->> 'at')::bigint from starts order by id desc limit 1").fetchone()
                 taken.append((int(str(at[0] if at else 0)) - began) / 1e9 - DEBOUNCE)
                 wait_idle(conn)
-            if number(conn, "select (select count(*) from anton.dead) + (select count(*) from anton.dbt_run where state <> 'done')"):
+            if number(conn, "select (select count(*) from anton.dead) + (select count(*) from anton.dbt_run "
+                            "where state <> 'done')"):
                 raise WrongResult("a run of dbt failed")
         warm = taken[1:]
         command = [_dbt(folder, url) for _ in range(run.size(5, 1))]

@@ -1,4 +1,4 @@
-"""The parts of a dbt project that need no dbt: its manifest, its profile, what `anton dbt init` writes, its requests in SQL."""
+"""What of a dbt project needs no dbt: its manifest, its profile, what `anton dbt init` writes, requests in SQL."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def manifest() -> Manifest:
 
     return Manifest({
         "project": "shop", "tests": {}, "exposures": {}, "macros": [], "stamp": [],
-        "sources": {"source.shop.app.orders": {"schema": "public", "alias": "orders", "name": "orders", "source": "app"}},
-        "nodes": {id("clean"): node("clean", "source.shop.app.orders", materialized="ephemeral"), id("a"): node("a", id("clean")),
-                  id("b"): node("b"), id("c"): node("c", id("a"), id("b")), id("d"): node("d", id("a"), materialized="view"),
-                  id("e"): node("e", id("d"))}})
+        "sources": {"source.shop.app.orders": {"schema": "public", "alias": "orders", "name": "orders"}},
+        "nodes": {id("clean"): node("clean", "source.shop.app.orders", materialized="ephemeral"),
+                  id("a"): node("a", id("clean")), id("b"): node("b"), id("c"): node("c", id("a"), id("b")),
+                  id("d"): node("d", id("a"), materialized="view"), id("e"): node("e", id("d"))}})
 
 
 def names(ids: Any) -> list[str]:
@@ -62,7 +62,8 @@ def test_a_model_is_found_by_its_name_and_a_slip_is_named(manifest: Manifest) ->
 
 
 def request(id: int, **more: Any) -> dict[str, Any]:
-    return {"id": id, "models": [], "tables": [], "upstream": False, "gate": False, "full_refresh": False, "vars": {}, **more}
+    return {"id": id, "models": [], "tables": [], "upstream": False, "gate": False, "full_refresh": False, "vars": {},
+            **more}
 
 
 def test_requests_become_as_few_invocations_as_can_be(manifest: Manifest) -> None:
@@ -75,7 +76,7 @@ def test_requests_become_as_few_invocations_as_can_be(manifest: Manifest) -> Non
 
 
 def test_a_profile_is_what_the_url_says_and_holds_no_password(tmp_path: Path) -> None:
-    output, password = outputs("postgresql://ann:s%40fe@db.example:5433/shop?sslmode=require", "marts", 4, "anton-dbt-x")
+    output, password = outputs("postgresql://ann:s%40fe@db.example:5433/shop?sslmode=require", "marts", 4, "x")
     write_profile(tmp_path, "prod", output)
     assert (output["host"], output["port"], output["user"], output["dbname"], output["sslmode"]) == (
         "db.example", 5433, "ann", "shop", "require")
@@ -118,7 +119,8 @@ def test_init_adds_two_lines_a_kind_keeps_comments_and_does_nothing_the_second_t
     assert init(tmp_path)
     text = (tmp_path / "dbt_project.yml").read_text()
     added = '  +pre-hook: "{{ anton_before() }}"\n  +post-hook: "{{ anton_after() }}"\n'
-    assert text == GIVEN.replace("models:\n", f"models:\n{added}").replace("seeds: {}\n", f"seeds:\n{added}") + f"\nsnapshots:\n{added}"
+    wanted = GIVEN.replace("models:\n", f"models:\n{added}").replace("seeds: {}\n", f"seeds:\n{added}")
+    assert text == wanted + f"\nsnapshots:\n{added}"
     assert (tmp_path / "our_macros" / "anton" / "anton.sql").exists() and len(set(stamp(tmp_path))) == 1
     assert init(tmp_path) == [] and hooks_missing(text) == []
 
@@ -134,7 +136,8 @@ def test_init_brings_older_macros_up_to_date(tmp_path: Path) -> None:
 def test_init_does_not_touch_hooks_that_are_there_and_says_what_to_add() -> None:
     with pytest.raises(ConfigError, match=r"models: has a post-hook of its own.*anton_after"):
         with_hooks('name: shop\nmodels:\n  +post-hook: "analyze {{ this }}"\n')
-    kept = 'name: shop\nmodels:\n  +pre-hook: "{{ anton_before() }}"\n  +post-hook:\n    - "analyze {{ this }}"\n    - "{{ anton_after() }}"\n'
+    kept = ('name: shop\nmodels:\n  +pre-hook: "{{ anton_before() }}"\n  +post-hook:\n    - "analyze {{ this }}"\n'
+            '    - "{{ anton_after() }}"\n')
     assert with_hooks(kept).startswith(kept)
 
 

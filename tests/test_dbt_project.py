@@ -135,7 +135,8 @@ def test_a_change_builds_what_is_downstream_and_the_records_that_differ_are_even
     assert isinstance(rebuilt, Rebuilt) and (rebuilt.new, rebuilt.updated, rebuilt.deleted) == (0, 1, 0)
     assert changes == [("updated", "ann")]
     assert live.last_run() == ("done", {"revenue": "success", "big": "success", "total": "success"})
-    assert [(one.customer, one.revenue) for one in live.revenue.select().order_by("customer")] == [("ann", 150), ("bob", 200)]
+    found = live.revenue.select().order_by("customer")
+    assert [(one.customer, one.revenue) for one in found] == [("ann", 150), ("bob", 200)]
     assert content(live.folder) == before                              # hooks were put in in memory
 
 
@@ -204,22 +205,26 @@ def test_what_reads_a_model_that_did_not_change_is_left_out(live: Live) -> None:
     assert live.last_run() == ("done", {"revenue": "success", "big": "success", "total": "success"})
 
 
+EVE = {"customer": "eve", "revenue": 1}
+
+
 @pytest.mark.parametrize("write", [
-    lambda table: table.append({"customer": "eve", "revenue": 1}), lambda table: table.extend([{"customer": "eve", "revenue": 1}]),
-    lambda table: table.upsert({"customer": "eve", "revenue": 1}), lambda table: table.select().delete(),
-    lambda table: table.select(customer="ann").update(revenue=1)], ids=["append", "extend", "upsert", "delete", "update"])
+    lambda table: table.append(EVE), lambda table: table.extend([EVE]), lambda table: table.upsert(EVE),
+    lambda table: table.select().delete(), lambda table: table.select(customer="ann").update(revenue=1)],
+    ids=["append", "extend", "upsert", "delete", "update"])
 def test_a_model_is_read_only_and_says_who_writes_it(live: Live, write: Callable[[Any], None]) -> None:
     with pytest.raises(WriteError, match=r'dbt writes it, as model "revenue"'):
         write(live.revenue)
 
 
 def test_a_build_that_takes_too_long_is_ended_with_its_query(live: Live) -> None:
-    (live.folder / "models" / "slow.sql").write_text("{{ config(materialized='table') }} select 1 as id from pg_sleep(60)")
+    (live.folder / "models" / "slow.sql").write_text("select 1 as id from pg_sleep(60)")
     live.project.run("slow", timeout=0.3)
     live.work()
     ((state, error),) = live.shop.sql("select state, error from anton.dbt_request order by id desc limit 1")
     assert state == "failed" and "longer than" in error
-    assert live.shop.sql("select count(*) from pg_stat_activity where query like '%pg_sleep(60)%' and pid <> pg_backend_pid()") == [(0,)]
+    assert live.shop.sql("select count(*) from pg_stat_activity where query like '%pg_sleep(60)%' "
+                         "and pid <> pg_backend_pid()") == [(0,)]
 
 
 def test_a_child_that_is_killed_in_a_build_is_replaced_and_nothing_fires_twice(live: Live) -> None:
@@ -232,14 +237,16 @@ def test_a_child_that_is_killed_in_a_build_is_replaced_and_nothing_fires_twice(l
     assert live.shop.sql("select count(*) from revenue where customer = 'cleo'") == [(1,)]
 
 
+WAITING = "select count(*) from pg_stat_activity where application_name like 'anton-dbt-%' and wait_event_type = 'Lock'"
+
+
 async def hold(live: Live) -> int:
     """Keeps the build at its table until the child at work on it is killed; its number."""
     conn = await live.shop.db.connect()
     async with conn.transaction():
         await conn.execute("lock table revenue in access exclusive mode")
         async with live.shop.db.conn() as look:                        # in no transaction, which would see what it saw
-            while not await look.fetchval("select count(*) from pg_stat_activity where application_name like "
-                                          "'anton-dbt-%' and wait_event_type = 'Lock'"):
+            while not await look.fetchval(WAITING):  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
         child = live.child
         os.kill(child, signal.SIGKILL)
@@ -282,11 +289,12 @@ def test_one_run_at_a_time(live: Live) -> None:
 
 
 def test_a_table_that_was_made_without_hooks_is_found_by_housekeeping(live: Live) -> None:
-    live.shop.sql("begin; create table r2 as table revenue; drop table revenue cascade; alter table r2 rename to revenue; commit")
+    live.shop.sql("begin; create table r2 as table revenue; drop table revenue cascade; "
+                  "alter table r2 rename to revenue; commit")
     assert live.shop.sql("select anton.maintain()") == [("1 tables found that dbt made anew without hooks",)]
     (rebuilt,) = live.work()
     assert isinstance(rebuilt, Rebuilt) and rebuilt.changed is None
-    assert live.shop.sql("select count(*) from pg_trigger where tgrelid = 'revenue'::regclass and not tgisinternal")[0][0] > 0
+    assert live.shop.sql("select from pg_trigger where tgrelid = 'revenue'::regclass and not tgisinternal")
     found = live.shop.sql("select problem from anton.findings() where subject = 'public.revenue'")
     assert found == [("built without Anton's hooks: records were not compared",)]
     live.revenue.run()

@@ -4,7 +4,7 @@
     <- {"id": 1, "event": "NodeStart", "node": "model.shop.revenue", …}
     <- {"id": 1, "done": true, "success": true, "error": null, "kind": null, "results": […]}
 
-SIGINT cancels the job and its query. The end of stdin, as when the worker was killed, does the same and ends the process.
+SIGINT cancels the job and its query. The end of stdin, as when the worker was killed, does the same and ends it all.
 dbt is imported here and nowhere else. What dbt prints goes to stderr.
 """
 
@@ -24,10 +24,10 @@ from types import SimpleNamespace
 from typing import Any, TextIO
 
 import yaml  # type: ignore[import-untyped]
+from dbt.artifacts.resources.types import NodeType
 from dbt.artifacts.resources.v1.config import Hook
 from dbt.cli.main import dbtRunner
 from dbt.contracts.graph.unparsed import UnparsedMacro
-from dbt.artifacts.resources.types import NodeType
 from dbt.parser.macros import MacroParser
 
 from anton.dbt.manifest import fingerprint

@@ -87,7 +87,7 @@ class Manifest:
             node.id for node in self.nodes.values() if (node.schema, node.alias) in wanted}
 
     def levels(self, ids: Collection[str]) -> list[list[str]]:
-        """These in the order to build them: each level needs only those before it. Ephemeral ones are looked through."""
+        """These in the order to build them: each level needs only those before it. Ephemeral ones are seen through."""
         depth: dict[str, int] = {}
 
         def of(id: str) -> int:

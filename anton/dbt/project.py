@@ -59,7 +59,7 @@ class When:
 class DbtProject:
     """A folder with a dbt_project.yml.
 
-    folder: seen from the app's. target: dbt's target.name. schema: of its models, default the app's schema. threads: how
+    folder: seen from the app's. target: dbt's target.name. schema: of its models, default the app's. threads: how
     many models dbt builds at a time. env: more of dbt's environment, for env_var(). Raises ConfigError, DuplicateName.
     """
 
@@ -211,7 +211,8 @@ class DbtProject:
             what = json.dumps({"merge": "when", "tables": [of(when.table)], "debounce": interval(when.debounce),
                                "max_wait": interval(when.max_wait)})
             body = f"select {schema}.dbt_ask({{app}}, {{project}}, {{what}})"
-            params: dict[str, tuple[str, str | None]] = {"app": ("text", self.app.name), "project": ("text", self.name), "what": ("jsonb", what)}
+            params: dict[str, tuple[str, str | None]] = {
+                "app": ("text", self.app.name), "project": ("text", self.name), "what": ("jsonb", what)}
             handler = Handler(self.app.name, when.name, when.table, ops, "sql", None, when.place, read="now", body=body,
                               params=params)
             found.append({"since": "now", **handler.definition()})
@@ -233,7 +234,7 @@ class DbtProject:
 class Model(Table[T]):
     """A dbt model, seed or snapshot as a Table. Made by DbtProject.model(); read only.
 
-    on_rebuilt: each committed build. on_failed: a build that failed. on_new_records and its like: the records that differ
+    on_rebuilt: each committed build. on_failed: one that failed. on_new_records and its like: the records that differ
     from those before, compared by key in the build's own transaction, also for a plain `dbt run`.
     """
 
@@ -263,7 +264,7 @@ class Model(Table[T]):
             vars: Mapping[str, Any] | None = None, timeout: Length | None = None) -> None:
         """Asks for a build, in any handler, route or script; it commits with what surrounds it.
 
-        upstream: what it is made of is built first. gate: its dbt tests run inside of the build, and one that fails rolls
+        upstream: what it is made of is built first. gate: its tests run inside of the build, and one that fails rolls
         it back: the old table stays. full_refresh, vars: as dbt's. timeout: of the build, default one hour.
         What is asked for while a build waits or runs becomes one build. Its end is on_rebuilt, or on_failed.
         """

@@ -1,8 +1,8 @@
 """Requests: what the handler dbt:PROJECT does. All that was asked of a project by now becomes one run of dbt.
 
-    dbt_begin() takes the requests  ->  dbt builds, each model in a transaction of its own  ->  dbt_finish() with the ack
+    dbt_begin() takes the requests  ->  dbt builds, each model in its own transaction  ->  dbt_finish() with the ack
 
-One run of a project and target at a time, whoever asked: a lock that ends with the connection. A worker that dies leaves
+One run of a project and target at a time, by a lock that ends with the connection. A worker that dies leaves
 its requests to the next one, which ends what is left of dbt's sessions and builds again. A model that fails is told by
 its on_failed; when dbt cannot read the project at all, the requests wait, and the handler tries again.
 """
@@ -35,7 +35,7 @@ TIMEOUT = 3600.0  # seconds of a run, unless a request says otherwise
 TRIES = 3  # of a model that met a lock or a connection that broke
 WORTH = 0.2  # seconds: what building a level by itself may cost
 KINDS = ("--resource-type", "model", "--resource-type", "seed", "--resource-type", "snapshot")
-PASSING = re.compile(r"deadlock detected|could not serialize|lock timeout|terminating connection|server closed the conn|"
+PASSING = re.compile(r"deadlock detected|could not serialize|lock timeout|terminating connection|server closed|"
                      r"could not connect|connection to server|the database system is|SSL connection has been closed",
                      re.IGNORECASE)
 
@@ -130,7 +130,8 @@ class Requests:
             log.warning("dbt %s: %s", project.name, summary)
 
         async def finish(conn: Conn) -> bool:
-            if not await db.call_value(conn, "dbt_finish", run, "failed" if errors else "done", summary, list(errors), told):
+            state = "failed" if errors else "done"
+            if not await db.call_value(conn, "dbt_finish", run, state, summary, list(errors), told):
                 return False
             for one in failed:
                 await db.call(conn, "dbt_failed", project.name, one["node"], one["message"], one["status"], invocation)
@@ -164,7 +165,7 @@ class Requests:
             args = ["build", "--select", *sorted(_selector(manifest, id) for id in ids), *KINDS]
             args += ["--full-refresh"] if wish.full_refresh else []
             args += ["--vars", _json(wish.vars)] if wish.vars else []
-            return await runner.invoke(args, timeout=max(0.1, until - loop.time()), heard=heard, alone=len(ids) == 1,
+            return await runner.invoke(args, seconds=max(0.1, until - loop.time()), heard=heard, alone=len(ids) == 1,
                                        settings=settings)
 
         if wish.gate:
@@ -199,7 +200,8 @@ class Requests:
             if done.error is not None:
                 break
             async with db.conn() as conn:
-                same = {row["unique_id"] for row in await db.call(conn, "dbt_unchanged", manifest.project, done.invocation)}
+                rows = await db.call(conn, "dbt_unchanged", manifest.project, done.invocation)
+            same = {row["unique_id"] for row in rows}
             for one in done.results:
                 if one.ok:
                     changed |= set() if one.node in same else {one.node}
@@ -222,8 +224,9 @@ class Requests:
         ok = done.error is None and all(one.ok for one in results.values())
         return Done(ok, done.error, done.parse, done.cancelled, list(results.values()), invocation=done.invocation)
 
-    async def _put_tests(self, db: Database, runner: Runner, manifest: Manifest, ids: Collection[str], left: float) -> None:
-        """Puts the compiled tests of these models where their builds run them. Those that need others wait for these."""
+    async def _put_tests(self, db: Database, runner: Runner, manifest: Manifest, ids: Collection[str],
+                         left: float) -> None:
+        """Puts the compiled tests of these models where their builds run them."""
         stamp, known = self._gated
         if stamp == manifest.facts["stamp"] and known >= set(ids):
             return
@@ -232,14 +235,15 @@ class Requests:
         found: list[dict[str, Any]] = []
         if tests:
             done = await runner.invoke(["compile", "--select", *sorted(test["name"] for test in tests.values())],
-                                       timeout=max(0.1, left), alone=True)
+                                       seconds=max(0.1, left), alone=True)
             if done.error is not None:
                 raise DbtFailed(f"dbt cannot compile the tests of {self.project.name}: {done.error}",
                                 project=self.project.name)
             found = [test for raw in done.raw for test in _test(manifest, raw)]
         async with db.tx() as conn:
             await db.call(conn, "dbt_put_tests", manifest.project, sorted(ids), found)
-        self._gated = manifest.facts["stamp"], frozenset(ids) | (known if stamp == manifest.facts["stamp"] else frozenset())
+        same = stamp == manifest.facts["stamp"]
+        self._gated = manifest.facts["stamp"], frozenset(ids) | (known if same else frozenset())
 
 
 def wishes_of(manifest: Manifest, rows: Iterable[Any]) -> tuple[list[Wish], dict[int, str]]:
@@ -333,7 +337,8 @@ def _test(manifest: Manifest, raw: dict[str, Any]) -> Iterable[dict[str, Any]]:
     if attached is None or raw["code"] is None or (set(parents) - {attached}) & manifest.downstream([attached]):
         return
     test = raw["test"] or {}
-    yield {"unique_id": attached, "name": raw["name"], "sql": raw["code"], "severity": str(test.get("severity") or "error").lower(),
+    yield {"unique_id": attached, "name": raw["name"], "sql": raw["code"],
+           "severity": str(test.get("severity") or "error").lower(),
            **{key: test[key] for key in ("fail_calc", "error_if", "warn_if") if test.get(key)}}
 
 

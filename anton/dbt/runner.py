@@ -1,7 +1,7 @@
 """Runner: the warm child process of a dbt project, seen from outside.
 
     async with Runner(...) as runner:
-        done = await runner.invoke(["build", "--select", "revenue"], timeout=60, heard=print)
+        done = await runner.invoke(["build", "--select", "revenue"], seconds=60, heard=print)
 
 It starts with the first job (2 s, dbt's import), keeps the manifest, and starts anew after it died or after 500 jobs.
 A cancelled or late job gets SIGINT, which cancels its query, and after 2 s SIGKILL; then its sessions are ended.
@@ -36,7 +36,7 @@ GRACE = 2.0  # seconds between SIGINT and SIGKILL
 LINE = 1 << 27  # bytes: the longest line, which holds what is known of the manifest
 QUIET = ("--no-send-anonymous-usage-stats", "--no-version-check", "--no-use-colors", "--log-level", "none",
          "--log-level-file", "none")
-ALONE = ("--no-populate-cache",)  # of one node: with several dbt's cache has to know that a swapped table took its views along
+ALONE = ("--no-populate-cache",)  # of one node; with several dbt has to know that a swapped table took its views along
 
 Heard = Callable[[dict[str, Any]], None]
 
@@ -127,7 +127,7 @@ class Runner:
             raise DbtFailed(f"dbt cannot read {self.folder}: {done.error}", project=self.name)
         return done.manifest
 
-    async def invoke(self, args: Sequence[str], *, timeout: float | None = None, heard: Heard | None = None,
+    async def invoke(self, args: Sequence[str], *, seconds: float | None = None, heard: Heard | None = None,
                      alone: bool = False, keep: bool = False, settings: Mapping[str, str] | None = None) -> Done:
         """One dbt command. heard: called with what happens. alone: it builds one node. keep: artefacts are written.
 
@@ -138,14 +138,14 @@ class Runner:
         async with self._turn:
             for attempt in (1, 2):
                 try:
-                    return await self._invoke(list(args), timeout, heard, alone, keep, settings)
+                    return await self._invoke(list(args), seconds, heard, alone, keep, settings)
                 except Died as error:
                     await self._end()
                     if attempt == 2:
                         raise DbtFailed(f"dbt's process died: {error}", project=self.name) from None
             raise AssertionError
 
-    async def _invoke(self, args: list[str], timeout: float | None, heard: Heard | None, alone: bool,
+    async def _invoke(self, args: list[str], seconds: float | None, heard: Heard | None, alone: bool,
                       keep: bool, settings: Mapping[str, str] | None) -> Done:
         if self._jobs >= JOBS:
             await self._end()
@@ -154,18 +154,19 @@ class Runner:
         own = [*QUIET, "--project-dir", str(self.folder), "--profiles-dir", str(self._scratch), "--profile", "anton",
                "--target", self.target, "--target-path", str(self._at), "--log-path", str(self._at)]
         warm = (*(ALONE if alone else ()), *(() if keep else ("--no-write-json",))) if args[0] != "parse" else ()
-        job = {"id": self._jobs, "args": args, "parse_flags": own, "flags": [*own, *warm], "settings": dict(settings or {})}
+        job = {"id": self._jobs, "args": args, "parse_flags": own, "flags": [*own, *warm],
+               "settings": dict(settings or {})}
         assert child.stdin is not None
         with contextlib.suppress(ConnectionError):                     # its end is seen below
             child.stdin.write(json.dumps(job).encode() + b"\n")
             await child.stdin.drain()
         task = asyncio.ensure_future(self._answer(child, heard))
         try:
-            done, _ = await asyncio.wait({task}, timeout=timeout)
+            done, _ = await asyncio.wait({task}, timeout=seconds)
             if done:
                 return task.result()
             await self._stop(child, task)
-            return Done(False, f"it took longer than {timeout:g} s", cancelled=True)
+            return Done(False, f"it took longer than {seconds:g} s", cancelled=True)
         except asyncio.CancelledError:
             await self._stop(child, task)
             raise
@@ -224,14 +225,15 @@ class Runner:
             self._at = self._place()
         output, password = outputs(self.db.dsn, self.schema, self.threads, self.application)
         write_profile(self._scratch, self.target, output)
-        env = {name: value for name, value in os.environ.items() if not name.startswith("DBT_") or name.startswith("DBT_ENV")}
+        env = {name: value for name, value in os.environ.items()       # not the flags that dbt reads there
+               if not name.startswith("DBT_") or name.startswith("DBT_ENV")}
         env |= {**self.env, PASSWORD: password, "DO_NOT_TRACK": "1", "DBT_SEND_ANONYMOUS_USAGE_STATS": "false",
                 "PYTHONUNBUFFERED": "1", "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [
                     os.environ.get("PYTHONPATH")])])}
         assert self._at is not None
         self._child = await asyncio.create_subprocess_exec(
-            sys.executable, "-P", "-m", "anton.dbt.child", str(self.folder),
-            str(share("dbt_project") / "macros"), self.db.schema, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
+            sys.executable, "-P", "-m", "anton.dbt.child", str(self.folder), str(share("dbt_project") / "macros"),
+            self.db.schema, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE, env=env, cwd=self.folder, limit=LINE, start_new_session=True)
         self.started += 1
         self._jobs = 0
@@ -313,5 +315,5 @@ def check_version(found: str | None) -> None:
     if found is None:
         raise ConfigError(f"dbt-core with dbt-postgres is not installed. {wanted}")
     if int(found.partition(".")[0]) >= 2:
-        raise ConfigError(f"dbt-core {found} is installed, which Anton cannot use: it has no Python API and no Postgres "
-                          f"adapter. {wanted} brings 1.11")
+        raise ConfigError(f"dbt-core {found} is installed, which Anton cannot use: it has no Python API and no "
+                          f"Postgres adapter. {wanted} brings 1.11")

@@ -35,6 +35,7 @@ PASSED = {
     "show": "Show what a model would hold, as dbt show.",
     "deps": "Fetch packages, as dbt deps.",
 }
+_RUNS = ("id", "project", "state", "requests", "models", "seconds", "started_at", "error")
 _CHANGES = ("at", "model", "materialized", "changed", "new", "updated", "deleted", "note")
 
 
@@ -71,7 +72,8 @@ def dbt_lineage(args: Args) -> int:
         nodes = [node, *(manifest.nodes[id] for id in sorted(manifest.upstream([node.id])))]
     else:
         nodes = sorted(manifest.nodes.values(), key=lambda node: node.id)
-    facts = [{"model": node.name, "type": node.type, "materialized": node.materialized, "relation": f"{node.schema}.{node.alias}",
+    facts = [{"model": node.name, "type": node.type, "materialized": node.materialized,
+              "relation": f"{node.schema}.{node.alias}",
               "key": list(node.key), "reads": sorted(map(_short(manifest), node.parents)),
               "read_by": sorted(map(_short(manifest), manifest.children(node.id)))} for node in nodes]
     emit(args, facts, "\n".join(_drawn(one) for one in facts) or "no models")
@@ -88,7 +90,7 @@ def dbt_changes(args: Args) -> int:
 def dbt_runs(args: Args) -> int:
     """List the last runs that the app asked for, the newest first."""
     rows = query(args, lambda db, conn: ask(db, conn, "list_dbt_runs", None, args.limit))
-    emit(args, rows, layout(rows, ("id", "project", "state", "requests", "models", "seconds", "started_at", "error")) if rows else "none")
+    emit(args, rows, layout(rows, _RUNS) if rows else "none")
     return OK
 
 
@@ -98,7 +100,8 @@ def findings(module: str | None) -> list[Row]:
     try:
         projects = list(load_app(module).projects.values())
     except Exception as error:                                         # the rest of the examination needs no app
-        return [{"kind": "app", "subject": module or "main", "problem": f"cannot be loaded: {error}", "remedy": "mend it"}]
+        return [{"kind": "app", "subject": module or "main", "problem": f"cannot be loaded: {error}",
+                 "remedy": "mend it"}]
     for project in projects:
         have, came = stamp(project.folder)
         text = (project.folder / FILE).read_text()
@@ -125,8 +128,9 @@ def _pass(verb: str, args: Args) -> int:
         print("anton: cancelled", file=sys.stderr)
         return FOUND
     if args.json:
-        facts: list[Any] = [*done.lines] or [{"node": one.node, "status": one.status, "seconds": one.seconds, "message": one.message}
-                               for one in done.results]
+        facts: list[Any] = [*done.lines] or [
+            {"node": one.node, "status": one.status, "seconds": one.seconds, "message": one.message}
+            for one in done.results]
         emit(args, {"success": done.success, "error": done.error, "results": facts}, "")
     else:
         for line in done.lines:
@@ -139,7 +143,8 @@ def _pass(verb: str, args: Args) -> int:
 async def _run(project: DbtProject, db: Database, words: list[str], quiet: bool) -> Done:
     """One command with its progress as it comes. What builds, waits until nobody else builds the project."""
     def heard(event: dict[str, Any]) -> None:
-        if not quiet and event["level"] in ("info", "warn", "error") and event["event"] not in ("Formatting", "ListCmdOut"):
+        told = event["level"] in ("info", "warn", "error") and event["event"] not in ("Formatting", "ListCmdOut")
+        if told and not quiet:
             print(event["text"], flush=True)
 
     try:
@@ -162,7 +167,8 @@ async def _tell(db: Database, project: DbtProject, done: Done) -> None:
     async with db.tx() as conn:
         for one in done.results:
             if not one.ok and one.type in ("model", "seed", "snapshot"):
-                await db.call(conn, "dbt_failed", project.name, one.node, one.message or one.status, one.status, done.invocation)
+                await db.call(conn, "dbt_failed", project.name, one.node, one.message or one.status, one.status,
+                              done.invocation)
 
 
 @asynccontextmanager

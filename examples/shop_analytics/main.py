@@ -3,16 +3,16 @@
     Shopify --> events --> orders --run_when--> dbt: customers, countries (views on top: best_customers)
                                                       |-- a customer's revenue passed 1,000 --> Slack
 
-Try it: anton dev, then post an order to /shopify. For real: set SHOPIFY_SECRET and SLACK_TOKEN; anton serve and anton work.
-The dbt project is an ordinary one: `dbt run` works as well, and what it changes reaches the same handlers.
+Try it: anton dev, then post an order to /shopify. For real: set SHOPIFY_SECRET and SLACK_TOKEN, then anton serve and
+anton work. The dbt project is an ordinary one: `dbt run` works as well, and what it changes reaches the same handlers.
 """
 
 from decimal import Decimal
 
+from anton_components.vendor.slack.action import SlackPostMessage
 from pydantic import BaseModel
 
 from anton import DbtProject, Records, Table, Webhook, env
-from anton_components.vendor.slack.action import SlackPostMessage
 
 
 class Order(BaseModel):
@@ -44,8 +44,8 @@ shop.run_when(orders, debounce="2s", max_wait="30s")
 def keep(records: Records):
     for event in records:
         order = event["payload"]
-        orders.upsert({"id": order["id"], "customer": order["email"], "country": order["shipping_address"]["country_code"],
-                       "total": order["total_price"]})
+        orders.upsert({"id": order["id"], "customer": order["email"], "total": order["total_price"],
+                       "country": order["shipping_address"]["country_code"]})
 
 
 @customers.on_updated_records(where="new.revenue > 1000 and old.revenue <= 1000")
