@@ -53,6 +53,7 @@ class Wanted:
     can_work: bool = True                                              # False: it could not be made
     node: Node | None = None                                           # of dbt
     project: str = ""
+    track: bool = False                                                # its records are compared though nobody listens
 
     @property
     def sql(self) -> str:
@@ -115,14 +116,14 @@ class Declared:
 
     async def _model(self, model: Model[Any]) -> Wanted:
         """A model of dbt: never made or altered here, and it need not be built yet."""
-        node = model.node
-        if node is None:
-            assert model.project.manifest is not None                  # examine() has read it
-            node = model.project.manifest.node(model.dbt_name)         # raises, with the likely name
+        manifest = model.project.manifest
+        assert manifest is not None                                    # examine() has read it
+        node = model.node or manifest.node(model.dbt_name)             # raises, with the likely name
         row = await self.conn.fetchrow(
             "select c.oid, c.relkind::text as kind from pg_class c join pg_namespace n on n.oid = c.relnamespace "
             "where n.nspname = $1 and c.relname = $2", node.schema, node.alias)
-        one = Wanted(node.schema, node.alias, None, node=node, project=model.project.name)
+        one = Wanted(node.schema, node.alias, None, node=node, project=model.project.name,
+                     track=bool(model.project.whens and manifest.children(node.id)))
         if row is None:
             self.plan.notes.append(f"{one.shown} is not built yet: anton dbt build --select {node.name}")
         elif row["kind"] in ("r", "p"):
@@ -216,7 +217,7 @@ class Declared:
                 if one.node is not None:
                     names = ", ".join(map(literal, (one.project, one.node.id, one.schema, one.name)))
                     key = ", ".join(map(literal, one.node.key))
-                    watch = f"select {self.run.schema}.dbt_register({names}, array[{key}]::text[])"
+                    watch = f"select {self.run.schema}.dbt_register({names}, array[{key}]::text[], {one.track})"
                     same = f"select {self.run.schema}.dbt_state({names})"
                 await self.run.step(Step(f"watch {one.shown}", watch), table=one.sql,
                                     unless_same=same)

@@ -25,6 +25,7 @@ from typing import Any, TypeVar, overload
 from pydantic import BaseModel
 
 from anton.app import App, current_app, place_of_caller
+from anton.columns import Shape
 from anton.db import Conn, Database
 from anton.dbt.manifest import Manifest, Node, fingerprint
 from anton.dbt.requests import Requests
@@ -43,6 +44,7 @@ M = TypeVar("M", bound=BaseModel)
 Length = str | float | timedelta
 
 ATTEMPTS = 5  # of requests when the project cannot be read, or dbt not be run
+FORMAT = 1  # of what is kept of a manifest
 
 
 @dataclass(frozen=True)
@@ -196,7 +198,7 @@ class DbtProject:
 
     def stamp(self, schema: str) -> list[Any]:
         """What the manifest depends on."""
-        return [*fingerprint(self.folder), self.target, schema, self.env]
+        return [FORMAT, *fingerprint(self.folder), self.target, schema, self.env]
 
     def definition(self, app: str) -> dict[str, Any]:
         """What put_dbt_project() takes."""
@@ -284,6 +286,8 @@ class Model(Table[T]):
             app.claim_name("table", name, self.place)
             self.name = name
             app.tables[name] = self
+        if self.model is not None and node.key and set(node.key) <= set(self.model.model_fields):
+            self.shape = Shape(self.model, list(node.key), name)
 
     def __repr__(self) -> str:
         return f'{self.project!r}.model("{self.dbt_name}")'

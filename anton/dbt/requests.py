@@ -101,7 +101,7 @@ class Requests:
         """Builds what the requests want. Returns what notes it in the transaction of the ack."""
         run, project = rows[0]["run_id"], self.project
         try:
-            manifest = project.keep(await runner.manifest(), runner.schema)
+            manifest = await project.examine(db, runner.schema)
             wishes, refused = wishes_of(manifest, rows)
             results: dict[str, Result] = {}
             logs: dict[str, list[str]] = {}

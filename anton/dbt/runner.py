@@ -225,11 +225,9 @@ class Runner:
             self._at = self._place()
         output, password = outputs(self.db.dsn, self.schema, self.threads, self.application)
         write_profile(self._scratch, self.target, output)
-        env = {name: value for name, value in os.environ.items()       # not the flags that dbt reads there
-               if not name.startswith("DBT_") or name.startswith("DBT_ENV")}
-        env |= {**self.env, PASSWORD: password, "DO_NOT_TRACK": "1", "DBT_SEND_ANONYMOUS_USAGE_STATS": "false",
-                "PYTHONUNBUFFERED": "1", "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [
-                    os.environ.get("PYTHONPATH")])])}
+        paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+        env = {**os.environ, **self.env, PASSWORD: password, "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+               "PYTHONUNBUFFERED": "1", "DO_NOT_TRACK": "1", "DBT_SEND_ANONYMOUS_USAGE_STATS": "false"}
         assert self._at is not None
         self._child = await asyncio.create_subprocess_exec(
             sys.executable, "-P", "-m", "anton.dbt.child", str(self.folder), str(share("dbt_project") / "macros"),
