@@ -123,7 +123,7 @@ def _finding(subject: str, problem: str) -> Row:
 def _pass(verb: str, args: Args) -> int:
     project, db = _project(args), open_app_database(args)
     try:
-        done = asyncio.run(_run(project, db, [verb, *args.passed], quiet=args.json))
+        done = asyncio.run(_run(project, db, [verb, *args.passed], quiet=args.json or verb == "ls"))
     except KeyboardInterrupt:
         print("anton: cancelled", file=sys.stderr)
         return FOUND
