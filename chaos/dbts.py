@@ -104,9 +104,9 @@ class Child:
 
 
 class Project:
-    """A dbt project on a database. hooks=False: one that knows nothing of Anton."""
+    """A dbt project on a database. hooks=False: one that knows nothing of Anton. who: user and password."""
 
-    def __init__(self, child: Child, folder: Path, url: str, hooks: bool = True) -> None:
+    def __init__(self, child: Child, folder: Path, url: str, hooks: bool = True, **who: str) -> None:
         self.child, self.folder, self.url, self.changed = child, folder, url, True
         self.file("dbt_project.yml", PROJECT.format(hooked=HOOKS if hooks else ""))
         shutil.copytree(MACROS, folder / "macros")
@@ -121,6 +121,7 @@ class Project:
             "schema": "public",
             "threads": 1,
         }
+        target |= who
         self.file("profiles.yml", json.dumps({"shop": {"target": "it", "outputs": {"it": target}}}))
 
     def file(self, path: str, text: str) -> None:

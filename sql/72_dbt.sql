@@ -59,47 +59,134 @@ begin
   return v_id;
 end $$;
 
--- dbt_before(build): for what dbt writes into, rather than makes anew
--- An incremental model or a snapshot is written to by any statements: their triggers note each record's first version, and
--- dbt_after() fires the difference. A seed, and whatever else may empty its table, is copied first.
-create or replace function dbt_before(p jsonb) returns void language plpgsql volatile set search_path from current as $$
-declare v_rel regclass := to_regclass(format('%I.%I', p ->> 'schema', p ->> 'name')); w watched; m dbt_model; v_how text := p ->> 'materialized';
-begin
-  perform set_config('anton.collect', '', true);
-  if v_rel is null or (select relkind from pg_class where oid = v_rel) <> 'r' or v_how in ('table', 'view', 'materialized_view', 'anton_table') then
-    return;
-  end if;
-  select * into m from dbt_model where project = p ->> 'project' and unique_id = p ->> 'unique_id';
-  select * into w from watched where schema_name = p ->> 'schema' and table_name = p ->> 'name';
-  if v_how = 'incremental' and not coalesce((p ->> 'incremental')::boolean, false) then
-    return;                                                -- made anew
-  end if;
-  if v_how not in ('incremental', 'snapshot') then         -- a seed may be dropped
-    create temp table anton_belongings on commit drop as select * from dbt_belongings(v_rel);
-  end if;
-  if not dbt_collects(w.id) or dbt_key(p, w, m, v_rel) = '{}' then
-    return;
-  end if;
-  perform mend_table(w);
-  if (select key_columns from watched where id = w.id) = '{}' then
-    return;
-  end if;
-  perform set_config('anton.collect', w.id || ' ' || pg_current_xact_id(), true);
-  if v_how in ('incremental', 'snapshot') then
-    execute format('create temp table anton_seen on commit drop as select *, true as anton_was, 0::bigint as anton_seq from %s limit 0', v_rel);
-    alter table pg_temp.anton_seen alter anton_seq set not null, alter anton_seq add generated always as identity;
-    execute format('grant select, insert on pg_temp.anton_seen to %I', owner_role());
-  else
-    execute format('create temp table anton_was on commit drop as select * from %s', v_rel);
-  end if;
-end $$;
-
 -- dbt_collects(table) -> whether anybody wants to know what a build changes in it
 create or replace function dbt_collects(p_table int) returns boolean language sql stable set search_path from current as $$
   select exists (select from dbt_model where table_id = p_table)
      and (exists (select from handler where table_id = p_table and enabled and ops && array['new', 'updated', 'deleted', 'rebuilt'])
           or exists (select from dbt_model where table_id = p_table and track))
 $$;
+
+-- What follows up to dbt_close() runs with the runtime's rights, for a dbt whose role has none in it but USAGE of the schema.
+
+-- dbt_known(build) -> what the runtime knows of it: model, watched, ops, collects, tests; built: whether it was before; columns: of then
+create or replace function dbt_known(p jsonb) returns jsonb language sql stable security definer set search_path from current as $$
+  select jsonb_build_object(
+    'model', (select to_jsonb(m) from dbt_model m where m.project = p ->> 'project' and m.unique_id = p ->> 'unique_id'),
+    'watched', to_jsonb(w), 'collects', dbt_collects(w.id),
+    'ops', (select coalesce(jsonb_agg(distinct o), '[]') from handler h, unnest(h.ops) o where h.table_id = w.id and h.enabled),
+    'tests', (select coalesce(jsonb_agg(to_jsonb(t) order by t.name), '[]') from dbt_test t where t.project = p ->> 'project' and t.unique_id = p ->> 'unique_id'),
+    'built', b.id is not null, 'columns', b.columns)
+    from (select) one
+    left join watched w on w.schema_name = p ->> 'schema' and w.table_name = p ->> 'name'
+    left join lateral (select * from dbt_build x where x.project = p ->> 'project' and x.unique_id = p ->> 'unique_id' order by x.id desc limit 1) b on true
+$$;
+
+-- dbt_may(relation): raises 42501 unless who is logged in owns it
+create or replace function dbt_may(p_rel regclass) returns void language plpgsql stable set search_path from current as $$
+begin
+  if not exists (select from pg_class where oid = p_rel and pg_has_role(session_user, relowner, 'member')) then
+    raise exception using errcode = 'insufficient_privilege', message = format('%s is not the table of "%s"', p_rel, session_user);
+  end if;
+end $$;
+
+-- dbt_follow(table): its triggers are what they should be, on the relation that has its name now
+create or replace function dbt_follow(p_table int) returns void language plpgsql volatile security definer set search_path from current as $$
+declare w watched;
+begin
+  select * into w from watched where id = p_table;
+  perform dbt_may(to_regclass(format('%I.%I', w.schema_name, w.table_name)));
+  perform mend_table(w);
+  if exists (select from handler where table_id = p_table and enabled and enabled_at is null) then
+    perform write_triggers(p_table, false);
+  end if;
+end $$;
+
+-- dbt_attach(table): puts its triggers onto pg_temp.anton_carrier
+create or replace function dbt_attach(p_table int) returns void language plpgsql volatile security definer set search_path from current as $$
+declare e record;
+begin
+  perform dbt_may('pg_temp.anton_carrier');
+  for e in select x.event, x.verb, x.tables, f.proname
+             from (values ('new', 'insert', 'new table as new_records'), ('updated', 'update', 'old table as old_records new table as new_records'),
+                          ('deleted', 'delete', 'old table as old_records')) x (event, verb, tables)
+             join pg_proc f on f.pronamespace = quote_ident(current_schema())::regnamespace and f.proname = format('t%s_%s', p_table, x.event) loop
+    execute format('create trigger %I after %s on pg_temp.anton_carrier referencing %s for each statement execute function %I()',
+                   'anton_' || e.event, e.verb, e.tables, e.proname);
+  end loop;
+end $$;
+
+-- dbt_built(relation) -> whether dbt has built it, by its quoted path
+create or replace function dbt_built(p_path text) returns boolean language sql stable security definer set search_path from current as $$
+  select exists (select from dbt_build b where b.relation = p_path) or exists (select from dbt_model m where format('%I.%I', m.schema_name, m.table_name) = p_path)
+$$;
+
+-- dbt_close(build, what, note, columns, print, blind): notes the build, and tells who listens
+--   blind  handlers of its records got none, although some may differ
+create or replace function dbt_close(p jsonb, p_what jsonb, p_note text, p_columns jsonb, p_print text, p_blind boolean) returns void
+language plpgsql volatile security definer set search_path from current as $$
+declare v_path text := format('%I.%I', p ->> 'schema', p ->> 'name'); v_id int; v_kind text;
+begin
+  perform dbt_may(to_regclass(v_path));
+  insert into dbt_build (project, unique_id, relation, invocation_id, materialized, initial, changed, new_n, updated_n, deleted_n, schema_changed, columns, note, at, xid)
+  values (p ->> 'project', p ->> 'unique_id', v_path, p ->> 'invocation_id', p ->> 'materialized', (p_what ->> 'initial')::boolean, (p_what ->> 'changed')::boolean,
+          (p_what ->> 'new')::bigint, (p_what ->> 'updated')::bigint, (p_what ->> 'deleted')::bigint, (p_what ->> 'schema_changed')::boolean, p_columns, p_note, now(),
+          pg_current_xact_id());
+  if p_print is not null then
+    update dbt_model set fingerprint = p_print where project = p ->> 'project' and unique_id = p ->> 'unique_id' and fingerprint is distinct from p_print;
+  end if;
+  select id, key_kind into v_id, v_kind from watched where schema_name = p ->> 'schema' and table_name = p ->> 'name';
+  if v_id is null then
+    return;
+  end if;
+  if (p_what ->> 'initial')::boolean and v_kind <> 'none' then
+    perform backfill(format('%s.%s', h.app, h.name)) from handler h
+      where h.table_id = v_id and h.enabled and 'new' = any (h.ops) and h.options ->> 'since' = 'beginning';
+  end if;
+  perform rebuilt(v_id, p_what);
+  if p_blind then
+    perform rebuilt(v_id, jsonb_build_object('error', p_note, 'status', 'not compared', 'run', p -> 'invocation_id', 'unique_id', p -> 'unique_id'), 'f');
+  end if;
+end $$;
+
+-- dbt_before(build): for what dbt writes into, rather than makes anew
+-- An incremental model or a snapshot is written to by any statements: their triggers note each record's first version, and
+-- dbt_after() fires the difference. A seed, and whatever else may empty its table, is copied first.
+create or replace function dbt_before(p jsonb) returns void language plpgsql volatile set search_path from current as $$
+declare
+  v_rel regclass := to_regclass(format('%I.%I', p ->> 'schema', p ->> 'name')); v_known jsonb; w watched; m dbt_model; v_how text := p ->> 'materialized';
+begin
+  perform set_config('anton.collect', '', true);
+  if v_rel is null or (select relkind from pg_class where oid = v_rel) <> 'r' or v_how in ('table', 'view', 'materialized_view', 'anton_table') then
+    return;
+  end if;
+  v_known := dbt_known(p);
+  m := jsonb_populate_record(null::dbt_model, nullif(v_known -> 'model', 'null'));
+  w := jsonb_populate_record(null::watched, nullif(v_known -> 'watched', 'null'));
+  if v_how = 'incremental' and not coalesce((p ->> 'incremental')::boolean, false) then
+    return;                                                -- made anew
+  end if;
+  if v_how not in ('incremental', 'snapshot') then         -- a seed may be dropped
+    create temp table anton_belongings on commit drop as select * from dbt_belongings(v_rel);
+  end if;
+  if not (v_known ->> 'collects')::boolean or dbt_key(p, w, m, v_rel) = '{}' then
+    return;
+  end if;
+  perform dbt_lend(v_rel);
+  perform dbt_follow(w.id);
+  if dbt_known(p) -> 'watched' -> 'key_columns' = '[]' then
+    return;
+  end if;
+  perform set_config('anton.collect', w.id || ' ' || pg_current_xact_id(), true);
+  if v_how in ('incremental', 'snapshot') then
+    execute format('create temp table anton_seen on commit drop as select *, true as anton_was, 0::bigint as anton_seq from %s limit 0', v_rel);
+    alter table pg_temp.anton_seen alter anton_seq set not null, alter anton_seq add generated always as identity;
+    if not pg_has_role(owner_role(), current_user, 'usage') then
+      execute format('grant select, insert on pg_temp.anton_seen to %I', owner_role());
+    end if;
+  else
+    execute format('create temp table anton_was on commit drop as select * from %s', v_rel);
+  end if;
+end $$;
 
 -- capture_collected(table, event) -> plpgsql that notes, while dbt builds the table, what its records were; nothing is captured then
 create or replace function capture_collected(w watched, p_event text) returns text language sql stable set search_path from current as $$
@@ -128,19 +215,21 @@ declare
   v_rel regclass := to_regclass(v_path); v_kind "char"; v_old regclass; v_notes text[] := '{}';
   v_incremental boolean := coalesce((p ->> 'incremental')::boolean, false);
   w watched; m dbt_model; v_ops text[]; v_key text[]; v_asked boolean; v_initial boolean; v_schema_changed boolean;
-  v_changed boolean; v_new bigint; v_updated bigint; v_deleted bigint; v_n bigint; v_touched boolean; v_counts jsonb; v_print text; v_columns jsonb; v_what jsonb;
+  v_changed boolean; v_new bigint; v_updated bigint; v_deleted bigint; v_known jsonb; v_rows boolean; v_blind boolean := false; v_touched boolean; v_counts jsonb; v_print text; v_columns jsonb; v_what jsonb;
 begin
   if v_rel is null then
     return null;
   end if;
   select relkind into v_kind from pg_class where oid = v_rel;
-  perform dbt_gate(p);
+  v_known := dbt_known(p);
+  perform dbt_gate(p, v_known -> 'tests');
   perform set_config('anton.collect', '', true);           -- what comes now is no part of the build
-  select * into m from dbt_model where project = p ->> 'project' and unique_id = p ->> 'unique_id';
-  select * into w from watched where schema_name = p ->> 'schema' and table_name = p ->> 'name';
-  v_ops := array(select distinct unnest(ops) from handler where table_id = w.id and enabled);
+  m := jsonb_populate_record(null::dbt_model, nullif(v_known -> 'model', 'null'));
+  w := jsonb_populate_record(null::watched, nullif(v_known -> 'watched', 'null'));
+  v_ops := array(select jsonb_array_elements_text(v_known -> 'ops'));
+  v_rows := v_ops && array['new', 'updated', 'deleted'];
   v_asked := v_ops && array['new', 'updated', 'deleted', 'rebuilt'] or coalesce(m.track, false);
-  if not v_incremental and v_kind = 'r' then
+  if not v_incremental and v_kind = 'r' and p ->> 'materialized' not in ('seed', 'snapshot') then
     v_old := to_regclass(format('%I.%I', p ->> 'schema', p ->> 'backup'));
     if (select relkind from pg_class where oid = v_old) <> 'r' then
       v_old := null;                                       -- it was a view
@@ -155,37 +244,42 @@ begin
   end if;
   v_counts := nullif(current_setting('anton.counts', true), '')::jsonb;
   v_initial := case when v_kind = 'r' then v_old is null and not v_incremental and v_counts is null
-                    else not exists (select from dbt_build b where b.project = p ->> 'project' and b.unique_id = p ->> 'unique_id') end;
+                    else not (v_known ->> 'built')::boolean end;
   v_columns := dbt_columns(v_rel);
-  v_schema_changed := v_columns <> case when v_old is not null then dbt_columns(v_old)
-    else (select b.columns from dbt_build b where b.project = p ->> 'project' and b.unique_id = p ->> 'unique_id' order by b.id desc limit 1) end;
-  v_schema_changed := coalesce(v_schema_changed, false);
+  v_schema_changed := coalesce(v_columns <> case when v_old is not null then dbt_columns(v_old) else nullif(v_known -> 'columns', 'null') end, false);
   v_key := dbt_key(p, w, m, v_rel);
   if w.id is not null and v_kind = 'r' then
-    if not v_incremental and v_key <> '{}' and v_ops && array['new', 'updated', 'deleted'] then
+    if not v_incremental and v_key <> '{}' and v_rows then
       v_notes := v_notes || dbt_key_index(v_rel, v_key, p ->> 'materialized' = 'table');
     end if;
-    perform write_triggers(w.id, false);
-    select * into w from watched where id = w.id;
+    begin
+      perform dbt_unhook(v_old);
+      perform dbt_lend(v_rel);
+      perform dbt_follow(w.id);
+      w := jsonb_populate_record(null::watched, dbt_known(p) -> 'watched');
+    exception when sqlstate 'NT005' then                   -- its key is gone
+      v_notes := v_notes || sqlerrm;
+      v_key := '{}';
+    end;
   end if;
   if v_old is not null then
     if v_asked and v_key <> '{}' and dbt_unique(v_rel, v_key) and dbt_unique(v_old, v_key) then
       select d.new_n, d.updated_n, d.deleted_n into v_new, v_updated, v_deleted from dbt_diff(v_old, v_rel, v_key, false) d;
       v_changed := v_new + v_updated + v_deleted > 0;
-      if v_changed and v_ops && array['new', 'updated', 'deleted'] then
+      if v_changed and v_rows then
         perform dbt_replay(w, v_old, v_rel, v_key);
       end if;
       drop table pg_temp.anton_diff;
     elsif v_asked then
       v_changed := v_schema_changed or dbt_fingerprint(v_old) <> dbt_fingerprint(v_rel);
-      if v_key <> '{}' and v_ops && array['new', 'updated', 'deleted'] then
-        v_notes := v_notes || format('key (%s) is not unique: records were not compared', array_to_string(v_key, ', '));
+      v_blind := v_rows;
+      if v_rows then
+        v_notes := v_notes || case when v_key = '{}' then 'no key: records were not compared' else format('key (%s) is not unique: records were not compared', array_to_string(v_key, ', ')) end;
       end if;
     end if;
   elsif v_kind = 'm' and v_asked and m.unique_id is not null then
     v_print := dbt_fingerprint(v_rel);
     v_changed := v_print is distinct from m.fingerprint or v_schema_changed;
-    update dbt_model set fingerprint = v_print where project = m.project and unique_id = m.unique_id and fingerprint is distinct from v_print;
   elsif v_counts is not null then
     v_new := v_counts -> 'new';
     v_updated := v_counts -> 'updated';
@@ -203,12 +297,13 @@ begin
     if v_touched or dbt_unique(v_rel, v_key) and dbt_unique('pg_temp.anton_was', v_key) then
       select d.new_n, d.updated_n, d.deleted_n into v_new, v_updated, v_deleted from dbt_diff('pg_temp.anton_was', v_rel, v_key, v_touched) d;
       v_changed := v_new + v_updated + v_deleted > 0;
-      if v_changed and v_ops && array['new', 'updated', 'deleted'] then
+      if v_changed and v_rows then
         perform dbt_replay(w, 'pg_temp.anton_was', v_rel, v_key);
       end if;
       drop table pg_temp.anton_diff;
     else
       v_changed := dbt_fingerprint('pg_temp.anton_was') <> dbt_fingerprint(v_rel);
+      v_blind := v_rows;
       v_notes := v_notes || format('key (%s) is not unique: records were not compared', array_to_string(v_key, ', '));
     end if;
     drop table pg_temp.anton_was;
@@ -220,17 +315,10 @@ begin
     if v_asked then
       execute format('select count(*) from %s', v_rel) into v_new;
     end if;
-    perform backfill(format('%s.%s', h.app, h.name)) from handler h
-      where h.table_id = w.id and h.enabled and 'new' = any (h.ops) and h.options ->> 'since' = 'beginning' and w.key_kind <> 'none';
   end if;
-  insert into dbt_build (project, unique_id, relation, invocation_id, materialized, initial, changed, new_n, updated_n, deleted_n, schema_changed, columns, note, at, xid)
-  values (p ->> 'project', p ->> 'unique_id', v_path, p ->> 'invocation_id', p ->> 'materialized', v_initial, v_changed, v_new, v_updated, v_deleted,
-          v_schema_changed, v_columns, nullif(array_to_string(v_notes, '; '), ''), now(), pg_current_xact_id());
   v_what := jsonb_build_object('new', v_new, 'updated', v_updated, 'deleted', v_deleted, 'changed', v_changed, 'initial', v_initial, 'full', not v_incremental,
     'schema_changed', v_schema_changed, 'run', p -> 'invocation_id', 'unique_id', p -> 'unique_id', 'materialized', p -> 'materialized');
-  if w.id is not null then
-    perform rebuilt(w.id, v_what);
-  end if;
+  perform dbt_close(p, v_what, nullif(array_to_string(v_notes, '; '), ''), v_columns, v_print, v_blind);
   if v_notes <> '{}' then
     raise warning 'anton: %: %', v_path, array_to_string(v_notes, '; ');
   end if;
@@ -243,6 +331,24 @@ language sql volatile set search_path from current as $$
   select rebuilt(m.table_id, jsonb_build_object('error', p_error, 'status', p_status, 'run', p_run, 'unique_id', p_unique_id), 'f')
     from dbt_model m where m.project = p_project and m.unique_id = p_unique_id
 $$;
+
+-- dbt_lend(relation): the runtime's role may put its triggers onto a table of dbt's
+create or replace function dbt_lend(p_rel regclass) returns void language plpgsql volatile set search_path from current as $$
+begin
+  if not (has_table_privilege(owner_role(), p_rel, 'trigger') and has_table_privilege(owner_role(), p_rel, 'select')) then
+    execute format('grant select, trigger on %s to %I', p_rel, owner_role());
+  end if;
+end $$;
+
+-- dbt_unhook(relation): takes the runtime's triggers off a table that another has taken the place of; null is none
+create or replace function dbt_unhook(p_rel regclass) returns void language plpgsql volatile set search_path from current as $$
+declare v_name text;
+begin
+  for v_name in select t.tgname from pg_trigger t join pg_proc f on f.oid = t.tgfoid
+                 where t.tgrelid = p_rel and not t.tgisinternal and f.pronamespace = quote_ident(current_schema())::regnamespace loop
+    execute format('drop trigger %I on %s', v_name, p_rel);
+  end loop;
+end $$;
 
 -- dbt_key(build, watched, model, relation) -> the columns that name a record, {} when none are known
 create or replace function dbt_key(p jsonb, w watched, m dbt_model, p_rel regclass) returns text[] language sql stable set search_path from current as $$
@@ -343,7 +449,7 @@ end $$;
 
 -- dbt_replay(table, old, new, key): fires what pg_temp.anton_diff holds, as statements on the table would have
 create or replace function dbt_replay(w watched, p_old regclass, p_new regclass, p_key text[]) returns void language plpgsql volatile set search_path from current as $$
-declare v_names text; v_olds text; v_news text; v_sets text; v_match text; v_first text := quote_ident(p_key[1]); e record; v_bare text; v_any boolean;
+declare v_names text; v_olds text; v_news text; v_sets text; v_match text; v_first text := quote_ident(p_key[1]); v_bare text; v_any boolean;
 begin
   select string_agg(quote_ident(n.name), ', ' order by n.o), string_agg(format('(d.n).%I', n.name), ', ' order by n.o), string_agg(format('%1$I = (d.n).%1$I', n.name), ', ' order by n.o),
          string_agg(case when o.name is null then format('null::%s', n.type) when o.type = n.type then format('(d.o).%I', n.name) else format('(d.o).%I::text::%s', n.name, n.type) end, ', ' order by n.o),
@@ -359,13 +465,10 @@ begin
     execute format('insert into pg_temp.anton_carrier (%s, anton_op) select %s, case when (d.n).%s is null then ''d'' else ''u'' end from pg_temp.anton_diff d where (d.o).%3$s is not null',
                    v_names, v_bare, v_first);
   end;
-  for e in select x.event, x.verb, x.tables, f.proname
-             from (values ('new', 'insert', 'new table as new_records'), ('updated', 'update', 'old table as old_records new table as new_records'),
-                          ('deleted', 'delete', 'old table as old_records')) x (event, verb, tables)
-             join pg_proc f on f.pronamespace = current_schema()::regnamespace and f.proname = format('t%s_%s', w.id, x.event) loop
-    execute format('create trigger %I after %s on pg_temp.anton_carrier referencing %s for each statement execute function %I()',
-                   'anton_' || e.event, e.verb, e.tables, e.proname);
-  end loop;
+  if not pg_has_role(owner_role(), current_user, 'usage') then
+    execute format('grant trigger on pg_temp.anton_carrier to %I', owner_role());
+  end if;
+  perform dbt_attach(w.id);
   if exists (select from pg_temp.anton_carrier where anton_op = 'd') then
     delete from pg_temp.anton_carrier where anton_op = 'd';
   end if;
@@ -452,7 +555,7 @@ begin
              from pg_depend d join pg_rewrite r on r.oid = d.objid join pg_class c on c.oid = r.ev_class join pg_namespace n on n.oid = c.relnamespace
             where d.classid = 'pg_rewrite'::regclass and d.refclassid = 'pg_class'::regclass and d.refobjid = p_old and c.oid <> p_old and c.relkind in ('v', 'm')
               and not coalesce(p_views, '[]') ? (n.nspname || '.' || c.relname)
-              and not exists (select from dbt_build b where b.relation = format('%I.%I', n.nspname, c.relname)) loop
+              and not dbt_built(format('%I.%I', n.nspname, c.relname)) loop
     begin
       if v.relkind = 'm' then
         raise exception 'dbt drops it with the old table';
@@ -466,14 +569,14 @@ begin
                             from pg_constraint where contype = 'f' and confrelid = p_old and conrelid <> p_old order by 1);
 end $$;
 
--- dbt_gate(build): raises NT006 when a test that gates the model fails on what was built. Tests see names as dbt's session does.
-create or replace function dbt_gate(p jsonb) returns void language plpgsql volatile set search_path from current as $$
+-- dbt_gate(build, tests): raises NT006 when a test that gates the model fails on what was built. Tests see names as dbt's session does.
+create or replace function dbt_gate(p jsonb, p_tests jsonb) returns void language plpgsql volatile set search_path from current as $$
 declare t dbt_test; v_n text; v_error boolean; v_warn boolean; v_path text := current_setting('search_path'); v_asked text := coalesce(p ->> 'gate', nullif(current_setting('anton.gate', true), ''));
 begin
   if v_asked in ('false', 'off') then
     return;
   end if;
-  for t in select * from dbt_test x where x.project = p ->> 'project' and x.unique_id = p ->> 'unique_id' and (x.always or v_asked in ('true', 'on')) order by x.name loop
+  for t in select * from jsonb_populate_recordset(null::dbt_test, p_tests) x where x.always or v_asked in ('true', 'on') order by x.name loop
     perform set_config('search_path', coalesce(p ->> 'search_path', v_path), true);
     execute format('select (%1$s)::text, coalesce(%1$s %2$s, false), coalesce(%1$s %3$s, false) from (%4$s) dbt_internal_test', t.fail_calc, t.error_if, t.warn_if,
                    regexp_replace(t.sql, '[\s;]+$', '')) into v_n, v_error, v_warn;

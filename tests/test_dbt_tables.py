@@ -260,3 +260,36 @@ def test_views_that_others_made_read_the_new_table(dbt: Project, pg: Pg) -> None
     assert "kept is lost" in pg.value(
         "select note from anton.dbt_build where unique_id = 'model.shop.daily' order by id desc limit 1"
     )
+
+
+def test_a_role_that_only_builds_needs_no_right_in_the_runtime_but_to_use_its_schema(
+    dbt: Project, pg: Pg, dbt_child: Child, tmp_path: Path
+) -> None:
+    pg.sql(
+        "do $$ begin create role builder login password 'b' nosuperuser; exception when duplicate_object then null; end $$",
+        "grant create, usage on schema public to builder",
+        "grant usage on schema anton to builder",
+        "grant select on src to builder",
+    )
+    theirs = Project(dbt_child, tmp_path / "theirs", pg.url, user="builder", password="b")
+    theirs.model("daily", "select * from src", materialized="table")
+    theirs.model("hourly", "select * from src", materialized="incremental", unique_key="id")
+    heard = {}
+    for name in ("daily", "hourly"):
+        register(pg, name, "id")
+        heard[name] = pg.listen(name, "new", "updated", "deleted", read="change")
+    rebuilt = pg.listen("daily", "rebuilt")
+    theirs("run")
+    theirs("run")
+    assert [pg.events(one) for one in heard.values()] == [[], []]
+    pg.sql(*CHANGE)
+    theirs("run")
+    assert {(e.op, e.key) for e in pg.events(heard["daily"])} == {("d", 1), ("u", 3), ("n", 6)}
+    assert {(e.op, e.key) for e in pg.events(heard["hourly"])} == {("u", 3), ("n", 6)}
+    assert len(pg.events(rebuilt)) == 3
+    with psycopg.connect(pg.url, user="builder", password="b", autocommit=True) as conn:
+        with pytest.raises(psycopg.errors.InsufficientPrivilege):
+            conn.execute("insert into anton.job (handler_id, change_id, at, lo, hi, op) values (1, 1, now(), 1, 1, 'n')")
+        with pytest.raises(psycopg.errors.InsufficientPrivilege, match="is not the table of"):
+            conn.execute("""select anton.dbt_close('{"schema": "public", "name": "src"}', '{}', null, null, null, false)""")
+    pg.sql("drop table daily, hourly", "revoke all on schema anton, public from builder")
