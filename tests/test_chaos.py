@@ -5,7 +5,6 @@ The long form has more faults, larger numbers, and the bugs that take minutes to
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -65,7 +64,7 @@ PLANTED = (*BUGS, HOOKED)
 SERVER = {"D1", "D2", "H2"}  # these harm all databases of a server: they have one of their own, one after the other
 AT_ONCE = 2  # databases with their workers; most of what they do is to wait
 
-pytestmark = pytest.mark.skipif(os.environ.get("ANTON_TEST_SERVER") != "system", reason="on the system's server only")
+pytestmark = pytest.mark.system("it brings servers of its own, of the system's kind")
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import asyncpg
 import pytest
-from servers import _free_port as free_port
+from servers import free_port
 
 from anton.app import App, declaring
 from anton.db import (

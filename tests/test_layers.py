@@ -141,3 +141,9 @@ def test_sql_names_no_schema_of_the_runtime() -> None:
             code = line.partition("--")[0]
             for word in ("from", "into", "join", "update", "table", "function"):
                 assert f"{word} anton." not in code, f"{file.name}, line {number}: {line.strip()}"
+
+
+def test_which_server_the_tests_run_on_is_known_to_their_fixtures_only() -> None:
+    """`make test` runs once what asks for no server: a test that looks for itself would be missed on one of the two."""
+    kind = "ANTON_TEST_" + "SERVER"
+    assert [file.name for file in (REPO / "tests").glob("*.py") if kind in file.read_text()] == ["conftest.py"]

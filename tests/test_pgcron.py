@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,8 +13,7 @@ from shop import Shop
 
 from anton.schedule import cron
 
-if os.environ.get("ANTON_TEST_SERVER", "embedded") != "system":
-    pytest.skip("the embedded Postgres has no pg_cron", allow_module_level=True)
+pytestmark = pytest.mark.system("the embedded Postgres has no pg_cron")
 
 JOBS = "select jobname::text, schedule, command, database, username, active from cron.job order by jobname"
 PURGE = ("anton purge", "7 3 * * *")

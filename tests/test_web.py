@@ -419,33 +419,36 @@ async def test_the_clock_of_the_signature_is_the_databases(db, secrets):
 
 
 async def test_a_deadlock_with_another_writer_is_tried_again(db, server):
-    server.sql(f"alter database {db.name} set deadlock_timeout = '2s'")
+    """The route waits last, so that it finds the deadlock and is ended, however long the others took."""
+    server.sql(f"alter database {db.name} set deadlock_timeout = '50ms'")
 
     def declare() -> None:
         orders = Table("orders", Order)
 
         @post("/")
-        async def both(first: int, second: int) -> int:
-            orders.select(id=first).update(customer="x")
-            orders.select(id=second).update(customer="x")
+        async def each(last: int) -> int:
+            for n in range(1, last + 1):
+                orders.select(id=n).update(customer="x")
             return 200
 
     async with serving(db, declare) as client:
-        async with db.conn() as conn:
-            await conn.execute("insert into orders (customer) select 'a' from generate_series(1, 2)")
-            tx = conn.transaction()
-            await tx.start()
-            await conn.execute("update orders set customer = 'b' where id = 2")
-            waiting = asyncio.create_task(client.post("/", params={"first": 1, "second": 2}))
-            async with db.conn() as other:
-                while not await other.fetchval("select count(*) from pg_locks where not granted"):  # noqa: ASYNC110
+        async with db.conn() as gate, db.conn() as writer, db.conn() as other:
+            async def waiting(count: int) -> None:
+                while await other.fetchval("select count(*) from pg_locks where not granted") < count:  # noqa: ASYNC110
                     await asyncio.sleep(0)
-            await conn.execute("set local deadlock_timeout = '60s'")   # so that the route is the one to be ended
-            await conn.execute("update orders set customer = 'b' where id = 1")
-            await tx.commit()
-        assert (await waiting).status_code == 200
-        async with db.conn() as conn:
-            assert [row[0] for row in await conn.fetch("select customer from orders")] == ["x", "x"]
+
+            await other.execute("insert into orders (customer) select 'a' from generate_series(1, 3)")
+            await writer.execute("set deadlock_timeout = '60s'; begin; update orders set customer = 'b' where id = 3")
+            await gate.execute("begin; update orders set customer = 'b' where id = 2")
+            asked = asyncio.create_task(client.post("/", params={"last": 3}, timeout=60))
+            await waiting(1)                                            # the route has 1 and wants 2
+            wants = asyncio.create_task(writer.execute("update orders set customer = 'b' where id = 1"))
+            await waiting(2)
+            await gate.execute("commit")                                # now it wants 3
+            await wants
+            await writer.execute("commit; reset deadlock_timeout")
+            assert (await asked).status_code == 200
+            assert [row[0] for row in await other.fetch("select customer from orders")] == ["x", "x", "x"]
 
 
 def test_any_asgi_server_can_serve_the_app_of_the_current_folder(database, tmp_path):

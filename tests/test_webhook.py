@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import time
 import uuid
 from collections.abc import Callable
@@ -438,8 +437,7 @@ async def test_a_connection_that_breaks_is_tried_again_and_the_sender_does_not_n
     assert (await count(db, "hooks"), await count(db, "anton.delivery")) == (1, 1)
 
 
-@pytest.mark.skipif(os.environ.get("ANTON_TEST_SERVER") != "system", reason="the proxy speaks TCP, which only the "
-                    "system's server does")
+@pytest.mark.system("the proxy speaks TCP, which only the system's server does")
 async def test_a_group_whose_reply_was_lost_after_its_commit_is_known_when_it_is_tried_again(db):
     url = urlsplit(str(db.dsn))
     proxy, cuts = Proxy(url.port or 5432), list[Cut]()
