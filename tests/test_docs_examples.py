@@ -193,7 +193,7 @@ class Session:
         dead = self.app.dead
         assert len(dead) == self.dead or any("app.dead" in then for then in block.then), dead
         self.dead = len(dead)
-        late = self.app._fetch("select error from {schema}.delayed union all "
+        late = self.app._fetch("select error from {schema}.delayed where error is not null union all "
                                "select failing_error from {schema}.handler where failing_since is not null")
         assert not late, late
 

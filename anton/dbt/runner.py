@@ -203,7 +203,8 @@ class Runner:
             await self._end()
         elif task.exception() is not None:
             await self._end()
-        await self.end_sessions()
+        with contextlib.suppress(Exception):                           # the database may be away: the next run ends them
+            await self.end_sessions()
 
     async def end_sessions(self) -> int:
         """Ends what dbt sessions of this project and target are left in the database. How many there were."""
