@@ -292,10 +292,11 @@ def test_one_run_at_a_time(live: Live) -> None:
 def test_a_table_that_was_made_without_hooks_is_found_by_housekeeping(live: Live) -> None:
     live.shop.sql("begin; create table r2 as table revenue; drop table revenue cascade; "
                   "alter table r2 rename to revenue; commit")
-    assert live.shop.sql("select anton.maintain()") == [("1 tables found that dbt made anew without hooks",)]
+    done = list(iter(lambda: live.shop.sql("select anton.maintain()")[0][0], None))
+    assert "1 tables found that dbt made anew without hooks" in done
     (rebuilt,) = live.work()
     assert isinstance(rebuilt, Rebuilt) and rebuilt.changed is None
-    assert live.shop.sql("select from pg_trigger where tgrelid = 'revenue'::regclass and not tgisinternal")
+    assert live.shop.sql("select 1 from pg_trigger where tgrelid = 'revenue'::regclass and not tgisinternal")
     found = live.shop.sql("select problem from anton.findings() where subject = 'public.revenue'")
     assert found == [("built without Anton's hooks: records were not compared",)]
     live.revenue.run()
