@@ -155,16 +155,22 @@ def test_init_makes_a_project_where_there_is_none(tmp_path: Path, monkeypatch: p
     assert main(["dbt", "init"]) == 0 and "is up to date" in capsys.readouterr().out
 
 
-def test_doctor_names_a_project_with_older_macros_or_none(tmp_path: Path, pg: Pg, monkeypatch: pytest.MonkeyPatch,
+def test_doctor_names_a_project_with_other_macros_and_none_that_has_nothing_of_antons(tmp_path: Path, pg: Pg, monkeypatch: pytest.MonkeyPatch,
                                                           capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     init(tmp_path / "dbt_project")
     (tmp_path / "main.py").write_text("from anton import DbtProject\nDbtProject()\n")
     main(["--database", pg.url, "doctor"])
     assert "dbt dbt_project" not in capsys.readouterr().out
-    shutil.rmtree(tmp_path / "dbt_project" / "macros")
+    (tmp_path / "dbt_project" / "macros" / "anton" / "anton.sql").write_text("{#- version 0. -#}")
     assert main(["--database", pg.url, "doctor"]) == 1
-    assert "dbt dbt_project: has not Anton's macros" in capsys.readouterr().out
+    assert "dbt dbt_project: has Anton's macros in version 0" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "dbt_project" / "macros")
+    main(["--database", pg.url, "doctor"])
+    assert "has Anton's hooks, and the macros are not there" in capsys.readouterr().out
+    (tmp_path / "dbt_project" / "dbt_project.yml").write_text("name: shop\n")
+    main(["--database", pg.url, "doctor"])
+    assert "dbt dbt_project" not in capsys.readouterr().out
 
 
 @pytest.fixture

@@ -313,6 +313,24 @@ def test_a_name_that_is_no_model_is_refused_with_the_likely_one(live: Live) -> N
         shop.migrate()
 
 
+def test_what_is_downstream_of_a_model_can_wait_for_its_builds(live: Live) -> None:
+    def declare() -> None:
+        project = DbtProject("dbt_project")
+        project.run_when(project.model("big"))
+        project.run_on("0 3 * * *", models=["total"])
+
+    shop = Shop(live.shop.url, live.shop.folder, "third").declare(declare)
+    live.loop.run(migrate(shop.db, shop.app))
+    found = shop.sql("select name, ops from anton.handler where app = 'third' and enabled order by name")
+    assert found == [("dbt:shop", []), ("dbt:shop at 0 3 * * * total", []), ("dbt:shop when big", ["rebuilt"])]
+    live.project.run("big")
+    live.work()
+    waiting = "select count(*) from anton.job j join anton.handler h on h.id = j.handler_id where h.app = 'third'"
+    assert shop.sql(waiting) == [(1,)]
+    shop.declare(lambda: None)
+    live.loop.run(migrate(shop.db, shop.app))
+
+
 def test_commands_that_build_nothing_answer_in_lines(live: Live) -> None:
     runner = live.project.work._runner
     assert runner is not None

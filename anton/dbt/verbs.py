@@ -12,7 +12,7 @@ from typing import Any
 
 from anton.app import current_app, load_app
 from anton.db import Database
-from anton.dbt.init import FILE, hooks_missing, init, stamp
+from anton.dbt.init import FILE, KINDS, hooks_missing, init, stamp
 from anton.dbt.manifest import Manifest
 from anton.dbt.project import DbtProject
 from anton.dbt.requests import alone
@@ -95,7 +95,7 @@ def dbt_runs(args: Args) -> int:
 
 
 def findings(module: str | None) -> list[Row]:
-    """For anton doctor: projects whose macros are older than this Anton, or whose hooks are not all there."""
+    """For anton doctor: projects whose macros are of another version, or whose hooks are not all there."""
     found = []
     try:
         projects = list(load_app(module).projects.values())
@@ -107,8 +107,10 @@ def findings(module: str | None) -> list[Row]:
         text = (project.folder / FILE).read_text()
         missing = hooks_missing(text)
         subject = project.folder.name
+        if have is None and len(missing) == len(KINDS):                # Anton adds them in memory when it runs dbt
+            continue
         if have is None:
-            found.append(_finding(subject, "has not Anton's macros: only builds through Anton compare records"))
+            found.append(_finding(subject, f"{FILE} has Anton's hooks, and the macros are not there"))
         elif have != came:
             found.append(_finding(subject, f"has Anton's macros in version {have}; this Anton has {came}"))
         elif missing:
