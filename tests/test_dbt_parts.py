@@ -155,8 +155,8 @@ def test_init_makes_a_project_where_there_is_none(tmp_path: Path, monkeypatch: p
     assert main(["dbt", "init"]) == 0 and "is up to date" in capsys.readouterr().out
 
 
-def test_doctor_names_a_project_with_other_macros_and_none_that_has_nothing_of_antons(tmp_path: Path, pg: Pg, monkeypatch: pytest.MonkeyPatch,
-                                                          capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor_names_a_project_with_other_macros_and_none_that_has_nothing_of_antons(
+        tmp_path: Path, pg: Pg, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     init(tmp_path / "dbt_project")
     (tmp_path / "main.py").write_text("from anton import DbtProject\nDbtProject()\n")

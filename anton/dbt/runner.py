@@ -203,7 +203,7 @@ class Runner:
             await self._end()
         elif task.exception() is not None:
             await self._end()
-        with contextlib.suppress(Exception):                           # the database may be away; then the next run does
+        with contextlib.suppress(Exception):                           # where the database is away the next run does
             await self.end_sessions()
 
     async def end_sessions(self) -> int:
