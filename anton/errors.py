@@ -8,6 +8,7 @@
         DatabaseUnreachable DatabaseTooOld MissingPrivilege NotMigrated EmbeddedError
       MigrationError
         MigrationFailed FrozenChanged Destructive ModelMismatch KeyNeeded LockNotGained
+      GateFailed            a test that gates a dbt model
       UnknownTable UnknownHandler
       WriteError            a write that was not, or could not be, made
         InvalidRecord WriteRefused RowChanged NoScope ScopeClosed ValueWithoutInto

@@ -106,10 +106,13 @@ class Child:
 class Project:
     """A dbt project on a database. hooks=False: one that knows nothing of Anton. who: user and password."""
 
-    def __init__(self, child: Child, folder: Path, url: str, hooks: bool = True, **who: str) -> None:
+    def __init__(self, child: Child, folder: Path, url: str, hooks: bool = True, demo: bool = False, **who: str) -> None:
         self.child, self.folder, self.url, self.changed = child, folder, url, True
-        self.file("dbt_project.yml", PROJECT.format(hooked=HOOKS if hooks else ""))
-        shutil.copytree(MACROS, folder / "macros")
+        if demo:
+            shutil.copytree(MACROS.parent, folder)
+        else:
+            shutil.copytree(MACROS, folder / "macros")
+            self.file("dbt_project.yml", PROJECT.format(hooked=HOOKS if hooks else ""))
         info = psycopg.conninfo.conninfo_to_dict(url)
         target = {
             "type": "postgres",
@@ -122,7 +125,7 @@ class Project:
             "threads": 1,
         }
         target |= who
-        self.file("profiles.yml", json.dumps({"shop": {"target": "it", "outputs": {"it": target}}}))
+        self.file("profiles.yml", json.dumps(dict.fromkeys(("shop", "anton"), {"target": "it", "outputs": {"it": target}})))
 
     def file(self, path: str, text: str) -> None:
         """Writes a file of the project; it is parsed again at the next run."""

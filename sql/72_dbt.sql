@@ -419,30 +419,27 @@ end $$;
 create or replace function dbt_diff(p_old regclass, p_new regclass, p_key text[], p_touched boolean, out new_n bigint, out updated_n bigint, out deleted_n bigint)
 language plpgsql volatile set search_path from current as $$
 declare
-  v_on text; v_differ text; v_old text; v_memory text := current_setting('work_mem'); v_first text := quote_ident(p_key[1]);
+  v_on text; v_differ text; v_first text := quote_ident(p_key[1]);
+  v_before text[] := array[current_setting('parallel_setup_cost'), current_setting('parallel_tuple_cost'), current_setting('jit')];
 begin
   select string_agg(case when o.type = n.type then format('anton_o.%1$I = anton_n.%1$I', n.name) else format('anton_o.%1$I::text = anton_n.%1$I::text', n.name) end, ' and ')
     into v_on from unnest(p_key) k join table_columns(p_old) o on o.name = k join table_columns(p_new) n on n.name = k;
-  if not p_touched and (select bool_and(comparable) from table_columns(p_new))
-     and (select array_agg(array[name, type]) from table_columns(p_old)) = (select array_agg(array[name, type]) from table_columns(p_new)) then
-    v_differ := 'anton_o is distinct from anton_n';
-  else
-    select concat_ws(' or ', format('anton_o.%1$s is null or anton_n.%1$s is null', v_first),
-             string_agg(case when o.type = n.type and n.comparable then format('anton_o.%1$I is distinct from anton_n.%1$I', n.name)
-                             else format('anton_o.%1$I::text is distinct from anton_n.%1$I::text', n.name) end, ' or '))
-      into v_differ from table_columns(p_old) o join table_columns(p_new) n using (name) where n.name <> all (p_key);
-  end if;
+  select concat_ws(' or ', format('anton_o.%1$s is null or anton_n.%1$s is null', v_first),
+           string_agg(case when o.type = n.type and n.comparable then format('anton_o.%1$I is distinct from anton_n.%1$I', n.name)
+                           else format('anton_o.%1$I::text is distinct from anton_n.%1$I::text', n.name) end, ' or '))
+    into v_differ from table_columns(p_old) o join table_columns(p_new) n using (name) where n.name <> all (p_key);
   if (select reltuples from pg_class where oid = p_new) < 0 then
     execute format('analyze %s', p_new);
   end if;
-  perform set_config('work_mem', '256MB', true);
+  -- nearly no row differs, which the planner cannot know: it would not read in parallel. Compiling does not pay.
+  perform set_config('parallel_setup_cost', '0', true), set_config('parallel_tuple_cost', '0', true), set_config('jit', 'off', true);
   if p_touched then
     execute format('create temp table anton_diff on commit drop as select case when anton_o.anton_was then anton_o end as o, anton_n as n from %s anton_o left join %s anton_n on %s
                      where (anton_o.anton_was or anton_n.%s is not null) and (not anton_o.anton_was or %s)', p_old, p_new, v_on, v_first, v_differ);
   else
     execute format('create temp table anton_diff on commit drop as select anton_o as o, anton_n as n from %s anton_o full join %s anton_n on %s where %s', p_old, p_new, v_on, v_differ);
   end if;
-  perform set_config('work_mem', v_memory, true);
+  perform set_config(name, before, true) from unnest(array['parallel_setup_cost', 'parallel_tuple_cost', 'jit'], v_before) x (name, before);
   execute format('select count(*) filter (where (o).%1$s is null), count(*) filter (where (o).%1$s is not null and (n).%1$s is not null), count(*) filter (where (n).%1$s is null)
                     from pg_temp.anton_diff', v_first) into new_n, updated_n, deleted_n;
 end $$;

@@ -1,4 +1,4 @@
-"""Real dbt on real tables: what its materializations do to a table with handlers, rights and triggers on it, and what Anton's macros make of it."""
+"""Real dbt on real tables: what its builds do to a table with handlers on it, and what Anton's macros make of that."""
 
 from __future__ import annotations
 
@@ -293,3 +293,17 @@ def test_a_role_that_only_builds_needs_no_right_in_the_runtime_but_to_use_its_sc
         with pytest.raises(psycopg.errors.InsufficientPrivilege, match="is not the table of"):
             conn.execute("""select anton.dbt_close('{"schema": "public", "name": "src"}', '{}', null, null, null, false)""")
     pg.sql("drop table daily, hourly", "revoke all on schema anton, public from builder")
+
+
+def test_the_demo_project_builds_and_its_tests_pass(pg: Pg, dbt_child: Child, tmp_path: Path) -> None:
+    pg.sql(
+        "create table orders (id int primary key, customer text, country text, total numeric, status text, placed_at timestamptz)",
+        "insert into orders select g, 'c' || g % 3, (array['DE', 'FR'])[1 + g % 2], g, 'paid', timestamptz '2026-01-01' + g * interval '1 h' "
+        "from generate_series(1, 60) g",
+    )
+    demo = Project(dbt_child, tmp_path / "demo", pg.url, demo=True)
+    for _ in range(2):
+        nodes = demo("build")["nodes"]
+    assert {status for status, _ in nodes.values()} == {"success", "pass"} and len(nodes) > 10
+    assert pg.value("select count(distinct unique_id) from anton.dbt_build") == 6
+    assert pg.sql("select code, revenue from revenue_by_country order by 1") == [("DE", 930), ("FR", 900), ("IT", 0)]

@@ -23,8 +23,9 @@
   {%- if place.in_place -%}
     {#- two builds at once: the second waits before it reads anything; readers do not -#}
     {% do run_query('lock table ' ~ target_relation ~ ' in share row exclusive mode') %}
-    {%- set temp = make_temp_relation(target_relation) -%}
-    {% do run_query(get_create_table_as_sql(True, temp, sql)) %}
+    {#- not temporary, as those are not read in parallel; it goes with the transaction in any case -#}
+    {%- set temp = intermediate -%}
+    {% do run_query(anton_table_fill_sql(temp, sql)) %}
     {%- set have, want = anton_columns(target_relation), anton_columns(temp) -%}
     {%- for name in have if want.get(name) != have[name] -%}
       {%- do place.update(in_place=false) -%}
@@ -40,7 +41,7 @@
     {%- endfor -%}
     {% do run_query('analyze ' ~ temp) %}
     {% do run_query(anton_table_key_sql(target_relation, key)) %}
-    {% do run_query(anton_table_diff_sql(target_relation, temp, key, want, have)) %}
+    {% do run_query(anton_table_diff_sql(target_relation, temp, key, want)) %}
     {% call statement('main') %}
       {{ anton_table_apply_sql(target_relation, temp, key, want) }}
     {% endcall %}
@@ -116,18 +117,27 @@
   end $anton$
 {%- endmacro %}
 
-{% macro anton_table_diff_sql(target_relation, temp, key, want, have) -%}
-  {%- set odd = namespace(found=want.items() | list != have.items() | list) -%}
-  {%- for type in want.values() if type.split('[')[0].split('(')[0] in ('json', 'xml', 'point', 'polygon', 'txid_snapshot', 'pg_snapshot', 'box', 'line', 'lseg', 'path', 'circle') -%}{%- set odd.found = true -%}{%- endfor -%}
-  {%- set plain = [] -%}
-  {%- for name, type in want.items() if name not in key -%}
-    {%- set cast = '::text' if type.split('[')[0].split('(')[0] in ('json', 'xml', 'point', 'polygon', 'txid_snapshot', 'pg_snapshot', 'box', 'line', 'lseg', 'path', 'circle') else '' -%}
-    {%- do plain.append('anton_t.' ~ adapter.quote(name) ~ cast ~ ' is distinct from anton_s.' ~ adapter.quote(name) ~ cast) -%}
-  {%- endfor -%}
+{#- the rows of the model, in a table that is not logged -#}
+{% macro anton_table_fill_sql(relation, sql) -%}
+  {%- set contract = config.get('contract') -%}
+  {%- if contract and contract.enforced -%}
+    {{ get_assert_columns_equivalent(sql) }}
+    {%- set sql = get_select_subquery(sql) -%}
+  {%- endif -%}
+  create unlogged table {{ relation }} as ({{ sql }})
+{%- endmacro %}
+
+{#- nearly no row differs, which the planner cannot know: it would not read in parallel. Compiling does not pay. -#}
+{% macro anton_table_diff_sql(target_relation, temp, key, want) -%}
+  {%- set odd = ('json', 'xml', 'point', 'polygon', 'txid_snapshot', 'pg_snapshot', 'box', 'line', 'lseg', 'path', 'circle') -%}
+  set local parallel_setup_cost = 0; set local parallel_tuple_cost = 0; set local jit = off;
   create temp table anton_table_diff on commit drop as
   select anton_t.ctid as anton_row, case when anton_s.ctid is null then 'd' when anton_t.ctid is null then 'n' else 'u' end as anton_op, anton_s.*
     from {{ target_relation }} anton_t full join {{ temp }} anton_s on {{ anton_table_match(key, 'anton_t', 'anton_s') }}
-   where {% if odd.found %}anton_t.ctid is null or anton_s.ctid is null{% for one in plain %} or {{ one }}{% endfor %}{% else %}anton_t is distinct from anton_s{% endif %}
+   where anton_t.ctid is null or anton_s.ctid is null
+   {%- for name, type in want.items() if name not in key -%}
+     {%- set cast = '::text' if type.split('[')[0].split('(')[0] in odd else '' %} or anton_t.{{ adapter.quote(name) }}{{ cast }} is distinct from anton_s.{{ adapter.quote(name) }}{{ cast }}
+   {%- endfor -%}
 {%- endmacro %}
 
 {% macro anton_table_apply_sql(target_relation, temp, key, want) -%}
