@@ -222,6 +222,7 @@ def test_a_build_that_takes_too_long_is_ended_with_its_query(live: Live) -> None
     (live.folder / "models" / "slow.sql").write_text("select 1 as id from pg_sleep(60)")
     live.project.run("slow", timeout=0.3)
     live.work()
+    assert live.last_run() == ("failed", {"slow": "error"})
     ((state, error),) = live.shop.sql("select state, error from anton.dbt_request order by id desc limit 1")
     assert state == "failed" and "longer than" in error
     assert live.shop.sql("select count(*) from pg_stat_activity where query like '%pg_sleep(60)%' "

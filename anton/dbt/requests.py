@@ -15,7 +15,7 @@ import logging
 import re
 from collections.abc import AsyncGenerator, AsyncIterator, Collection, Iterable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from anton.ctx import Ctx
@@ -157,16 +157,25 @@ class Requests:
                                    for row in rows if row["id"] in wish.ids), default=TIMEOUT)
         settings = _settings(rows, wish)
 
+        built: set[str] = set()
+
         def heard(event: dict[str, Any]) -> None:
             if event.get("node") and event.get("text"):
                 logs.setdefault(event["node"], []).append(event["text"])
+            if event["event"] == "NodeFinished" and event.get("status") == "success":
+                built.add(event["node"])
 
         async def build(ids: Collection[str]) -> Done:
             args = ["build", "--select", *sorted(_selector(manifest, id) for id in ids), *KINDS]
             args += ["--full-refresh"] if wish.full_refresh else []
             args += ["--vars", _json(wish.vars)] if wish.vars else []
-            return await runner.invoke(args, seconds=max(0.1, until - loop.time()), heard=heard, alone=len(ids) == 1,
+            done = await runner.invoke(args, seconds=max(0.1, until - loop.time()), heard=heard, alone=len(ids) == 1,
                                        settings=settings)
+            if done.error is None:
+                return done
+            # it broke as a whole, or took too long: dbt says nothing of single nodes, but what it finished is built
+            broken = [_result(manifest, id, *(("success", "") if id in built else ("error", done.error))) for id in ids]
+            return replace(done, results=broken)
 
         if wish.gate:
             await self._put_tests(db, runner, manifest, wish.nodes, until - loop.time())
@@ -188,8 +197,7 @@ class Requests:
         for level in manifest.levels(wish.nodes):
             due = [id for id in level if id in wish.whole or manifest.reads(id) & changed]
             stopped = [id for id in due if manifest.reads(id) & failed]
-            results += [Result(id, manifest.nodes[id].name, manifest.nodes[id].type, "skipped", 0.0,
-                               "what it is made of failed") for id in stopped]
+            results += [_result(manifest, id, "skipped", "what it is made of failed") for id in stopped]
             failed |= set(stopped)
             due = [id for id in due if id not in failed]
             if not due:
@@ -321,6 +329,11 @@ def _settings(rows: Iterable[Any], wish: Wish) -> dict[str, str]:
 def _buildable(manifest: Manifest, id: str) -> bool:
     node = manifest.nodes.get(id)
     return node is not None and node.materialized != "ephemeral" 
+
+
+def _result(manifest: Manifest, id: str, status: str, message: str) -> Result:
+    node = manifest.nodes[id]
+    return Result(id, node.name, node.type, status, 0.0, message)
 
 
 def _selector(manifest: Manifest, id: str) -> str:
