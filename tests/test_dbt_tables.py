@@ -122,7 +122,8 @@ def test_a_seed_that_is_filled_again_fires_what_differs(dbt: Project, pg: Pg) ->
 def test_a_snapshot_fires_its_closed_and_its_new_versions(dbt: Project, pg: Pg) -> None:
     dbt.file(
         "snapshots/history.sql",
-        "{% snapshot history %}{{ config(unique_key='id', strategy='check', check_cols=['n']) }} select * from src {% endsnapshot %}",
+        "{% snapshot history %}{{ config(unique_key='id', strategy='check', check_cols=['n']) }} "
+        "select * from src {% endsnapshot %}",
     )
     register(pg, "history", "dbt_scd_id", kind="snapshot")
     every = pg.listen("history", "new", "updated", "deleted", read="change")
@@ -165,7 +166,8 @@ def test_a_rebuilt_table_keeps_what_dbt_would_drop(dbt: Project, pg: Pg) -> None
     dbt("run")
     pg.sql(
         "create table log (n int)",
-        "create function noted() returns trigger language plpgsql as $$ begin insert into log values (1); return null; end $$",
+        "create function noted() returns trigger language plpgsql as "
+        "$$ begin insert into log values (1); return null; end $$",
         "create trigger mine after insert on daily for each row execute function noted()",
         "alter table daily disable trigger mine",
         "alter table daily add primary key (id)",
@@ -203,7 +205,8 @@ def test_a_test_that_gates_keeps_bad_rows_out(dbt: Project, pg: Pg, how: str) ->
     dbt("run")
     assert len(pg.events(every[1])) == 1
     pg.sql(
-        "insert into anton.dbt_test (project, unique_id, name, sql, error_if) values ('shop', 'model.shop.daily', 'no_negatives', 'select * from daily where n < 0', '> 1')",
+        "insert into anton.dbt_test (project, unique_id, name, sql, error_if) values ('shop', 'model.shop.daily', 'no_negatives', "
+        "'select * from daily where n < 0', '> 1')",
         "update src set n = -1 where id = 1",
     )
     dbt("run", "--vars", "anton_gate: true")  # one is let pass
