@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 import signal
-import socket
 import time
 from collections import Counter
 from typing import Any
 
 import psycopg
+from servers import free_port
 
 from chaos.cell import Cell
 from chaos.faults import PATIENCE, Result, fault, percentile, through, under_load
@@ -148,9 +148,7 @@ def posts(cell: Cell, n: int) -> Result:
     result, answered, next_id = Result(), 0, itertools.count(1)
     kills = 0
     cell.start(1)
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = one.getsockname()[1]
+    port = free_port()
     web = 0
     proxy, url = through(cell)
     proxy.choose = lambda explicit: "before" if cell.random.random() < 0.05 else None

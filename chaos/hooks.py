@@ -5,11 +5,12 @@ from __future__ import annotations
 import http.client
 import json
 import signal
-import socket
 import threading
 import time
 from collections import Counter
 from random import Random
+
+from servers import free_port
 
 from anton.verify import SCHEMES
 from chaos.cell import Cell
@@ -87,9 +88,7 @@ class Senders:
 def deliveries(cell: Cell, n: int) -> Result:
     """n kills of each, a tenth of Postgres's of the postmaster. 2xx means: one record."""
     result = Result()
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = one.getsockname()[1]
+    port = free_port()
     (web,) = cell.start(port=port)
     senders = Senders(port, cell.seed)
     kills: Counter[str] = Counter()

@@ -1,4 +1,5 @@
 """Fixtures of the whole suite. ANTON_TEST_SERVER=embedded (default) | system picks the server; make test runs both.
+--asks-server: only tests that may differ from one server to the other.
 
     server     the running server of this session
     template   the name of a database with Anton's runtime in it, migrated once a session
@@ -27,8 +28,29 @@ from anton import write
 from anton.db import Database, set_database
 from chaos.dbts import Child
 
+KIND = os.environ.get("ANTON_TEST_SERVER", "embedded")
+
 for _name in [name for name in os.environ if name.startswith("PG") or name == "DATABASE_URL"]:
     del os.environ[_name]  # a developer's own database is no test's business
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--asks-server", action="store_true", help="only tests that ask for the fixture `server`")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "system(why): runs with the system's server only")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    system = {item: mark.args[0] for item in items if (mark := item.get_closest_marker("system"))}
+    if KIND != "system":
+        for item, why in system.items():
+            item.add_marker(pytest.mark.skip(reason=f"on the system's server only: {why}"))
+    if config.getoption("--asks-server"):
+        asking = system.keys() | {item for item in items if "server" in getattr(item, "fixturenames", ())}
+        config.hook.pytest_deselected(items=[item for item in items if item not in asking])
+        items[:] = [item for item in items if item in asking]
 
 
 @pytest.fixture(scope="session")
@@ -48,12 +70,11 @@ def nothing_is_left_over() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[Server]:
-    kind = os.environ.get("ANTON_TEST_SERVER", "embedded")
     try:
-        with running(kind) as server:
+        with running(KIND) as server:
             yield server
     except NoServer as reason:
-        pytest.exit(f"no {kind} server for the tests: {reason}", returncode=3)
+        pytest.exit(f"no {KIND} server for the tests: {reason}", returncode=3)
 
 
 @pytest.fixture(scope="session")

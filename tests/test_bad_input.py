@@ -9,10 +9,11 @@ import re
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from servers import Server
 
 from anton import Table
 from anton.app import App, declaring
@@ -39,17 +40,35 @@ orders, letters = Table("orders", Order), Table("letters")
 Anton = Callable[..., tuple[int, str]]
 
 
+def run(folder: Path, code: str, url: str, *words: str) -> tuple[int, str]:
+    """Runs a command on an app with this code; its exit code and all that it printed."""
+    (folder / "main.py").write_text(MAIN + code)
+    (folder / "autonomous.json").write_text('{"name": "shop"}')
+    env = {**os.environ, "PYTHONPATH": f"{REPO}:{REPO / 'components'}", "DATABASE_URL": url}
+    done = subprocess.run([sys.executable, "-c", ANTON, *words], cwd=folder, env=env, check=False, timeout=60,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return done.returncode, done.stdout
+
+
 @pytest.fixture
 def anton(database: str, tmp_path: Path) -> Anton:
-    """Runs a command on an app with this code; its exit code and all that it printed."""
-    def run(*words: str, code: str = "", url: str = database) -> tuple[int, str]:
-        (tmp_path / "main.py").write_text(MAIN + code)
-        env = {**os.environ, "PYTHONPATH": f"{REPO}:{REPO / 'components'}", "DATABASE_URL": url}
-        done = subprocess.run([sys.executable, "-c", ANTON, *words], cwd=tmp_path, env=env, check=False, timeout=60,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        return done.returncode, done.stdout
+    return lambda *words, code="", url=database: run(tmp_path, code, url, *words)
 
-    return run
+
+@pytest.fixture(scope="module")
+def _migrated(server: Server, template: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    name = server.clone(template)
+    assert run(tmp_path_factory.mktemp("app"), "", server.url(name), "migrate")[0] == 0
+    yield name
+    server.drop(name)
+
+
+@pytest.fixture
+def migrated(server: Server, _migrated: str) -> Iterator[str]:
+    """A database that the app was migrated into."""
+    name = server.clone(_migrated)
+    yield server.url(name)
+    server.drop(name)
 
 
 @pytest.mark.parametrize(("code", "says"), [
@@ -64,9 +83,8 @@ def anton(database: str, tmp_path: Path) -> Anton:
     ("def f(:", r"line 12\n.*def f\(:\n.*\nSyntaxError"),
     ("import nothing_like_it", "line 12.*\n.*\nModuleNotFoundError: No module named 'nothing_like_it'"),
 ])
-def test_a_wrong_program_is_told_at_migrate_with_its_line(anton: Anton, code: str, says: str) -> None:
-    anton("migrate")
-    status, told = anton("migrate", code=code)
+def test_a_wrong_program_is_told_at_migrate_with_its_line(anton: Anton, migrated: str, code: str, says: str) -> None:
+    status, told = anton("migrate", code=code, url=migrated)
     assert status == 2
     assert re.search(says, told), told
     assert told.startswith("anton: ") and not OURS.search(told), told

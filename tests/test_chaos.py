@@ -5,7 +5,6 @@ The long form has more faults, larger numbers, and the bugs that take minutes to
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -38,6 +37,8 @@ SHORT = [  # fault, how often, seed; those that take long come first
     ("P5", 8, SEED),
     ("A5", 20, SEED),
     ("S1", 10, SEED),
+    ("S2", 7, SEED),
+    ("S3", 5, SEED),
     ("L3", 1, SEED),
     ("A3", 3, SEED),
     ("A4", 50_000, SEED),
@@ -65,7 +66,7 @@ PLANTED = (*BUGS, HOOKED)
 SERVER = {"D1", "D2", "H2"}  # these harm all databases of a server: they have one of their own, one after the other
 AT_ONCE = 2  # databases with their workers; most of what they do is to wait
 
-pytestmark = pytest.mark.skipif(os.environ.get("ANTON_TEST_SERVER") != "system", reason="on the system's server only")
+pytestmark = pytest.mark.system("it brings servers of its own, of the system's kind")
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from servers import _free_port as free_port
-from servers import migrate, restart, running
+from servers import free_port, migrate, restart, running
 from working import Bench, cutting, met, numbers, one_handler
 
 from anton import Ctx, Records, Table, queue

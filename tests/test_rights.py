@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -154,7 +155,8 @@ async def test_a_table_to_read_that_is_denied_makes_the_handler_wait(db: Databas
 
 
 GONE = {
-    "table": ("alter table b rename to b_gone", "alter table b_gone rename to b", 'relation "public.b" does not exist'),
+    "table": ("alter table b rename to b_gone", "alter table b_gone rename to b",
+              r'relation "(public\.)?b" does not exist'),                  # no schema once a probe looked for it
     "column": ("alter table b rename data to data_gone", "alter table b rename data_gone to data", '"data"'),
 }
 
@@ -172,7 +174,7 @@ async def test_what_is_gone_from_the_schema_makes_the_handler_wait_until_it_is_b
     await bench.sql(away)
     await bench.add("a", ({"n": n} for n in range(30)))
     row = await failing(bench)
-    assert row["state"] == "failing" and says in row["why"] and row["ready"] == 30
+    assert row["state"] == "failing" and re.search(says, row["why"]) and row["ready"] == 30
     await bench.advance(timedelta(minutes=2))
     row = await failing(bench)                                          # nothing is known of the table any more
     assert row["state"] == "failing" and row["ready"] == 30 and row["failures"] >= 1

@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
+from servers import free_port
 
 from anton import Table, relation
 from anton.app import App, declaring
@@ -193,9 +194,7 @@ def pooled(server: Any, name: str, folder: Path, size: int = 2) -> Iterator[str]
     parts = urlsplit(server.url("postgres" if name == "*" else name))
     query = {key: values[0] for key, values in parse_qs(parts.query).items()}
     host, at = query.get("host") or parts.hostname or "localhost", query.get("port") or parts.port or 5432
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = one.getsockname()[1]
+    port = free_port()
     (folder / "users.txt").write_text('"postgres" ""\n')
     (folder / "bouncer.ini").write_text(
         f"[databases]\n{name} = host={host} port={at} user=postgres\n"
