@@ -16,8 +16,8 @@ from chaos.dbts import Child, Project
 
 _SOURCE = """
 create table src as select g as id, 'customer ' || g % 1000 as customer,
-       (g % 10000) / 100.0 as total, g % 2 = 0 as paid, timestamptz '2026-01-01' + g * interval '1 s' as at, g % 77 as a,
-       g % 99 as b, md5(g::text) as note
+       (g % 10000) / 100.0 as total, g % 2 = 0 as paid, timestamptz '2026-01-01' + g * interval '1 s' as at,
+       g % 77 as a, g % 99 as b, md5(g::text) as note
   from generate_series(1, %s) g"""
 
 
