@@ -16,7 +16,15 @@ from typing import Any, NoReturn
 from anton import verbs
 from anton.app import while_loading
 from anton.dbt import verbs as dbt
-from anton.errors import AntonError, ConfigError, DeclarationError, UnknownHandler, UnknownTable, did_you_mean
+from anton.errors import (
+    AntonError,
+    ConfigError,
+    DeclarationError,
+    UnknownHandler,
+    UnknownNode,
+    UnknownTable,
+    did_you_mean,
+)
 from anton.share import version
 from anton.verbs import FOUND, USAGE, emit
 
@@ -70,6 +78,13 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--reconcile", action="store_true", help="find changes that fired no trigger")
     one.set_defaults(findings=dbt.findings)
     _verb(every, "why", verbs.why).add_argument("record", metavar="TABLE/KEY")
+
+    one = _verb(every, "graph", verbs.graph)
+    one.add_argument("--downstream", metavar="NAME", help="only this and what comes of it")
+    one.add_argument("--upstream", metavar="NAME", help="only this and what leads to it")
+    one.add_argument("--columns", metavar="TABLE", help="where each column of a table comes from, and goes")
+    one.add_argument("--mermaid", action="store_true", help="as a Mermaid flowchart")
+    one.add_argument("--offline", action="store_true", help="from the code alone: without the database")
 
     noun = _noun(every, "handlers", "what listens to Tables")
     _verb(noun, "list", verbs.handlers_list)
@@ -195,4 +210,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _asked_wrongly(error: AntonError) -> bool:
-    return isinstance(error, ConfigError | DeclarationError | UnknownHandler | UnknownTable)
+    return isinstance(error, ConfigError | DeclarationError | UnknownHandler | UnknownNode | UnknownTable)

@@ -13,13 +13,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from anton import sqlfile
+from anton import sqlcheck, sqlfile
 from anton.columns import MODELLESS, Shape
 from anton.db import literal, quote, split_name
 from anton.dbt.manifest import Node
 from anton.dbt.project import Model
 from anton.ddl import Difference, Found, Spec, check_adopted, compare, create_sql, inspect, key_advice
-from anton.edges import sql_writes, writes
+from anton.edges import read, writes
 from anton.errors import (
     AntonError,
     DatabaseError,
@@ -31,10 +31,13 @@ from anton.errors import (
     distance,
     near,
 )
+from anton.graph import cycles
 from anton.plan import LOCK_TIMEOUT, Step
+from anton.sqlcheck import SqlStep
 from anton.steps import Steps
 
 if TYPE_CHECKING:
+    from anton.lineage import Tables
     from anton.table import Table
 
 LOCK = (f"lock_timeout = '{LOCK_TIMEOUT}'",)
@@ -74,6 +77,7 @@ class Declared:
         self.app_schema = app_schema
         self.handlers: list[dict[str, Any]] = []                       # what put_handler takes, and "since"
         self.schedules: list[dict[str, Any]] = []                      # what put_schedule takes
+        self.known: Tables | None = None                               # what SQL may name; None: there is no SQL
 
     def place(self, name: str) -> tuple[str, str]:
         """Schema and name of a table as users write it."""
@@ -245,12 +249,14 @@ class Declared:
     async def make_handlers(self, wanted: Sequence[Wanted]) -> None:
         """Puts handlers and schedules into the catalogue, retires the vanished, brings all triggers up to date."""
         tables = {one.sql: one for one in wanted}
+        wrong = await self._check(wanted)
         for definition in self.handlers:
             one = tables[definition["table"]]
-            if one.can_work:
+            if one.can_work and definition["name"] not in wrong:
                 await self._handler(definition, one)
         for definition in self.schedules:
-            await self._put("schedule", "put_schedule", definition, None)
+            if definition["name"] not in wrong:
+                await self._put("schedule", "put_schedule", definition, None)
         for project in self.app.projects.values():
             await self._put("dbt project", "put_dbt_project", project.definition(self.app.name), None)
         if self.app.name != "sql":                                     # psql's own are nobody's code
@@ -258,6 +264,42 @@ class Declared:
         self._loops()
         for row in await self.conn.fetch(f"select name, partitioned from {self.run.schema}.watched_tables()"):
             await self._sync(row["name"], row["partitioned"], tables.get(row["name"]))
+
+    def sql_steps(self) -> list[SqlStep]:
+        """The SQL that runs later: handlers, and the schedules of files."""
+        places = {file.stem: file.name for file in self.run.files}
+        found = []
+        for kind, definitions in (("handler", self.handlers), ("schedule", self.schedules)):
+            for definition in definitions:
+                kept = "model" in definition or "model" in (definition.get("options") or {})  # our own SQL
+                if definition.get("body") is not None and not kept:
+                    name = definition["name"]
+                    place = places.get(name) or self.app.place("handler", name)
+                    table = definition.get("table", f"{self.run.schema}.tick")
+                    found.append(SqlStep(kind, name, definition["body"], place, table, definition.get("params", {})))
+        return found
+
+    async def _check(self, wanted: Sequence[Wanted]) -> set[str]:
+        """Has Postgres look at the SQL that runs later; the names of what it refuses. Not while columns lack."""
+        steps = self.sql_steps()
+        if not steps:
+            return set()
+        altered = {one.sql: [column.name for column in one.spec.columns] for one in wanted
+                   if one.spec and (one.difference.alters or one.found is None)} if self.run.dry else {}
+        self.known = await sqlcheck.tables(self.run.db, self.conn, self.app_schema, altered)
+        wrong = set()
+        for step in steps:
+            reading = step.reading(self.known)
+            self.plan.notes += [f"{step.place}, {warning}" for warning in reading.warnings]
+            if any(one.difference.alters for one in wanted) and self.run.dry:
+                continue
+            error = await sqlcheck.check(self.run.db, self.conn, step, self.known)
+            if isinstance(error, AntonError):
+                self.plan.refused.append(error)
+                wrong.add(step.name)
+            elif error is not None:
+                self.plan.notes.append(error)
+        return wrong
 
     async def _handler(self, definition: dict[str, Any], one: Wanted) -> None:
         since = definition.pop("since")
@@ -305,7 +347,8 @@ class Declared:
         edges: dict[str, list[tuple[str, str]]] = {}
         for definition in self.handlers:
             handler = self.app.handlers.get(definition["name"])
-            written = writes(handler) if handler else set(sql_writes(definition["body"]))
+            written = (writes(handler, self.known) if handler else
+                       read(definition["body"], self.known, definition["table"]).writes)
             for name, op in sorted(written):
                 for heard in definition["ops"]:
                     schema, table = self.place(name)
@@ -346,22 +389,3 @@ def slip(name: str, known: Sequence[str]) -> str | None:
     close = [other for other in known if letters(other) != letters(name) and 0 < distance(name, other) <= 2
              and len(name) > 3 and len(other) > 3]
     return min(close, key=lambda other: distance(name, other), default=None)
-
-
-def cycles(edges: Mapping[str, Sequence[tuple[str, str]]]) -> list[list[str]]:
-    """Ways that lead back to where they begin: ["orders new", handler, …, "orders new"]; one of every loop at least."""
-    found: list[list[str]] = []
-    done: set[str] = set()
-
-    def walk(path: list[str]) -> None:
-        for handler, table in edges.get(path[-1], ()):
-            if table in path[::2]:
-                found.append([*path[path.index(table):], handler, table])
-            elif table not in done:
-                walk([*path, handler, table])
-        done.add(path[-1])
-
-    for start in sorted(edges):
-        if start not in done:
-            walk([start])
-    return found

@@ -20,12 +20,12 @@ from typing import Any, TypeVar
 
 import orjson
 
-from anton import config, embedded, migrate, pgcron, schedule, supervisor, template
+from anton import config, embedded, migrate, pgcron, schedule, supervisor, template, wiring
 from anton.action import set_effects
 from anton.app import load_app, open_database
 from anton.db import Conn, Database, set_database
 from anton.duration import duration
-from anton.errors import AntonError, ConfigError
+from anton.errors import AntonError, ConfigError, DatabaseError
 from anton.status import Row, ask, behind, draw_why, layout, layout_one, status
 
 T = TypeVar("T")
@@ -256,6 +256,29 @@ def schedules_next(args: Args) -> int:
 
     rows = query(args, times)
     emit(args, rows, layout(rows, ("due", "tz")) if rows else f"{args.name} is never due again")
+    return OK
+
+
+def graph(args: Args) -> int:
+    """Show what leads to what: what comes in, tables, what listens to them. --columns TABLE traces columns."""
+    app, told, note = load_app(args.app), None, ""
+    if not args.offline:
+        try:
+            told = query(args, wiring.ask)
+        except DatabaseError as error:
+            note = f"from the code alone: {error}"
+    wired = wiring.wire(app, told)
+    if args.columns:
+        emit(args, wired.columns_of(args.columns), wired.columns_text(args.columns))
+        return OK
+    drawn = wired.graph
+    if note:
+        drawn.notes.append(note)
+    if args.downstream:
+        drawn = drawn.downstream(args.downstream)
+    if args.upstream:
+        drawn = drawn.upstream(args.upstream)
+    emit(args, drawn.facts(), drawn.mermaid() if args.mermaid else drawn.text())
     return OK
 
 

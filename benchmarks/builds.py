@@ -1,4 +1,4 @@
-"""Builds: dbt's rebuild of a table of 1M rows, plain, with its events, and in place; and what a reader waits meanwhile."""
+"""Builds: dbt's rebuild of a table of 1M rows: plain, with its events, and in place; what a reader waits meanwhile."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from benchmarks.subject import migrate, number
 from chaos.dbts import Child, Project
 
 _SOURCE = """
-create table src as select g as id, 'customer ' || g % 1000 as customer, (g % 10000) / 100.0 as total, g % 2 = 0 as paid,
-       timestamptz '2026-01-01' + g * interval '1 s' as at, g % 77 as a, g % 99 as b, md5(g::text) as note
+create table src as select g as id, 'customer ' || g % 1000 as customer,
+       (g % 10000) / 100.0 as total, g % 2 = 0 as paid, timestamptz '2026-01-01' + g * interval '1 s' as at,
+       g % 77 as a, g % 99 as b, md5(g::text) as note
   from generate_series(1, %s) g"""
 
 

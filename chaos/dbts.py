@@ -1,4 +1,4 @@
-"""dbt for tests, chaos and benches: one warm process that runs what it is told to, and projects in folders of their own.
+"""dbt for tests, chaos and benches: one warm process that runs what it is told to, and projects in folders.
 
 Importing dbt costs two seconds, so all runs share the process. It is not thread-safe, and neither is this.
 """
@@ -104,9 +104,14 @@ class Child:
 
 
 class Project:
-    """A dbt project on a database. hooks=False: one that knows nothing of Anton. who: user and password."""
+    """A dbt project on a database. hooks=False: one that knows nothing of Anton. demo: that of the repository.
 
-    def __init__(self, child: Child, folder: Path, url: str, hooks: bool = True, demo: bool = False, **who: str) -> None:
+    who: user and password.
+    """
+
+    def __init__(
+        self, child: Child, folder: Path, url: str, hooks: bool = True, demo: bool = False, **who: str
+    ) -> None:
         self.child, self.folder, self.url, self.changed = child, folder, url, True
         if demo:
             shutil.copytree(MACROS.parent, folder)
@@ -125,7 +130,8 @@ class Project:
             "threads": 1,
         }
         target |= who
-        self.file("profiles.yml", json.dumps(dict.fromkeys(("shop", "anton"), {"target": "it", "outputs": {"it": target}})))
+        profile = {"target": "it", "outputs": {"it": target}}
+        self.file("profiles.yml", json.dumps({"shop": profile, "anton": profile}))
 
     def file(self, path: str, text: str) -> None:
         """Writes a file of the project; it is parsed again at the next run."""

@@ -86,7 +86,7 @@ def install() -> None:
     """Puts the points into the worker's modules."""
     import asyncpg
 
-    from anton import queue
+    from anton import load, queue, schedule
     from anton.doorbell import Doorbell
     from anton.errors import LeaseLost
     from anton.settle import Settler
@@ -160,6 +160,10 @@ def install() -> None:
     wrapped.heartbeat = beating(queue.heartbeat)
     for name in ("ack", "ack_part", "run_sql"):
         setattr(wrapped, name, fenced(getattr(queue, name)))
+    ticking: Any = schedule
+    ticking.fire = after("mid_tick", schedule.fire)
+    loading: Any = load._Load
+    loading._copy, loading._write = after("mid_piece", loading._copy), after("after_piece", loading._write)
     bell: Any = Doorbell
     bell.announce = before("before_announce", Doorbell.announce)
     settler: Any = Settler

@@ -20,7 +20,10 @@ EVERYTHING = 1_000_000
 
 @dataclass(frozen=True)
 class Event:
-    """A record as its handler gets it. key: an integer or a tuple; of a rebuild, what is said of it. old, new: images by column, None where none is."""
+    """A record as its handler gets it. key: an integer or a tuple; of a rebuild, what is said of it.
+
+    old, new: images by column, None where none is.
+    """
 
     op: str
     key: Any
@@ -61,8 +64,8 @@ class Pg:
               execute format('drop function %s', f);
             end loop;
             foreach s in array array['job', 'lease', 'delayed', 'change', 'receipt', 'output', 'dead', 'fed',
-                                     'backfill', 'dbt_result', 'dbt_request', 'dbt_run', 'tick', 'schedule', 'action', 'worker', 'handler', 'dbt_test', 'dbt_build',
-                                     'dbt_model', 'watched'] loop
+                                     'backfill', 'tick', 'schedule', 'action', 'worker', 'handler', 'dbt_result',
+                                     'dbt_request', 'dbt_run', 'dbt_test', 'dbt_build', 'dbt_model', 'watched'] loop
               execute format('delete from %I', s);
             end loop;
             delete from setting where name like 'xid of %';

@@ -37,6 +37,8 @@ SHORT = [  # fault, how often, seed; those that take long come first
     ("P5", 8, SEED),
     ("A5", 20, SEED),
     ("S1", 10, SEED),
+    ("S2", 7, SEED),
+    ("S3", 5, SEED),
     ("L3", 1, SEED),
     ("A3", 3, SEED),
     ("A4", 50_000, SEED),

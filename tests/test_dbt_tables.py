@@ -122,7 +122,8 @@ def test_a_seed_that_is_filled_again_fires_what_differs(dbt: Project, pg: Pg) ->
 def test_a_snapshot_fires_its_closed_and_its_new_versions(dbt: Project, pg: Pg) -> None:
     dbt.file(
         "snapshots/history.sql",
-        "{% snapshot history %}{{ config(unique_key='id', strategy='check', check_cols=['n']) }} select * from src {% endsnapshot %}",
+        "{% snapshot history %}{{ config(unique_key='id', strategy='check', check_cols=['n']) }} "
+        "select * from src {% endsnapshot %}",
     )
     register(pg, "history", "dbt_scd_id", kind="snapshot")
     every = pg.listen("history", "new", "updated", "deleted", read="change")
@@ -165,7 +166,8 @@ def test_a_rebuilt_table_keeps_what_dbt_would_drop(dbt: Project, pg: Pg) -> None
     dbt("run")
     pg.sql(
         "create table log (n int)",
-        "create function noted() returns trigger language plpgsql as $$ begin insert into log values (1); return null; end $$",
+        "create function noted() returns trigger language plpgsql as "
+        "$$ begin insert into log values (1); return null; end $$",
         "create trigger mine after insert on daily for each row execute function noted()",
         "alter table daily disable trigger mine",
         "alter table daily add primary key (id)",
@@ -203,7 +205,9 @@ def test_a_test_that_gates_keeps_bad_rows_out(dbt: Project, pg: Pg, how: str) ->
     dbt("run")
     assert len(pg.events(every[1])) == 1
     pg.sql(
-        "insert into anton.dbt_test (project, unique_id, name, sql, error_if) values ('shop', 'model.shop.daily', 'no_negatives', 'select * from daily where n < 0', '> 1')",
+        "insert into anton.dbt_test (project, unique_id, name, sql, error_if) "
+        "values ('shop', 'model.shop.daily', 'no_negatives', "
+        "'select * from daily where n < 0', '> 1')",
         "update src set n = -1 where id = 1",
     )
     dbt("run", "--vars", "anton_gate: true")  # one is let pass
@@ -242,7 +246,8 @@ def test_views_that_others_made_read_the_new_table(dbt: Project, pg: Pg) -> None
     dbt.model("of_dbt", "select id from {{ ref('daily') }}", materialized="view")
     dbt("run")
     pg.sql(
-        "create view outside with (security_barrier = true) as select d.id, daily.n from daily, daily d where d.id = daily.id",
+        "create view outside with (security_barrier = true) as "
+        "select d.id, daily.n from daily, daily d where d.id = daily.id",
         "create view over_it as select count(*) from outside",
         "grant select on outside to public",
     )
@@ -266,7 +271,8 @@ def test_a_role_that_only_builds_needs_no_right_in_the_runtime_but_to_use_its_sc
     dbt: Project, pg: Pg, dbt_child: Child, tmp_path: Path
 ) -> None:
     pg.sql(
-        "do $$ begin create role builder login password 'b' nosuperuser; exception when duplicate_object then null; end $$",
+        "do $$ begin create role builder login password 'b'; "
+        "exception when duplicate_object then null; end $$",
         "grant create, usage on schema public to builder",
         "grant usage on schema anton to builder",
         "grant select on src to builder",
@@ -289,16 +295,19 @@ def test_a_role_that_only_builds_needs_no_right_in_the_runtime_but_to_use_its_sc
     assert len(pg.events(rebuilt)) == 3
     with psycopg.connect(pg.url, user="builder", password="b", autocommit=True) as conn:
         with pytest.raises(psycopg.errors.InsufficientPrivilege):
-            conn.execute("insert into anton.job (handler_id, change_id, at, lo, hi, op) values (1, 1, now(), 1, 1, 'n')")
+            conn.execute("delete from anton.job")
         with pytest.raises(psycopg.errors.InsufficientPrivilege, match="is not the table of"):
-            conn.execute("""select anton.dbt_close('{"schema": "public", "name": "src"}', '{}', null, null, null, false)""")
+            close = """select anton.dbt_close('{"schema": "public", "name": "src"}', '{}', null, null, null, false)"""
+            conn.execute(close)
     pg.sql("drop table daily, hourly", "revoke all on schema anton, public from builder")
 
 
 def test_the_demo_project_builds_and_its_tests_pass(pg: Pg, dbt_child: Child, tmp_path: Path) -> None:
     pg.sql(
-        "create table orders (id int primary key, customer text, country text, total numeric, status text, placed_at timestamptz)",
-        "insert into orders select g, 'c' || g % 3, (array['DE', 'FR'])[1 + g % 2], g, 'paid', timestamptz '2026-01-01' + g * interval '1 h' "
+        "create table orders (id int primary key, customer text, country text, total numeric, status text, "
+        "placed_at timestamptz)",
+        "insert into orders select g, 'c' || g % 3, (array['DE', 'FR'])[1 + g % 2], g, 'paid', "
+        "timestamptz '2026-01-01' + g * interval '1 h' "
         "from generate_series(1, 60) g",
     )
     demo = Project(dbt_child, tmp_path / "demo", pg.url, demo=True)
