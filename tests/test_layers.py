@@ -20,7 +20,7 @@ LAYERS = [
     "dbt.manifest dbt.profile dbt.init",
     "handshake config columns relation queue doorbell status due chunk parquet",
     "scheme op sqlfile lineage graph",
-    "signed apply sqlread dbt.runner dbt.child",
+    "signed apply sqlread dbt.runner dbt.child dbt.lineage",
     "verify write app heartbeat lane ddl",
     "record schedule action fate flow steps pace",
     "sink read component settle rights storage",

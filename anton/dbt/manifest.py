@@ -31,6 +31,7 @@ class Node:
     key: tuple[str, ...]
     tags: tuple[str, ...]
     columns: Mapping[str, Mapping[str, Any]]
+    code: str | None = None                                            # as dbt compiled it
 
     @property
     def stored(self) -> bool:
@@ -46,7 +47,7 @@ class Manifest:
         self.project: str = facts["project"]
         self.nodes = {id: Node(id, node["name"], node["type"], node["schema"], node["alias"], node["materialized"],
                                node["file"], tuple(node["parents"]), tuple(node["key"]), tuple(node["tags"]),
-                               node["columns"]) for id, node in facts["nodes"].items()}
+                               node["columns"], node.get("code")) for id, node in facts["nodes"].items()}
         self.sources: Mapping[str, Any] = facts["sources"]
         self.tests: Mapping[str, Any] = facts["tests"]
         self.exposures: Mapping[str, Any] = facts["exposures"]

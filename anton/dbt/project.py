@@ -25,13 +25,15 @@ from typing import Any, TypeVar, overload
 from pydantic import BaseModel
 
 from anton.app import App, current_app, place_of_caller
-from anton.columns import Shape
-from anton.db import Conn, Database
+from anton.columns import MODELLESS, Shape
+from anton.db import Conn, Database, quote, split_name
+from anton.dbt.lineage import part
 from anton.dbt.manifest import Manifest, Node, fingerprint
 from anton.dbt.requests import Requests
 from anton.dbt.runner import Runner
 from anton.duration import duration
 from anton.errors import BadOption, ConfigError
+from anton.graph import Part
 from anton.handler import Handler, interval
 from anton.op import Call
 from anton.record import ChangeOp, Record
@@ -44,7 +46,7 @@ M = TypeVar("M", bound=BaseModel)
 Length = str | float | timedelta
 
 ATTEMPTS = 5  # of requests when the project cannot be read, or dbt not be run
-FORMAT = 1  # of what is kept of a manifest
+FORMAT = 2  # of what is kept of a manifest
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ class DbtProject:
         self.models: dict[str, Model[Any]] = {}
         self.app.claim_name("handler", self.handler, self.place)
         self.app.projects[self.handler] = self
+        self.app.graphed.append(self)
         self._manifest = self._kept()
         self.work = Requests(self)
 
@@ -171,7 +174,12 @@ class DbtProject:
         """What there is in the project; dbt reads it only when a file of it changed. Raises DbtFailed, ConfigError."""
         if self._manifest is None or self._manifest.facts.get("stamp") != self.stamp(schema):
             runner = await self.work.runner(db, schema)
-            self.keep(await runner.manifest(), schema)
+            facts = await runner.manifest()
+            compiled = await runner.invoke(["compile"])                # for columns in the graph; it may fail
+            for raw in compiled.raw:
+                if raw["node"] in facts["nodes"]:
+                    facts["nodes"][raw["node"]]["code"] = raw["code"]
+            self.keep(facts, schema)
         assert self._manifest is not None
         self.settle(schema)
         return self._manifest
@@ -190,6 +198,19 @@ class DbtProject:
             pass
         self.settle(schema)
         return self._manifest
+
+    def graph(self) -> Part:
+        """What it adds to the graph of the app; nothing before the first migrate."""
+        if self._manifest is None:
+            return Part(notes=[f"{self!r}: anton migrate reads it"])
+        default = self._manifest.facts["stamp"][4] if self.schema is None else "public"
+        tables = {}
+        for table in self.app.tables.values():
+            schema, name = split_name(table.name)
+            if not isinstance(table, Model):
+                tables[f"{quote(schema or default)}.{quote(name)}"] = [
+                    column.name for column in (table.shape.table_columns if table.shape else MODELLESS)]
+        return part(self._manifest, tables, default, self.app.name)
 
     def settle(self, schema: str) -> None:
         """Gives its models the names of their relations."""
