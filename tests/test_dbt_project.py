@@ -332,6 +332,12 @@ def test_what_is_downstream_of_a_model_can_wait_for_its_builds(live: Live) -> No
     live.loop.run(migrate(shop.db, shop.app))
 
 
+def test_columns_are_followed_through_what_dbt_compiled(shared: Live) -> None:
+    found = shared.project.graph().columns
+    assert found["public.revenue", "revenue"] == {("public.orders", "total")}      # through an ephemeral model
+    assert found["public.total", "total"] == {("public.revenue", "revenue")}
+
+
 def test_commands_that_build_nothing_answer_in_lines(live: Live) -> None:
     runner = live.project.work._runner
     assert runner is not None
@@ -351,5 +357,6 @@ def test_anton_dbt_hands_arguments_on_and_shows_progress(live: Live, monkeypatch
     assert main([*url, "dbt", "changes", "revenue", "--limit", "1"]) == 0
     assert "table" in capfd.readouterr().out
     assert main([*url, "dbt", "lineage", "total"]) == 0
-    assert "from revenue" in capfd.readouterr().out
+    out = capfd.readouterr().out
+    assert "from revenue" in out and "total <- public.revenue.revenue" in out
     set_database(live.shop.db)

@@ -13,6 +13,7 @@ from typing import Any
 from anton.app import current_app, load_app
 from anton.db import Database
 from anton.dbt.init import FILE, KINDS, hooks_missing, init, stamp
+from anton.dbt.lineage import relation
 from anton.dbt.manifest import Manifest
 from anton.dbt.project import DbtProject
 from anton.dbt.requests import alone
@@ -67,6 +68,7 @@ def dbt_lineage(args: Args) -> int:
             await db.close()
 
     manifest = asyncio.run(look())
+    made = project.graph().columns
     if args.model:
         node = manifest.node(args.model)
         nodes = [node, *(manifest.nodes[id] for id in sorted(manifest.upstream([node.id])))]
@@ -75,7 +77,9 @@ def dbt_lineage(args: Args) -> int:
     facts = [{"model": node.name, "type": node.type, "materialized": node.materialized,
               "relation": f"{node.schema}.{node.alias}",
               "key": list(node.key), "reads": sorted(map(_short(manifest), node.parents)),
-              "read_by": sorted(map(_short(manifest), manifest.children(node.id)))} for node in nodes]
+              "read_by": sorted(map(_short(manifest), manifest.children(node.id))),
+              "columns": {column: sorted(map(".".join, sources)) for (table, column), sources in made.items()
+                          if table == relation(manifest, node.id)}} for node in nodes]
     emit(args, facts, "\n".join(_drawn(one) for one in facts) or "no models")
     return OK
 
@@ -218,4 +222,5 @@ def _drawn(one: Row) -> str:
         return ", ".join(names) or "nothing"
 
     return (f"{one['model']}  {one['materialized']} {one['relation']}"
-            f"\n  from {told(one['reads'])}\n  into {told(one['read_by'])}")
+            f"\n  from {told(one['reads'])}\n  into {told(one['read_by'])}"
+            + "".join(f"\n  {column} <- {told(sources)}" for column, sources in one["columns"].items()))
