@@ -56,6 +56,7 @@ class Wanted:
     can_work: bool = True                                              # False: it could not be made
     node: Node | None = None                                           # of dbt
     project: str = ""
+    unbuilt: bool = False                                              # by dbt
     track: bool = False                                                # its records are compared though nobody listens
 
     @property
@@ -129,6 +130,7 @@ class Declared:
         one = Wanted(node.schema, node.alias, None, node=node, project=model.project.name,
                      track=bool(model.project.whens and manifest.children(node.id)))
         if row is None:
+            one.unbuilt = True
             self.plan.notes.append(f"{one.shown} is not built yet: anton dbt build --select {node.name}")
         elif row["kind"] in ("r", "p"):
             one.found, one.rows = await inspect(self.conn, row["oid"]), True
@@ -287,8 +289,10 @@ class Declared:
         altered = {one.sql: [column.name for column in one.spec.columns] for one in wanted
                    if one.spec and (one.difference.alters or one.found is None)} if self.run.dry else {}
         self.known = await sqlcheck.tables(self.run.db, self.conn, self.app_schema, altered)
-        wrong = set()
+        wrong, unbuilt = set(), {one.sql for one in wanted if one.unbuilt}
         for step in steps:
+            if step.table in unbuilt:                                  # its columns are not known yet
+                continue
             reading = step.reading(self.known)
             self.plan.notes += [f"{step.place}, {warning}" for warning in reading.warnings]
             if any(one.difference.alters for one in wanted) and self.run.dry:
