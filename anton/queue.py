@@ -140,6 +140,11 @@ async def reclaim_together(db: Database, conn: Conn, worker: int, lease: timedel
     return _jobs(mine, await db.call(conn, "reclaim_together", worker, mine, handlers, lease))
 
 
+async def thaw(db: Database, conn: Conn, lease: timedelta) -> None:
+    """Ends the sessions of workers that froze while they sent what an ack of theirs writes."""
+    await db.call(conn, "thaw", lease)
+
+
 async def heartbeat(db: Database, conn: Conn, worker: int, tokens: list[int], lease: timedelta,
                     without: Sequence[int] = ()) -> set[int]:
     """Makes the leases last `lease` from now, but those of the jobs `without`; the tokens that still hold any."""

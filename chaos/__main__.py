@@ -26,6 +26,7 @@ from chaos import (  # noqa: F401  (faults register themselves)
     edges,
     handlers,
     hooks,
+    kills,
     report,
     sensing,
     wire,

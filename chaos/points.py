@@ -109,11 +109,7 @@ def install() -> None:
             if reach("before_late_ack", token=token, ids=ids):
                 _woken.add(this)
                 _beat.clear()
-                try:
-                    await asyncio.to_thread(_beat.wait, LATE)
-                except asyncio.CancelledError:  # the heart found the lease lost, and the worker dropped the work
-                    note("dropped", token=token)
-                    raise
+                await asyncio.to_thread(_beat.wait, LATE)
             try:
                 found = await call(db, conn, token, *args)
             except LeaseLost:
