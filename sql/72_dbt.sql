@@ -106,6 +106,7 @@ create or replace function dbt_attach(p_table int) returns void language plpgsql
 declare e record;
 begin
   perform dbt_may('pg_temp.anton_carrier');
+  perform dbt_may(to_regclass(format('%I.%I', w.schema_name, w.table_name))) from watched w where w.id = p_table;
   for e in select x.event, x.verb, x.tables, f.proname
              from (values ('new', 'insert', 'new table as new_records'), ('updated', 'update', 'old table as old_records new table as new_records'),
                           ('deleted', 'delete', 'old table as old_records')) x (event, verb, tables)

@@ -293,12 +293,17 @@ def test_a_role_that_only_builds_needs_no_right_in_the_runtime_but_to_use_its_sc
     assert {(e.op, e.key) for e in pg.events(heard["daily"])} == {("d", 1), ("u", 3), ("n", 6)}
     assert {(e.op, e.key) for e in pg.events(heard["hourly"])} == {("u", 3), ("n", 6)}
     assert len(pg.events(rebuilt)) == 3
+    pg.listen("src", "new")
+    src = pg.value("select id from anton.watched where table_name = 'src'")
     with psycopg.connect(pg.url, user="builder", password="b", autocommit=True) as conn:
         with pytest.raises(psycopg.errors.InsufficientPrivilege):
             conn.execute("delete from anton.job")
         with pytest.raises(psycopg.errors.InsufficientPrivilege, match="is not the table of"):
             close = """select anton.dbt_close('{"schema": "public", "name": "src"}', '{}', null, null, null, false)"""
             conn.execute(close)
+        conn.execute("create temp table anton_carrier (like src)")     # no changes of others' tables can be made up
+        with pytest.raises(psycopg.errors.InsufficientPrivilege, match="src is not the table of"):
+            conn.execute("select anton.dbt_attach(%s)", [src])
     pg.sql("drop table daily, hourly", "revoke all on schema anton, public from builder")
 
 

@@ -154,7 +154,7 @@ async def test_an_app_that_does_not_read_is_not_its_senders_fault(db):
 async def test_who_goes_on_sending_after_the_answer_is_cut_off(db):
     async with connected(db) as sender:
         await sender.send(b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 90000000\r\n\r\n")
-        assert (await sender.reader.readuntil(b"\r\n\r\nContent Too Large")).startswith(b"HTTP/1.1 413 ")
+        assert (await sender.reader.readuntil(b"}")).startswith(b"HTTP/1.1 413 ")
         await sender.send(b"x" * 100_000, lambda conn: conn.got == 100_000)
         sender.wait(31)
         assert await sender.answer() == b""
