@@ -141,6 +141,14 @@ language sql volatile set search_path from current as $$
   update call set state = p_state, cost = case p_state when 'failed' then 0 when 'unknown' then null else p_cost end, lease_until = null where id = c.id;
 $$;
 
+-- lock_calls(ids): what a change of their state will touch, in the one order
+create or replace function lock_calls(p_ids bigint[]) returns void language plpgsql volatile set search_path from current as $$
+begin
+  perform from spent s where (s.budget_id, s.period) in (select u.b, u.p from call, unnest(call.budgets, call.periods) u (b, p) where call.id = any (p_ids))
+    order by s.budget_id, s.period for update;
+  perform from memo where hash in (select input_hash from call where id = any (p_ids)) order by hash for update;
+end $$;
+
 -- end_calls(calls): what came of them: state done, failed (nothing was paid) or unknown (nobody knows)
 -- ttl: seconds that an answer is kept. limits: [{unit, amount, seconds}] as the service said; block: seconds until it takes more.
 create or replace function end_calls(p_calls jsonb) returns void language plpgsql volatile set search_path from current as $$
@@ -160,8 +168,7 @@ begin
   update quota q set next_at = q.next_at - make_interval(secs => x.over * q.window_seconds / (q.amount * 0.95)::double precision)
     from (select x ->> 'quota' as name, sum((x ->> 'over')::bigint) as over from jsonb_array_elements(p_calls) x group by 1) x
    where q.name = x.name and q.unit = 'tokens' and q.amount is not null and x.over <> 0;
-  perform from spent s where (s.budget_id, s.period) in (select u.b, u.p from call, unnest(call.budgets, call.periods) u (b, p) where call.id = any (v_ids))
-    order by budget_id, period for update;
+  perform lock_calls(v_ids);
   for c in
     select * from jsonb_to_recordset(p_calls) x (
       id bigint, state text, tokens_in bigint, tokens_cached bigint, tokens_out bigint, cost numeric, answer jsonb, ttl double precision,
@@ -189,9 +196,10 @@ $$;
 
 -- lapse_calls() -> how many calls were left by who made them: nobody knows what came of them, and they are charged at what they can cost at most
 create or replace function lapse_calls() returns bigint language plpgsql volatile set search_path from current as $$
-declare k call; v_n bigint := 0;
+declare k call; v_n bigint := 0; v_ids bigint[] := array(select id from call where state = 'asking' and lease_until < now() order by id limit 1000);
 begin
-  for k in select * from call where state = 'asking' and lease_until < now() order by id limit 1000 for update skip locked loop
+  perform lock_calls(v_ids);
+  for k in select * from call where id = any (v_ids) and state = 'asking' and lease_until < now() order by id for update loop
     perform charge(k, 'unknown', null, null);
     update call set error = coalesce(error, 'its process ended while it was asked') where id = k.id;
     delete from memo where hash = k.input_hash and call_id = k.id and answer is null;
@@ -205,6 +213,7 @@ create or replace function settle_call(p_id bigint, p_cost numeric default null,
 returns boolean language plpgsql volatile set search_path from current as $$
 declare k call;
 begin
+  perform lock_calls(array[p_id]);
   select * into k from call where id = p_id and state = 'unknown' for update;
   if k.id is null then
     return false;
