@@ -18,7 +18,6 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, Literal, NamedTuple
-from weakref import WeakKeyDictionary
 
 import asyncpg
 
@@ -116,8 +115,14 @@ class Ledger:
 
     async def _begin(self, calls: Sequence[tuple[Any, asyncio.Future[Any]]]) -> None:
         facts = [{**given, "n": n} for n, (given, _) in enumerate(calls)]
-        async with self.db.conn() as conn:
-            rows = await self.db.call(conn, "begin_calls", facts, self._worker)
+        for left in range(2, -1, -1):
+            try:
+                async with self.db.conn() as conn:
+                    rows = await self.db.call(conn, "begin_calls", facts, self._worker)
+                break
+            except asyncpg.TransactionRollbackError:
+                if not left:
+                    raise
         for row in rows:
             begun = Begun(row["verdict"], row["call_id"], row["wait"], row["answer"], row["reason"])
             future = calls[row["n"]][1]
@@ -129,22 +134,27 @@ class Ledger:
                 future.set_result(begun)
 
     async def _end(self, calls: Sequence[tuple[Any, asyncio.Future[Any]]]) -> None:
-        for left in range(TRIES, 0, -1):
+        try:
+            await self._end_all([given for given, _ in calls])
+        finally:
+            self._open -= {given["id"] for given, _ in calls}
+            if not self._open and self._renewing is not None:
+                self._renewing.cancel()
+                self._renewing = None
+        for _, future in calls:
+            if not future.done():
+                future.set_result(None)
+
+    async def _end_all(self, facts: Sequence[Mapping[str, Any]]) -> None:
+        for left in range(TRIES, -1, -1):
             try:
                 async with self.db.conn() as conn:
-                    await self.db.call(conn, "end_calls", [given for given, _ in calls])
-                break
+                    await self.db.call(conn, "end_calls", facts)
+                return
             except Exception as error:
                 if not left or not (is_away(error) or isinstance(error, asyncpg.TransactionRollbackError)):
                     raise
                 await asyncio.sleep(0.5)
-        for given, future in calls:
-            self._open.discard(given["id"])
-            if not future.done():
-                future.set_result(None)
-        if not self._open and self._renewing is not None:
-            self._renewing.cancel()
-            self._renewing = None
 
     def _hold(self, id: int) -> None:
         self._open.add(id)
@@ -191,12 +201,16 @@ class _Batches:
             self._task = None
 
 
-_ledgers: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[int, Ledger]] = WeakKeyDictionary()
+_ledgers: dict[asyncio.AbstractEventLoop, dict[Database, Ledger]] = {}
 
 
 def ledger_of(db: Database) -> Ledger:
     """The running loop's ledger on a database."""
-    mine = _ledgers.setdefault(asyncio.get_running_loop(), {})
-    if id(db) not in mine or mine[id(db)].db is not db:
-        mine[id(db)] = Ledger(db)
-    return mine[id(db)]
+    loop = asyncio.get_running_loop()
+    if loop not in _ledgers:
+        for ended in [other for other in _ledgers if other.is_closed()]:
+            del _ledgers[ended]
+    mine = _ledgers.setdefault(loop, {})
+    if db not in mine:
+        mine[db] = Ledger(db)
+    return mine[db]

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import sha256
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import orjson
 
@@ -23,12 +22,12 @@ def hash_of(*parts: Any) -> str:
     return sha256(orjson.dumps(plain, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
-_asking: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, asyncio.Future[None]]] = WeakKeyDictionary()
+_asking: dict[tuple[asyncio.AbstractEventLoop, str], asyncio.Future[None]] = {}  # empty while nothing is asked
 
 
 async def wait_for_other(hash: str, seconds: float) -> bool:
     """Waits while this process asks the same, at most so long. Whether it did."""
-    other = _asking.get(asyncio.get_running_loop(), {}).get(hash)
+    other = _asking.get((asyncio.get_running_loop(), hash))
     if other is None:
         return False
     await asyncio.wait({other}, timeout=seconds)
@@ -39,12 +38,12 @@ async def wait_for_other(hash: str, seconds: float) -> bool:
 def asking(hash: str) -> Iterator[None]:
     """While it is asked: others of this process wait. One at a time; see wait_for_other."""
     loop = asyncio.get_running_loop()
-    flights = _asking.setdefault(loop, {})
-    if hash in flights:                                                # the same was begun anew, after its lease
+    if (loop, hash) in _asking:                                        # the same was begun anew, after its lease
         yield
         return
-    flights[hash] = loop.create_future()
+    done = _asking[loop, hash] = loop.create_future()
     try:
         yield
     finally:
-        flights.pop(hash).set_result(None)
+        del _asking[loop, hash]
+        done.set_result(None)
