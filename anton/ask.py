@@ -199,7 +199,8 @@ class Asker:
             wait = begun.wait
             if begun.verdict == "refused":
                 await ledger.lapse()
-                raise BudgetReached(begun.reason or "", LONGEST if wait is None else min(timedelta(seconds=wait), LONGEST))
+                after = LONGEST if wait is None else min(timedelta(seconds=wait), LONGEST)
+                raise BudgetReached(begun.reason or "", after)
             wait = wait or 0.25
             if time.monotonic() + wait > ends:
                 waits = WorldError(f"{facts['provider']} ({facts['model']}): waited {PATIENCE:.0f} s for "
@@ -236,8 +237,9 @@ class Asker:
             cost = price.cost(reply.tokens_in, reply.tokens_out or 0, reply.cached, reply.written)
         used = (reply.tokens_in or 0) + (reply.tokens_out or 0)
         await ledger.end(ended | {
-            "state": "done", "tokens_in": reply.tokens_in, "tokens_cached": reply.cached, "tokens_out": reply.tokens_out,
-            "cost": None if cost is None else str(cost), "answered_by": reply.model,
+            "state": "done", "tokens_in": reply.tokens_in, "tokens_cached": reply.cached,
+            "tokens_out": reply.tokens_out, "cost": None if cost is None else str(cost),
+            "answered_by": reply.model,
             "answer": {"text": reply.text, "model": reply.model, "tokens_in": reply.tokens_in,
                        "tokens_out": reply.tokens_out, "cached": reply.cached, "finish": reply.finish},
             "limits": [limit.facts() for limit in reply.limits], "over": facts["tokens"] - used if used else 0,

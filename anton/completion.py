@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, ClassVar
+from datetime import timedelta
+from typing import Any, ClassVar, TypedDict
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel
@@ -22,10 +22,10 @@ from anton.action import effects
 from anton.app import current_app
 from anton.ask import About, Answer, Asker, Mode, Question, Reply, SendError
 from anton.component import Component, names_of, stand_in
-from anton.context import Context, Prompt, prompt_of
+from anton.context import Context, prompt_of
 from anton.ctx import Ctx
 from anton.db import current_database
-from anton.duration import Length, duration
+from anton.duration import duration
 from anton.errors import BadOption, Discard, UnknownOption, WorldError, did_you_mean
 from anton.handler import HandlerSpec
 from anton.ledger import budgets_of
@@ -38,6 +38,25 @@ from anton.table import Table
 
 CONCURRENCY = 50
 MODES: tuple[Mode, ...] = ("schema", "tool", "prompt")
+
+
+class Options(TypedDict, total=False):
+    """What every completion takes besides its table, its key and its model."""
+
+    prompt: str | None
+    system: str | None
+    context: Mapping[str, Any] | None
+    output: type[BaseModel] | None
+    mode: Mode | None
+    max_tokens: int | None
+    temperature: float | None
+    memo: str | float | timedelta | bool
+    budget: str | Sequence[str] | None
+    limit: str | None
+    price: Mapping[str, Any] | None
+    base_url: str | None
+    timeout: float
+    map: Mapping[str, str] | None
 
 
 class Completion(Component):
@@ -61,12 +80,14 @@ class Completion(Component):
     def __init__(self, table: Table[Any], *, model: str | Sequence[str], secret: Env | str | None = None,
                  prompt: str | None = None, system: str | None = None, context: Mapping[str, Any] | None = None,
                  output: type[BaseModel] | None = None, mode: Mode | None = None, max_tokens: int | None = None,
-                 temperature: float | None = None, memo: Length | bool = "30d",
+                 temperature: float | None = None, memo: str | float | timedelta | bool = "30d",
                  budget: str | Sequence[str] | None = None, limit: str | None = None,
                  price: Mapping[str, Any] | None = None, base_url: str | None = None, timeout: float = 60.0,
-                 map: Mapping[str, str] | None = None) -> None:
+                 map: Mapping[str, str] | None = None, **unknown: Any) -> None:
         super().__init__(secret=secret, map=map)
         of = self.name
+        for name in unknown:
+            raise UnknownOption(name, of, ("api_key", "model", *Options.__annotations__))
         self.table = table
         self.models = (model,) if isinstance(model, str) else tuple(model)
         if not self.models or not all(isinstance(one, str) and one for one in self.models):
@@ -82,7 +103,8 @@ class Completion(Component):
         self.temperature = temperature
         self.base_url = base_url
         self.timeout = timeout
-        folder = current_app().folder
+        self._app = current_app()
+        folder = self._app.folder
         self.system = None if system is None else prompt_of(system, folder, of)
         self.prompt = None if prompt is None else prompt_of(prompt, folder, of)
         self.context = Context(context, of)
@@ -144,8 +166,9 @@ class Completion(Component):
         change = ctx.change
         key = list(change.key) if isinstance(change.key, tuple) else [change.key]
         versions = [one.version for one in (self.system, self.prompt) if one is not None]
-        about = About(current_app().name, ctx.handler, ctx.table, key, change.id, change.trace, change.tenant,
-                      "+".join(versions) or None, None if self._shared else change.idempotency_key)
+        handler = self._app.handlers.get(ctx.handler)
+        about = About(self._app.name, ctx.handler, handler.table.name if handler else "", key, change.id, change.trace,
+                      change.tenant, "+".join(versions) or None, None if self._shared else change.idempotency_key)
         answers, parsed = await self._ask(messages, about)
         last = answers[-1]
         await _note(answers, about, origins)
@@ -243,7 +266,6 @@ class Completion(Component):
             mode = self._mode or self._modes.get(model, "schema")
             asked = replace(question, mode=mode)
             if mode == "prompt" and question.schema is not None:
-                *others, user = question.messages if len(question.messages) < 3 else (*question.messages, {})
                 asked = replace(asked, messages=_told(question.messages, asked_for(question.schema)))
             try:
                 return await self._asker.ask(_database(), asked, about, price, last=last)

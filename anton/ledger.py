@@ -29,8 +29,9 @@ RENEW = 5.0  # seconds; a call's lease is three times that
 TRIES = 60  # of an end, one a half second: an answer that was paid for is not given up when the database restarts
 
 Scope = Literal["handler", "table", "app"]
-_BUDGET = re.compile(r"\s*\$?\s*(\d[\d_]*(?:\.\d+)?)\s*(usd|dollars?|tokens?)?\s*(?:(?:/|per|a)\s*(minute|hour|day|week|month))?"
-                     r"\s*(?:per (handler|table|app))?\s*", re.IGNORECASE)
+_BUDGET = re.compile(r"\s*\$?\s*(\d[\d_]*(?:\.\d+)?)\s*(usd|dollars?|tokens?)?"
+                     r"\s*(?:(?:/|per|a)\s*(minute|hour|day|week|month))?\s*(?:per (handler|table|app))?\s*",
+                     re.IGNORECASE)
 
 
 @dataclass(frozen=True)

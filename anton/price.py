@@ -39,8 +39,8 @@ class Price:
     def of(cls, given: Mapping[str, Any], version: str = "given", owner: str = "price=") -> Price:
         """From {"input": 0.75, "output": "4.5", "cached": …}. Raises BadOption."""
         if not {"input", "output"} <= set(given) or set(given) - set(_KINDS):
-            raise BadOption("price", given, owner, 'US dollars for a million tokens: {"input": "0.75", "output": "4.5"}, '
-                            'and "cached", "cache_write" where they differ')
+            raise BadOption("price", given, owner, 'US dollars for a million tokens: {"input": "0.75", '
+                            '"output": "4.5"}, and "cached", "cache_write" where they differ')
         try:
             tiers = {kind: _tiers(value) for kind, value in given.items()}
         except (InvalidOperation, TypeError, ValueError):
