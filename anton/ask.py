@@ -19,7 +19,7 @@ from typing import Any, Literal, Protocol
 from anton.db import Database
 from anton.errors import AntonError, BudgetReached, ModelRefused, WorldError
 from anton.ledger import Begun, Budget, Ledger, ledger_of
-from anton.limit import Limit
+from anton.limit import Limit, learnt, retry_after
 from anton.memo import asking, hash_of, wait_for_other
 from anton.price import Price
 
@@ -81,6 +81,18 @@ class SendError(AntonError):
     def __init__(self, kind: str, reason: str, *, after: float | None = None, paid: bool = False,
                  limits: Sequence[Limit] = ()) -> None:
         super().__init__(reason, kind=kind, after=after, paid=paid, limits=limits)
+
+
+def status_error(status: int, said: str, headers: Mapping[str, str]) -> SendError:
+    """What an HTTP status other than 2xx means, the same for all services."""
+    said = f"answered {status}: {said}"
+    if status in (401, 403, 404):                                      # the key or the model is wrong, not the record
+        return SendError("wrong", said)
+    if status == 429:
+        return SendError("busy", said, after=retry_after(headers), limits=learnt(headers))
+    if status in (408, 409) or status >= 500:
+        return SendError("down", said, after=retry_after(headers))
+    return SendError("refused", said)
 
 
 class Provider(Protocol):

@@ -87,7 +87,8 @@ class Ledger:
 
     async def begin(self, facts: Mapping[str, Any]) -> Begun:
         """Asks whether this call may be sent. Raises what the database raises."""
-        return await self._begins.add(facts)
+        begun: Begun = await self._begins.add(facts)
+        return begun
 
     async def end(self, facts: Mapping[str, Any]) -> None:
         """Notes what came of a call; goes on trying for half a minute while the database is away."""

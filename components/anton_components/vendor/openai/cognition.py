@@ -13,18 +13,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
-from anton.ask import Question, Reply, SendError
+from anton.ask import Question, Reply, SendError, status_error
 from anton.completion import Completion, Options
 from anton.component import Clients
 from anton.errors import ConfigError
-from anton.limit import learnt, retry_after
+from anton.limit import learnt
 from anton.price import Prices
 from anton.secret import Env
 from anton.table import Table
 
 MODEL = "gpt-5.4-mini"
 HOME = "https://api.openai.com/v1"
-_WRONG = (401, 403, 404)                                               # the key or the model is wrong, not the record
 _MODES = ("response_format", "json_schema", "tool_choice", "tools", "grammar")
 
 
@@ -60,7 +59,7 @@ class OpenAiCompletion(Completion):
                 if error.param == "temperature" and "temperature" in self._params(question):
                     self._plain.add(question.model)
                     continue
-                raise _bad_request(error, question) from error
+                raise _status_error(error, question) from error
             except openai.APITimeoutError as error:
                 raise SendError("down", f"no answer in {question.timeout:g} s", paid=True) from error
             except openai.APIConnectionError as error:
@@ -108,25 +107,14 @@ def _reply(headers: Mapping[str, str], reply: Any, question: Question) -> Reply:
                  limits=learnt(headers))
 
 
-def _bad_request(error: Any, question: Question) -> SendError:
-    text = f"{error.param or ''} {error.message}".lower()
-    if question.schema is not None and question.mode != "prompt" and any(word in text for word in _MODES):
-        return SendError("mode", error.message)
-    return SendError("refused", error.message)
-
-
 def _status_error(error: Any, question: Question) -> SendError:
-    status, headers = error.status_code, error.response.headers
-    said = f"answered {status}: {error.message}"
-    if status in _WRONG:
-        return SendError("wrong", said)
-    if status == 429:
-        if error.code == "insufficient_quota":                         # no money there: waiting a second is no use
-            return SendError("wrong", said)
-        return SendError("busy", said, after=retry_after(headers), limits=learnt(headers))
-    if status in (408, 409) or status >= 500:
-        return SendError("down", said, after=retry_after(headers))
-    return _bad_request(error, question)
+    if error.status_code == 400 or error.status_code == 422:
+        text = f"{error.param or ''} {error.message}".lower()
+        if question.schema is not None and question.mode != "prompt" and any(word in text for word in _MODES):
+            return SendError("mode", error.message)
+    if error.code == "insufficient_quota":                             # no money there: waiting a second is no use
+        return SendError("wrong", f"answered {error.status_code}: {error.message}")
+    return status_error(error.status_code, error.message, error.response.headers)
 
 
 def _never_arrived(error: BaseException) -> bool:
