@@ -45,7 +45,7 @@ class Price:
             tiers = {kind: _tiers(value) for kind, value in given.items()}
         except (InvalidOperation, TypeError, ValueError):
             tiers = {"": ((0, Decimal(-1)),)}
-        if any(not value >= 0 for steps in tiers.values() for _, value in steps):
+        if any(not (value.is_finite() and value >= 0) for steps in tiers.values() for _, value in steps):
             raise BadOption("price", given, owner, "numbers from 0: US dollars for a million tokens")
         return cls(tiers["input"], tiers["output"], tiers.get("cached", tiers["input"]),
                    tiers.get("cache_write", tiers["input"]), version)
