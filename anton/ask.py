@@ -158,7 +158,9 @@ class Asker:
                 return Answer(Reply(**begun.answer), begun.call_id or 0, Decimal(0), True, facts["hash"])
             try:
                 with asking(facts["hash"]):
-                    return await self._send(ledger, question, begun, facts, price)
+                    answer = await self._send(ledger, question, begun, facts, price)
+                if answer is not None:
+                    return answer
             except SendError as error:
                 if error.kind == "mode":
                     raise
@@ -222,14 +224,16 @@ class Asker:
             await asyncio.sleep(wait)
 
     async def _send(self, ledger: Ledger, question: Question, begun: Begun, facts: Mapping[str, Any],
-                    price: Price | None) -> Answer:
-        """Sends what may be sent, and settles it. Raises SendError."""
+                    price: Price | None) -> Answer | None:
+        """Sends what may be sent, and settles it; None when it was too late for that. Raises SendError."""
         ended: dict[str, Any] = {"id": begun.call_id, "quota": facts["quota"], "ttl": self.ttl, "limits": [], "over": 0}
         sent = False
         started = time.perf_counter()
         try:
-            if begun.wait:
-                await asyncio.sleep(begun.wait)
+            await asyncio.sleep(begun.due - time.monotonic())
+            if time.monotonic() > begun.late:                          # the loop was busy: its place was another time
+                await ledger.end(ended | {"state": "unsent"})
+                return None
             sent, started = True, time.perf_counter()
             async with asyncio.timeout(question.timeout):
                 reply = await self.provider.send(question)
@@ -241,7 +245,7 @@ class Asker:
             await ledger.end(ended | _failed(error, started))
             raise
         except BaseException as error:                                 # cancelled, or a mistake of the provider
-            state = "unknown" if sent else "failed"
+            state = "unknown" if sent else "unsent"
             ledger.end_later(ended | {"state": state, "error": f"{type(error).__name__}: {error}"})
             raise
         cost = None

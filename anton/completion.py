@@ -131,6 +131,9 @@ class Completion(Component):
                                 f'"{unknown}"{f" at {self.host}" if self.base_url else ""} is not: give it, price='
                                 '{"input": …, "output": …} in dollars for a million tokens, or a budget in tokens')
 
+    async def prepare(self) -> None:
+        """What takes time before the first request, such as an import: none of them is late for it."""
+
     async def send(self, question: Question) -> Reply:
         """One request. Raises SendError."""
         raise NotImplementedError
@@ -163,6 +166,7 @@ class Completion(Component):
         prompt = messages[-1]["content"]
         if self.stands_in():
             return self._row(record, prompt, *self._stand_in(prompt), "echo", {"input": 0, "output": 0}, 0.0)
+        await self.prepare()
         change = ctx.change
         key = list(change.key) if isinstance(change.key, tuple) else [change.key]
         versions = [one.version for one in (self.system, self.prompt) if one is not None]

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import math
 import os
 import re
 import socket
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -64,13 +66,15 @@ def budgets_of(given: str | Sequence[str] | None, of: str) -> tuple[Budget, ...]
 
 
 class Begun(NamedTuple):
-    """What begin_calls() says of one call."""
+    """What begin_calls() says of one call. due, late: to be sent then, and not after; on the monotonic clock."""
 
     verdict: Literal["send", "answer", "wait", "later", "refused"]
     call_id: int | None
     wait: float | None
     answer: Any
     reason: str | None
+    due: float
+    late: float
 
 
 class Ledger:
@@ -120,18 +124,23 @@ class Ledger:
         for left in range(2, -1, -1):
             try:
                 async with self.db.conn() as conn:
-                    rows = await self.db.call(conn, "begin_calls", facts, self._worker)
+                    called = time.monotonic()
+                    *rows, clock = await self.db.call(conn, "begin_calls", facts, self._worker)
                 break
             except asyncpg.TransactionRollbackError:
                 if not left:
                     raise
+        # Postgres reckoned with a moment between these two: nothing is early by the second, nor late by the first.
+        first, second = called + clock["wait"], time.monotonic() - clock["slack"]
         for row in rows:
-            begun = Begun(row["verdict"], row["call_id"], row["wait"], row["answer"], row["reason"])
+            wait, slack = row["wait"] or 0.0, row["slack"]
+            begun = Begun(row["verdict"], row["call_id"], row["wait"], row["answer"], row["reason"], second + wait,
+                          math.inf if slack is None else first + wait + slack)
             future = calls[row["n"]][1]
             if begun.verdict == "send" and begun.call_id is not None:
                 self._hold(begun.call_id)
                 if future.cancelled():                                 # who asked is gone: it is not sent
-                    self.end_later({"id": begun.call_id, "state": "failed", "error": "cancelled"})
+                    self.end_later({"id": begun.call_id, "state": "unsent"})
             if not future.done():
                 future.set_result(begun)
 

@@ -38,23 +38,26 @@ $$;
 --   wait     somebody is asking it now: look again in `wait` seconds
 --   later    the service's limit, or money that calls in flight hold: try again in `wait` seconds; reason
 --   refused  a budget is used up; reason, and `wait` seconds until its next period (null: never)
--- A service is sent at most 95 % of what it lets through, spaced evenly, so that what arrives a little early or late is no violation.
+-- A service is sent at most 95 % of what it lets through, spaced evenly: what arrives up to `slack` seconds late (null: whenever) is no violation.
+-- What cannot be sent in time is given up (end_calls, state unsent). The last row, verdict clock, says when all this was reckoned: `wait` seconds
+-- after the call came, `slack` seconds before its end.
 create or replace function begin_calls(p_calls jsonb, p_worker text)
-returns table (n int, verdict text, call_id bigint, wait double precision, answer jsonb, reason text)
+returns table (n int, verdict text, call_id bigint, wait double precision, slack double precision, answer jsonb, reason text)
 language plpgsql volatile set search_path from current as $$
 #variable_conflict use_column
 declare
-  v_now timestamptz := now(); v_ids int[]; v_at double precision; v_step double precision; v_known bigint; v_periods timestamptz[]; v_x numeric;
+  v_came timestamptz := now(); v_now timestamptz; v_ids int[]; v_known bigint; v_periods timestamptz[]; v_x numeric;
   c record; m memo; q quota; b record; r record;
 begin
   perform from quota where quota.name in (select distinct x ->> 'quota' from jsonb_array_elements(p_calls) x) order by quota.name, unit for update;
   v_ids := array(select distinct e::int from jsonb_array_elements(p_calls) x, jsonb_array_elements_text(x -> 'budgets') e);
   if v_ids <> '{}' then
-    insert into spent (budget_id, period) select id, period_start(budget.period, v_now) from budget where id = any (v_ids) order by id
+    insert into spent (budget_id, period) select id, period_start(budget.period, v_came) from budget where id = any (v_ids) order by id
     on conflict do nothing;
-    perform from spent join budget on budget.id = budget_id where budget_id = any (v_ids) and spent.period = period_start(budget.period, v_now)
+    perform from spent join budget on budget.id = budget_id where budget_id = any (v_ids) and spent.period = period_start(budget.period, v_came)
       order by budget_id for update of spent;
   end if;
+  v_now := now();
   for c in
     select * from jsonb_to_recordset(p_calls) x (
       n int, hash text, ttl double precision, quota text, tokens bigint, reserved numeric, reserved_tokens bigint, budgets int[], app text,
@@ -62,7 +65,7 @@ begin
       price_version text)
      order by x.hash, x.n
   loop
-    n := c.n; verdict := 'send'; call_id := null; wait := 0; answer := null; reason := null;
+    n := c.n; verdict := 'send'; call_id := null; wait := 0; slack := null; answer := null; reason := null;
     select * into m from memo where hash = c.hash for update;
     v_known := m.call_id;
     if m.answer is not null and m.expires_at > v_now and m.at > v_now - make_interval(secs => c.ttl) then
@@ -74,10 +77,9 @@ begin
       return next; continue;
     end if;
     for q in select * from quota where quota.name = c.quota loop
-      v_step := q.window_seconds / (q.amount * 0.95);
-      v_at := greatest(extract(epoch from q.blocked_until - v_now),
-                       case when isfinite(q.next_at) then extract(epoch from q.next_at - v_now) - 0.02 * q.amount * v_step end, 0);
-      wait := greatest(wait, v_at);
+      wait := greatest(wait, extract(epoch from q.blocked_until - v_now),
+                       case when q.amount is not null and isfinite(q.next_at) then extract(epoch from q.next_at - v_now) end);
+      slack := least(slack, case when q.amount is not null then 0.04 * q.window_seconds end);
     end loop;
     if wait > 0.5 then
       verdict := 'later'; reason := 'the limit of ' || c.quota; wait := wait - 0.25;
@@ -86,7 +88,7 @@ begin
     v_periods := '{}';
     for b in select budget.*, s.period as since, s.reserved, s.settled
                from unnest(c.budgets) with ordinality u (id, o) join budget on budget.id = u.id
-               join spent s on s.budget_id = budget.id and s.period = period_start(budget.period, v_now) order by u.o loop
+               join spent s on s.budget_id = budget.id and s.period = period_start(budget.period, v_came) order by u.o loop
       v_x := case b.unit when 'usd' then c.reserved else c.reserved_tokens end;
       v_periods := v_periods || b.since;
       if v_x is null or b.settled + b.reserved + v_x > b.amount then
@@ -125,6 +127,10 @@ begin
      where quota.name = c.quota and amount is not null;
     return next;
   end loop;
+  n := -1; verdict := 'clock'; call_id := null; answer := null; reason := null;
+  wait := extract(epoch from v_now - v_came);
+  slack := extract(epoch from now() - v_now);
+  return next;
 end $$;
 
 -- charge(call, state, cost, tokens): moves a call to a state, and what its budgets hold for it with it
@@ -133,12 +139,14 @@ language sql volatile set search_path from current as $$
   update spent s
      set reserved = s.reserved - case when c.state = 'asking' then x.held else 0 end,
          settled = s.settled - case when c.state = 'unknown' then x.held else 0 end
-                   + case p_state when 'unknown' then x.held when 'failed' then 0 else coalesce(x.took, x.held) end
+                   + case when p_state = 'unknown' then x.held when p_state in ('failed', 'unsent') then 0 else coalesce(x.took, x.held) end
     from (select u.id, u.since, case budget.unit when 'usd' then c.reserved else c.reserved_tokens end as held,
                  case budget.unit when 'usd' then p_cost else p_tokens end as took
             from unnest(c.budgets, c.periods) u (id, since) join budget on budget.id = u.id) x
    where s.budget_id = x.id and s.period = x.since;
-  update call set state = p_state, cost = case p_state when 'failed' then 0 when 'unknown' then null else p_cost end, lease_until = null where id = c.id;
+  delete from call where id = c.id and p_state = 'unsent';
+  update call set state = p_state, cost = case p_state when 'failed' then 0 when 'unknown' then null else p_cost end, lease_until = null
+   where id = c.id and p_state <> 'unsent';
 $$;
 
 -- lock_calls(ids): what a change of their state will touch, in the one order
@@ -149,7 +157,7 @@ begin
   perform from memo where hash in (select input_hash from call where id = any (p_ids)) order by hash for update;
 end $$;
 
--- end_calls(calls): what came of them: state done, failed (nothing was paid) or unknown (nobody knows)
+-- end_calls(calls): what came of them: state done, failed (nothing was paid), unknown (nobody knows) or unsent (there was no call)
 -- ttl: seconds that an answer is kept. limits: [{unit, amount, seconds}] as the service said; block: seconds until it takes more.
 create or replace function end_calls(p_calls jsonb) returns void language plpgsql volatile set search_path from current as $$
 #variable_conflict use_column

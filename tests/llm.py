@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -43,6 +44,7 @@ class Llm:
         self.billed = 0
         self.url = ""
         self.gate: asyncio.Event | None = None                         # answers wait for it
+        self.hung = threading.Event()
         self._script: deque[Any] = deque()
 
     def script(self, *steps: Any) -> None:
@@ -102,6 +104,7 @@ class Llm:
         step = self._script.popleft() if self._script else "answer"
         self.asked.append(body)
         if step == "hang":
+            self.hung.set()
             await asyncio.Event().wait()
         if step != "answer":
             status, headers = step if isinstance(step, tuple) else (step, {})

@@ -50,6 +50,10 @@ class AnthropicCompletion(Completion):
         self._clients = Clients(lambda key: _package().AsyncAnthropic(
             api_key=key, base_url=self.base_url or HOME, timeout=self.timeout, max_retries=0))
 
+    async def prepare(self) -> None:
+        """The package, and a client."""
+        await self._clients.get(self.credential() or "")
+
     async def send(self, question: Question) -> Reply:
         """One POST /v1/messages."""
         anthropic = _package()

@@ -47,6 +47,10 @@ class OpenAiCompletion(Completion):
             api_key=key, base_url=self.base_url or HOME, timeout=self.timeout, max_retries=0))
         self._plain: set[str] = set()                                  # models that know no temperature but their own
 
+    async def prepare(self) -> None:
+        """The package, and a client."""
+        await self._clients.get(self.credential() or "")
+
     async def send(self, question: Question) -> Reply:
         """One POST /chat/completions."""
         openai = _package()
