@@ -27,7 +27,8 @@ from anton.db import Portal
 class Llm:
     """POST /v1/chat/completions as OpenAI has it, /v1/messages as Anthropic has it.
 
-    asked: the bodies that were answered, billed or not; arrived: when, on the monotonic clock, and with how many tokens.
+    asked: the bodies, answered or not. arrived: when those that are answered came, on the monotonic clock, and with how
+    many tokens. hung: set when one hangs.
     answer: the text for the last user message. takes: the modes of structured answers it knows. headers: of answers.
     """
 
@@ -45,6 +46,7 @@ class Llm:
         self.url = ""
         self.gate: asyncio.Event | None = None                         # answers wait for it
         self.hung = threading.Event()
+        self.ended = asyncio.Event()
         self._script: deque[Any] = deque()
 
     def script(self, *steps: Any) -> None:
@@ -81,7 +83,8 @@ class Llm:
 
     async def anthropic(self, request: Request) -> Response:
         body = json.loads(await request.body())
-        if request.headers.get("x-api-key") != self.key or not request.headers.get("anthropic-version"):
+        keys = {request.headers.get("x-api-key"), request.headers.get("authorization", "").removeprefix("Bearer ")}
+        if self.key not in keys or not request.headers.get("anthropic-version"):
             return JSONResponse({"type": "error", "error": {"type": "authentication_error", "message": "no key"}}, 401)
         wrong = _wrong_anthropic(body, self.takes)
         if wrong:
@@ -105,7 +108,8 @@ class Llm:
         self.asked.append(body)
         if step == "hang":
             self.hung.set()
-            await asyncio.Event().wait()
+            await self.ended.wait()
+            return JSONResponse({}, 503)
         if step != "answer":
             status, headers = step if isinstance(step, tuple) else (step, {})
             return JSONResponse({"error": {"message": f"scripted {status}"}}, status, headers=headers)
@@ -187,6 +191,7 @@ def serving(llm: Llm) -> Iterator[Llm]:
 
     async def stop(task: asyncio.Task[None]) -> None:
         server.should_exit = True
+        llm.ended.set()
         await task
 
     task = loop.run(start())

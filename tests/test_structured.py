@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime
 from decimal import Decimal
-from enum import Enum
+from enum import StrEnum
 from typing import Any, Literal
 from uuid import UUID
 
@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field
 from anton.structured import Unfit, asked_for, example, parse, repair, schema_of
 
 
-class Kind(str, Enum):
+class Kind(StrEnum):
     bug = "bug"
     question = "question"
 
