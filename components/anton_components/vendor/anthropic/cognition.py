@@ -8,6 +8,7 @@ The package `anthropic` is imported when the first request is made, never before
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack
@@ -60,7 +61,8 @@ class AnthropicCompletion(Completion):
         client = await self._clients.get(self.credential() or "")
         try:
             raw = await client.messages.with_raw_response.create(**_body(question))
-            return _reply(raw.headers, raw.parse(), question)
+            parsed = raw.parse()                                       # awaited since 2.0
+            return _reply(raw.headers, await parsed if inspect.isawaitable(parsed) else parsed, question)
         except anthropic.APITimeoutError as error:
             raise SendError("down", f"no answer in {question.timeout:g} s", paid=True) from error
         except anthropic.APIConnectionError as error:
