@@ -2,7 +2,8 @@
 
     400  a body or a value that cannot be          413  too large, too many parts
     401  not who it says it is                     422  not what the route declares
-    409  against a constraint, or changed since    503  the database is away: Retry-After
+    403  on a public address, and open to anybody
+    409  against a constraint, or changed since    503  the database is away, or not migrated: Retry-After
 
 Never a traceback, never SQL: those are logged. An app's own @app.exception_handler goes first.
 """
@@ -15,6 +16,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import orjson
 from fastapi.exception_handlers import request_validation_exception_handler
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
@@ -22,13 +24,21 @@ from pydantic_core import from_json
 from starlette.exceptions import HTTPException
 from starlette.requests import Request as Incoming
 
-from anton.db import is_away
-from anton.errors import InvalidRecord, QueryError, RowChanged, WriteRefused
+from anton.db import current_database, is_away
+from anton.errors import InvalidRecord, QueryError, RowChanged, UnknownTable, WriteRefused
+from anton.sink import NUL
+from anton.verify import Verifier
 
 log = logging.getLogger("anton.web")
 
-AWAY = "the database is away; send it again"
+MAX_BODY = 10_000_000  # bytes; more gets 413
+DEPTH = 200  # of JSON, which pydantic's parser goes
+AWAY = "the database is away; send it again"  # what of it was kept before is then known
+NOT_READY = "the database is not ready for this release; send it again"
+UNSIGNED = "the request is not signed as it must be"  # the log says why: who sends it learns nothing of the secrets
+NOT_PUBLIC = "not open to the public"
 RETRY_AFTER = 2  # seconds, said with a 503
+_NO_RUNTIME = ("3F000", "42883", "42P01")  # SQLSTATEs: no such schema, function, table
 _MANY = ("Too many", "Field exceeded", "Part exceeded")  # how Starlette's 400s for forms beyond its limits begin
 _MAYBE_INFINITE = re.compile(rb"[eE]\+?\d{3}|\d{309}")
 # A value that Postgres has no place for; what else is of class 22, such as a division by zero, is the query's doing.
@@ -61,6 +71,50 @@ def parse_json(body: bytes) -> Any:
     if _MAYBE_INFINITE.search(body) and _infinite(value):
         raise BadBody("the body is not JSON: a number is out of range")
     return value
+
+
+def check_json(body: bytes) -> None:
+    """Looks whether parse_json() would take it, and Postgres could store it, without making the value: quicker.
+
+    Raises BadBody.
+    """
+    try:
+        orjson.loads(body)
+        if body.count(b"[") + body.count(b"{") > DEPTH:
+            from_json(body, allow_inf_nan=False)                       # refuses what is deeper
+    except ValueError as error:
+        raise BadBody(f"the body is not JSON: {error}") from None
+    if b"\\u0000" in body and NUL.search(body):
+        raise BadBody("the body holds the character NUL, which Postgres cannot store")
+
+
+def is_unmigrated(error: BaseException) -> bool:
+    """Whether this says that the database lacks what `anton migrate` makes: the runtime of this release, or a Table."""
+    if isinstance(error, UnknownTable):
+        return True
+    schema, text = current_database().schema, str(error)
+    return str(getattr(error, "sqlstate", "")) in _NO_RUNTIME and (f"{schema}." in text or f'"{schema}"' in text)
+
+
+def try_later(error: BaseException, what: str) -> str | None:
+    """What to say with a 503 where the error is the database's state; None for every other error. Logs the reason."""
+    if is_away(error):
+        log.warning("503 for %s: %s", what, error or type(error).__name__)
+        return AWAY
+    if is_unmigrated(error):
+        log.error("503 for %s: %s%s", what, error, "" if "anton migrate" in str(error) else "; run: anton migrate")
+        return NOT_READY
+    return None
+
+
+def refuse_public(verifier: Verifier, scope: Mapping[str, Any]) -> str | None:
+    """What to say with a 403 to a request on a public address, where nobody said who may call; None lets it in."""
+    address = verifier.closed(scope)
+    if address is None:
+        return None
+    log.error('403 for %s: it takes requests from anybody, and %s is a public address. Say who signs them: '
+              'verify="slack", secret=env(…); or verify=False when that is meant', verifier.of, address)
+    return NOT_PUBLIC
 
 
 def _infinite(value: Any) -> bool:
@@ -115,7 +169,8 @@ async def _changed(request: Incoming, error: RowChanged) -> Response:
 
 async def _failed(request: Incoming, error: Exception) -> Response:
     """The server logs it, the sender need not know."""
-    if is_away(error):
-        return JSONResponse({"detail": AWAY}, 503, {"Retry-After": str(RETRY_AFTER)})
-    log.error("500 for %s %s: %s", request.method, request.scope["path"], type(error).__name__)
+    what = f"{request.method} {request.scope['path']}"
+    if later := try_later(error, what):
+        return JSONResponse({"detail": later}, 503, {"Retry-After": str(RETRY_AFTER)})
+    log.error("500 for %s: %s", what, type(error).__name__)
     return JSONResponse({"detail": "Internal Server Error"}, 500)

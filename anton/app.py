@@ -57,6 +57,7 @@ class App:
         self.exception_handlers: dict[Any, Callable[..., Any]] = {}    # by status, or class of exception
         self.schedules: dict[str, Any] = {}
         self.actions: dict[str, Any] = {}
+        self.graphed: list[Any] = []                                   # others with nodes of their own: see wiring.py
         self._places: dict[tuple[str, str], str] = {}
 
     def claim_name(self, kind: str, name: str, place: str) -> None:

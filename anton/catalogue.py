@@ -21,6 +21,7 @@ async def read_lanes(db: Database, app: App, known: Mapping[int, Lane]) -> dict[
     """
     async with db.conn() as conn:
         rows = await db.call(conn, "catalogue", app.name)
+        models = {row[0] for row in await db.call(conn, "refreshers")}
     makers = {table.name: table.make for table in app.tables.values() if table.make is not None}
     lanes: dict[int, Lane] = {}
     codes = {row["id"]: code_of(app, row["name"]) if row["kind"] == "python" and row["app"] == app.name else None
@@ -32,6 +33,7 @@ async def read_lanes(db: Database, app: App, known: Mapping[int, Lane]) -> dict[
         if row["kind"] == "python" and code is None:
             continue                                                   # no code for it here: its jobs wait
         lane = lane_of(row, code)
+        lane.model = lane.id in models
         if code is not None:
             code.relation = relations.get(names[row["id"]])            # None: reading it will say so; it waits
             handler = app.handlers.get(row["name"])

@@ -16,7 +16,15 @@ from typing import Any, NoReturn
 
 from anton import verbs
 from anton.app import while_loading
-from anton.errors import AntonError, ConfigError, DeclarationError, UnknownHandler, UnknownTable, did_you_mean
+from anton.errors import (
+    AntonError,
+    ConfigError,
+    DeclarationError,
+    UnknownHandler,
+    UnknownNode,
+    UnknownTable,
+    did_you_mean,
+)
 from anton.share import version
 from anton.verbs import FOUND, USAGE, emit
 
@@ -70,6 +78,13 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--reconcile", action="store_true", help="find changes that fired no trigger")
     _verb(every, "why", verbs.why).add_argument("record", metavar="TABLE/KEY")
 
+    one = _verb(every, "graph", verbs.graph)
+    one.add_argument("--downstream", metavar="NAME", help="only this and what comes of it")
+    one.add_argument("--upstream", metavar="NAME", help="only this and what leads to it")
+    one.add_argument("--columns", metavar="TABLE", help="where each column of a table comes from, and goes")
+    one.add_argument("--mermaid", action="store_true", help="as a Mermaid flowchart")
+    one.add_argument("--offline", action="store_true", help="from the code alone: without the database")
+
     noun = _noun(every, "handlers", "what listens to Tables")
     _verb(noun, "list", verbs.handlers_list)
     for verb, fn in (("show", verbs.handlers_show), ("pause", verbs.handlers_pause),
@@ -83,6 +98,12 @@ def parser() -> argparse.ArgumentParser:
     one = _verb(noun, "next", verbs.schedules_next)
     one.add_argument("name")
     one.add_argument("count", type=_positive, nargs="?", default=5)
+    noun = _noun(every, "models", "Tables that are kept by a SELECT")
+    _verb(noun, "list", verbs.models_list)
+    _verb(noun, "show", verbs.models_show).add_argument("name")
+    one = _verb(noun, "run", verbs.models_run)
+    one.add_argument("name")
+    one.add_argument("--full", action="store_true", help="all rows, whatever has changed")
     noun = _noun(every, "jobs", "what waits and what is being worked")
     _some(_verb(noun, "list", verbs.jobs_list), "--handler")
     _verb(noun, "show", verbs.jobs_show).add_argument("id", type=int)
@@ -183,4 +204,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _asked_wrongly(error: AntonError) -> bool:
-    return isinstance(error, ConfigError | DeclarationError | UnknownHandler | UnknownTable)
+    return isinstance(error, ConfigError | DeclarationError | UnknownHandler | UnknownNode | UnknownTable)

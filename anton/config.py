@@ -17,6 +17,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import parse_qs, quote, urlsplit
@@ -263,10 +264,23 @@ def is_loopback(host: str) -> bool:
     """True for an address of this machine: a unix socket, localhost, 127.0.0.0/8 or ::1."""
     if host in ("", "localhost") or host.startswith(("/", "%2F", "%2f", "@")):
         return True
+    address = _address(host)
+    return address is not None and address.is_loopback
+
+
+@lru_cache(maxsize=64)
+def is_public(host: str) -> bool:
+    """True for an IP address that is not this machine's own; no name is one."""
+    address = _address(host)
+    return address is not None and not address.is_loopback
+
+
+def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     try:
-        return ipaddress.ip_address(host).is_loopback
+        address = ipaddress.ip_address(host)
     except ValueError:
-        return False
+        return None
+    return getattr(address, "ipv4_mapped", None) or address            # a server on [::] sees ::ffff:127.0.0.1
 
 
 def _folder_name(folder: Path) -> str:

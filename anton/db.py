@@ -23,6 +23,7 @@ import os
 import re
 import socket
 import threading
+import time
 import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -44,6 +45,7 @@ T = TypeVar("T")
 Conn: TypeAlias = "asyncpg.Connection[asyncpg.Record] | PoolConnectionProxy[asyncpg.Record]"
 
 CONNECT_SECONDS = 10.0
+SLOW_SECONDS, AWAY_SECONDS = 1.0, 2.0  # who failed to connect, and slowly, spares others to try for so long
 OLDEST = 15  # Postgres
 # The server, too, notices a client that vanished: else its locks stay, on jobs as well, for a kernel's two hours.
 _KEEP_ALIVE = ("set tcp_keepalives_idle = 10; set tcp_keepalives_interval = 3; set tcp_keepalives_count = 3; "
@@ -203,6 +205,7 @@ class Database:
         self._pools: dict[asyncio.AbstractEventLoop, tuple[Pool[asyncpg.Record], AsyncGenerator[None]]] = {}
         self._lock = threading.Lock()
         self._sql: dict[tuple[str, int, tuple[str, ...]], str] = {}
+        self._away: tuple[float, str] | None = None                    # until when nobody tries to connect, and why
         _databases.add(self)
 
     def __repr__(self) -> str:
@@ -278,7 +281,7 @@ class Database:
         with self._reachable():
             pool = await asyncpg.create_pool(
                 self.dsn, min_size=0, max_size=self.size, max_queries=_NEVER, init=self._set_up,
-                timeout=CONNECT_SECONDS, **self._how())
+                connect=self._connect, timeout=CONNECT_SECONDS, **self._how())
         guard = _close_with_loop(pool)
         await anext(guard)
         with self._lock:
@@ -286,6 +289,28 @@ class Database:
         if kept[0] is not pool:                                        # another task was quicker
             await guard.aclose()
         return kept[0]
+
+    async def _connect(self, *args: Any, **options: Any) -> asyncpg.Connection[asyncpg.Record]:
+        """A new connection of a pool. Where the last one failed slowly, one caller tries and the others hear of it.
+
+        Else each would wait for a server that does not answer, one after the other.
+        """
+        begun, away = time.monotonic(), self._away
+        if away is not None:
+            if begun < away[0]:
+                raise ConnectionError(away[1])
+            self._away = begun + CONNECT_SECONDS, away[1]
+        try:
+            conn: asyncpg.Connection[asyncpg.Record] = await asyncpg.connect(*args, **options)
+        except (OSError, asyncpg.PostgresError) as error:              # TimeoutError is an OSError
+            slow, why = time.monotonic() - begun >= SLOW_SECONDS, str(error) or type(error).__name__
+            self._away = (time.monotonic() + AWAY_SECONDS, why) if slow else None
+            raise
+        except BaseException:                                          # whoever asked has left
+            self._away = away
+            raise
+        self._away = None
+        return conn
 
     def _how(self) -> dict[str, Any]:
         if self.pooled:

@@ -11,15 +11,17 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from anton import sqlfile
+from anton import sqlcheck, sqlfile
 from anton.columns import MODELLESS, Shape
 from anton.db import literal, quote, split_name
 from anton.ddl import Difference, Found, Spec, check_adopted, compare, create_sql, inspect, key_advice
-from anton.edges import sql_writes, writes
+from anton.edges import read, writes
 from anton.errors import (
     AntonError,
+    BadOption,
     DatabaseError,
     Destructive,
     KeyNeeded,
@@ -29,10 +31,14 @@ from anton.errors import (
     distance,
     near,
 )
+from anton.graph import cycles
+from anton.model import Model, Models
 from anton.plan import LOCK_TIMEOUT, Step
+from anton.sqlcheck import SqlStep
 from anton.steps import Steps
 
 if TYPE_CHECKING:
+    from anton.lineage import Tables
     from anton.table import Table
 
 LOCK = (f"lock_timeout = '{LOCK_TIMEOUT}'",)
@@ -49,6 +55,7 @@ class Wanted:
     difference: Difference = field(default_factory=Difference)
     rows: bool = False                                                 # it existed before this migrate
     can_work: bool = True                                              # False: it could not be made
+    model: Model | None = None                                         # it is kept by this
 
     @property
     def sql(self) -> str:
@@ -69,6 +76,8 @@ class Declared:
         self.app_schema = app_schema
         self.handlers: list[dict[str, Any]] = []                       # what put_handler takes, and "since"
         self.schedules: list[dict[str, Any]] = []                      # what put_schedule takes
+        self.models = Models(run, [], self.place, app_schema)
+        self.known: Tables | None = None                               # what SQL may name; None: there is no SQL
 
     def place(self, name: str) -> tuple[str, str]:
         """Schema and name of a table as users write it."""
@@ -80,8 +89,13 @@ class Declared:
         self._collect()
         rows = await self.conn.fetch(f"select name, app, model from {self.run.schema}.watched_tables()")
         watched = {row["name"]: row for row in rows}
-        wanted = {}
+        await self.models.examine()
+        wanted = {model.sql: Wanted(model.schema, model.table, model.found, rows=model.found is not None, model=model)
+                  for model in self.models.all}
         for table in self.app.tables.values():
+            schema, name = self.place(table.name)
+            if f"{quote(schema)}.{quote(name)}" in wanted:             # of a model: compared when that is made
+                continue
             one = await self._table(table, watched)
             if one is not None:
                 wanted[one.sql] = one
@@ -91,18 +105,38 @@ class Declared:
                 wanted.setdefault(one.sql, one)
                 definition["table"] = one.sql
         self.handlers = [d for d in self.handlers if d["table"] in wanted]
+        self._check_into()
         return list(wanted.values())
 
     def _collect(self) -> None:
         app = self.app.name
+        files = [file for file in self.run.files if file.kind == "model"]
+        self.models = Models(self.run, files, self.place, self.app_schema)
         for handler in self.app.handlers.values():
             self.handlers.append({"since": handler.since, **handler.definition(), "app": app})
         self.schedules = [schedule.definition(app) for schedule in self.app.schedules.values()]
+        for model in self.models.all:
+            self.handlers += model.handlers(app, self.place)
+            self.schedules += model.schedules(app)
         for file in self.run.files:
             if file.kind == "handler":
                 self.handlers.append(sqlfile.handler(file, app))
-            else:
+            elif file.kind == "schedule":
                 self.schedules.append(sqlfile.schedule(file, app))
+
+    def _check_into(self) -> None:
+        """Refuses what would write to a model's table: its next refresh would undo that."""
+        kept = {(model.schema, model.table): model for model in self.models.all}
+        given = [(f'handler "{d["name"]}"', d.get("into_tables", ())) for d in self.handlers if "model" not in d]
+        given += [(f'"{d["name"]}"', d.get("options", {}).get("into_tables", ())) for d in self.schedules
+                  if "model" not in d.get("options", {})]
+        given += [(f'Webhook "{hook.path}"', (hook.table.name,)) for hook in self.app.webhooks]
+        for of, names in given:
+            for name in names:
+                model = kept.get(self.place(name))
+                if model is not None:
+                    self.plan.refused.append(BadOption("into", name, of, "a Table that no model keeps: "
+                                                       f"{model.said.file} would undo what is written to it"))
 
     async def _table(self, table: Table[Any], watched: Mapping[str, Any]) -> Wanted | None:
         schema, name = self.place(table.name)
@@ -178,6 +212,8 @@ class Declared:
     async def make_tables(self, wanted: Sequence[Wanted]) -> None:
         """Makes missing tables, alters those that are ours, watches the others."""
         for one in wanted:
+            if one.model is not None:
+                continue
             same = f"select {self.run.schema}.table_state({literal(one.sql)})"
             if one.spec is None:
                 await self.run.step(Step(f"watch {one.shown}", self._call("watch", one.sql)), table=one.sql,
@@ -206,17 +242,80 @@ class Declared:
     async def make_handlers(self, wanted: Sequence[Wanted]) -> None:
         """Puts handlers and schedules into the catalogue, retires the vanished, brings all triggers up to date."""
         tables = {one.sql: one for one in wanted}
+        await self._make_models(tables)
+        wrong = await self._check(wanted) | self._unmade()
         for definition in self.handlers:
             one = tables[definition["table"]]
-            if one.can_work:
+            if one.can_work and definition["name"] not in wrong:
                 await self._handler(definition, one)
         for definition in self.schedules:
-            await self._put("schedule", "put_schedule", definition, None)
+            if definition["name"] not in wrong:
+                await self._put("schedule", "put_schedule", definition, None)
         if self.app.name != "sql":                                     # psql's own are nobody's code
             await self._retire()
         self._loops()
+        kept = {model.sql for model in self.models.all}
         for row in await self.conn.fetch(f"select name, partitioned from {self.run.schema}.watched_tables()"):
-            await self._sync(row["name"], row["partitioned"], tables.get(row["name"]))
+            if row["name"] not in kept:
+                await self._sync(row["name"], row["partitioned"], tables.get(row["name"]))
+        for model in self.models.all:
+            await self.models.build(model, partial(self._sync, model.sql, False, tables[model.sql]))
+
+    async def _make_models(self, tables: Mapping[str, Wanted]) -> None:
+        await self.models.make()
+        for model in self.models.all:
+            one = tables[model.sql]
+            one.can_work, one.difference.alters = not model.failed, model.alters
+        declared = {self.place(table.name): table for table in self.app.tables.values()}
+        for model in self.models.all:
+            table, oid = declared.get((model.schema, model.table)), await self._oid(model.schema, model.table)
+            if table is not None and table.shape is not None and oid is not None and not (model.alters or model.failed):
+                wrong, notes = check_adopted(table.shape, await inspect(self.conn, oid))
+                if wrong:
+                    self.plan.refused.append(ModelMismatch(f"{model.schema}.{model.table}", wrong, table.place))
+                self.plan.notes += [f"{model.schema}.{model.table}: {note}" for note in notes]
+
+    def _unmade(self) -> set[str]:
+        """Names of what would refresh the models that could not be made."""
+        app = self.app.name
+        return {definition["name"] for model in self.models.all if model.failed
+                for definition in (*model.handlers(app, self.place), *model.schedules(app))}
+
+    def sql_steps(self) -> list[SqlStep]:
+        """The SQL that runs later: handlers, and the schedules of files."""
+        places = {file.stem: file.name for file in self.run.files}
+        found = []
+        for kind, definitions in (("handler", self.handlers), ("schedule", self.schedules)):
+            for definition in definitions:
+                kept = "model" in definition or "model" in (definition.get("options") or {})  # our own SQL
+                if definition.get("body") is not None and not kept:
+                    name = definition["name"]
+                    place = places.get(name) or self.app.place("handler", name)
+                    table = definition.get("table", f"{self.run.schema}.tick")
+                    found.append(SqlStep(kind, name, definition["body"], place, table, definition.get("params", {})))
+        return found
+
+    async def _check(self, wanted: Sequence[Wanted]) -> set[str]:
+        """Has Postgres look at the SQL that runs later; the names of what it refuses. Not while columns lack."""
+        steps = self.sql_steps()
+        if not steps:
+            return set()
+        altered = {one.sql: [column.name for column in one.spec.columns] for one in wanted
+                   if one.spec and (one.difference.alters or one.found is None)} if self.run.dry else {}
+        self.known = await sqlcheck.tables(self.run.db, self.conn, self.app_schema, altered)
+        wrong = set()
+        for step in steps:
+            reading = step.reading(self.known)
+            self.plan.notes += [f"{step.place}, {warning}" for warning in reading.warnings]
+            if any(one.difference.alters for one in wanted) and self.run.dry:
+                continue
+            error = await sqlcheck.check(self.run.db, self.conn, step, self.known)
+            if isinstance(error, AntonError):
+                self.plan.refused.append(error)
+                wrong.add(step.name)
+            elif error is not None:
+                self.plan.notes.append(error)
+        return wrong
 
     async def _handler(self, definition: dict[str, Any], one: Wanted) -> None:
         since = definition.pop("since")
@@ -258,13 +357,17 @@ class Declared:
             kept = f"array[{', '.join(literal(name) for name in names)}]::text[]"
             await self.run.step(Step("retire " + ", ".join(row["name"] for row in rows),
                                      f"select {self.run.schema}.retire({literal(self.app.name)}, {kept})"))
+        await self.models.retire()
 
     def _loops(self) -> None:
         """Handlers that can feed each other without end: said, not refused, for a handler may well stop by itself."""
         edges: dict[str, list[tuple[str, str]]] = {}
         for definition in self.handlers:
             handler = self.app.handlers.get(definition["name"])
-            written = writes(handler) if handler else set(sql_writes(definition["body"]))
+            written = (writes(handler, self.known) if handler else
+                       read(definition["body"], self.known, definition["table"]).writes)
+            if definition.get("model"):
+                written = {(name, op) for name in definition["into_tables"] for op in ("new", "updated", "deleted")}
             for name, op in sorted(written):
                 for heard in definition["ops"]:
                     schema, table = self.place(name)
@@ -305,22 +408,3 @@ def slip(name: str, known: Sequence[str]) -> str | None:
     close = [other for other in known if letters(other) != letters(name) and 0 < distance(name, other) <= 2
              and len(name) > 3 and len(other) > 3]
     return min(close, key=lambda other: distance(name, other), default=None)
-
-
-def cycles(edges: Mapping[str, Sequence[tuple[str, str]]]) -> list[list[str]]:
-    """Ways that lead back to where they begin: ["orders new", handler, …, "orders new"]; one of every loop at least."""
-    found: list[list[str]] = []
-    done: set[str] = set()
-
-    def walk(path: list[str]) -> None:
-        for handler, table in edges.get(path[-1], ()):
-            if table in path[::2]:
-                found.append([*path[path.index(table):], handler, table])
-            elif table not in done:
-                walk([*path, handler, table])
-        done.add(path[-1])
-
-    for start in sorted(edges):
-        if start not in done:
-            walk([start])
-    return found

@@ -2,13 +2,13 @@
 
     AntonError
       DeclarationError      what the code says cannot be: found when it is declared, or by migrate
-        UnknownOption BadOption DuplicateName BadSignature NearName
+        UnknownOption BadOption DuplicateName BadSignature NearName SqlRefused
       ConfigError           autonomous.json, a flag or an environment variable
       DatabaseError
         DatabaseUnreachable DatabaseTooOld MissingPrivilege NotMigrated EmbeddedError
       MigrationError
         MigrationFailed FrozenChanged Destructive ModelMismatch KeyNeeded LockNotGained
-      UnknownTable UnknownHandler
+      UnknownTable UnknownHandler UnknownNode
       WriteError            a write that was not, or could not be, made
         InvalidRecord WriteRefused RowChanged NoScope ScopeClosed ValueWithoutInto
       QueryError SyncInLoop LeaseLost HandlerTimeout WorldError PollFailed BudgetReached ModelRefused
@@ -135,6 +135,31 @@ class NearName(DeclarationError):
         super().__init__(f'table "{table}"{at} does not exist, and "{near}" does. Did you mean "{near}"? '
                          "If it is to be another table, give it a model, or create it in a migration.",
                          table=table, near=near, place=place)
+
+
+class SqlRefused(DeclarationError):
+    """SQL of a handler, schedule or model that Postgres would refuse. file, line, column, token, near, reason.
+
+    line and column count from 1; None when Postgres does not say. file: "sql/flag_big.sql", or
+    "main.py:12" of SQL in Python, whose lines count from the SQL's first.
+    """
+
+    line: int | None
+    column: int | None
+    near: str | None
+
+    def __init__(self, file: str, name: str, token: str, reason: str, text: str = "", start: int | None = None,
+                 known: Sequence[str] = (), hint: str = "") -> None:
+        line = text.count("\n", 0, start) + 1 if start is not None else None
+        column = start - (text.rfind("\n", 0, start) + 1) + 1 if start is not None else None
+        at = f", line {line}, column {column}" if line else ""
+        of = f' (handler "{name}")' if name and not file.endswith(f"{name}.sql") else ""
+        help = did_you_mean(token, known) or (f" {hint.rstrip('.')}." if hint else "")
+        if not help and 0 < len(known) <= 20:
+            help = f" There: {', '.join(known)}."
+        shown = f"\n  {text.splitlines()[line - 1]}\n  {' ' * ((column or 1) - 1)}^" if line else ""
+        super().__init__(f"{file}{at}{of}: {reason}.{help}{shown}\nMend it and run again: anton migrate", file=file,
+                         line=line, column=column, token=token, near=near(token, known), reason=reason)
 
 
 class ConfigError(AntonError):
@@ -339,6 +364,15 @@ class UnknownHandler(AntonError):
                          "anton handlers list shows all of them.", handler=handler, near=near(handler, known))
 
 
+class UnknownNode(AntonError):
+    """A name that is not in the graph. name, near."""
+
+    def __init__(self, name: str, known: Iterable[str] = ()) -> None:
+        known = tuple(dict.fromkeys(known))
+        super().__init__(f'nothing is called "{name}" in the graph.{did_you_mean(name, known)} anton graph shows all '
+                         "there is.", name=name, near=near(name, known))
+
+
 class WriteError(AntonError):
     """A write that was not, or could not be, made."""
 
@@ -390,6 +424,20 @@ class ValueWithoutInto(WriteError):
         super().__init__(f'handler "{handler}" returned {type(value).__name__} and has no into=. '
                          "Say into=TABLE where the handler is declared, or return nothing.",
                          handler=handler, value=value)
+
+
+class ModelFailed(WorldError):
+    """A model's SELECT gives what its table cannot hold: a key that is null or comes twice. The old rows stay."""
+
+    sqlstate = "NT007"
+
+
+class ReadOnly(WriteError):
+    """A write to a Table that something else keeps. table, keeper: "the model sql/daily.sql"."""
+
+    def __init__(self, table: str, keeper: str) -> None:
+        super().__init__(f'table "{table}" is kept by {keeper}, which would undo this write. '
+                         "Write to the tables it reads.", table=table, keeper=keeper)
 
 
 class PollFailed(WorldError):

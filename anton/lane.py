@@ -99,7 +99,7 @@ class Lane:
     ready: the queue may hold more of it. after: the last job id claimed. width: bytes of its widest rows lately, 0: not
     known; wide: its table has values stored out of line.
     rate: records/s settled lately; seconds: of a call lately. document: the table has no model and was made by Anton.
-    had: every column that its table was ever seen with.
+    had: every column that its table was ever seen with. model: it refreshes one; a job brings all others with it.
     make: an instance of the table's model from a row. down: what the world raised; nothing starts until calls ended.
     """
 
@@ -124,6 +124,7 @@ class Lane:
     feeding: bool = False
     had: frozenset[str] = frozenset()
     document: bool = False
+    model: bool = False
     make: Callable[[Mapping[str, Any]], Any] | None = None
     waiting: deque[Job] = field(default_factory=deque)
     waiting_records: int = 0
@@ -167,6 +168,8 @@ class Lane:
         """How many records to claim now, 0 for none."""
         if self.down is not None:
             return 0
+        if self.model:
+            return 0 if self.calls or self.waiting else self.batch
         have = self.waiting_records + len(self.items)
         if self.each:
             free = self.concurrency - self.running
@@ -179,6 +182,8 @@ class Lane:
 
     def jobs_for(self, records: int) -> int:
         """How many jobs to ask for, to get that many records."""
+        if self.model:
+            return 1
         return max(1, min(MOST_JOBS, math.ceil(records / max(1.0, self.per_job or self.batch / 16))))
 
     def start_from(self, now: float) -> int:
@@ -277,6 +282,7 @@ class Lane:
             "feeding",
             "had",
             "document",
+            "model",
             "make",
         ):
             setattr(self, name, getattr(new, name))

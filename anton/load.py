@@ -60,7 +60,7 @@ async def load(db: Database, app: str, storage: Storage, found: Found, table: Ta
     """Loads one version of a file, or what is missing of it. Raises LoadFailed, StorageError."""
     relation = await describe(db, table.name)
     job = _Load(db, storage, found, table, relation, how)
-    version = f"{found.etag} {found.modified.astimezone(UTC).isoformat()}"
+    version = found.etag or found.modified.astimezone(UTC).isoformat()  # a touch in S3 keeps the etag
     while True:
         async with db.tx() as conn:
             into = f"{quote(relation.schema)}.{quote(relation.table)}"

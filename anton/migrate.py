@@ -281,11 +281,7 @@ class Run(Steps):
                 steps.append((Step(file.name, file.text, settings, transaction=False), file.name))
                 steps.append((Step(f"{file.name} was run", self._record(name, [file])), ""))
         again = self._read("sql")
-        self.files = [file for file in again if file.kind in ("handler", "schedule")]
-        for file in again:
-            if file.kind == "model":
-                raise MigrationError(f'{file.name}: "-- anton: model" is not known yet. Make it a model in '
-                                     "dbt_project/, or a view.")
+        self.files = [file for file in again if file.kind in ("handler", "schedule", "model")]
         again = [file for file in again if not file.kind]
         if self._changed(again, done) or (steps and again):
             steps.append((self._folder(name, again, settings), SQL_FOLDER))

@@ -26,7 +26,7 @@ from anton.db import Database, current_database, literal, quote
 from anton.errors import InvalidRecord, QueryError, SyncInLoop, did_you_mean
 from anton.op import Form
 from anton.record import Document, Record, Row
-from anton.relation import Relation, columns_sql, describe, described
+from anton.relation import Relation, columns_sql, describe, writable
 from anton.sink import encode, reasons
 from anton.write import OnConflict, Scope, Step, commit, find_scope, in_loop, scope
 
@@ -265,7 +265,7 @@ class Query(Generic[T]):
             raise QueryError(f"{self}.update() needs a value: update(status=\"paid\")")
         found = find_scope()
         db = found[0].db if found else current_database()
-        relation = described(db, self._source.name)
+        relation = writable(db, self._source.name)
         values: list[Any] = []
         head = f"delete from {relation.sql}"
         if kind == "update":

@@ -140,6 +140,11 @@ async def reclaim_together(db: Database, conn: Conn, worker: int, lease: timedel
     return _jobs(mine, await db.call(conn, "reclaim_together", worker, mine, handlers, lease))
 
 
+async def thaw(db: Database, conn: Conn, lease: timedelta) -> None:
+    """Ends the sessions of workers that froze while they sent what an ack of theirs writes."""
+    await db.call(conn, "thaw", lease)
+
+
 async def heartbeat(db: Database, conn: Conn, worker: int, tokens: list[int], lease: timedelta,
                     without: Sequence[int] = ()) -> set[int]:
     """Makes the leases last `lease` from now, but those of the jobs `without`; the tokens that still hold any."""
@@ -244,9 +249,10 @@ async def images_sql(db: Database, conn: Conn, table: int, cols: list[str]) -> s
     return str(await db.call_value(conn, "images_sql", table, cols))
 
 
-async def run_sql(db: Database, conn: Conn, lease: int, ids: list[int], worker: int) -> int:
-    """Runs a SQL handler over whole jobs and settles them; the receipt's id."""
-    return int(await db.call_value(conn, "run_sql", lease, ids, worker))
+async def run_sql(db: Database, conn: Conn, lease: int, ids: list[int], worker: int) -> int | None:
+    """Runs a SQL handler over whole jobs and settles them; the receipt's id, None when they have to wait."""
+    receipt: int | None = await db.call_value(conn, "run_sql", lease, ids, worker)
+    return receipt
 
 
 async def chain(db: Database, conn: Conn, receipt: int) -> str:

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import asyncpg
 
 from anton.db import Database, identifier, literal, portal, quote
-from anton.errors import MissingPrivilege, UnknownTable
+from anton.errors import MissingPrivilege, ReadOnly, UnknownTable
 
 T = TypeVar("T")
 
@@ -52,6 +52,7 @@ class Relation:
 
     copy: COPY may fill it. versioned: its rows have an xmin. document: as Anton makes it where there is no model.
     table_id: its number in `watched`, None when Anton does not watch it. triggers: it has some of the user's.
+    keeper: what keeps its rows, so that nobody else may write them, "the model daily"; "" for most.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Relation:
     versioned: bool
     document: bool
     triggers: bool
+    keeper: str = ""
     texts: dict[Any, Any] = field(default_factory=dict, repr=False)  # SQL written for it, by what it does
 
     def key_of(self, row: Any) -> Any:
@@ -79,6 +81,8 @@ value = asyncpg.Record.__getitem__  # a column of a row, whatever names its clas
 _RELATIONS = """
 select q.name as asked, c.oid::bigint as oid, n.nspname as schema, c.relname as name, c.relkind::text as kind,
        row_security_active(c.oid) as guarded, w.id as table_id,
+       coalesce((select 'the model ' || m.name from {schema}.model m where m.table_id = w.id
+                    and m.missing_at is null), '') as keeper,
        exists (select from pg_catalog.pg_trigger g where g.tgrelid = c.oid and not g.tgisinternal
                   and g.tgfoid not in (select p.oid from pg_catalog.pg_proc p join pg_catalog.pg_namespace s
                                          on s.oid = p.pronamespace where s.nspname = $2)) as triggers,
@@ -159,7 +163,7 @@ def _relation(name: str, row: asyncpg.Record, columns: dict[str, Attribute]) -> 
     return Relation(
         name, row["schema"], row["name"], identifier(name), row["oid"], row["table_id"], columns, tuple(row["key"]),
         copy=row["kind"] in "rpf" and not row["guarded"] and all(c.plain for c in columns.values()),
-        versioned=row["kind"] in "rpm", triggers=row["triggers"],
+        versioned=row["kind"] in "rpm", triggers=row["triggers"], keeper=row["keeper"],
         document={c.name: c.type for c in columns.values()} == _DOCUMENT)
 
 
@@ -167,6 +171,14 @@ def described(db: Database, name: str, *, fresh: bool = False) -> Relation:
     """`describe` for sync callers: blocks for a few milliseconds the first time, also inside a loop."""
     known = None if fresh else _known.get(db, {}).get(name)
     return known or blocking(lambda: describe(db, name, fresh=fresh))
+
+
+def writable(db: Database, name: str) -> Relation:
+    """`described`, for a write. Raises ReadOnly for a table that something else keeps."""
+    relation = described(db, name)
+    if relation.keeper:
+        raise ReadOnly(relation.name, relation.keeper)
+    return relation
 
 
 class Keys:

@@ -320,7 +320,7 @@ class Runner:
             cause: BaseException = error.error if isinstance(error, WriteRefused) else error
             if isinstance(cause, asyncpg.QueryCanceledError):
                 cause = HandlerTimeout(lane.name, lane.timeout.total_seconds())
-            if is_world(cause):
+            if is_world(cause) or lane.model:                          # a SELECT over all records blames none of them
                 raise World(cause) from error
             if len(jobs) > 1:
                 step = -(-len(jobs) // WAYS)

@@ -15,11 +15,13 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
+import json
 import re
 import uuid
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from anton.errors import BadOption
@@ -46,11 +48,13 @@ class Scheme:
 
     ids: where the delivery id is, the first of these that is there; places joined by " + ", "body": a hash of the
     body, "signed": a hash of what was signed, the time included. accepted: the body that a 2xx must have.
+    bodyless: its events may come without a body; their payload is null.
     """
 
     ids: tuple[str, ...] = field(default=(), kw_only=True)
     handshakes: tuple[Handshake, ...] = field(default=(), kw_only=True)
     accepted: bytes = field(default=b"", kw_only=True)
+    bodyless: bool = field(default=False, kw_only=True)
 
     @property
     def timed(self) -> bool:
@@ -60,6 +64,11 @@ class Scheme:
     @property
     def addressed(self) -> bool:
         """Whether refusal() looks at the URL."""
+        return False
+
+    @property
+    def bound(self) -> bool:
+        """Whether the URL alone says that a request is for us, so that its Host header must not be believed."""
         return False
 
     @property
@@ -191,8 +200,9 @@ class Basic(Scheme):
 class Jwt(Scheme):
     """A signed token in a header. The secret is the key: a text for HS256 and its like, or a public key as PEM.
 
+    A public key in another form is refused: everybody knows it, and as a text it would make HS256 tokens.
     claims: what it must say. body_claim: the one with the body's SHA-256, in body_encoding. aud: it must be for our
-    URL. tolerance: seconds past its "exp", and around its "iat" where max_age is set (seconds).
+    URL, deployment.url. tolerance: seconds past its "exp", and around its "iat" where max_age is set (seconds).
     """
 
     header: str
@@ -210,6 +220,17 @@ class Jwt(Scheme):
     @property
     def addressed(self) -> bool:
         return self.aud
+
+    @property
+    def bound(self) -> bool:
+        return self.aud
+
+    def key(self, secret: str) -> str:
+        if secret.startswith(_PEM):
+            _pem(secret)
+        elif _is_public(secret):
+            raise BadKey("a public key must be PEM, from -----BEGIN PUBLIC KEY----- on")
+        return secret
 
     @property
     def secret_headers(self) -> frozenset[str]:
@@ -231,6 +252,8 @@ class Jwt(Scheme):
             shown = made.hex() if self.body_encoding == "hex" else base64.b64encode(made).decode()
             if not hmac.compare_digest(str(said.get(self.body_claim, "")).encode(), shown.encode()):
                 return Refusal(f'{self.header}: "{self.body_claim}" is not the hash of this body')
+        if self.aud and not sent.url:
+            return Refusal('the address it must be for is not known; say it: {"deployment": {"url": "https://…"}}')
         if self.aud and said.get("aud") != sent.url:
             return Refusal(f'{self.header}: "aud" is not {sent.url}')
         return self._late(said, sent.now)
@@ -268,7 +291,7 @@ def _claims(token: str, secret: str) -> dict[str, Any] | None:
     """What the token says, or None when this key did not sign it. Its times are looked at by the caller."""
     import jwt  # of the extra web
 
-    pem = secret.startswith("-----BEGIN")
+    pem = secret.startswith(_PEM)
     allowed = ["RS256", "RS384", "RS512", "ES256", "ES384", "ES512", "EdDSA"] if pem else ["HS256", "HS384", "HS512"]
     no: Any = {f"verify_{name}": False for name in ("exp", "iat", "nbf", "aud", "iss", "sub", "jti")}
     try:
@@ -276,6 +299,47 @@ def _claims(token: str, secret: str) -> dict[str, Any] | None:
         return said
     except jwt.PyJWTError:
         return None
+
+
+_PEM = "-----BEGIN"
+
+
+@lru_cache(maxsize=64)
+def _pem(text: str) -> None:
+    """Raises BadKey for what is no public key."""
+    from cryptography.hazmat.primitives.serialization import load_pem_public_key
+
+    try:
+        load_pem_public_key(text.replace("\\n", "\n").encode())
+    except ValueError:
+        raise BadKey("it begins as PEM and is no public key") from None
+
+
+@lru_cache(maxsize=64)
+def _is_public(text: str) -> bool:
+    """Whether a text is a public key in another form than PEM: a JWK or a list of them, ssh's, DER in base64 or hex."""
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives.serialization import load_der_public_key
+
+    if text.startswith(("ssh-", "ecdsa-sha2-")):
+        return True
+    try:
+        made = json.loads(text)
+    except ValueError:
+        made = None
+    if isinstance(made, dict) and ("keys" in made or made.get("kty", "oct") != "oct"):
+        return True
+    plain = "".join(text.split()).replace("\\n", "")
+    for decode in (bytes.fromhex, lambda text: base64.urlsafe_b64decode(text.replace("+", "-").replace("/", "_")
+                                                                        + "=" * (-len(text) % 4))):
+        try:
+            load_der_public_key(decode(plain))
+            return True
+        except UnsupportedAlgorithm:
+            return True
+        except ValueError:                                             # binascii.Error is one
+            continue
+    return False
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,13 @@ from anton.app import current_app, place_of_caller
 from anton.errors import BadOption, BadSignature, UnknownOption
 from anton.scheme import Scheme
 from anton.secret import Many, One, several
+from anton.sent import MAX_FIELDS
 from anton.table import Table
 
 F = TypeVar("F", bound=Callable[..., Any])
 Verify = str | Scheme | Callable[[bytes, Mapping[str, str]], bool] | bool | None
 Secret = Many | Mapping[str, Many] | None
 
-MAX_FIELDS = 1000  # of a form
 ROUTE_OPTIONS = ("status_code", "response_model", "response_class", "responses", "response_description", "tags",
                  "summary", "description", "deprecated", "include_in_schema", "name", "operation_id", "dependencies",
                  "response_model_include", "response_model_exclude", "response_model_exclude_none",

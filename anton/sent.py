@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from functools import cached_property
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
@@ -16,7 +16,8 @@ from urllib.parse import parse_qsl, urlsplit
 import orjson
 
 RawHeaders = Iterable[tuple[bytes, bytes]]
-_MAX_FIELDS = 1000
+FORM = "application/x-www-form-urlencoded"
+MAX_FIELDS = 1000  # of a form or a URL
 _MISSING = object()
 
 
@@ -40,11 +41,10 @@ class Sent:
     @cached_property
     def form(self) -> list[tuple[str, str]] | None:
         """The fields of a form in their order; None when the body is none."""
-        kind = (self.header(b"content-type") or b"").partition(b";")[0].strip().lower()
-        if kind != b"application/x-www-form-urlencoded":
+        if not is_form((self.header(b"content-type") or b"").decode("latin-1")):
             return None
         try:
-            return parse_qsl(self.body.decode(), keep_blank_values=True, max_num_fields=_MAX_FIELDS)
+            return parse_qsl(self.body.decode(), keep_blank_values=True, max_num_fields=MAX_FIELDS)
         except ValueError:
             return None
 
@@ -52,7 +52,7 @@ class Sent:
     def query(self) -> list[tuple[str, str]]:
         """The parameters of the URL."""
         try:
-            return parse_qsl(urlsplit(self.url).query, keep_blank_values=True, max_num_fields=_MAX_FIELDS)
+            return parse_qsl(urlsplit(self.url).query, keep_blank_values=True, max_num_fields=MAX_FIELDS)
         except ValueError:
             return []
 
@@ -82,6 +82,25 @@ class Sent:
         """The only value at a place."""
         found = self.all(place)
         return found[0] if len(found) == 1 else None
+
+
+def is_form(content_type: str) -> bool:
+    """Whether a Content-Type says that the body is a form's fields. What signs and what reads it must agree on that."""
+    return content_type.partition(";")[0].strip().lower() == FORM
+
+
+def readable(headers: RawHeaders, hidden: Container[bytes] = ()) -> dict[str, str]:
+    """Headers as text, by name as an ASGI server gives it: in lower case. hidden: names to leave out.
+
+    What is sent more than once is joined by ", ".
+    """
+    shown = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in headers if name not in hidden]
+    found = dict(shown)
+    if len(found) < len(shown):
+        found = {}
+        for name, text in shown:
+            found[name] = f"{found[name]}, {text}" if name in found else text
+    return found
 
 
 def _once(pairs: list[tuple[str, str]]) -> dict[str, str]:

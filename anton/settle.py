@@ -35,6 +35,7 @@ T = TypeVar("T")
 log = logging.getLogger("anton.worker")
 
 TRIES = 6  # of a transaction that another one got in the way of
+BREAKS = 10  # of its connection, within a transaction: a loop that is blocked again and again is cut off each time
 
 BLOCKED = (asyncpg.SerializationError, asyncpg.DeadlockDetectedError, asyncpg.LockNotAvailableError,
            asyncpg.InsufficientResourcesError, asyncpg.PostgresSystemError, asyncpg.InvalidCachedStatementError,
@@ -235,18 +236,21 @@ class Settler:
             self.settling.discard(task)
 
     async def _transact(self, work: Callable[[Conn], Awaitable[T]], again: tuple[type[Exception], ...]) -> T:
-        lost, tries = 0, 0
+        lost, tries, breaks = 0, 0, 0
         while True:
+            begun = False
             try:
                 with translating():
                     async with self.db.tx() as conn:
+                        begun = True
                         return await work(conn)
             except asyncpg.IntegrityConstraintViolationError as error:  # deferred, so COMMIT said it
                 raise WriteRefused(None, error) from error
             except Exception as error:
                 if disconnected(error):
                     lost += 1
-                    if not self._alive():
+                    breaks += begun
+                    if not self._alive() or breaks >= BREAKS:
                         raise World(error) from error
                     pause = min(2.0, 0.05 * 2**lost)
                 elif isinstance(error, again):

@@ -7,6 +7,11 @@
     -- where: total > 100
     insert into big_orders (id) select id from new_records
 
+    -- anton: model                  one that is a Table, kept by a SELECT
+    -- refresh: orders, @hourly
+    -- key: day
+    select created_at::date as day, sum(total) as total from orders group by 1
+
 A header is the comment lines a file begins with; their keys are the options of docs/handlers.md.
 """
 
@@ -14,7 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +32,7 @@ OPS = ("new", "updated", "deleted", "truncate", "rebuilt", "failed")
 _HANDLER = ("on", "where", "columns", "read", "since", "batch", "max_wait", "timeout", "attempts", "backoff", "max_lag",
             "into", "was", "concurrency")
 _SCHEDULE = ("cron", "tz", "title", "misfire", "overlap", "jitter", "start", "end", "timeout", "attempts", "backoff")
+_MODEL = ("refresh", "key", "incremental", "timeout", "max_wait", "tz")
 _NUMBERS = ("batch", "attempts", "concurrency")
 _DURATIONS = ("max_wait", "timeout", "backoff", "max_lag")
 
@@ -144,6 +150,63 @@ def schedule(file: SqlFile, app: str) -> dict[str, Any]:
     text = due.normal(cron, file.name)
     return {"app": app, "name": file.stem, "cron": text, "tz": tz, "title": file.header.get("title", cron),
             "kind": "sql", "body": file.text, **due.rules(file.header, text, tz, file.name)}
+
+
+@dataclass(frozen=True)
+class SqlModel:
+    """A file of kind model: a Table kept by its SELECT. name: of the model and its table, the file's.
+
+    tables: it is refreshed when these change; crons: and by the clock, in tz; () for none. key: its columns.
+    incremental: (table, column) whose values name the groups that a change touches. body: the SELECT, as written;
+    line: of the file that it begins at, from 0. timeout, max_wait: as Postgres reads them.
+    """
+
+    file: str
+    name: str
+    body: str
+    line: int
+    tables: tuple[str, ...]
+    crons: tuple[str, ...]
+    key: tuple[str, ...]
+    incremental: tuple[tuple[str, str], ...]
+    timeout: str
+    max_wait: str
+    tz: str
+
+
+def model(file: SqlFile) -> SqlModel:
+    """What a file of kind model says. Raises UnknownOption, BadOption, DeclarationError."""
+    of, header = file.name, file.header
+    _known(file, _MODEL)
+    parts = list(statements(file.text))
+    if len(parts) != 1:
+        raise DeclarationError(f"{of}: a model is one SELECT, and this holds {len(parts)} statements. "
+                               "Put the others into a file of their own.")
+    named: list[str] = []
+    crons: list[str] = []
+    for word in _words(re.split(r",\s+|,$", header.get("refresh", ""))):
+        (crons if word.startswith("@") or len(word.split()) == 5 else named).append(word)
+    tables = [name for word in named for name in _words(word.split(","))]
+    if not tables and not crons:
+        raise BadOption("refresh", header.get("refresh", ""), of, 'tables, times or both: "orders, @hourly"')
+    key = _words(header.get("key", "").split(","))
+    if not key:
+        raise BadOption("key", header.get("key", ""), of, 'the columns that tell its rows apart: "day", "shop, day"')
+    groups = [tuple(word.rpartition(".")[::2]) for word in _words(header.get("incremental", "").split(","))]
+    for table, column in groups:
+        if table not in tables:
+            raise BadOption("incremental", f"{table}.{column}".lstrip("."), of,
+                            f"a column of a table that refresh: names, such as {(tables or ['orders'])[0]}.customer_id")
+    due.zone(header.get("tz", "UTC"), of)
+    lengths = {name: f"{duration(header.get(name, default), name, of).total_seconds()} s"
+               for name, default in (("timeout", "5m"), ("max_wait", 0))}
+    return SqlModel(of, file.stem, parts[0][1].strip(), parts[0][0], tuple(tables), tuple(crons), tuple(key),
+                    tuple((table, column) for table, column in groups), lengths["timeout"], lengths["max_wait"],
+                    header.get("tz", "UTC"))
+
+
+def _words(parts: Iterable[str]) -> list[str]:
+    return [part.strip() for part in parts if part.strip()]
 
 
 def _known(file: SqlFile, known: tuple[str, ...]) -> None:

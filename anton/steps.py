@@ -17,7 +17,7 @@ import asyncpg
 from anton import sqlfile
 from anton.app import App
 from anton.db import Database, quote, translated
-from anton.errors import LockNotGained, MigrationFailed, MissingPrivilege
+from anton.errors import LockNotGained, MigrationFailed, MissingPrivilege, did_you_mean
 from anton.plan import LOCK_TIMEOUT, Plan, Step
 from anton.sqlfile import SqlFile
 
@@ -136,12 +136,20 @@ class Steps:
             line -= 0 if self.dry else step.sql.partition("begin;\n")[0].count("\n") + 1 + len(step.settings)
         else:
             line = await self._find(step, error)
-        lines = step.body.splitlines()
+        lines, reason = step.body.splitlines(), f"{error}{await self._meant(error)}"
         for number in range(line, -1, -1) if file == SQL_FOLDER else ():   # a folder: which of its files
             if lines[number].startswith("-- sql/"):
-                return MigrationFailed(lines[number][3:], line - number, lines[line].strip(), error)
-        return MigrationFailed(file, line + 1, lines[line].strip(), error)
+                return MigrationFailed(lines[number][3:], line - number, lines[line].strip(), reason)
+        return MigrationFailed(file, line + 1, lines[line].strip(), reason)
 
+    async def _meant(self, error: asyncpg.PostgresError) -> str:
+        """Which table may have been meant. Of columns Postgres says it."""
+        name = re.search(r'"(.*)"', str(error.args[0]))
+        if not isinstance(error, asyncpg.UndefinedTableError) or name is None:
+            return ""
+        rows = await self.db.call(self.conn, "relations")
+        meant = did_you_mean(name[1], [row["name"].removeprefix("public.") for row in rows])
+        return f".{meant}" if meant else ""
     async def _find(self, step: Step, error: asyncpg.PostgresError) -> int:
         """The line, from 0, of the statement that fails like this: some errors do not say where they happened."""
         trial = self.conn.transaction()

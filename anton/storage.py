@@ -10,10 +10,14 @@ BadOption for a path that leaves the storage.
 
 from __future__ import annotations
 
+import asyncio
 import io
+import itertools
+import logging
+import os
 import re
-from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -29,8 +33,11 @@ from anton.action import effects
 from anton.app import App
 from anton.errors import BadOption, ConfigError, FileChanged, FileGone, StorageError
 
-PIECE = 8 << 20  # bytes of one request
+log = logging.getLogger("anton.storage")
+
+PAGE = 1000  # files of a list
 _RETRY: Any = {"max_retries": 3, "retry_timeout": timedelta(seconds=20)}
+_ODD = re.compile(r"[\x00-\x1f\x7f\\\ud800-\udfff]")
 _CLIENT: Any = {"timeout": timedelta(seconds=60), "connect_timeout": timedelta(seconds=5)}
 
 
@@ -53,19 +60,65 @@ class Storage:
     store: S3Store | LocalStore = field(repr=False)
     root: Path | None
     local: bool
+    _left_out: set[str] = field(default_factory=set, repr=False)       # that were told of
 
-    async def list(self, prefix: str) -> AsyncIterator[list[Found]]:
+    async def list(self, prefix: str) -> AsyncIterator[Sequence[Found]]:
         """The files whose path begins with prefix, up to 1,000 at a time, in no order.
 
-        Of a folder, links that lead out of it are left out, and what vanishes meanwhile.
+        Left out: of a folder links that lead out of it or round in it, and what vanishes meanwhile; names that cannot
+        be asked for, which are logged once.
         """
-        folder, _, start = prefix.rpartition("/")
         with self._errors("list", prefix):
-            if self.root is not None and not self.root.is_dir():
-                raise StorageError(self.name, self.url, "list", prefix, "there is no such folder")
-            async for some in self.store.list(folder or None, chunk_size=1000):
-                yield [Found(one["path"], one["size"], one["e_tag"] or "", one["last_modified"]) for one in some
-                       if one["path"].startswith(prefix) and self._inside(one["path"])]
+            async for some in self._folder(prefix) if self.root is not None else self._bucket(prefix):
+                yield some
+
+    async def _bucket(self, prefix: str) -> AsyncIterator[Sequence[Found]]:
+        async for some in self.store.list(prefix.rpartition("/")[0] or None, chunk_size=PAGE):
+            found = [_found(one["path"], one) for one in some
+                     if one["path"].startswith(prefix) and self._askable(one["path"])]
+            few, empty = asyncio.Semaphore(16), [one.path for one in found if not one.size]
+
+            async def there(path: str, few: asyncio.Semaphore = few) -> bool:
+                async with few:
+                    try:
+                        await obstore.head_async(self.store, path)
+                    except FileNotFoundError:
+                        return False
+                    return True
+
+            # The mark of a folder, "a/b/" without content, is listed as if it were a file "a/b".
+            real = dict(zip(empty, await asyncio.gather(*map(there, empty)), strict=True))
+            yield [one for one in found if real.get(one.path, True)]
+
+    async def _folder(self, prefix: str) -> AsyncIterator[Sequence[Found]]:
+        """obstore's own way through a folder ends at the first odd name, and at a link that leads round."""
+        assert self.root is not None
+        if not self.root.is_dir():
+            raise StorageError(self.name, self.url, "list", prefix, "there is no such folder")
+        paths = _walk(self.root, prefix)
+
+        def page() -> Sequence[str]:
+            return [*itertools.islice(paths, PAGE)]
+
+        while some := await asyncio.to_thread(page):
+            yield await asyncio.to_thread(self._looked_at, some)
+
+    def _looked_at(self, paths: Sequence[str]) -> Sequence[Found]:
+        found = []
+        for path in filter(self._askable, paths):
+            with suppress(FileNotFoundError):                          # it has vanished
+                found.append(_found(path, obstore.head(self.store, path)))
+        return found
+
+    def _askable(self, path: str) -> bool:
+        """Whether read() and the like take this path."""
+        if _takes(path):
+            return True
+        if path not in self._left_out:
+            self._left_out.add(path)
+            log.warning('storage "%s": the file %s is left out: its name is not UTF-8, or has a control character or a '
+                        "backslash", self.name, ascii(path))
+        return False
 
     async def read(self, path: str, start: int, length: int, etag: str = "") -> bytes:
         """Bytes of the file from start on, fewer at its end. etag: of the version that is meant; "": any."""
@@ -83,7 +136,7 @@ class Storage:
         """The file as it is now."""
         with self._errors("read", self.checked(path)):
             one = await obstore.head_async(self.store, path)
-        return Found(path, one["size"], one["e_tag"] or "", one["last_modified"])
+        return _found(path, one)
 
     async def write(self, path: str, data: Any) -> None:
         """Puts the file there as a whole, instead of one that is there. data: bytes, a Path, or an open binary file."""
@@ -104,9 +157,7 @@ class Storage:
 
     def checked(self, path: str) -> str:
         """The path, when it stays inside. Raises BadOption for "..", an absolute path, a link out of it."""
-        parts = path.split("/") if isinstance(path, str) else [""]
-        if any(part in ("", ".", "..") or re.search(r"[\x00-\x1f\x7f\\]", part) for part in parts) \
-                or not self._inside(path):
+        if not isinstance(path, str) or not _takes(path) or not self._inside(path):
             raise BadOption("path", path, f'storage "{self.name}"', 'a path inside of it, such as "incoming/a.csv"')
         return path
 
@@ -126,6 +177,50 @@ class Storage:
         except (BaseError, OSError, ValueError) as error:
             reason = str(error).partition("\n")[0]                     # after it comes Rust's own
             raise StorageError(self.name, self.url, verb, path, reason) from error
+
+
+def _found(path: str, one: Any) -> Found:
+    return Found(path, one["size"], one["e_tag"] or "", one["last_modified"])
+
+
+def _takes(path: str) -> bool:
+    """Whether it is a path that stays inside, in characters that all storages take."""
+    return not any(part in ("", ".", "..") or _ODD.search(part) for part in path.split("/"))
+
+
+def _walk(root: Path, prefix: str) -> Iterator[str]:
+    """The paths of the files below a folder that begin with prefix. Links are followed, but neither out nor round.
+
+    Raises OSError for a folder that cannot be read: what is in it would pass for deleted.
+    """
+    start = prefix.rpartition("/")[0]
+    first = (root / start).resolve()
+    waiting: list[tuple[str, tuple[Path, ...]]] = []
+    if first.is_relative_to(root):
+        waiting.append((start + "/" if start else "", (root, first)))
+    while waiting:
+        folder, above = waiting.pop()                                  # above: where the folders on the way really are
+        try:
+            entries = os.scandir(root / folder)
+        except (FileNotFoundError, NotADirectoryError):                # gone meanwhile, or never there
+            continue
+        with entries:
+            for entry in entries:
+                path, here = folder + entry.name, above[-1] / entry.name
+                if not path.startswith(prefix):
+                    continue
+                if entry.is_symlink():
+                    try:
+                        here = here.resolve()
+                    except (OSError, RuntimeError):                    # it leads to itself
+                        continue
+                    if not here.is_relative_to(root):
+                        continue
+                if here.is_dir() if entry.is_symlink() else entry.is_dir():
+                    if here not in above:
+                        waiting.append((path + "/", (*above, here)))
+                elif here.is_file() if entry.is_symlink() else entry.is_file():
+                    yield path
 
 
 class _Reader(io.RawIOBase):

@@ -206,9 +206,10 @@ class Supervisor:
             log.warning("%s %s (pid %s) died: %s", child.kind, child.worker, child.pid,
                         signal.Signals(-status).name if status < 0 else f"exit {status}")
             freed = self._free(child.worker)
+        if freed and not self.signals and not any(other.kind == "suspects" for other in self.children.values()):
+            self._suspected_at = time.monotonic()
+            self._fork("suspects")                                     # at once, whoever else may look
         if child.kind == "suspects":
-            if freed and not self.signals:
-                self._fork("suspects")
             return
         quick = status != 0 and time.monotonic() - child.born < QUICK
         self._quick = self._quick + 1 if quick else 0

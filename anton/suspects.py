@@ -1,6 +1,6 @@
 """Suspects: jobs whose worker died with them. Most are innocent, so they are run together.
 
-    reclaim_together -> run -> settled       that killed the process: a tenth of them, then each with nothing beside it
+    reclaim_together -> run -> settled       that killed the process: a tenth of one handler's, then each by itself
                                              killed it again: cut into parts, a single record buried at last
 """
 
@@ -18,15 +18,26 @@ from anton.run import Run
 from anton.settle import Settler
 
 
-async def work_suspects(settler: Settler, lease: timedelta, lanes: Mapping[int, Lane],
-                        alone: Callable[[Run], Awaitable[object]], alive: Callable[[], bool]) -> int:
-    """Runs them while alive(); how many records were settled. alone: runs one batch to its end."""
-    db, done = settler.db, 0
+async def work_suspects(settler: Settler, lease: timedelta, lanes: Mapping[int, Lane], slots: int,
+                        run: Callable[[Run], Awaitable[object]], alive: Callable[[], bool]) -> int:
+    """Runs them while alive(), so many calls at a time; how many records were settled. run: one batch to its end."""
+    db, done, free = settler.db, 0, asyncio.Semaphore(slots)
+
+    async def work(lane: Lane, jobs: list[Job]) -> None:
+        runs = [Run(lane, Batch.of(some)) for like in _alike(jobs) for some in _batches(like, lane.batch)]
+        for first in range(0, len(runs), lane.concurrency):
+            await asyncio.gather(*map(one, runs[first:first + lane.concurrency]))
+
+    async def one(batch: Run) -> None:
+        async with free:
+            await run(batch)
+
     while alive():
         async with db.conn() as conn:
             jobs = await queue.reclaim_together(db, conn, settler.worker, lease, list(lanes))
-        if not jobs:
-            break
+            if not jobs:                                               # or those there are cannot be had
+                await queue.thaw(db, conn, lease)
+                break
         job = jobs[0]
         if job.crashes and len(job.left) > 1:
             await settler.transact(partial(queue.split_crashed, db, job=job))
@@ -35,12 +46,20 @@ async def work_suspects(settler: Settler, lease: timedelta, lanes: Mapping[int, 
                 Batch.of(jobs), "crashed", f"its process died {job.crashes} times while this record ran alone"
             )
         else:
-            left, lane = sum(len(job.left) for job in jobs), lanes[job.handler_id]
-            runs = [Run(lane, Batch.of(some)) for some in _batches(jobs, lane.batch)]
-            for first in range(0, len(runs), lane.concurrency):
-                await asyncio.gather(*map(alone, runs[first:first + lane.concurrency]))
+            left, by_lane = sum(len(job.left) for job in jobs), dict[int, list[Job]]()
+            for job in jobs:
+                by_lane.setdefault(job.handler_id, []).append(job)
+            await asyncio.gather(*(work(lanes[id], some) for id, some in by_lane.items()))
             done += left - sum(len(job.left) for job in jobs)
     return done
+
+
+def _alike(jobs: list[Job]) -> list[list[Job]]:
+    """Apart by tenant, and what failed before from what is new, as Lane.take() has them."""
+    found: dict[tuple[str | None, bool], list[Job]] = {}
+    for job in jobs:
+        found.setdefault((job.tenant, job.attempt > 0), []).append(job)
+    return list(found.values())
 
 
 def _batches(jobs: list[Job], most: int) -> list[list[Job]]:

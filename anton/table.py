@@ -22,7 +22,7 @@ from anton.errors import BadOption, UnknownOption
 from anton.event import Event
 from anton.query import Query
 from anton.record import Record
-from anton.relation import Relation, described
+from anton.relation import Relation, writable
 from anton.sink import Columns, Documents, Models, Sink, beside
 from anton.write import Rows, Scope, apply, find_scope, owner, scope, transaction
 
@@ -180,7 +180,7 @@ class Table(Generic[T]):
         return f'Table("{self.name}"{f", {self.model.__name__}" if self.model else ""})'
 
     def _relation(self, current: Scope) -> Relation:
-        return described(current.db, self.name)
+        return writable(current.db, self.name)
 
     def _sink(self, current: Scope) -> Sink:
         """Where this scope's appends go; made at the first one after anything else."""

@@ -18,14 +18,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
+import asyncpg
 import orjson
 
-from anton import config, embedded, migrate, schedule, supervisor, template
+from anton import config, embedded, migrate, pgcron, schedule, supervisor, template, wiring
 from anton.action import set_effects
 from anton.app import load_app, open_database
 from anton.db import Conn, Database, set_database
 from anton.duration import duration
-from anton.errors import AntonError, ConfigError
+from anton.errors import AntonError, ConfigError, DatabaseError, ModelFailed
 from anton.status import Row, ask, behind, draw_why, layout, layout_one, status, with_thoughts
 
 T = TypeVar("T")
@@ -35,6 +36,8 @@ OK, FOUND, USAGE = 0, 1, 2
 _HANDLERS = ("app", "handler", "table", "state", "ready", "delayed", "in_flight", "dead", "oldest", "per_second",
              "workers", "versions", "why")
 _SCHEDULES = ("name", "app", "title", "tz", "state", "next_at", "last_at", "last_state", "error")
+_MODELS = ("name", "app", "state", "refresh", "incremental", "pending", "built_at", "ms", "new", "updated", "deleted",
+           "error")
 _JOBS = ("id", "handler", "state", "records", "op", "attempt", "waiting_since", "run_at", "worker", "error")
 _DEAD = ("id", "handler", "record", "op", "reason", "error", "attempt", "died_at")
 _COSTS = ("day", "app", "handler", "model", "calls", "failed", "unknown", "unpriced", "memo", "tokens_in", "tokens_out",
@@ -139,19 +142,21 @@ def do_status(args: Args) -> int:
 
 def doctor(args: Args) -> int:
     """Look for what is wrong, and say what to do. --fix mends triggers; --reconcile finds changes nobody captured."""
-    async def examine(db: Database, conn: Conn) -> tuple[list[Row], list[Row]]:
+    async def examine(db: Database, conn: Conn) -> tuple[list[Row], list[Row], list[str]]:
         done: list[Row] = []
         if args.fix:
             done += [{"done": row["repair"]} for row in await ask(db, conn, "repair")]
         if args.reconcile:
             for table in await ask(db, conn, "watched_tables"):
                 done += await ask(db, conn, "reconcile", table["name"])
-        return done, await ask(db, conn, "findings")
+        wrong, notes = await pgcron.examine(db, conn)
+        return done, await ask(db, conn, "findings") + wrong, notes
 
-    done, found = query(args, examine)
+    done, found, notes = query(args, examine)
     lines = [layout(done, tuple(done[0]))] if done else []
     lines += [f"{row['kind']} {row['subject']}: {row['problem']}\n  {row['remedy']}" for row in found]
-    emit(args, {"done": done, "found": found}, "\n".join(lines) or "nothing is wrong")
+    lines = (lines or ["nothing is wrong"]) + [f"note: {note}" for note in notes]
+    emit(args, {"done": done, "found": found, "notes": notes}, "\n".join(lines))
     return FOUND if found else OK
 
 
@@ -262,6 +267,59 @@ def schedules_next(args: Args) -> int:
 
     rows = query(args, times)
     emit(args, rows, layout(rows, ("due", "tz")) if rows else f"{args.name} is never due again")
+    return OK
+
+
+# --- models
+
+
+def models_list(args: Args) -> int:
+    """List Tables that are kept by a SELECT, and their last refresh."""
+    return _list(args, "models", (), _MODELS)
+
+
+def models_show(args: Args) -> int:
+    """Show a model, its last refresh and its SELECT."""
+    row = query(args, lambda db, conn: ask(db, conn, "models", args.name))[0]
+    emit(args, row, layout_one(row))
+    return OK
+
+
+def models_run(args: Args) -> int:
+    """Refresh a model now: what changed since, or with --full all of its rows."""
+    async def run(db: Database, conn: Conn) -> Row:
+        try:
+            return (await ask(db, conn, "refresh", args.name, args.full))[0]
+        except asyncpg.PostgresError as error:
+            raise ModelFailed(f"model {args.name}: {error}. Its old rows stay.") from error
+
+    row = query(args, run)
+    scope = "all rows" if row["is_full"] else "what changed"
+    did = ", ".join(f"{row[what]:,} {what}" for what in ("new", "updated", "deleted"))
+    emit(args, row, f"{row['name']}: {scope}, {did}")
+    return OK
+
+
+def graph(args: Args) -> int:
+    """Show what leads to what: what comes in, tables, what listens to them. --columns TABLE traces columns."""
+    app, told, note = load_app(args.app), None, ""
+    if not args.offline:
+        try:
+            told = query(args, wiring.ask)
+        except DatabaseError as error:
+            note = f"from the code alone: {error}"
+    wired = wiring.wire(app, told)
+    if args.columns:
+        emit(args, wired.columns_of(args.columns), wired.columns_text(args.columns))
+        return OK
+    drawn = wired.graph
+    if note:
+        drawn.notes.append(note)
+    if args.downstream:
+        drawn = drawn.downstream(args.downstream)
+    if args.upstream:
+        drawn = drawn.upstream(args.upstream)
+    emit(args, drawn.facts(), drawn.mermaid() if args.mermaid else drawn.text())
     return OK
 
 

@@ -16,12 +16,14 @@ import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
+from anton.config import is_loopback, is_public
 from anton.errors import BadOption, did_you_mean
 from anton.handshake import Handshake, Reply
 from anton.scheme import Adyen, BadKey, Basic, Jwt, Refusal, Scheme, Token
 from anton.secret import Env, VerifyToken, mask, reveal, several
-from anton.sent import RawHeaders, Sent
+from anton.sent import RawHeaders, Sent, readable
 from anton.signed import Hmac, PublicKey
 
 __all__ = ["SCHEMES", "Hmac", "RawHeaders", "Refusal", "Reply", "Verifier", "public_url"]
@@ -32,6 +34,7 @@ Check = Callable[[bytes, Mapping[str, str]], bool]
 DATA = Path(__file__).with_name("verify.json")
 _KINDS: dict[str, Callable[..., Scheme]] = {
     "hmac": Hmac, "public_key": PublicKey, "jwt": Jwt, "token": Token, "basic": Basic, "adyen": Adyen}
+_SECRET_HEADERS = {b"authorization", b"proxy-authorization", b"cookie"}  # never kept
 _SAID = ("name", "scheme", "sure", "secret", "notes")                  # for people: what docs/verify.md is made of
 
 
@@ -86,8 +89,29 @@ class Verifier:
         self.methods = frozenset(shake.method for shake in shakes) - {"POST"}
         self.addressed = self.scheme is not None and (         # whether `url` is looked at
             self.scheme.addressed or any(shake.addressed for shake in shakes))
-        self.secret_headers = self.scheme.secret_headers if self.scheme else frozenset()   # kept in no record
+        self.bound = self.scheme is not None and self.scheme.bound     # whether deployment.url is needed
+        secret_headers = self.scheme.secret_headers if self.scheme else frozenset()
+        self.hidden = _SECRET_HEADERS | {name.encode() for name in secret_headers}         # headers kept in no record
+        self.bodyless = self.scheme is not None and self.scheme.bodyless                   # whether "" is an event
         self.accepted = self.scheme.accepted if self.scheme else b""   # the body that a 2xx must have
+
+    def closed(self, scope: Mapping[str, Any]) -> str | None:
+        """The public address that an ASGI request came to, where nobody said who may call; None lets it in.
+
+        `anton serve` does not start on one; another server is first known by its requests.
+        """
+        server = scope.get("server")
+        return server[0] if not self.declared and server and is_public(server[0]) else None
+
+    def url(self, base: str, scope: Mapping[str, Any]) -> str:
+        """The URL of an ASGI request for check() and handshake(); "" where nobody looks at it.
+
+        base: deployment.url. Without it the Host header is believed, for a scheme that is bound only when it is ours.
+        """
+        if not self.addressed:
+            return ""
+        url = public_url(base, scope["scheme"], scope["headers"], scope["raw_path"], scope["query_string"])
+        return "" if self.bound and not base and not is_loopback(urlsplit(url).hostname or "?") else url
 
     def unset(self) -> str | None:
         """The secret to set, when none of them is set, and one that cannot be used: such requests are refused."""
@@ -161,8 +185,7 @@ class Verifier:
             if self.scheme is not None:
                 return self._refusal(self.scheme, sent)
             assert self.callable is not None
-            text = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in sent.headers}
-            good = self.callable(body, text)
+            good = self.callable(body, readable((name.lower(), value) for name, value in sent.headers))
         except Exception:
             log.exception("verify= of %s raised; the request is refused", self.of)
             good = False

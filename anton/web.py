@@ -33,29 +33,40 @@ from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as Incoming
 from starlette.routing import Route
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Message, Send
 
-from anton import deadline, sense, sqlfile, write
-from anton.answers import AWAY, BadBody, Refused, handlers, parse_json, too_many
+from anton import answered, deadline, sense, sqlfile, write
+from anton.answers import (
+    MAX_BODY,
+    UNSIGNED,
+    BadBody,
+    Refused,
+    handlers,
+    is_unmigrated,
+    parse_json,
+    refuse_public,
+    too_many,
+    try_later,
+)
 from anton.app import App, load_app, own_frames, shown
 from anton.config import Settings, is_loopback
-from anton.db import current_database, identifier, is_away
+from anton.db import current_database, identifier
 from anton.errors import BadSignature, ConfigError
 from anton.record import Record
+from anton.sent import MAX_FIELDS, readable
 from anton.share import share
-from anton.verify import Verifier, public_url
+from anton.verify import Verifier
 from anton.webhook import Receiver, Writer
 
 T = TypeVar("T")
 
 log = logging.getLogger("anton.web")
 
-MAX_BODY = 10_000_000                                                  # bytes; more gets 413
 TRIES = 3  # more, for a commit that ran into a deadlock
 OPTIONS: dict[str, Any] = {"http": deadline.Protocol, "ws": "none", "timeout_graceful_shutdown": 30,
                            "access_log": False, "log_level": "warning"}  # of uvicorn
 _CLOCK_SECONDS = 30.0
-_NO_RUNTIME = ("3F000", "42883", "42P01")  # SQLSTATEs: no such schema, function, table
+_TOO_LARGE, _TOO_LARGE_JSON = b"Content Too Large", b'{"detail":"Content Too Large"}'
 
 
 class Request(sense.Request):
@@ -68,8 +79,8 @@ class Request(sense.Request):
         return _decoded(super().text)
 
     def form(self) -> dict[str, str]:
-        if self.body.count(b"&") >= sense.MAX_FIELDS:
-            raise Refused(413, f"the form has more than {sense.MAX_FIELDS:,} fields")
+        if self.body.count(b"&") >= MAX_FIELDS:
+            raise Refused(413, f"the form has more than {MAX_FIELDS:,} fields")
         return _decoded(super().form)
 
 
@@ -135,7 +146,7 @@ class Served(FastAPI):
             if receiver is not None and scope["method"] in receiver.methods:
                 await receiver(scope, receive, send)
                 return
-        await super().__call__(scope, receive, send)
+        await super().__call__(scope, receive, _json_413(send) if scope["type"] == "http" else send)
 
 
 def build(app: App) -> Served:
@@ -145,28 +156,30 @@ def build(app: App) -> Served:
     served = Served(title=app.name, lifespan=_lifespan, exception_handlers={**handlers(), **app.exception_handlers},
                     max_body_size=MAX_BODY)
     served.state.clock = clock
+    verifiers = _verifiers(app)
     for route in app.routes:
-        verifier = Verifier(route.verify, route.secrets or None, of=f"{route.method} {route.path}")
-        _add(served, route, _guarded(verifier, clock, base))
+        _add(served, route, _guarded(verifiers[f"{route.method} {route.path}"], clock, base, app.name))
     writers: dict[str, Writer] = {}
     for webhook in app.webhooks:
-        verifier = Verifier(webhook.verify, webhook.secrets or None, of=f"POST {webhook.path}")
+        verifier = verifiers[f"POST {webhook.path}"]
         writer = writers.setdefault(webhook.table.name, Writer(webhook.table, clock.now))
         served.receivers[webhook.path] = receiver = Receiver(webhook, verifier, writer, clock.now, app.name, base)
         served.router.routes.append(Route(webhook.path, receiver, methods=receiver.methods, name=webhook.path))
     for route in app.routes:                                           # after them: what you declare comes first
-        verifier = Verifier(route.verify, route.secrets or None, of=f"{route.method} {route.path}")
+        verifier = verifiers[f"{route.method} {route.path}"]
         if asked := verifier.methods - {route.method}:
-            served.router.add_api_route(route.path, _no_handshake, methods=sorted(asked), include_in_schema=False,
-                                        route_class_override=_guarded(verifier, clock, base), name=f"ask {route.path}")
+            served.router.add_api_route(
+                route.path, _no_handshake, methods=sorted(asked), include_in_schema=False, name=f"ask {route.path}",
+                route_class_override=_guarded(verifier, clock, base, app.name))
     served.add_api_route("/health", _health, include_in_schema=False)
     served.add_api_route("/ready", _ready(app), include_in_schema=False)
     for path, mounted, name in app.mounts:
         served.mount(path, mounted, name=name)
     for kind, given, named in app.middlewares:
         served.add_middleware(kind or BaseHTTPMiddleware, *given, **named)
-    for verifier in _unset(app):
-        log.warning("%s answers 401 to everybody: set %s", verifier.of, verifier.unset())
+    for verifier in verifiers.values():
+        if unset := verifier.unset():
+            log.warning("%s answers 401 to everybody: set %s", verifier.of, unset)
     return served
 
 
@@ -181,14 +194,16 @@ def check_public(app: App, host: str) -> None:
     """
     if is_loopback(host):
         return
-    doors: list[tuple[str, sense.Route | sense.Webhook]] = [
-        *((f"{route.method} {route.path}", route) for route in app.routes),
-        *((f"POST {webhook.path}", webhook) for webhook in app.webhooks)]
+    doors = _doors(app)
     unsaid = [f"{name} ({door.place})" for name, door in doors if door.verify is None]
     if unsaid:
         raise ConfigError(f"{', '.join(unsaid)} would take requests from anybody on {host}. Say who signs them: "
                           'verify="slack", secret=env(…); or verify=False when that is meant.', host=host)
-    missing = [f"{verifier.of} needs {verifier.unset()}" for verifier in _unset(app)]
+    verifiers = _verifiers(app).values()
+    missing = [f"{verifier.of} needs {verifier.unset()}" for verifier in verifiers if verifier.unset()]
+    if not public_base(app):
+        missing += [f"{verifier.of} needs deployment.url in autonomous.json, the address that it must be for"
+                    for verifier in verifiers if verifier.bound]
     if missing:
         raise ConfigError(f"not set: {'; '.join(missing)}. Without it every request gets 401.", host=host)
     open_ = [name for name, door in doors if door.verify is False]
@@ -244,10 +259,34 @@ def port_of(server: uvicorn.Server) -> int:
     return port
 
 
-def _unset(app: App) -> list[Verifier]:
-    all_ = [Verifier(route.verify, route.secrets or None, of=f"{route.method} {route.path}") for route in app.routes]
-    all_ += [Verifier(webhook.verify, webhook.secrets or None, of=f"POST {webhook.path}") for webhook in app.webhooks]
-    return [verifier for verifier in all_ if verifier.unset()]
+def _doors(app: App) -> list[tuple[str, sense.Route | sense.Webhook]]:
+    """What may be called, by method and path."""
+    return [*((f"{route.method} {route.path}", route) for route in app.routes),
+            *((f"POST {webhook.path}", webhook) for webhook in app.webhooks)]
+
+
+def _verifiers(app: App) -> dict[str, Verifier]:
+    return {name: Verifier(door.verify, door.secrets or None, of=name) for name, door in _doors(app)}
+
+
+def _json_413(send: Send) -> Send:
+    """Starlette's own 413 is a text; all that Anton refuses is JSON."""
+    replaced = False
+
+    async def answer(message: Message) -> None:
+        nonlocal replaced
+        if message["type"] == "http.response.start" and message["status"] == 413:
+            said = dict(message["headers"])
+            replaced = said.get(b"content-type", b"").startswith(b"text/plain") \
+                and said.get(b"content-length") == b"%d" % len(_TOO_LARGE)
+            if replaced:
+                headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(_TOO_LARGE_JSON))]
+                await send({**message, "headers": headers})
+                await send({"type": "http.response.body", "body": _TOO_LARGE_JSON})
+        if not replaced:
+            await send(message)
+
+    return answer
 
 
 @asynccontextmanager
@@ -259,7 +298,7 @@ async def _lifespan(served: FastAPI) -> AsyncIterator[None]:
 # A request on its way in
 
 
-def _guarded(verifier: Verifier, clock: Clock, base: str) -> type[APIRoute]:
+def _guarded(verifier: Verifier, clock: Clock, base: str, app: str) -> type[APIRoute]:
     """A route class that checks who sent a request, and holds the scope its writes are recorded in."""
 
     class Guarded(APIRoute):
@@ -269,11 +308,18 @@ def _guarded(verifier: Verifier, clock: Clock, base: str) -> type[APIRoute]:
 
             async def answer(request: Incoming) -> Response:
                 request = Strict(request.scope, request.receive)
+                if closed := refuse_public(verifier, request.scope):
+                    raise Refused(403, closed)
                 try:
                     if whole:                                          # else FastAPI takes it in: files go to disk
                         await request.body()
                     with write.Scope("route"):
-                        return await _checked(request, verifier, clock, base) or await handle(request)
+                        if reply := await _checked(request, verifier, clock, base, app):
+                            return reply
+                        reply = await answered.once(app, request, verifier, handle)
+                        if verifier.accepted and reply.status_code == 200 and not getattr(reply, "body", b"-"):
+                            return Response(verifier.accepted, background=reply.background)
+                        return reply
                 except ClientDisconnect:                               # before its end had come: nobody waits for this
                     return Response(status_code=400)
                 except HTTPException as error:
@@ -281,9 +327,8 @@ def _guarded(verifier: Verifier, clock: Clock, base: str) -> type[APIRoute]:
                         raise refused from error
                     raise
                 except Exception as error:
-                    if is_away(error):
-                        log.warning("503 for %s %s: %s", request.method, request.url.path, error)
-                        raise Refused(503, AWAY) from error
+                    if later := try_later(error, f"{request.method} {request.url.path}"):
+                        raise Refused(503, later) from error
                     raise
 
             return answer
@@ -291,26 +336,26 @@ def _guarded(verifier: Verifier, clock: Clock, base: str) -> type[APIRoute]:
     return Guarded
 
 
-async def _checked(request: Incoming, verifier: Verifier, clock: Clock, base: str) -> Response | None:
+async def _checked(request: Incoming, verifier: Verifier, clock: Clock, base: str, app: str) -> Response | None:
     """Checks who sent it. Returns the answer to a handshake, None for what the route must see."""
     if not verifier.active:
         return None
     body = await request.body()
-    scope, headers = request.scope, request.headers.raw
-    url = public_url(base, scope["scheme"], headers, scope["raw_path"], scope["query_string"]) \
-        if verifier.addressed else ""
+    headers, url = request.headers.raw, verifier.url(base, request.scope)
     now = await clock.now() if verifier.timed else 0.0
     if (reply := verifier.handshake(body, headers, now, method=request.method, url=url)) is not None:
         return Response(reply.body, reply.status, reply.headers)
     if (refusal := verifier.check(body, headers, now, method=request.method, url=url)) is not None:
+        if refusal.stale and (known := await answered.answer(app, request, verifier)) is not None:
+            return known
         log.info("401 for %s: %s", verifier.of, refusal.why)
-        raise Refused(401, refusal.why)
+        raise Refused(401, UNSIGNED)
     return None
 
 
 async def _request(incoming: Incoming) -> Request:
     return Request(
-        method=incoming.method, path=incoming.scope["path"], headers=dict(incoming.headers),
+        method=incoming.method, path=incoming.scope["path"], headers=readable(incoming.headers.raw),
         query=dict(incoming.query_params), body=await incoming.body(), path_params=incoming.path_params,
         client=incoming.client.host if incoming.client else "")
 
@@ -327,7 +372,7 @@ def _decoded(read: Callable[[], T]) -> T:
 
 def _add(served: FastAPI, route: sense.Route, kind: type[APIRoute]) -> None:
     options: dict[str, Any] = {"methods": [route.method], "name": route.fn.__name__, **route.options}
-    endpoint, returned = _endpoint(route.fn)
+    endpoint, returned = _endpoint(route.fn, route.options.get("status_code") or 200)
     if "response_model" not in options and returned in (int, None, Record, inspect.Signature.empty):
         options["response_model"] = None
     try:
@@ -338,8 +383,11 @@ def _add(served: FastAPI, route: sense.Route, kind: type[APIRoute]) -> None:
         served.router.add_api_route(route.path, endpoint, route_class_override=kind, response_model=None, **options)
 
 
-def _endpoint(fn: Callable[..., Any]) -> tuple[Callable[..., Any], Any]:
-    """The function as FastAPI calls it: anton.Request filled in, its writes committed before it returns."""
+def _endpoint(fn: Callable[..., Any], status: int) -> tuple[Callable[..., Any], Any]:
+    """The function as FastAPI calls it: anton.Request filled in, its writes committed before it returns.
+
+    status: what it answers unless it says another.
+    """
     try:
         hints = typing.get_type_hints(fn, include_extras=True)
     except NameError as error:
@@ -359,9 +407,9 @@ def _endpoint(fn: Callable[..., Any]) -> tuple[Callable[..., Any], Any]:
             result = await fn(**values)
         else:
             result = await run_in_threadpool(fn, **values)
-        await _commit()
         if isinstance(result, int) and not isinstance(result, bool):
-            return Response(status_code=result)
+            result = Response(status_code=result)
+        await _commit(_status(result, values, status))
         return _plain(result)
 
     endpoint.__name__, endpoint.__doc__, endpoint.__module__ = fn.__name__, fn.__doc__, fn.__module__
@@ -378,15 +426,28 @@ def _plain(value: Any) -> Any:
     return {name: _plain(one) for name, one in value.items()} if isinstance(value, dict) else value
 
 
-async def _commit() -> None:
-    """Commits what the route around has written, in one transaction, and closes it for more."""
-    around = write.scope.get()
+def _status(result: Any, values: dict[str, Any], status: int) -> int:
+    """What will be answered: the function's own Response, or the one of FastAPI's that it set a status on, says it."""
+    said = result if isinstance(result, Response) else next(
+        (one for one in values.values() if isinstance(one, Response) and one.status_code), None)
+    return status if said is None else said.status_code
+
+
+async def _commit(status: int) -> None:
+    """Commits what the route around has written, in one transaction, and closes it for more.
+
+    With it the delivery that this is, answered with this status. Raises answered.Known.
+    """
+    around, delivery = write.scope.get(), answered.incoming.get()
     assert around is not None
     around.close()
     for tries in range(TRIES, -1, -1):
         try:
-            if around.ops:
-                await write.commit(around.db, around.ops)
+            if around.ops or delivery is not None:
+                async with around.db.tx() as conn:
+                    if delivery is not None:
+                        await delivery.keep(around.db, conn, status)
+                    await write.apply(conn, around.ops)
             return
         except Exception as error:
             if tries == 0 or str(getattr(error, "sqlstate", ""))[:2] != "40":
@@ -416,9 +477,9 @@ def _ready(app: App) -> Callable[[], Coroutine[Any, Any, Response]]:
             async with db.conn() as conn:
                 missing = [row[0] for row in await db.call(conn, "missing", *needed)]
         except Exception as error:
-            if is_away(error):
-                raise Refused(503, AWAY) from error
-            if getattr(error, "sqlstate", "") not in _NO_RUNTIME:
+            if not is_unmigrated(error):
+                if later := try_later(error, "/ready"):
+                    raise Refused(503, later) from error
                 raise
             missing = [f'the runtime of this release in schema "{db.schema}"']
         if missing:

@@ -27,16 +27,16 @@ from urllib.parse import parse_qsl
 
 import orjson
 from pydantic import ValidationError
-from pydantic_core import from_json
 
-from anton.answers import RETRY_AFTER
+from anton.answers import AWAY, MAX_BODY, RETRY_AFTER, UNSIGNED, BadBody, check_json, refuse_public, try_later
 from anton.db import Conn, Database, current_database, is_away, quote, to_json
-from anton.errors import ConfigError, InvalidRecord
+from anton.errors import AntonError, ConfigError, InvalidRecord
 from anton.relation import Attribute, Relation, columns_sql, describe
 from anton.sense import Webhook
-from anton.sink import NUL, reasons
+from anton.sent import MAX_FIELDS, is_form, readable
+from anton.sink import reasons
 from anton.table import Table
-from anton.verify import Reply, Verifier, public_url
+from anton.verify import Reply, Verifier
 
 log = logging.getLogger("anton.web")
 
@@ -46,21 +46,18 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 Now = Callable[[], Awaitable[float]]
 
-MAX_BODY = 10_000_000  # bytes; more gets 413
 GROUP_BYTES = 1_000_000
 LANES, LANE_SECONDS = 4, 0.002  # groups of one table at once, at most; after how long the next begins beside the last
 TURNS = 16  # groups that a lane keeps before it offers its connection to others
 WAITING_BYTES = 64_000_000  # of one table; beyond that 503
 COMMIT_SECONDS = 10.0
 TRIES = 3  # more, for a group that ran into a deadlock
-DEPTH = 200  # of JSON
-AWAY = "the database is away; send it again"  # what of it was kept before is then known
 BUSY = "too much is waiting for the database; send it again"
 COLUMNS = ("timestamp", "payload", "headers")  # of a record, where the table has no model
-_SECRET_HEADERS = {b"authorization", b"proxy-authorization", b"cookie"}  # never kept
-_FORM = "application/x-www-form-urlencoded"
 _DATA = ("22", "23", "2F", "38", "39", "44", "54", "P0")  # SQLSTATE classes: Postgres or a trigger refuses the values
 _UNFIT = (TypeError, ValueError, ArithmeticError, AttributeError)  # asyncpg's codecs raise these
+_CANCELED = "57014"  # SQLSTATE: by statement_timeout, or by hand
+SPLIT_SECONDS = 2 * COMMIT_SECONDS  # for how long a group is split
 
 _own = f"~{time.time_ns():x}-{os.urandom(8).hex()}-".__add__
 _numbers = map(str, count(1))
@@ -99,17 +96,19 @@ class Receiver:
         self.methods = verifier.methods | {"POST"}
         self._verifier, self._writer, self._now, self._base = verifier, writer, now, base
         self._shape = webhook.table.shape
-        self._hidden = _SECRET_HEADERS | {name.encode() for name in verifier.secret_headers}
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         try:
+            if closed := refuse_public(self._verifier, scope):
+                raise Answer(403, closed)
             outcome = await self._receive(scope, await _body(scope["headers"], receive))
         except Answer as answer:
             outcome = answer
+        except BadBody as error:
+            outcome = Answer(400, error.detail)
         except Exception as error:
-            if is_away(error):
-                log.warning("503 for %s: %s", self.name, error)
-                outcome = Answer(503, AWAY)
+            if later := try_later(error, self.name):
+                outcome = Answer(503, later)
             else:
                 log.exception("500 for %s", self.name)
                 outcome = Answer(500, "Internal Server Error")
@@ -124,8 +123,7 @@ class Receiver:
         raw: RawHeaders = scope["headers"]
         verifier, method = self._verifier, scope["method"]
         if verifier.active:
-            url = public_url(self._base, scope["scheme"], raw, scope["raw_path"], scope["query_string"]) \
-                if verifier.addressed else ""
+            url = verifier.url(self._base, scope)
             now = await self._now() if verifier.timed else 0.0
             reply = verifier.handshake(body, raw, now, method=method, url=url)
             if reply is not None:
@@ -136,36 +134,38 @@ class Receiver:
                 if known is not None:
                     return known
                 log.info("401 for %s: %s", self.name, refusal.why)
-                return Answer(401, refusal.why)
+                return Answer(401, UNSIGNED)
         if method != "POST":
             return Answer(405, "events come by POST")
-        hidden = self._hidden
-        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in raw if name not in hidden}
-        form = _form(body) if headers.get("content-type", "")[:len(_FORM)].lower() == _FORM else None
-        if form is None:
+        headers = readable(raw, verifier.hidden)
+        form = _form(body) if is_form(headers.get("content-type", "")) else None
+        if form is None and (body or not verifier.bodyless):
             check_json(body)
         id = verifier.delivery_id(raw, body)
         return await self._kept(Delivery(self, _own(next(_numbers)) if id is None else id,
                                          orjson.dumps(headers).decode(), body), form)
 
-    async def _known(self, raw: RawHeaders, body: bytes) -> int | None:
-        """The first answer to a delivery that came before; None when it did not."""
+    async def _known(self, raw: RawHeaders, body: bytes) -> int | Answer | None:
+        """The first answer to a delivery that came before, the one in quarantine included; None when it did not."""
         id = self._verifier.delivery_id(raw, body)
         if id is None:
             return None
         db = current_database()
         async with db.conn() as conn:
-            status: int | None = await db.call_value(conn, "delivered", self.name, id)
-            return status
+            for status, _, _, why in await db.call(conn, "answered", self.name, id):
+                return status if status < 300 else Answer(status, [why])
+        return None
 
-    async def _kept(self, delivery: Delivery, form: dict[str, str] | None) -> int | Answer:
+    async def _kept(self, delivery: Delivery, form: dict[str, Any] | None) -> int | Answer:
         shape = self._shape
         if shape is None:
-            delivery.values = None if form is None else orjson.dumps(form).decode()
+            if form is not None or not delivery.body:
+                delivery.values = orjson.dumps(form).decode()
             return await self._writer.put(delivery)
         validator = shape.model.__pydantic_validator__
         try:
-            record = validator.validate_json(delivery.body) if form is None else validator.validate_python(form)
+            record = validator.validate_json(delivery.body or b"null") if form is None \
+                else validator.validate_python(form)
             delivery.values = shape.to_row(record)
         except ValidationError as error:
             return await self._writer.refuse(delivery, reasons(error))
@@ -240,7 +240,9 @@ class Writer:
                     for _ in range(TURNS):
                         self._began = loop.time()
                         group = group or self._next()
-                        await self._keep(conn, group)
+                        if not group:                                  # another lane took all meanwhile
+                            break
+                        await self._keep(conn, group, self._began + SPLIT_SECONDS)
                         group, broken = [], False
                         if not self._waiting:
                             break
@@ -267,28 +269,35 @@ class Writer:
         self._bytes -= size
         return [group[key] for key in sorted(group)]
 
-    async def _keep(self, conn: Conn, group: list[Delivery]) -> None:
-        """Commits them and tells each. Halves a group that the database refuses. Raises what is the fault of none."""
-        altered = False
+    async def _keep(self, conn: Conn, group: list[Delivery], until: float, fresh: bool = False) -> None:
+        """Commits them and tells each. Splits a group that the database refuses until the bad one is alone.
+
+        until: of the loop's clock; then it splits no more. fresh: the table was just looked at. Raises what is the
+        fault of none: the database is away, the table is gone.
+        """
         for tries in count():
             try:
                 known = await self._write(conn, group)
                 break
             except Exception as error:
-                kind = str(getattr(error, "sqlstate", None))[:2]
-                if kind == "40" and tries < TRIES:                     # another transaction was in its way
+                state = str(getattr(error, "sqlstate", None) or "")
+                if state[:2] == "40" and tries < TRIES:                # another transaction was in its way
                     continue
-                if kind == "42" and not altered:                       # the table is not what it was
-                    self._insert, altered = None, True
+                if state[:2] == "42" and not fresh:                    # the table is not what it was
+                    self._insert, fresh = None, True
                     continue
-                if not (isinstance(error, _UNFIT) or kind in _DATA) or is_away(error):
+                mine = isinstance(error, _UNFIT) or (state and not isinstance(error, AntonError))
+                if not mine or (state != _CANCELED and is_away(error)):
                     raise
                 if len(group) == 1:
-                    _tell(group[0], await self._refused(conn, group[0], error))
+                    await self._alone(conn, group[0], error)
                     return
-            half = len(group) // 2
-            await self._keep(conn, group[:half])
-            await self._keep(conn, group[half:])
+                if asyncio.get_running_loop().time() > until:
+                    raise TimeoutError(f"the group was still being split; the last error: {error}") from error
+            half = len(group) // 2                                     # what was canceled would take as long in a half
+            parts = [[one] for one in group] if state == _CANCELED else [group[:half], group[half:]]
+            for part in parts:
+                await self._keep(conn, part, until, fresh)
             return
         answers: dict[int, int] = dict(known or ())
         for n, delivery in enumerate(group, 1):
@@ -308,20 +317,29 @@ class Writer:
         known: list[tuple[int, int]] | None = row[0]
         return known
 
-    async def _refused(self, conn: Conn, delivery: Delivery, error: Exception) -> int | Answer:
-        """What to answer to one that the database refused alone."""
-        why = str(error.args[0] if error.args else error)
-        if self._table.shape is None and str(getattr(error, "sqlstate", None))[:2] in ("22", "54"):
-            return Answer(400, f"Postgres cannot store the body: {why}")
-        return await self.refuse(delivery, [why], conn)
+    async def _alone(self, conn: Conn, delivery: Delivery, error: Exception) -> None:
+        """Answers one that the database refused alone. Bad values go to quarantine; all else is no fault of it."""
+        why, kind = str(error.args[0] if error.args else error), str(getattr(error, "sqlstate", None))[:2]
+        if not isinstance(error, _UNFIT) and kind not in _DATA:
+            self._fail([delivery], error)
+        elif self._table.shape is None and kind in ("22", "54"):
+            _tell(delivery, Answer(400, f"Postgres cannot store the body: {why}"))
+        else:
+            _tell(delivery, await self.refuse(delivery, [why], conn))
 
     def _fail(self, group: list[Delivery], error: Exception) -> None:
-        if is_away(error) or isinstance(error, TimeoutError):
+        group = [one for one in group if not one.done.done()]
+        if not group:
+            return
+        what = f"{len(group)} deliveries to {self._table.name}"
+        if later := try_later(error, what):
+            answer = Answer(503, later)
+        elif isinstance(error, TimeoutError):
             answer = Answer(503, AWAY)
-            log.warning("503 for %d deliveries to %s: %s", len(group), self._table.name, error or type(error).__name__)
+            log.warning("503 for %s: %s", what, error or "TimeoutError")
         else:
             answer = Answer(500, "Internal Server Error")
-            log.error("500 for %d deliveries to %s", len(group), self._table.name, exc_info=error)
+            log.error("500 for %s", what, exc_info=error)
         for delivery in group:
             _tell(delivery, answer)
 
@@ -445,27 +463,24 @@ def _too_large() -> Answer:
     return Answer(413, f"the body is larger than {MAX_BODY:,} bytes")
 
 
-def check_json(body: bytes) -> None:
-    """Raises Answer for what is no JSON (RFC 8259), deeper than 200, or has what Postgres cannot store."""
+def _form(body: bytes) -> dict[str, Any]:
+    """The fields of a form; one that is sent more than once is a list of its values. Raises Answer."""
+    fields: dict[str, Any] = {}
     try:
-        orjson.loads(body)
-        if body.count(b"[") + body.count(b"{") > DEPTH:
-            from_json(body, allow_inf_nan=False)                       # refuses what is deeper
-    except ValueError as error:
-        raise Answer(400, f"the body is not JSON: {error}") from None
-    if b"\\u0000" in body and NUL.search(body):
-        raise Answer(400, "the body holds the character NUL, which Postgres cannot store")
-
-
-def _form(body: bytes) -> dict[str, str]:
-    """The fields of a form. Raises Answer."""
-    try:
-        fields = dict(parse_qsl(body.decode(), keep_blank_values=True, strict_parsing=bool(body), max_num_fields=1000))
-        if "\0" in "".join((*fields, *fields.values())):
+        pairs = parse_qsl(body.decode(), keep_blank_values=True, strict_parsing=bool(body), max_num_fields=MAX_FIELDS)
+        text = "".join(name + value for name, value in pairs)
+        if "\0" in text:
             raise ValueError("it holds the character NUL")
-        "".join((*fields, *fields.values())).encode()
+        text.encode()
     except ValueError as error:
         raise Answer(400, f"the body is no form: {error}") from None
+    for name, value in pairs:
+        if name not in fields:
+            fields[name] = value
+        elif isinstance(fields[name], list):
+            fields[name].append(value)
+        else:
+            fields[name] = [fields[name], value]
     return fields
 
 

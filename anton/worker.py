@@ -464,8 +464,8 @@ class Worker:
                 lambda: drop(tokens, self._order, self._active, self._runner.settler.settling))
 
     async def _suspects(self) -> int:
-        """Jobs whose worker died, each with nothing beside it."""
-        return await work_suspects(self._runner.settler, self._length, self._lanes,
+        """Jobs whose worker died, with none of the living's beside them."""
+        return await work_suspects(self._runner.settler, self._length, self._lanes, self.slots,
                                    lambda run: asyncio.wait({self._start(run)}), lambda: not self.draining)
 
     async def _more(self) -> bool:

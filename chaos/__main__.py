@@ -17,7 +17,19 @@ import traceback
 
 import servers
 
-from chaos import capacity, cell, database, direct, edges, handlers, hooks, report, wire  # noqa: F401  (faults register themselves)
+from chaos import (  # noqa: F401  (faults register themselves)
+    capacity,
+    cell,
+    database,
+    direct,
+    edges,
+    handlers,
+    hooks,
+    kills,
+    report,
+    sensing,
+    wire,
+)
 from chaos.bugs import BUGS, Bug, planted
 from chaos.faults import FAULTS, Result, amcheck
 from chaos.report import FULL

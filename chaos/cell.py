@@ -53,6 +53,7 @@ create table counter (id bigint primary key, n bigint not null);
 insert into counter values (0, 0);
 create table tally (id bigint primary key, n bigint not null);
 insert into tally select n, 0 from generate_series(0, 1) n;
+create table out_lots (id bigint generated always as identity primary key, src bigint not null, v text not null);
 create table out_ask (id bigint generated always as identity primary key, src bigint not null);
 create table service (n bigint not null);
 insert into service values (0);
@@ -63,7 +64,7 @@ create table pong (id bigint generated always as identity primary key, hop int n
     f"create table out_{name} (id bigint generated always as identity primary key, src bigint not null);\n"
     for name in (
         *("batch", "each", "chain", "sql", "risky", "shaky", "outside", "load", "near"),
-        *("odd", "slow", "drift", "drift_sql", "clash"),
+        *("odd", "slow", "drift", "drift_sql", "clash", "strike"),
     )
 ) + "alter table out_near add at bigint;\n"
 
@@ -87,7 +88,8 @@ def make_template(server: servers.Server) -> str:
     if done.returncode:
         raise RuntimeError(f"anton migrate failed: {done.stdout}{done.stderr}")
     with psycopg.connect(url, autocommit=True) as conn:
-        conn.execute("select anton.pause_schedule('ask')")              # its times pass: a fault fires it
+        for name in ("ask", "strike", "scan_lots"):                     # their times pass: a fault fires them
+            conn.execute("select anton.pause_schedule(%s)", [name])
     return "chaos_template"
 
 
@@ -146,8 +148,9 @@ class Cell:
         self.url = server.url(self.name) + "?sslmode=disable"
         self._folder = tempfile.TemporaryDirectory(prefix="anton-chaos-")
         folder = Path(self._folder.name)
-        self.log, self.world = folder / "events", folder / "world-is-down"
+        self.log, self.world, self.files = folder / "events", folder / "world-is-down", folder / "files"
         self.log.touch()
+        self.files.mkdir()
         self.history = History(folder / "history")
         self.workers: set[int] = set()  # supervisors
         self.kills: list[Kill] = []
@@ -163,6 +166,7 @@ class Cell:
             "app": str(APP),
             "log": str(self.log),
             "world": str(self.world),
+            "files": str(self.files),
             "patched": patched or {},
         }
         self._zygote = subprocess.Popen(

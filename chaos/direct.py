@@ -21,16 +21,6 @@ IN_FLIGHT = ("before_commit", "before_ack", "after_claim")
 AWAKE = 10.0  # seconds that a worker which rests may take to see a record; without a reason it looks after 60
 
 
-def _asleep(cell: Cell, point: str, n: int, **given: Any) -> list[dict[str, Any]]:
-    """n workers, each stopped at the point with a record of its own: of a Python handler, of one in SQL, in turn."""
-    found = list[dict[str, Any]]()
-    for id in range(1, n + 1):
-        cell.add(("near", "shaky")[id % 2], [id])
-        cell.start(point=point, **given)
-        found.append(_stopped(cell, point))
-    return found
-
-
 def _stopped(cell: Cell, point: str) -> dict[str, Any]:
     """The next worker that comes to its point. Raises TimeoutError."""
     end = time.monotonic() + SOON
@@ -66,33 +56,42 @@ def killed_in_flight(cell: Cell, n: int) -> Result:
 
 
 def _zombies(cell: Cell, n: int, point: str) -> Result:
-    """n workers sleep at the point; the harness takes their leases; they wake and go on."""
-    result, count, token = Result(), Counter[str](), cell.random.getrandbits(62)
-    asleep = _asleep(cell, point, n)
+    """n workers sleep at the point, and the harness takes the lease of each before the next begins; all go on."""
+    result, said, token = Result(), dict[int, str | None](), cell.random.getrandbits(62)
     (me,) = cell.one("select anton.register_worker('chaos', 'harness', 0, '')")
-    wanted, mine = sum(len(event["ids"]) for event in asleep), "select count(*) from anton.lease where token = %s"
-    end = time.monotonic() + SOON
-    while cell.one(mine, token)[0] < wanted and time.monotonic() < end:
-        cell.one(  # in one statement: a lease of a second may end between two
-            "select h.n from (select count(*) as n "
-            "from anton.reclaim(%s, %s, array(select id from anton.handler), %s, 100)) r "
-            "cross join lateral (select count(*) as n from anton.heartbeat(%s, "
-            "case when r.n >= 0 then array[%s::bigint] end, '10 min')) h",
-            me,
-            token,
-            f"{cell.lease} s",
-            me,
-            token,
-        )
-        time.sleep(0.02)
-    with cell.calm():  # an ack that is tried again goes through
-        for event in asleep:
-            cell.signal(event["pid"], signal.SIGCONT)
+    mine, wanted = "select count(*) from anton.lease where token = %s", 0
+    for id in range(1, n + 1):
+        cell.add(("near", "shaky")[id % 2], [id])
+        cell.start(point=point)
+        event = _stopped(cell, point)
+        said[event["pid"]] = None
+        wanted += len(event["ids"])
+        cell.one("select anton.worker_died(id) from anton.worker where pid = %s", event["pid"])  # so it is told
         end = time.monotonic() + SOON
-        while count.total() < n and time.monotonic() < end:
-            count.update(event["what"] for event in cell.look() if event["what"] in ("refused", "accepted", "dropped"))
+        while cell.one(mine, token)[0] < wanted and time.monotonic() < end:
+            cell.one(  # in one statement: a lease of a second may end between two
+                "select h.n from (select count(*) as n "
+                "from anton.reclaim(%s, %s, array(select id from anton.handler), %s, 100)) r "
+                "cross join lateral (select count(*) as n from anton.heartbeat(%s, "
+                "case when r.n >= 0 then array[%s::bigint] end, '10 min')) h",
+                me,
+                token,
+                f"{cell.lease} s",
+                me,
+                token,
+            )
+    with cell.calm():  # an ack that is tried again goes through
+        for pid in said:
+            cell.signal(pid, signal.SIGCONT)
+        end = time.monotonic() + SOON
+        while None in said.values() and time.monotonic() < end:
+            for event in cell.look():
+                if event["what"] in ("refused", "accepted") and event["pid"] in said:
+                    said[event["pid"]] = event["what"]
             time.sleep(0.01)
     (held,) = cell.one(mine, token)
+    count = Counter(what for what in said.values() if what is not None)
+    result.verdict.require(len(said) == n, f"{len(said)} workers slept, not {n}")
     result.verdict.require(held == wanted, f"{wanted - held} of {wanted} leases were taken from the harness")
     result.verdict.require(count["accepted"] == 0, f"{count['accepted']} stale acks were accepted")
     result.verdict.require(count.total() == n, f"{n - count.total()} zombies did not try their ack")
@@ -111,7 +110,7 @@ def stale_acks(cell: Cell, n: int) -> Result:
 
 @fault("P3b", "as P3a, and the heart of the zombie beats before it tries its ack")
 def stale_hearts(cell: Cell, n: int) -> Result:
-    """n heartbeats with tokens that hold nothing any more, then n stale acks, or work dropped before its ack."""
+    """n heartbeats with tokens that hold nothing any more, then n stale acks."""
     return _zombies(cell, n, "before_late_ack")
 
 

@@ -24,7 +24,6 @@ import servers
 from chaos.cell import Cell
 from chaos.check import Verdict
 from chaos.history import Producers
-from chaos.points import POINTS
 from chaos.proxy import Cut, Proxy
 
 WORKERS = 3
@@ -79,70 +78,6 @@ def percentile(values: list[float], q: float) -> float | None:
 
 
 # Processes
-
-
-@fault("P1", "SIGKILL of a worker, half at named points, half at any time; half with its supervisor")
-def kills(cell: Cell, n: int) -> Result:
-    """Counts only kills with a lease in flight."""
-    return _kills(cell, n)
-
-
-def _redone(cell: Cell, killed: list[int]) -> None:
-    """Waits until others have what these held: how long that takes is to be measured without another kill or stop."""
-    end = time.monotonic() + 10
-    with cell.calm():
-        while time.monotonic() < end and cell.one(
-            "select count(*) from anton.lease l join anton.worker w on w.id = l.worker_id "
-            "where l.alone or l.together > 0 or w.pid = any(%s)",
-            killed,
-        ) != (0,):
-            for stop in cell.stops():
-                cell.signal(stop.pid, signal.SIGCONT)
-            if not cell.workers:
-                cell.start()
-            time.sleep(0.05)
-
-
-def _kills(cell: Cell, n: int, **given: Any) -> Result:
-    """One worker of those there is spared until the next wave: who dies leaves others behind, as in a fleet."""
-    result, points = Result(), itertools.cycle((*POINTS, *[None] * (len(POINTS) // 2)))
-    died, wave = Counter[int](), list[int]()
-    with under_load(cell, result):
-        end = time.monotonic() + 60 + 4 * n
-        (spared,) = cell.start(**given)
-        while len(cell.kills) < n and time.monotonic() < end:
-            while len(cell.workers) < 1 + WORKERS:
-                cell.start(point=next(points), hits=cell.random.randint(1, 12), **given)
-            time.sleep(cell.random.uniform(0, 0.4))
-            victims = [(stop.pid, stop.point) for stop in cell.stops()]
-            if cell.random.random() < 0.6:
-                (busy,) = cell.one(
-                    "select array(select distinct w.pid from anton.lease l join anton.worker w on w.id = l.worker_id "
-                    "where w.stopped_at is null)"
-                )
-                children = [pid for one in cell.workers - {spared} for pid in cell.children(one) if pid in busy]
-                victims += [(pid, "any time") for pid in cell.random.sample(children, min(1, len(children)))]
-            for pid, point in victims:
-                above = cell.supervisor(pid) or 0
-                died[above] += 1
-                if cell.kill(pid, point, both=died[above] > 1 or cell.random.random() < 0.5):
-                    wave.append(pid)
-            if len(wave) >= WORKERS:
-                _redone(cell, wave)
-                wave.clear()
-                cell.signal(spared, signal.SIGTERM)
-                cell.workers.discard(spared)
-                (spared,) = cell.start(**given)
-    redo, unsettled = cell.redo()
-    result.verdict.require(unsettled == 0, f"{unsettled} parts that a killed worker held were never settled")
-    result.n = len(cell.kills)
-    result.more |= {
-        "points": dict(Counter(kill.point for kill in cell.kills)),
-        "redo_p50_s": percentile(redo, 0.5),
-        "redo_p99_s": percentile(redo, 0.99),
-        "leases": sum(len(kill.held) for kill in cell.kills),
-    }
-    return result
 
 
 @fault("P2", "rolling SIGTERM, as a deployment does")
@@ -424,15 +359,6 @@ def partitions(cell: Cell, n: int) -> Result:
     result.n = n
     result.more |= {"first_ack_by_others_max_s": max(seconds, default=None)}
     return result
-
-
-@fault("N7", "through PgBouncer in transaction mode, with kills")
-def pooled(cell: Cell, n: int) -> Result:
-    """Workers are behind it, producers are not."""
-    import working
-
-    with working.pooled(cell.server, cell.name, Path(cell.log).parent, size=20) as url:
-        return _kills(cell, n, url=url, pooled=True)
 
 
 def amcheck(server: servers.Server, name: str) -> str:

@@ -121,7 +121,7 @@ def blocking(cell: Cell, n: int) -> Result:
     """The heartbeat's thread keeps the leases: no run is doubled, no lease is taken. What neighbours wait is told."""
     result, ids = Result(n), itertools.count(1)
     cell.start(2)
-    with Neighbour(cell) as near, under_load(cell, result):
+    with under_load(cell, result), Neighbour(cell) as near:  # it has ended when that checks
         for _ in range(n):
             among(cell, "slow", None, "block", ids)
             time.sleep(cell.random.uniform(0.5, 1.5) * BLOCK)

@@ -93,7 +93,7 @@ class Queue:
     def reclaim_together(self, token: int, parts: list[Part]) -> None:
         """Suspects for the first time or the second: no crash is counted for what they do together."""
         for job in (self.jobs[part] for part in parts):
-            assert not (job.alone or job.together > 1 or job.crashes or job.attempt or job.tenant)
+            assert not (job.alone or job.together > 1 or job.crashes)
             job.together, job.token, job.until = job.together + 1, token, (self.now + LEASE, self._next())
 
     def heartbeat(self, token: int) -> bool:
@@ -151,8 +151,14 @@ class Queue:
         for job in self.fence(token, parts):
             job.place, job.token, job.alone = "job", None, False
 
-    def split(self, token: int, part: Part, ways: int) -> None:
-        """Into leases of at least one record that is left each."""
+    def died(self, tokens: set[int]) -> None:
+        """Its parent saw the worker die that holds these: its leases have ended, but for those that it is settling."""
+        for job in self.jobs.values():
+            if job.token is not None and job.token in tokens and not job.locked:
+                job.until = (float("-inf"), self._next())
+
+    def split(self, token: int, part: Part, ways: int, ended: bool = False) -> None:
+        """Into leases of at least one record that is left each; ended: which have run out."""
         (job,) = self.fence(token, [part])
         change, lo, hi = part
         step = -(-(hi - lo + 1) // ways)
@@ -161,7 +167,10 @@ class Queue:
             end = min(start + step - 1, hi)
             settled = frozenset(o for o in job.settled if start <= o <= end)
             if len(settled) < end - start + 1:
-                self.jobs[change, start, end] = replace(job, settled=settled, crashes=0, alone=False, together=2)
+                until = (float("-inf"), self._next()) if ended else job.until
+                self.jobs[change, start, end] = replace(
+                    job, settled=settled, crashes=0, alone=False, together=2, until=until
+                )
 
     def promote(self) -> None:
         """What is due is ready."""

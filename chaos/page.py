@@ -1,15 +1,28 @@
-"""The README's table of what the engine survives, from benchmarks/results/chaos.json.
+"""The tables of what the engine survives: the README's, of the bars; in docs/reliability.md one line for each fault.
 
-    python -m chaos.page        # writes that from chaos-detail.json, and the table between the marks in README.md
+    python -m chaos.page        # from chaos-detail.json: chaos.json, and the tables between the marks in both pages
 """
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
+from chaos import (  # noqa: F401  (faults register themselves)
+    capacity,
+    database,
+    direct,
+    edges,
+    handlers,
+    hooks,
+    kills,
+    sensing,
+    wire,
+)
 from chaos.cell import ROOT
-from chaos.report import bound, derive
+from chaos.faults import FAULTS
+from chaos.report import DETAIL, KEPT, RESULTS, bound, derive
 
 MARKS = re.compile(r"(<!-- chaos: [^>]* -->\n).*?(<!-- /chaos -->)", re.DOTALL)
 LINES = (  # (what is done, how often, lost, doubled, what else was measured)
@@ -51,11 +64,43 @@ def table(report: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def filled(readme: str, report: list[dict[str, Any]]) -> str:
-    """The README with these figures in it."""
-    return MARKS.sub(lambda found: found[1] + table(report) + found[2], readme)
+COUNTS = ("n", "seed", "acked", "unknown", "lost", "doubled")
+NOT_FIGURES = {"what", "n", "seed", "bound_95", "points", "operations", "cut", "drain_s", "late", *KEPT}
+
+
+def faults(detail: dict[str, Any]) -> str:
+    """Each fault that was done, in Markdown: how often, with which seed, what was lost, and what else was measured."""
+    lines = ["| | N | seed | acknowledged | unknown | lost | doubled | chance of one, 95 % | measured |",
+             "|---|---|---|---|---|---|---|---|---|"]
+    for name, (what, _) in sorted(FAULTS.items()):
+        if name in detail:
+            one = detail[name]
+            more = ", ".join(f"{key} {_figure(value)}" for key, value in one.items() if key not in NOT_FIGURES)
+            wrong = "".join(f" **{text}**" for text in one["wrong"])
+            counts = " | ".join(str(one[key]) if key == "seed" else f"{one[key]:,}" for key in COUNTS)
+            lines.append(f"| {name} {what} | {counts} | {one['bound_95']} | {more}{wrong} |")
+    missing = sorted(FAULTS.keys() - detail.keys())
+    return "\n".join(lines) + "\n" + (f"\nNot in here: {', '.join(missing)}.\n" if missing else "")
+
+
+def _figure(value: Any) -> str:
+    match value:
+        case float():
+            return f"{value:.3g}"
+        case dict():
+            return "(" + ", ".join(f"{key} {_figure(one)}" for key, one in value.items()) + ")"
+        case list():
+            return ", ".join(map(_figure, value))
+    return str(value)
+
+
+def filled(page: str, text: str) -> str:
+    """A page with this between its marks."""
+    return MARKS.sub(lambda found: found[1] + text + found[2], page)
 
 
 if __name__ == "__main__":
-    page = ROOT / "README.md"
-    page.write_text(filled(page.read_text(), derive()))
+    tables = {"README.md": table(derive()), "docs/reliability.md": faults(json.loads((RESULTS / DETAIL).read_text()))}
+    for name, text in tables.items():
+        page = ROOT / name
+        page.write_text(filled(page.read_text(), text))

@@ -86,7 +86,7 @@ def install() -> None:
     """Puts the points into the worker's modules."""
     import asyncpg
 
-    from anton import queue
+    from anton import load, queue, schedule
     from anton.doorbell import Doorbell
     from anton.errors import LeaseLost
     from anton.settle import Settler
@@ -109,11 +109,7 @@ def install() -> None:
             if reach("before_late_ack", token=token, ids=ids):
                 _woken.add(this)
                 _beat.clear()
-                try:
-                    await asyncio.to_thread(_beat.wait, LATE)
-                except asyncio.CancelledError:  # the heart found the lease lost, and the worker dropped the work
-                    note("dropped", token=token)
-                    raise
+                await asyncio.to_thread(_beat.wait, LATE)
             try:
                 found = await call(db, conn, token, *args)
             except LeaseLost:
@@ -160,6 +156,10 @@ def install() -> None:
     wrapped.heartbeat = beating(queue.heartbeat)
     for name in ("ack", "ack_part", "run_sql"):
         setattr(wrapped, name, fenced(getattr(queue, name)))
+    ticking: Any = schedule
+    ticking.fire = after("mid_tick", schedule.fire)
+    loading: Any = load._Load
+    loading._copy, loading._write = after("mid_piece", loading._copy), after("after_piece", loading._write)
     bell: Any = Doorbell
     bell.announce = before("before_announce", Doorbell.announce)
     settler: Any = Settler

@@ -1,6 +1,6 @@
 """Zygote: forks worker processes quickly, from one that has imported everything and done nothing.
 
-    python -m chaos.zygote '{"url": …, "app": …, "log": …, "world": …, "patched": {module: file}}'
+    python -m chaos.zygote '{"url": …, "app": …, "log": …, "world": …, "files": …, "patched": {module: file}}'
 
 Reads a line of JSON for each process to fork, answers with its pid. Ends when its input does, and its children with it.
 """
@@ -37,11 +37,12 @@ class Planted:
 def main() -> None:
     """Until the input ends."""
     settings = json.loads(sys.argv[1])
+    os.environ["CHAOS_FILES"] = "file://" + settings["files"]
     sys.meta_path.insert(0, Planted(settings["patched"]))
     import asyncpg  # noqa: F401
     import uvloop  # noqa: F401
 
-    from anton import supervisor, verbs  # noqa: F401
+    from anton import storage, supervisor, verbs  # noqa: F401
     from chaos import points
 
     points.install()

@@ -1,12 +1,15 @@
--- What Webhooks received: raw, so that it can be read and verified again; by its id, so that it is kept once.
+-- What Webhooks and routes with verify= received: raw, so that it can be read and verified again; by its id, so that it
+-- is kept once.
 
 create table delivery (
-  webhook text collate "C" not null,              -- app/path
+  webhook text collate "C" not null,              -- app/path, and the method of a route where it is not POST
   id text collate "C" not null,                   -- the sender's; "~…" is Anton's own, where the sender gives none
   at timestamptz not null,
   status smallint not null default 200,           -- the answer; who sends it again gets it again
   headers json not null,                          -- without credentials
   body bytea not null,
+  reply bytea,                                    -- the answer's body, where a route gave one
+  reply_type text,                                -- its Content-Type
   primary key (webhook, id)
 );
 alter table delivery alter body set storage external;  -- compressing would cost more than all the rest

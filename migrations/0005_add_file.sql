@@ -19,7 +19,7 @@ create table load (
   app text not null,
   storage text not null,
   path text not null,
-  version text not null,                          -- etag and time
+  version text not null,                          -- the etag, or the time where there is none
   table_name text not null,
   reached bigint not null default 0,              -- bytes that are in; of Parquet rows
   n bigint not null default 0,                    -- rows that are in

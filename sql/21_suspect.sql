@@ -34,9 +34,9 @@ begin
 end $$;
 
 -- reclaim_together(worker, token, handlers, lease) -> leased jobs
--- As reclaim(), but suspects whose worker died for the first time come together, as many of one handler as are its
--- batch, or 100 records: most are innocent. When that run dies as well, a tenth of that; then each is run alone.
--- Without such, one that runs alone. lease.together counts these runs.
+-- As reclaim(), but suspects whose worker died for the first time come together, as many of each handler as are its
+-- batch, or 100 records: most are innocent. When that run dies as well, a tenth of that, of one handler; then each is run
+-- alone. Without such, one that runs alone. lease.together counts these runs. Who calls at the same time gets others.
 create or replace function reclaim_together(p_worker int, p_token bigint, p_handlers int[], p_lease interval)
 returns table (
   handler_id int, id bigint, change_id bigint, at timestamptz, cause bigint, trace bigint, lo int, hi int,
@@ -44,28 +44,49 @@ returns table (
   ids bigint[], keys jsonb, cols text[], degraded text, table_id int, ms_waiting real, probe boolean)
 language plpgsql volatile set search_path from current as $$
 #variable_conflict use_column
-declare v_now timestamptz := now(); v_until timestamptz := v_now + p_lease; v_back timestamptz := back(p_lease); v_rows tid[];
+declare
+  v_now timestamptz := now(); v_until timestamptz := v_now + p_lease; v_back timestamptz := back(p_lease);
+  v_rows tid[] := '{}'; v_found tid[]; v_seen tid[] := '{}'; v_locked tid[];
 begin
-  with several as (
-    select l.ctid as row, l.handler_id, l.together, l.lease_until, l.id, greatest(h.batch, 100) / 10 ^ l.together as most,
-           sum(l.hi - l.lo + 1) over (partition by l.handler_id, l.together order by l.lease_until, l.id) as n
-      from lease l join handler h on h.id = l.handler_id
-     where l.lease_until < v_now and l.handler_id = any (p_handlers) and (l.lease_until = '-infinity' or v_now > v_back)
-       and l.together < 2 and not l.alone and l.crashes = 0 and l.attempt = 0 and l.tenant is null
-       and not h.paused and h.failing_since is null
-       and l.hi - l.lo < greatest(h.batch, 100) / 10 ^ l.together   -- a larger one is no reason to run those behind it apart
-  ), locked as (
-    select l.ctid as row from lease l
-     where l.ctid in (select row from several where n <= most and (handler_id, together) =
-                         (select handler_id, together from several order by lease_until, id limit 1))
-       and l.lease_until < v_now and l.together < 2 and not l.alone   -- of the row as it is when it is locked
-       for update skip locked
-  )
-  select array_agg(row) into v_rows from locked;
-  if cardinality(v_rows) > 1 then
+  for v_look in 1..8 loop                                    -- what another caller has locked is left out at the next look
+    with several as (
+      select l.ctid as row, l.handler_id, l.together, l.lease_until, l.id, greatest(h.batch, 100) / 10 ^ l.together as most,
+             sum(l.hi - l.lo + 1) over (partition by l.handler_id, l.together order by l.lease_until, l.id) as n
+        from lease l join handler h on h.id = l.handler_id
+       where l.lease_until < v_now and l.handler_id = any (p_handlers) and (l.lease_until = '-infinity' or v_now > v_back)
+         and l.together < 2 and not l.alone and l.crashes = 0 and not h.paused and h.failing_since is null
+         and l.hi - l.lo < greatest(h.batch, 100) / 10 ^ l.together   -- a larger one is no reason to run those behind it apart
+         and l.ctid <> all (v_seen)
+    ), first as (
+      select handler_id, together from several where n <= most order by lease_until, id limit 1
+    )
+    select array_agg(s.row) into v_found from several s join first f on f.together = s.together
+     where s.n <= s.most and (f.together = 0 or f.handler_id = s.handler_id);
+    exit when v_found is null;
+    select array_agg(x.row) into v_locked from (
+      select l.ctid as row from lease l
+       where l.ctid = any (v_found) and l.lease_until < v_now and l.together < 2 and not l.alone   -- as it is when it is locked
+         for update skip locked) x;
+    if cardinality(v_locked) > 1 then
+      v_rows := v_locked;
+      exit;
+    end if;
+    v_seen := v_seen || v_found;
+  end loop;
+  if v_rows <> '{}' then
     update lease set token = p_token, lease_until = v_until, worker_id = p_worker, together = together + 1 where ctid = any (v_rows);
     return query select * from leased(p_token);
   else
     return query select * from reclaim(p_worker, p_token, p_handlers, p_lease, 1);
   end if;
 end $$;
+
+-- thaw(lease) -> sessions ended
+-- Who freezes in the middle of a COPY of its ack is not idle to the server, and keeps its row locks. Its leases have
+-- ended and its heart does not beat: a worker that is only slow has one that does.
+create or replace function thaw(p_lease interval) returns bigint language sql volatile set search_path from current as $$
+  select count(pg_terminate_backend(x.pid)) from (
+    select distinct a.pid from lease l join worker w on w.id = l.worker_id join pg_stat_activity a on a.backend_xid = l.xmax
+     where l.lease_until < now() and w.seen_at < now() - greatest(p_lease, '2 s')
+       and a.state = 'active' and a.wait_event = 'ClientRead') x
+$$;

@@ -84,8 +84,23 @@ create or replace function kept_sql(w watched) returns text language sql stable 
     current_schema(), case when w.key_kind = 'id' then 'unnest(c.ids)' else 'jsonb_array_elements(c.keys)' end, asked_sql(w), w.id)
 $$;
 
+-- beside(CTEs, body) -> the body, which may begin with a WITH of its own, with these CTEs before its own; its end stays as it is
+create or replace function beside(p_with text, p_body text) returns text language sql immutable set search_path from current as $$
+  select case when body ~* '^with\s+recursive\M' then 'with recursive ' || p_with || ', ' || regexp_replace(body, '^with\s+recursive', '', 'i')
+              when body ~* '^with\M' then 'with ' || p_with || ', ' || regexp_replace(body, '^with', '', 'i')
+              else 'with ' || p_with || ' ' || body end
+    from (select regexp_replace(p_body, '^(\s|--[^\n]*\n)+|[\s;]+$', '', 'g') as body) b
+$$;
+
+-- empty_sql(table, body) -> the body as run_sql() would run it over no records: migrate has Postgres parse it, and nothing runs it
+create or replace function empty_sql(p_table text, p_body text) returns text language sql stable set search_path from current as $$
+  select beside(format('new_records as (select * from %1$I.%2$I limit 0), old_records as (select * from %1$I.%2$I limit 0)', n.nspname, c.relname), p_body)
+    from pg_class c join pg_namespace n on n.oid = c.relnamespace where c.oid = resolve(p_table)
+$$;
+
 -- run_sql(token, ids, worker) -> receipt id
 -- Runs a SQL handler over whole leased jobs, in the caller's transaction; its writes and the ack commit together.
+-- That of a model refreshes it; null: not now, the jobs wait.
 -- new_records and old_records are what the jobs hold: images as committed, the rows of now where read = 'now' or an
 -- image is missing (a degraded change, a backfill); an old record without image is its key and nulls.
 create or replace function run_sql(p_token bigint, p_ids bigint[], p_worker int) returns bigint
@@ -99,6 +114,9 @@ begin
   select count(*), min(handler_id) into v_held, v_handler from leased(p_token, p_ids);
   perform fence(p_token, v_held, coalesce(cardinality(p_ids), 0));
   select * into h from handler where id = v_handler;
+  if h.model_id is not null then
+    return refresh_jobs(h, p_token, p_ids, p_worker);
+  end if;
   select * into w from watched where id = h.table_id;
   with part as (
     select l.*, l.cols is not null and l.op in ('n', 'u') and (h.read = 'change' or w.key_kind = 'none') as new_image,
@@ -144,10 +162,7 @@ begin
       case when v_old_keys is not null then format('select %s from jsonb_array_elements($10) k', v_key) end), ''),
       format('select (null::%I.%I).*', w.schema_name, w.table_name) || ' limit 0'),
     case when v_lazy then kept_sql(w) end);
-  v_body := regexp_replace(bind(h.body, h.params), '^(\s|--[^\n]*\n)+|[\s;]+$', '', 'g');
-  v_body := case when v_body ~* '^with\s+recursive\M' then 'with recursive ' || v_with || ', ' || regexp_replace(v_body, '^with\s+recursive', '', 'i')
-                 when v_body ~* '^with\M' then 'with ' || v_with || ', ' || regexp_replace(v_body, '^with', '', 'i')
-                 else 'with ' || v_with || ' ' || v_body end;
+  v_body := beside(v_with, bind(h.body, h.params));
   perform set_config('search_path', quote_ident(v_app) || ', pg_catalog, pg_temp', true);
   execute v_body using v_new_changes, v_new_los, v_new_his, v_old_changes, v_old_los, v_old_his, coalesce(v_settled, '{}'),
     v_new_ids, v_new_keys, coalesce(v_old_keys, '[]'), v_new_of, v_new_since, v_first;

@@ -29,14 +29,15 @@ begin
     perform check_where(v_table, bind(d ->> 'where_sql', coalesce(d -> 'params', '{}')), v_ops && array['updated', 'deleted']);
   end if;
   insert into handler as h (app, name, table_id, kind, ops, each_record, read, where_sql, columns, body, params, into_tables, batch,
-                            max_wait, concurrency, timeout, attempts, backoff, max_lag, options)
+                            max_wait, concurrency, timeout, attempts, backoff, max_lag, options, model_id)
   values (d ->> 'app', d ->> 'name', v_table, coalesce(d ->> 'kind', 'python'), v_ops, coalesce((d ->> 'each_record')::boolean, false),
           coalesce(d ->> 'read', case when v_ops = array['new'] and coalesce(d ->> 'kind', 'python') = 'python' then 'now' else 'change' end),
           d ->> 'where_sql', v_columns, d ->> 'body', coalesce(d -> 'params', '{}'),
           case when jsonb_typeof(d -> 'into_tables') = 'array' then array(select jsonb_array_elements_text(d -> 'into_tables')) else '{}' end,
           coalesce((d ->> 'batch')::int, 1000), coalesce((d ->> 'max_wait')::interval, '0'), (d ->> 'concurrency')::int,
           coalesce((d ->> 'timeout')::interval, '5 min'), coalesce((d ->> 'attempts')::int, 5), coalesce((d ->> 'backoff')::interval, '1 s'),
-          (d ->> 'max_lag')::interval, coalesce(d -> 'options', '{}'))
+          (d ->> 'max_lag')::interval, coalesce(d -> 'options', '{}'),
+          (select m.id from model m where m.app = d ->> 'app' and m.name = d ->> 'model'))
   on conflict (app, name) do update
      set enabled_at = case when h.enabled and h.table_id = excluded.table_id and h.ops @> excluded.ops and h.where_sql is not distinct from excluded.where_sql
                                 and h.params = excluded.params and h.columns is not distinct from excluded.columns then h.enabled_at end,
@@ -44,7 +45,7 @@ begin
          where_sql = excluded.where_sql, columns = excluded.columns, body = excluded.body, params = excluded.params,
          into_tables = excluded.into_tables, batch = excluded.batch, max_wait = excluded.max_wait, concurrency = excluded.concurrency,
          timeout = excluded.timeout, attempts = excluded.attempts, backoff = excluded.backoff, max_lag = excluded.max_lag,
-         options = excluded.options, enabled = true, missing_at = null
+         options = excluded.options, model_id = excluded.model_id, enabled = true, missing_at = null
   returning id into v_id;
   return v_id;
 end $$;

@@ -15,6 +15,11 @@ language sql stable set search_path from current as $$
    order by h.id
 $$;
 
+-- refreshers() -> the handlers that refresh models
+create or replace function refreshers() returns setof int language sql stable set search_path from current as $$
+  select id from handler where model_id is not null
+$$;
+
 -- table_ids() -> what each watched table is called in receipts
 create or replace function table_ids() returns table (id int, schema_name text, table_name text)
 language sql stable set search_path from current as $$

@@ -207,7 +207,8 @@ begin
 end $$;
 
 -- close_ticks(): firings whose job is settled are done, or failed with the error of their dead letter; what waited for them starts
-create or replace function close_ticks() returns void language plpgsql volatile set search_path from current as $$
+create or replace function close_ticks() returns void language plpgsql volatile set search_path from current
+set enable_seqscan = off set jit = off as $$
 declare v_id int;
 begin
   with mine as materialized (

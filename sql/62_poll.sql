@@ -56,11 +56,12 @@ begin
 end $$;
 
 -- forget_keys(now) -> how many keys were forgotten that no poll has seen for 90 days; at most 10,000 at a time
-create or replace function forget_keys(p_now timestamptz) returns bigint language plpgsql volatile set search_path from current as $$
+create or replace function forget_keys(p_now timestamptz) returns bigint language plpgsql volatile set search_path from current
+set enable_seqscan = off set jit = off as $$
 declare v_n bigint;
 begin
-  delete from poll_key where (schedule_id, key) in (
-    select schedule_id, key from poll_key where seen_at < p_now - interval '90 days' order by seen_at limit 10000);
+  delete from poll_key where ctid in (
+    select ctid from poll_key where seen_at < p_now - interval '90 days' order by seen_at limit 10000);
   get diagnostics v_n = row_count;
   return v_n;
 end $$;

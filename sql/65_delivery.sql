@@ -1,4 +1,4 @@
--- Deliveries: what Webhooks received, each id once. anton/webhook.py calls these.
+-- Deliveries: what Webhooks and routes with verify= received, each id once. anton/webhook.py and anton/answered.py call these.
 
 -- deliver(webhooks, ids, headers, bodies) -> {{position, first answer}, …} of those that were there before; null when none was
 -- One entry of each array per delivery, no id twice, sorted by webhook and id, so that two processes that got the same ones
@@ -26,6 +26,31 @@ end $$;
 -- delivered(webhook, id) -> the answer it got; null when it is not known
 create or replace function delivered(p_webhook text, p_id text) returns int language sql stable set search_path from current as $$
   select status from delivery where webhook = p_webhook and id = p_id
+$$;
+
+-- answered(webhook, id) -> its first answer, the error of one that is in quarantine included; no row when it is not known
+create or replace function answered(p_webhook text, p_id text) returns table (status int, reply bytea, reply_type text, error text)
+language sql stable set search_path from current as $$
+  select d.status, d.reply, d.reply_type, null from delivery d where d.webhook = p_webhook and d.id = p_id
+  union all
+  select q.status, null, null, q.error from quarantine q where q.webhook = p_webhook and q.id = p_id
+   limit 1
+$$;
+
+-- keep_delivery(webhook, id, headers, body, status) -> whether it is new; waits for another transaction that keeps the same one
+create or replace function keep_delivery(p_webhook text, p_id text, p_headers text, p_body bytea, p_status int) returns boolean
+language plpgsql volatile set search_path from current as $$
+declare v_at timestamptz := now();
+begin
+  insert into delivery (webhook, id, at, status, headers, body) values (p_webhook, p_id, v_at, p_status, p_headers::json, p_body)
+  on conflict do nothing;
+  return found;
+end $$;
+
+-- keep_reply(webhook, id, status, reply, type): how it was answered, which a route knows after its commit
+create or replace function keep_reply(p_webhook text, p_id text, p_status int, p_reply bytea, p_type text) returns void
+language sql volatile set search_path from current as $$
+  update delivery set status = p_status, reply = p_reply, reply_type = p_type where webhook = p_webhook and id = p_id
 $$;
 
 -- quarantine(webhook, id, headers, body, error, status) -> the answer: this status, or the first one of a delivery that is known

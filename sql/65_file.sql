@@ -22,10 +22,12 @@ begin
 end $$;
 
 -- merge_files(app, table, token, paths, sizes, etags, times, settle) -> (added, changed)
--- Files that were found. Of one whose time lies less than settle away, somebody may be writing it: it is left for the next scan.
+-- Files that were found, up to some thousands: each is looked up, as reading all that is known for each part of a scan would make the
+-- scan's time grow with its square. Of one whose time lies less than settle away, somebody may be writing it: it is left for the next scan.
 create or replace function merge_files(p_app text, p_table text, p_token bigint, p_paths text[], p_sizes bigint[], p_etags text[],
                                        p_modified timestamptz[], p_settle interval, out added bigint, out changed bigint)
-returns record language plpgsql volatile set search_path from current as $$
+returns record language plpgsql volatile set search_path from current
+set enable_seqscan = off set jit = off as $$
 declare v_now timestamptz := now(); v_found text := '(select * from unnest($1, $2, $3, $4) x (path, size, etag, modified) where modified not between $5 - $6 and $5 + $6 or $6 = ''0'') f';
 begin
   perform keep_scan(p_app, p_table, p_token);
@@ -44,7 +46,8 @@ begin
 end $$;
 
 -- drop_files(app, table, token, paths) -> how many: files that are gone
-create or replace function drop_files(p_app text, p_table text, p_token bigint, p_paths text[]) returns bigint language plpgsql volatile set search_path from current as $$
+create or replace function drop_files(p_app text, p_table text, p_token bigint, p_paths text[]) returns bigint language plpgsql volatile set search_path from current
+set enable_seqscan = off set jit = off as $$
 declare v_n bigint;
 begin
   perform keep_scan(p_app, p_table, p_token);
@@ -62,10 +65,15 @@ begin
 end $$;
 
 -- begin_load(app, storage, path, version, table) -> the load, begun now or before
+-- A version that comes back after another one was begun is loaded anew: the load of then keeps its rejects under another name,
+-- and whoever is still at it finds that it has moved.
 create or replace function begin_load(p_app text, p_storage text, p_path text, p_version text, p_table text) returns setof load
 language plpgsql volatile set search_path from current as $$
 declare v_now timestamptz := now();
 begin
+  update load l set version = format('%s, load %s', version, id), reached = -1, state = case when state = 'done' then state else 'changed' end
+   where (l.app, l.storage, l.path, l.version, l.table_name) = (p_app, p_storage, p_path, p_version, p_table)
+     and exists (select from load x where (x.app, x.storage, x.path, x.table_name) = (p_app, p_storage, p_path, p_table) and x.id > l.id);
   insert into load (app, storage, path, version, table_name, started_at) values (p_app, p_storage, p_path, p_version, p_table, v_now)
     on conflict do nothing;
   return query select * from load l where (l.app, l.storage, l.path, l.version, l.table_name) = (p_app, p_storage, p_path, p_version, p_table);

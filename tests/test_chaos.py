@@ -19,6 +19,7 @@ from chaos.__main__ import catch, done
 from chaos.bugs import BUGS, Bug, planted
 from chaos.cell import cluster, make_template
 from chaos.history import Conn, History, attempt
+from chaos.page import faults, filled
 from chaos.report import bound
 
 SEED = 11
@@ -37,6 +38,8 @@ SHORT = [  # fault, how often, seed; those that take long come first
     ("P5", 8, SEED),
     ("A5", 20, SEED),
     ("S1", 10, SEED),
+    ("S2", 7, SEED),
+    ("S3", 5, SEED),
     ("L3", 1, SEED),
     ("A3", 3, SEED),
     ("A4", 50_000, SEED),
@@ -128,3 +131,13 @@ def test_a_connection_that_breaks_at_a_rollback_leaves_its_producer_going(databa
         assert not attempt(history, history.begin("src", "rollback", [1]), conn, end)
     assert [operation.state for operation in history.read()] == ["fail"]
     history.close()
+
+
+def test_the_page_has_a_line_for_each_fault_that_was_done_and_names_the_others() -> None:
+    verdict = {"acked": 1234, "unknown": 0, "lost": 1, "doubled": 0, "wrong": ["lost 1"]}
+    text = faults({"D2": {"n": 40, "seed": 7, "bound_95": "-", "first_ack_p99_s": 1.2345, **verdict}})
+    (line,) = [line for line in text.splitlines() if line.startswith("| D2 ")]
+    assert line.endswith("| 40 | 7 | 1,234 | 0 | 1 | 0 | - | first_ack_p99_s 1.23 **lost 1** |")
+    assert "Not in here: A3" in text and " D2," not in text
+    page = "before\n<!-- chaos: x -->\nold\n<!-- /chaos -->\nafter\n"
+    assert filled(page, text) == f"before\n<!-- chaos: x -->\n{text}<!-- /chaos -->\nafter\n"

@@ -185,7 +185,7 @@ def test_status_counts_what_waits_and_exits_1_beyond_max_lag(migrated: Shell) ->
 
 def test_doctor_finds_and_mends_a_disabled_trigger(migrated: Shell) -> None:
     assert migrated("doctor") == 0
-    assert migrated.out == "nothing is wrong\n"
+    assert migrated.out == "nothing is wrong\n" and migrated.json("doctor") == {"done": [], "found": [], "notes": []}
     migrated.sql("alter table orders disable trigger all")
     assert migrated("doctor") == 1
     assert "anton doctor --fix" in migrated.out
@@ -230,6 +230,28 @@ def test_handlers_backfill_feeds_the_rows_that_exist(anton: Shell) -> None:
     assert anton("handlers", "backfill", "thank") == 0
     anton.work()
     assert anton.sql("select count(*) from letters") == [(5,)]
+
+
+def test_models_are_listed_shown_and_run(broken: Shell) -> None:
+    broken.sql("create table sales (id int primary key, n int)")
+    (broken.folder / "sql").mkdir(exist_ok=True)
+    (broken.folder / "sql/best.sql").write_text("-- anton: model\n-- refresh: sales\n-- key: n\n"
+                                                "-- incremental: sales.n\nselect n, count(*) from sales group by n")
+    assert broken("migrate") == 0
+    broken.sql("insert into sales values (1, 5), (2, 5)")
+    assert [(row["name"], row["state"], row["pending"]) for row in broken.json("models", "list")] == [
+        ("best", "pending", 2)]
+    assert broken("models", "run", "best") == 0
+    assert broken.out == "best: what changed, 1 new, 0 updated, 0 deleted\n"
+    assert broken.sql("table best") == [(5, 2)] and broken.json("models", "show", "best")["state"] == "fresh"
+    broken.sql("update best set count = 9")
+    assert broken("models", "run", "best", "--full") == 0
+    assert broken.out == "best: all rows, 0 new, 1 updated, 0 deleted\n" and broken.sql("table best") == [(5, 2)]
+    assert broken("models", "show", "bst") == 2
+    assert 'no model "bst". Known: ' in broken.err
+    broken.sql("insert into sales values (3, null)")
+    assert broken("models", "run", "best") == 1
+    assert 'null value in column "n"' in broken.err and broken.sql("table best") == [(5, 2)]
 
 
 def test_schedules_are_paused_resumed_run_shown_and_foretold(broken: Shell) -> None:

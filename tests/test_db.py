@@ -165,6 +165,34 @@ def test_a_database_that_is_not_there_is_named(server):
         db.run(value(db, "select 1"))
 
 
+async def test_a_server_that_does_not_answer_is_tried_by_one_and_the_others_hear_of_it(monkeypatch):
+    """Else each of a crowd would wait for its own connection to time out, some of them one after the other."""
+    for name, seconds in (("CONNECT_SECONDS", 0.5), ("SLOW_SECONDS", 0.1), ("AWAY_SECONDS", 3600.0)):
+        monkeypatch.setattr(f"anton.db.{name}", seconds)
+    came: list[asyncio.StreamWriter] = []
+    silent = await asyncio.start_server(lambda _, writer: came.append(writer), "127.0.0.1", 0)
+    db = Database(f"postgresql://u@127.0.0.1:{silent.sockets[0].getsockname()[1]}/x?sslmode=disable", size=3)
+
+    async def crowd(n: int) -> set[str]:
+        said = await asyncio.gather(*(value(db, "select 1") for _ in range(n)), return_exceptions=True)
+        assert {type(one) for one in said} == {DatabaseUnreachable}
+        return {str(one).partition("): ")[2] for one in said}
+
+    try:
+        await crowd(20)
+        assert len(came) == 3                                          # as many as the pool has places
+        await crowd(20)
+        assert len(came) == 3
+        db._away = 0.0, "long ago"                                     # its time is over: one tries again
+        await crowd(20)
+        assert len(came) == 4
+    finally:
+        await db.close()
+        silent.close()
+        for writer in came:
+            writer.close()
+
+
 def test_the_process_database_is_the_one_that_was_set(db):
     assert current_database() is db
     other = Database("postgresql://elsewhere/x")

@@ -156,6 +156,50 @@ def test_links_that_lead_out_of_a_folder_are_neither_listed_nor_followed(store: 
 
 
 @pytest.mark.parametrize("store", ["disk"], indirect=True)
+def test_odd_names_and_links_that_lead_round_stop_no_scan(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    files = store.declare(lambda: Files("disk", settle=0, name="f"))
+    odd = ["per%cent", "%zz", "a#b", "q?", "*", "a[b]", 'a"b', "a|b", "ü", " ", "~"]
+    for name in odd:
+        store.put(f"fine/{name}", name)
+    data = store.folder / "data"
+    for bad in (b"bad\xff.csv", b"tab\t", b"new\nline", b"back\\slash"):
+        Path(os.fsdecode(os.fsencode(data) + b"/" + bad)).write_text("x")
+    folder = Path(os.fsdecode(os.fsencode(data) + b"/folder\xfe"))
+    folder.mkdir()
+    (folder / "a").write_text("x")
+    os.mkfifo(data / "pipe")
+    (data / "self").symlink_to("self")
+    (data / "nowhere").symlink_to("/no/such")
+    (data / "fine" / "up").symlink_to(data)
+    assert files.scan() == files.scan() == len(odd)
+    assert sorted(row[0] for row in store.sql("select path from f")) == sorted(f"fine/{name}" for name in odd)
+    assert all(store.db.run(files.find(f"fine/{name}")).read() == name.encode() for name in odd)
+    said = [record.getMessage() for record in caplog.records if record.name == "anton.storage"]
+    assert len(said) == 5 and all("is left out" in one for one in said)
+
+
+@pytest.mark.parametrize("store", ["s3"], indirect=True)
+def test_the_mark_of_a_folder_in_s3_is_no_file(store: Store) -> None:
+    files = store.declare(lambda: Files("s3", settle=0, name="f"))
+    client(store.endpoint).put_object(Bucket="bucket", Key=f"{store.folder.name}/in/sub/", Body=b"")
+    client(store.endpoint).put_object(Bucket="bucket", Key=f"{store.folder.name}/in/back\\slash", Body=b"")
+    store.put("in/empty", b"")
+    assert files.scan() == 1
+    assert store.sql("select path from f") == [("in/empty",)]
+
+
+@pytest.mark.parametrize("store", ["s3"], indirect=True)
+def test_a_key_that_no_path_is_stops_a_scan_of_s3_and_is_named(store: Store) -> None:
+    files = store.declare(lambda: Files("s3", settle=0, name="f"))
+    store.put("a", "a")
+    assert files.scan() == 1
+    client(store.endpoint).put_object(Bucket="bucket", Key=f"{store.folder.name}/in//b", Body=b"")
+    with pytest.raises(StorageError, match=f"cannot list.*{store.folder.name}/in//b"):
+        files.scan()
+    assert store.sql("select path from f") == [("a",)]
+
+
+@pytest.mark.parametrize("store", ["disk"], indirect=True)
 def test_a_file_that_may_still_be_written_waits_for_the_next_scan(store: Store) -> None:
     files = store.declare(lambda: Files("disk", name="f"))
     store.put("a", "half")

@@ -6,7 +6,7 @@ import gzip
 import io
 import json
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -203,6 +203,40 @@ def test_a_file_is_loaded_once_and_a_changed_one_again(store: Store) -> None:
     store.put("a.csv", "id,customer\n1,Ann\n2,Bob\n")
     assert store.db.run(files.find("a.csv")).load(orders) == load.Loaded(1, 1)        # 1 is there
     assert store.db.run(files.find("a.csv")).load(orders, upsert=True) == load.Loaded(1, 1)
+
+
+@pytest.mark.parametrize("store", ["s3"], indirect=True)
+def test_a_file_that_is_touched_is_not_loaded_again_and_one_that_is_put_back_is(store: Store) -> None:
+    files, orders = store.declare(lambda: (Files(store.kind), Table("orders", Order)))
+
+    def put(customer: str) -> File:
+        store.put("a.csv", f"id,customer,total\n1,{customer},1\n2,Bob,much\n")
+        found: File = store.db.run(files.find("a.csv"))
+        return found
+
+    first = put("Ann")
+    assert first.load(orders, upsert=True) == load.Loaded(1, 1)
+    store.sql("update orders set customer = 'by hand'")
+    touched = first.model_copy(update={"modified": first.modified + timedelta(days=1)})
+    assert touched.etag and touched.load(orders, upsert=True) == load.Loaded(1, 1)
+    assert rows(store)[0][1] == "by hand"
+    assert put("Anna").load(orders, upsert=True) == load.Loaded(1, 1) and rows(store)[0][1] == "Anna"
+    assert put("Ann").load(orders, upsert=True) == load.Loaded(1, 1) and rows(store)[0][1] == "Ann"
+    assert put("Ann").load(orders, upsert=True) == load.Loaded(1, 1) and len(rejects(store)) == 3
+    assert store.sql("select n::int, state from anton.load order by id") == [(1, "done")] * 3
+
+
+def test_who_is_at_a_version_that_was_begun_anew_goes_on_with_the_new_load(store: Store) -> None:
+    files, orders = store.declare(lambda: (Files(store.kind), Table("orders", Order)))
+    store.put("a.csv", "id,customer\n1,Ann\n2,Bob\n")
+    first: File = store.db.run(files.find("a.csv"))
+    begin = "select id::int, reached::int from anton.begin_load('store', 'disk', 'a.csv', '{}', 'public.orders')"
+    (old,) = store.sql(begin.format(first.etag))
+    store.sql(begin.format("other"))
+    assert first.load(orders) == load.Loaded(2, 0)
+    assert store.sql(f"select anton.lock_load({old[0]}, {old[1]})") == [(False,)]
+    assert store.sql("select n::int, state from anton.load order by id") == [
+        (0, "changed"), (0, "loading"), (2, "done")]
 
 
 @pytest.mark.parametrize("store", ["disk", "s3"], indirect=True)

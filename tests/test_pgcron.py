@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 from servers import Server, has_cron, migrate, restart, running
 from shop import Shop
 
+from anton import pgcron
+from anton.db import Database
 from anton.schedule import cron
 
 pytestmark = pytest.mark.system("the embedded Postgres has no pg_cron")
@@ -121,6 +124,55 @@ def test_the_job_fires_what_is_due_while_no_worker_is_there(cluster, other):
     until(lambda: other.sql("select count(*) from anton.job") == [(1,)], cluster)
     assert other.sql("select planned_at::date::text, state from anton.tick order by 1") == [
         ("2026-11-22", "planned"), ("2026-11-23", "waiting")]
+
+
+def doctor(shop: Shop) -> tuple[list[str], list[str]]:
+    async def run() -> tuple[list[str], list[str]]:
+        db = Database(shop.url)
+        async with db.conn() as conn:
+            found, notes = await pgcron.examine(db, conn)
+        await db.close()
+        return [f"{row['problem']} -> {row['remedy']}" for row in found], notes
+
+    return asyncio.run(run())
+
+
+def test_doctor_says_when_the_job_is_missing_another_or_failing(cluster, other):
+    assert doctor(other) == ([], [])                                   # nothing to be called
+    other.declare(nightly).migrate()
+    assert doctor(other) == ([], [])
+    ran = ("insert into cron.job_run_details (jobid, runid, command, status, return_message, start_time, end_time) "
+           "select jobid, {n}, command, '{status}', 'connection failed', now(), now() - interval '{ago}' from cron.job "
+           "where jobname like 'anton tick%'")
+    for n, (status, ago, says) in enumerate([
+            ("succeeded", "1 min", None), ("succeeded", "6 min", "has not called tick() since"),
+            ("failed", "1 min", "failed: connection failed"), ("succeeded", "0", None)]):
+        cluster.sql(ran.format(n=1_000_000 + n, status=status, ago=ago))
+        found, _ = doctor(other)
+        assert (says in found[0]) if says else not found
+    for change in ("update cron.job set active = false", "update cron.job set schedule = '7 7 * * *'",
+                   "delete from cron.job"):
+        cluster.sql(f"{change} where jobname like 'anton tick%'")
+        [problem], _ = doctor(other)
+        assert problem.endswith("-> anton migrate")
+        assert ("missing" if "delete" in change else "another") in problem
+        other.migrate()
+        assert doctor(other) == ([], [])
+
+
+def test_doctor_says_what_it_takes_to_use_pg_cron(cluster, other):
+    name = urlsplit(other.url).path[1:]
+    cluster.sql("grant anton_owner to app", "grant create on schema public to app", database=name)
+    by_app = Shop(other.url.replace("//postgres@", "//app@"), other.folder)
+    by_app.declare(nightly).migrate()
+    found, [note] = doctor(by_app)
+    assert not found and "grant usage on schema cron to app;" in note
+    cluster.sql("drop extension pg_cron")
+    try:
+        assert doctor(other) == ([], ['pg_cron is loaded; to use it: create extension pg_cron; in database "postgres", '
+                                      "then: anton migrate"])
+    finally:
+        cluster.sql("create extension pg_cron")
 
 
 def until(done: Callable[[], bool], cluster: Server) -> None:

@@ -48,6 +48,9 @@ insert into anton.lease (handler_id, id, change_id, at, lo, hi, attempt, crashes
   select {small}, nextval('anton.change_seq'), g, t, 1, 1, 0, 0, 0, 'n', array[g], g / 100 + 1000, t + interval '1 day',
          1 from generate_series(1, {depth} / 10) g, anton.now() t;
 """
+PUT_MODEL = """select anton.put_model('{"app": "test", "name": "copies", "table": "copies", "key": ["id"],
+  "body": "select id, n from orders", "refresh": ["public.orders"], "distinct_keys": true,
+  "incremental": [{"table": "orders", "column": "id", "output": "id"}]}')"""
 CHURN = """
 delete from anton.job where id % 2 = 0;
 delete from anton.lease where id % 2 = 0;
@@ -157,7 +160,10 @@ def watched(request: Any, server: Server, template: str) -> Iterator[Watched]:
         images = pg.put("images", "orders", "updated")
         body = "insert into letters select id from new_records on conflict do nothing"
         sql = pg.put("sql", "orders", "new", kind="sql", body=body)
-        pg.sql("analyze orders, letters, anton.job, anton.lease, anton.delayed")
+        pg.sql("create table copies (id bigint primary key, n int)", PUT_MODEL)
+        pg.put("copies:orders", "orders", "new", "updated", "deleted", kind="sql", body="", model="copies")
+        pg.sql("update anton.model set stale = false, built_at = anton.now()")
+        pg.sql("analyze orders, letters, copies, anton.job, anton.lease, anton.delayed")
         watched = Watched(pg, request.param, small, large, images, sql)
         watched.fill(FILL)
         pg.sync("orders")
@@ -246,6 +252,18 @@ def sql_handlers(watched: Watched) -> None:
     watched.run("select anton.run_sql($1, $2, 1)", args=(TOKEN, [job[0] for job in jobs]), but=few)
 
 
+def models(watched: Watched) -> None:
+    """What a refresh of some groups reads: the queue by handler, changes by id, both tables by key."""
+    insert(watched, 20)
+    insert(watched, 1)
+    watched.pg.sql("update orders set n = n + 1 where id in (select id from orders order by id desc limit 3)")
+    handler = watched.pg.value("select id from anton.handler where model_id is not null")
+    jobs = claim(watched, handler, jobs=1)
+    few = "change" if watched.depth < 1_000_000 else ""
+    assert watched.run("select anton.run_sql($1, $2, 1)", args=(TOKEN, [job[0] for job in jobs]), but=few) != [(None,)]
+    assert watched.pg.value("select not is_full from anton.model")
+
+
 def promotion(watched: Watched) -> None:
     watched.run("select anton.promote()")
     watched.pg.sql("update anton.delayed set run_at = anton.now() where id in (select id from anton.delayed limit 10)")
@@ -260,7 +278,8 @@ def looking(watched: Watched) -> None:
     watched.run("select * from anton.reclaim_together(1, $1, $2, '30 s')", args=(TOKEN, handlers), but="lease")
 
 
-CHECKS = (looking, capture, claim_leased_and_ack, fetch_of_rows_and_images, settling_by_record, sql_handlers, promotion)
+CHECKS = (looking, capture, claim_leased_and_ack, fetch_of_rows_and_images, settling_by_record, sql_handlers, models,
+          promotion)
 
 
 def test_no_statement_of_the_hot_path_reads_the_queue_whole_or_sorts_it(watched: Watched) -> None:

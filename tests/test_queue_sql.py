@@ -526,6 +526,28 @@ def test_a_holder_that_freezes_in_its_ack_lets_go_of_its_locks_when_its_lease_wo
     assert queue.counts() == {"lease": 1}
 
 
+def test_a_holder_that_freezes_in_a_copy_of_its_ack_is_cut_off_when_its_heart_has_stopped(queue: Queue) -> None:
+    queue.insert(1)
+    worker = queue.value("select anton.register_worker('sql', 'here', 1, '')")
+    token, ids = queue.ids(worker=worker)
+    with psycopg.connect(queue.url) as frozen:
+        frozen.execute("select anton.ack(%s, %s::bigint[], 1, 1)", (token, ids))
+        frozen.execute("create temp table t (n int)")
+        with pytest.raises(psycopg.OperationalError), frozen.cursor().copy("copy t from stdin") as copy:
+            copy.write_row([1])
+            reading = f"select wait_event from pg_stat_activity where pid = {frozen.info.backend_pid}"
+            while queue.value(reading) != "ClientRead":
+                pass
+            assert queue.value("select anton.thaw('30 s')") == 0       # it holds its lease
+            queue.clock("31 s")
+            queue.sql(f"select anton.heartbeat({worker}, '{{}}', '30 s')")
+            assert queue.value("select anton.thaw('30 s')") == 0       # its heart beats: it is slow
+            queue.clock("62 s")
+            assert queue.value("select anton.thaw('30 s')") == 1
+            queue.sql("select from anton.lease for update")            # waits until the session has ended
+    assert [job.ids for job in queue.reclaim()] == [[1]]
+
+
 @pytest.mark.parametrize("call", [
     "ack(%(token)s, array[%(id)s], 1, 1)", "ack_part(%(token)s, %(id)s, array[1], 1, 1)",
     "retry(%(token)s, %(id)s, array[1], '1 min', 'x', true)", "give_back(%(token)s, array[%(id)s])",
@@ -586,6 +608,47 @@ def test_two_reclaims_at_once_share_the_suspects_and_neither_waits(queue: Queue)
         theirs = {row[0] for row in other.sql("select id from anton.reclaim(2, 7, %s, '30 s', 9)", args=([queue.h],))}
         queue.sql("commit")
     assert (len(mine), len(theirs)) == (1, 2) and not mine & theirs
+
+
+def test_two_that_reclaim_together_at_once_get_a_group_each(queue: Queue) -> None:
+    queue.sql("update anton.handler set batch = 1")
+    queue.insert(*range(150))
+    queue.ids()
+    queue.clock("31 s")
+    with queue.other(lock_timeout="1ms") as other:
+        queue.sql("begin")
+        mine = {job.id for job in queue.together(token=1)}
+        theirs = {row[0] for row in other.sql("select id from anton.reclaim_together(2, 7, %s, '30 s')",
+                                              args=([queue.h],))}
+        queue.sql("commit")
+    assert (len(mine), len(theirs)) == (100, 50) and not mine & theirs
+    assert queue.value("select bool_or(alone) from anton.lease") is False
+
+
+def test_suspects_of_all_handlers_tenants_and_attempts_run_together_at_first_and_a_handler_s_after_that_died(
+        queue: Queue) -> None:
+    other = queue.listen("orders", "new", name="other")
+    queue.insert(1, 2)
+    with queue.conn.transaction():
+        queue.sql("set local anton.tenant = 'acme'")
+        queue.insert(3)
+    token, ids = queue.ids()
+    queue.sql(f"select anton.retry({token}, {ids[0]}, array[1], '0 s', 'no', true)")
+    queue.poll()
+    queue.ids()
+    queue.ids(other)
+    queue.clock("31 s")
+
+    def run(token: int) -> list[tuple[Any, ...]]:
+        return queue.sql("select handler_id, tenant, attempt from anton.reclaim_together(1, %s, %s, '30 s')",
+                         args=(token, [queue.h, other]))
+
+    first = run(1)
+    assert sorted(row[0] for row in first) == sorted([queue.h, other] * 3)
+    assert {row[1] for row in first} == {None, "acme"} and {row[2] for row in first} == {0, 1}
+    queue.clock("62 s")
+    runs = [run(token) for token in (2, 3, 4)]
+    assert sorted(len(rows) for rows in runs) == [0, 3, 3] and all(len({row[0] for row in rows}) < 2 for rows in runs)
 
 
 def test_suspects_of_a_paused_handler_wait(queue: Queue) -> None:

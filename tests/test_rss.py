@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
+from ipaddress import ip_address
 from typing import Any
 
 import pytest
@@ -72,10 +74,10 @@ class Peer:
         return RedirectResponse("/feed.xml", 301)
 
 
-@pytest.fixture
-def peer() -> Iterator[Peer]:
-    peer, loop = Peer(), Portal()
-    routes = [Route("/feed.xml", peer.serve), Route("/old", peer.moved)]
+@contextmanager
+def served(peer: Peer, *routes: Route) -> Iterator[str]:
+    """Yields the address of a server of these routes."""
+    loop = Portal()
     server = uvicorn.Server(uvicorn.Config(Starlette(routes=routes), port=0, log_level="warning", lifespan="off"))
 
     async def start() -> asyncio.Task[None]:
@@ -89,10 +91,28 @@ def peer() -> Iterator[Peer]:
         await task
 
     task = loop.run(start())
-    peer.url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    yield peer
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     loop.run(stop(task))
     loop.stop()
+
+
+@pytest.fixture
+def peer() -> Iterator[Peer]:
+    peer = Peer()
+    with served(peer, Route("/feed.xml", peer.serve), Route("/old", peer.moved)) as peer.url:
+        yield peer
+
+
+@pytest.fixture
+def proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Peer]:
+    """The whole Internet: a proxy that answers for every host."""
+    peer = Peer()
+    peer.kind = "application/rss+xml"
+    with served(peer, Route("/{path:path}", peer.serve)) as url:
+        monkeypatch.setenv("HTTP_PROXY", url)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+        peer.url = "http://93.184.215.14"                              # public, and not asked
+        yield peer
 
 
 @pytest.fixture
@@ -181,6 +201,73 @@ def test_a_feed_that_has_moved_is_followed_and_its_headers_are_sent(live, peer):
     declare(live, peer, "/old?token=s3cret", headers={"Authorization": "Bearer x"})
     assert guids(live) == ["g1", "g2"] and peer.got[0]["authorization"] == "Bearer x"
     assert {article["feed"] for article in live.records("articles")} == {f"{peer.url}/old"}
+
+
+def to(where: str, status: int = 302) -> Response:
+    return Response(status_code=status, headers={"location": where})
+
+
+def test_headers_stay_with_the_origin_they_were_given_for(live, peer, proxy):
+    proxy.answers = [to("http://93.184.215.14/b"), to("http://8.8.8.8/c"), to("http://93.184.215.14/d")]
+    declare(live, proxy, "/a", headers={"Authorization": "Bearer x", "X-Key": "k", "Cookie": "c=1"})
+    again(live)
+    assert guids(live) == ["g1", "g2"]
+    kept = [{name for name in ("authorization", "x-key", "cookie") if name in got} for got in proxy.got[:4]]
+    assert kept == [{"authorization", "x-key", "cookie"}] * 2 + [set()] * 2
+    assert [got["host"] for got in proxy.got] == ["93.184.215.14"] * 2 + ["8.8.8.8"] + ["93.184.215.14"] * 2
+    assert {"accept", "user-agent"} <= proxy.got[2].keys() and "if-none-match" in proxy.got[4]
+
+
+def test_a_password_in_the_address_stays_with_its_origin(live, proxy):
+    proxy.url = "http://ann:pw@93.184.215.14"
+    proxy.answers = [to("/b"), to("http://8.8.8.8/c")]
+    declare(live, proxy, "/a")
+    assert ["authorization" in got for got in proxy.got] == [True, True, False] and len(guids(live)) == 2
+
+
+@pytest.mark.parametrize("private", ["127.0.0.1:1", "localhost:1"])
+def test_a_redirect_into_a_private_network_is_not_followed(private, live, proxy):
+    proxy.answers = [to("http://8.8.8.8/b"), to(f"http://{private}/latest/meta-data")]
+    declare(live, proxy, "/a")
+    assert "which is in a private network" in failing(live) and "private=True" in failing(live)
+    assert len(proxy.got) == 2 and guids(live) == []
+
+
+@pytest.mark.parametrize("address", [
+    "10.0.0.1", "169.254.169.254", "0.0.0.0", "100.64.0.1", "224.0.0.1", "240.0.0.1", "::1", "fe80::1",
+    "fd00::1", "ff0e::1", "::ffff:127.0.0.1", "64:ff9b::a00:1", "2002:7f00:1::"])
+def test_an_address_that_not_all_may_ask_is_private_however_it_is_written(address):
+    assert not rss._public(ip_address(address))
+    assert all(rss._public(ip_address(one)) for one in ("8.8.8.8", "2600::1", "::ffff:8.8.8.8", "64:ff9b::808:808"))
+
+
+def test_a_redirect_into_a_private_network_is_followed_where_that_is_allowed(live, peer, proxy):
+    proxy.answers = [to(peer.url + "/feed.xml")]
+    declare(live, proxy, "/a", private=True, headers={"X-Key": "k"})
+    assert guids(live) == ["g1", "g2"] and "x-key" not in peer.got[0]
+
+
+def test_a_feed_of_a_private_network_may_move_within_it(live, peer):
+    other = Peer()
+    with served(other, Route("/feed.xml", other.serve)) as url:
+        peer.answers = [to(url + "/feed.xml")]
+        declare(live, peer, headers={"X-Key": "k"})
+    assert guids(live) == ["g1", "g2"] and ["x-key" in got[0] for got in (peer.got, other.got)] == [True, False]
+
+
+@pytest.mark.parametrize(("where", "said"), [
+    ("ftp://8.8.8.8/x", "is no web address"), ("file:///etc/passwd", "is no web address"), ("http://", "redirects"),
+    ("http://8.8.8.8:x/", "Invalid port")])
+def test_a_redirect_to_what_cannot_be_asked_makes_the_poll_wait(where, said, live, proxy):
+    proxy.answers = [to(where)] * 9
+    declare(live, proxy, "/a")
+    assert said in failing(live) and guids(live) == [] and not live.dead
+
+
+def test_a_feed_that_redirects_for_ever_makes_the_poll_wait(live, peer):
+    peer.answers = [to("/feed.xml")] * 9
+    declare(live, peer)
+    assert "redirects more than 5 times" in failing(live) and len(peer.got) == 6
 
 
 @pytest.mark.parametrize("status", [401, 404, 410, 429, 500, 503])

@@ -12,10 +12,10 @@ import pytest
 from pydantic import BaseModel
 from working import Bench, met, numbers, one_handler
 
-from anton import Ctx, Discard, Records, Retry, Table
-from anton.db import Database
+from anton import Ctx, Discard, Records, Retry, Table, settle
+from anton.db import Conn, Database
 from anton.errors import WorldError
-from anton.fate import is_world
+from anton.fate import World, is_world
 
 
 class Refused(Exception):
@@ -639,3 +639,18 @@ async def test_a_key_error_of_something_else_is_the_records_failure_though_a_col
     await bench.sql("insert into plain values (1, 1)")
     await bench.work()
     assert await bench.left() == {"dead": 1} and "KeyError" in await bench.value("select error from anton.dead")
+
+
+async def test_a_transaction_that_is_cut_off_again_and_again_is_the_world_s_failure_in_the_end(
+        db: Database, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(settle, "BREAKS", 3)
+    tried = 0
+
+    async def work(conn: Conn) -> None:
+        nonlocal tried
+        tried += 1
+        await conn.fetchval("select pg_terminate_backend(pg_backend_pid())")
+
+    with pytest.raises(World):
+        await settle.Settler(db).transact(work)
+    assert tried == 3

@@ -58,6 +58,7 @@ class Machine(RuleBasedStateMachine):
         self.model = Queue()
         self.random = random.Random(0)
         self.tokens: list[int] = []
+        self.held_by: dict[int, set[int]] = {0: set(), 1: set()}  # worker: tokens it was given
         self.past: list[tuple[int, list[int]]] = []  # what any token ever held: (token, ids)
         self.open: dict[int, tuple[int, int, str | None]] = {}  # writer: (change, records, tenant)
         self.acks: dict[int, tuple[int, list[Part]]] = {}  # worker: an ack that is not committed
@@ -190,12 +191,13 @@ class Machine(RuleBasedStateMachine):
         wanted = self.model.claim(token, order, jobs, records)
         assert [tuple(row[:3]) for row in rows] == wanted
         assert all(len(row[4]) == row[2] - row[1] + 1 for row in rows)
-        self.note(token, [row[3] for row in rows])
+        self.note(worker, token, [row[3] for row in rows])
         return token
 
-    def note(self, token: int, ids: list[int]) -> None:
+    def note(self, worker: int, token: int, ids: list[int]) -> None:
         """A token was given out."""
         assert token not in self.tokens, "I3"
+        self.held_by[worker].add(token)
         self.tokens.append(token)
         if ids:
             self.past.append((token, ids))
@@ -215,7 +217,7 @@ class Machine(RuleBasedStateMachine):
             token,
             self.handler,
         )
-        self.note(token, [row[3] for row in rows])
+        self.note(worker, token, [row[3] for row in rows])
         expired = self.model.expired()
         assert bool(rows) == bool(expired)
         if not rows:
@@ -242,7 +244,7 @@ class Machine(RuleBasedStateMachine):
             token,
             self.handler,
         )
-        self.note(token, [row[3] for row in rows])
+        self.note(worker, token, [row[3] for row in rows])
         expired = self.model.expired()
         parts: list[Part] = [tuple(row[:3]) for row in rows]
         assert bool(rows) == bool(expired) and set(parts) <= set(expired)
@@ -408,9 +410,19 @@ class Machine(RuleBasedStateMachine):
         if data.draw(st.booleans()):
             self.ask(0, "select anton.give_back(%s, array[%s]::bigint[])", token, self.ids[part])
             self.model.give_back(token, [part])
+        elif len(self.model.left(part)) > 1 and data.draw(st.booleans()):
+            self.ask(0, "select anton.split_crashed(%s, %s)", token, self.ids[part])
+            self.model.split(token, part, 8, ended=True)
         elif len(self.model.left(part)) > 1:
             self.ask(0, "select anton.split(%s, %s, %s)", token, self.ids[part], ways)
             self.model.split(token, part, ways)
+
+    @precondition(lambda self: self.any("lease"))
+    @rule(worker=st.integers(0, 1))
+    def dies(self, worker: int) -> None:
+        """As its parent sees it. What it is settling is left to it: that commits, or the lease ends in its time."""
+        self.sql("select anton.worker_died(%s)", worker + 1)
+        self.model.died(self.held_by[worker])
 
     @precondition(lambda self: self.tokens)
     @rule(data=st.data())
@@ -525,6 +537,8 @@ def machine(server: Server, template: str) -> Iterator[type[Machine]]:
         "grant select on test_clock to public",
         "create or replace function anton.now() returns timestamptz language sql volatile as "
         "'select pg_catalog.clock_timestamp() + (select ahead from public.test_clock)'",
+        # an ack that is left open while the clock moves stays open for as long as the machine is slow
+        "create or replace function anton.let_go(p_until timestamptz) returns void language sql as ''",
     )
     for bug in BUGS:
         if bug.name == os.environ.get("ANTON_BUG"):

@@ -308,6 +308,27 @@ def test_a_long_retry_after_makes_the_handler_wait_and_blames_no_record(live, ll
     assert len(live.records("answers")) == 1
 
 
+# Context
+
+
+def test_context_is_in_the_prompt_and_its_rows_are_told_by_why(live, llm):
+    with declaring(live.app):
+        asked, answers, facts = Table("asked"), Table("answers"), Table("facts")
+        found = sql("select data ->> 'text' from facts f where f.data ->> 'about' = {about} order by id")
+        asked.on_new_records(openai(llm, prompt="Given:\n{facts}\nanswer {prompt}", context={"facts": found})(answers))
+        answers.on_new_records(lambda records: None, name="reads")
+    live.migrate()
+    facts.extend([{"about": "x", "text": "one"}, {"about": "x", "text": "two"}, {"about": "y", "text": "three"}])
+    ask(live, "why", about="x")
+    assert llm.asked[0]["messages"][-1]["content"] == "Given:\n- one\n- two\nanswer why"
+    ((context, version),) = rows(live, "select context, prompt_version from anton.answer")
+    assert [(table, key) for table, key, _ in context["facts"]] == [("facts", [1]), ("facts", [2])]
+    assert len(version) == 8
+    receipt = rows(live, "select receipt_id from anton.why('answers', '1') where receipt_id is not null limit 1")[0][0]
+    assert rows(live, f"select record, model, memo from anton.thoughts(array[{receipt}])") == [
+        ("asked/1", "m-2026-03-17", False)]
+
+
 # Fallback
 
 

@@ -46,6 +46,7 @@ def test_the_id_is_that_of_the_service(name, body, headers, id):
     ("gitlab", {}, {"X-Gitlab-Event-UUID": "shared by hooks that hooks set off"}),
     ("dropbox", {"list_folder": {"accounts": ["dbid:1"]}}, {}), ("webex", {"id": "the hook's", "created": "its"}, {}),
     ("google_channels", b"", {"X-Goog-Channel-ID": "c"}),
+    ("clickup", {"webhook_id": "w", "event": "taskDeleted", "task_id": "t"}, {}),
 ])
 def test_without_one_every_request_is_a_delivery(name, body, headers):
     assert id_of(name, body, headers) is None
@@ -63,6 +64,10 @@ def test_a_doubled_header_is_no_id():
      {"entry": [{"id": "1", "time": 1, "changes": [2]}]}),
     ("postmark", {"MessageID": "m", "RecordType": "Open", "ReceivedAt": "1"},
      {"MessageID": "m", "RecordType": "Open", "ReceivedAt": "2"}),
+    ("clickup", {"webhook_id": "w", "event": "taskUpdated", "history_items": [{"id": "1"}]},
+     {"webhook_id": "w", "event": "taskStatusUpdated", "history_items": [{"id": "1"}]}),
+    ("clickup", {"webhook_id": "w", "event": "taskUpdated", "history_items": [{"id": "1"}]},
+     {"webhook_id": "v", "event": "taskUpdated", "history_items": [{"id": "1"}]}),
     ("stripe", {"id": "a" * 500}, {"id": "a" * 501}), ("stripe", {"id": "a b"}, {"id": "a  b"}),
     ("stripe", {"id": "\x00"}, {"id": "\x01"}), ("stripe", {"id": "é"}, {"id": "è"}),
 ])

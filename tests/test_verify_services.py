@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import hashlib
+import hmac
 import json
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anton.errors import BadOption
-from anton.scheme import Adyen, Basic, Jwt, Scheme, Token
+from anton.scheme import Adyen, BadKey, Basic, Jwt, Scheme, Token
 from anton.signed import Hmac, PublicKey, Signed
 from anton.verify import DATA, SCHEMES, Verifier
 
@@ -220,6 +222,59 @@ def test_a_public_key_does_not_pass_as_the_secret_of_a_keyed_hash():
     jwt = SCHEMES["fusionauth"]
     forged = jwt.sign(BODY, public, str(int(NOW)))
     assert Verifier(jwt, pem, of="/x").check(BODY, [(k.encode(), v.encode()) for k, v in forged.items()], NOW)
+    one = Verifier(jwt, public, of="/x")                              # pasted without its PEM frame
+    assert one.check(BODY, [(k.encode(), v.encode()) for k, v in forged.items()], NOW) and "PEM" in str(one.unset())
     none = base64.urlsafe_b64encode(b'{"alg":"none"}').rstrip(b"=") + b"." \
         + base64.urlsafe_b64encode(b'{"iss":"netlify"}').rstrip(b"=") + b"."
     assert verifier("netlify").check(BODY, [(b"x-webhook-signature", none)], NOW)
+
+
+RSA = PublicKey("x", algo="rsa-sha256").pair("jwt")[1]
+ED = "302a300506032b6570032100" + PublicKey("x", algo="ed25519").pair("jwt")[1]
+
+
+@pytest.mark.parametrize("secret", [
+    RSA, RSA.replace("+", "-").replace("/", "_").rstrip("="), f"{RSA[:64]}\\n{RSA[64:]}",
+    ED, base64.b64decode(RSA).hex(),
+    '{"kty": "RSA", "n": "AQAB", "e": "AQAB"}', '{"keys": [{"kty": "EC"}]}', "ssh-ed25519 AAAA me@here",
+    "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----"])
+def test_a_public_key_that_is_not_pem_is_no_secret_of_a_jwt(secret):
+    for name in ("netlify", "fusionauth", "monday"):
+        scheme = SCHEMES[name]
+        with pytest.raises(BadKey, match="public key"):
+            scheme.key(secret)
+        one = Verifier(name, secret, of="/x")
+        said = {"iss": "netlify", "aud": URL, "sha256": hashlib.sha256(BODY).hexdigest(), "exp": NOW + 60,
+                "request_body_sha256": base64.b64encode(hashlib.sha256(BODY).digest()).decode()}
+        made = {scheme.header: hs256(said, secret)}
+        assert one.unset() and one.check(BODY, [(k.encode(), v.encode()) for k, v in made.items()], NOW, url=URL)
+
+
+def hs256(said: dict[str, Any], secret: str) -> str:
+    """A token as anybody can make one who has a text."""
+    parts = [base64.urlsafe_b64encode(json.dumps(one).encode()).rstrip(b"=") for one in ({"alg": "HS256"}, said)]
+    made = hmac.new(secret.encode(), b".".join(parts), "sha256").digest()
+    return b".".join([*parts, base64.urlsafe_b64encode(made).rstrip(b"=")]).decode()
+
+
+def test_such_a_token_passes_with_a_text():
+    said = {"iss": "netlify", "sha256": hashlib.sha256(BODY).hexdigest(), "exp": NOW + 60}
+    made = [(b"x-webhook-signature", hs256(said, TEXT).encode())]
+    assert verifier("netlify").check(BODY, made, NOW) is None
+
+
+@pytest.mark.parametrize("secret", [
+    TEXT, "a" * 64, "0" * 64, '{"kty": "oct", "k": "x"}', "cGxhaW4gdGV4dCBvZiBhIGtleQ=="])
+def test_a_text_stays_a_secret_of_a_jwt(secret):
+    assert SCHEMES["netlify"].key(secret) == secret
+
+
+@pytest.mark.parametrize(("base", "host", "good"), [
+    ("https://hooks.example.com", "evil.example", True), ("", "evil.example", False), ("", "localhost:3000", True)])
+def test_a_token_for_our_url_is_not_ours_because_its_sender_says_so(base, host, good):
+    one = verifier("monday")
+    scope = {"scheme": "https", "headers": [(b"host", host.encode())], "raw_path": b"/hook", "query_string": b""}
+    url = f"{base or f'https://{host}'}/hook"
+    made = SCHEMES["monday"].sign(BODY, TEXT, str(int(NOW)), url=url)
+    refusal = one.check(BODY, [(k.encode(), v.encode()) for k, v in made.items()], NOW, url=one.url(base, scope))
+    assert (refusal is None) == good and (good or "deployment" in str(refusal))

@@ -20,10 +20,12 @@ from fastapi import BackgroundTasks, Depends
 from pydantic import BaseModel, Field
 
 from anton import config, web, webhook
+from anton.answers import UNSIGNED
 from anton.app import App, declaring
 from anton.db import Database, set_database
 from anton.errors import ConfigError, NoScope
 from anton.migrate import migrate
+from anton.query import sql
 from anton.secret import env
 from anton.sense import Request, Webhook, get, patch, post
 from anton.table import Table
@@ -242,7 +244,8 @@ async def test_a_signed_request_becomes_a_record_and_a_forged_one_leaves_none(db
         for path in ("/slack", "/events"):
             assert (await client.post(path, content=body, headers=signed(body))).status_code == 200
             for forged in ({}, signed(body, "wrong"), signed(body + b" "), signed(body, at=time.time() - 400)):
-                assert (await client.post(path, content=body, headers=forged)).status_code == 401
+                refused = await client.post(path, content=body, headers=forged)
+                assert (refused.status_code, refused.json()) == (401, {"detail": UNSIGNED})
         other = body + b" "                                            # the same again would be the same delivery
         assert (await client.post("/slack", content=other, headers=signed(other, "older"))).status_code == 200
         assert (await client.post("/events", content=body, headers=signed(body, "older"))).status_code == 401
@@ -250,6 +253,14 @@ async def test_a_signed_request_becomes_a_record_and_a_forged_one_leaves_none(db
         async with db.conn() as conn:
             row = await conn.fetchval("select data from mentions order by id limit 1")
         assert row["payload"] == {"event": {"text": "hi"}} and set(row) == {"timestamp", "payload", "headers"}
+
+
+async def test_what_is_not_set_is_told_to_the_log_and_not_to_the_sender(db, caplog):
+    caplog.set_level("INFO", "anton.web")
+    async with serving(db, webhooks) as client:
+        for path in ("/slack", "/events"):
+            assert (await client.post(path, content=b"{}", headers=signed(b"{}"))).json() == {"detail": UNSIGNED}
+    assert caplog.text.count('no secret is set: env("NEW_SECRET")') == 2
 
 
 async def test_the_signature_is_looked_at_before_the_body(db, secrets):
@@ -347,7 +358,7 @@ async def test_a_form_is_a_record_too_and_a_typed_webhook_is_its_model(db, secre
 async def test_too_large_a_body_gets_413(db, monkeypatch):
     monkeypatch.setattr(webhook, "MAX_BODY", 1000)
     async with serving(db, lambda: Webhook("/hook", Table("hooks"))) as client:
-        assert (await client.post("/hook", content=b"1" * 1001)).status_code == 413
+        assert "larger than 1,000 bytes" in (await client.post("/hook", content=b"1" * 1001)).json()["detail"]
         assert (await client.post("/hook", content=b'"' + b"1" * 998 + b'"')).status_code == 200
 
 
@@ -375,6 +386,47 @@ async def test_a_database_without_the_runtime_is_not_ready(db, bare):
         answer = await client.get("/ready")
         assert answer.status_code == 503 and "anton migrate" in answer.json()["detail"]
         await empty.close()
+
+
+async def test_a_database_that_was_not_migrated_is_503_and_the_log_says_what_to_run(db, bare, caplog):
+    def declare() -> None:
+        hooks = Table("hooks")
+        Webhook("/hook", hooks)
+        Webhook("/timed", hooks, verify="slack", secret="s3cret")
+
+        @post("/route")
+        async def route(request: Request) -> int:
+            hooks.append({"a": 1})
+            return 200
+
+    async def asked(client: httpx.AsyncClient) -> set[int]:
+        paths = ("/hook", "/timed", "/route")
+        answers = [await client.post(path, content=b"1", headers=signed(b"1")) for path in paths]
+        assert all(answer.headers["retry-after"] == "2" for answer in answers)
+        assert not any("anton" in answer.text for answer in answers)
+        return {answer.status_code for answer in answers}
+
+    async with serving(db, declare) as client:
+        empty = Database(bare)
+        set_database(empty)
+        assert await asked(client) == {503} and caplog.text.count("run: anton migrate") == 3
+        await empty.close()
+        set_database(db)
+        async with db.conn() as conn:
+            await conn.execute("drop table hooks")
+        web.forget_clocks()
+        assert await asked(client) == {503} and caplog.text.count("run: anton migrate") == 6
+
+
+async def test_an_error_of_the_apps_own_sql_is_500(db):
+    def declare() -> None:
+        @post("/route")
+        async def route(request: Request) -> int:
+            await sql("select * from nothing.at_all")
+            return 200
+
+    async with serving(db, declare) as client:
+        assert (await client.post("/route", content=b"1")).status_code == 500
 
 
 async def test_many_at_once_are_all_there(db):
@@ -405,6 +457,37 @@ def test_on_a_public_address_it_must_be_said_who_may_call(monkeypatch, caplog, r
     with pytest.raises(ConfigError, match=r'POST /hook needs env\("NO_SUCH"\)'):
         web.check_public(app(verify="slack", secret=env("NO_SUCH")), "0.0.0.0")
     web.check_public(app(verify="slack", secret="value"), "0.0.0.0")
+
+
+async def test_what_is_open_to_anybody_answers_no_public_address_whatever_serves_it(db, caplog):
+    with declaring(App("web")) as app:
+        hooks = Table("hooks")
+        Webhook("/silent", hooks)
+        Webhook("/open", hooks, verify=False)
+
+        @post("/route")
+        def route() -> int:
+            return 200
+
+    app.settings = object()  # type: ignore[assignment]                # it was loaded
+    await migrate(db, app)
+    for host, status in (("203.0.113.7", 403), ("[2001:db8::1]", 403), ("127.0.0.1", 200), ("[::ffff:127.0.0.1]", 200),
+                         ("testserver", 200)):
+        # as an ASGI server says where a request came in
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url=f"http://{host}") as client:
+            for path in ("/silent", "/route"):
+                assert (await client.post(path, json=1)).status_code == status, (host, path)
+            assert (await client.post("/open", json=1)).status_code == 200
+            assert (await client.get("/health")).status_code == 200
+    assert 'POST /silent: it takes requests from anybody, and 203.0.113.7 is a public address' in caplog.text
+    await db.close()
+
+
+def test_a_token_for_our_url_wants_it_said_on_a_public_address():
+    with declaring(App("web")) as app:
+        Webhook("/hook", Table("hooks"), verify="monday", secret="value")
+    with pytest.raises(ConfigError, match="POST /hook needs deployment.url"):
+        web.check_public(app, "0.0.0.0")
 
 
 async def test_the_clock_of_the_signature_is_the_databases(db, secrets):

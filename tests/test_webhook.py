@@ -7,6 +7,7 @@ import json
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 from decimal import Decimal
 from enum import Enum
@@ -289,6 +290,41 @@ def test_records_are_the_distinct_ids_that_were_answered_2xx(db, sent):
     asyncio.run(run())
 
 
+async def test_a_quarantined_delivery_gets_its_first_answer_again_also_when_it_is_old(db):
+    def declare(app: App) -> None:
+        Webhook("/hook", Table("orders", Order), verify="standard_webhooks", secret=key)
+
+    scheme, now = SCHEMES["standard_webhooks"], time.time()
+    key = scheme.pair("x" * 32)[1]
+    signed = scheme.sign(b"{}", key, str(int(now)), id="msg_1")
+    async with serving(db, declare) as client:
+        assert (await client.post("/hook", content=b"{}", headers=signed)).status_code == 422
+        async with db.conn() as conn:
+            await conn.execute("create or replace function anton.now() returns timestamptz language sql volatile as "
+                               "$$select clock_timestamp() + interval '1 day'$$")
+        web.forget_clocks()
+        again = await client.post("/hook", content=b"{}", headers=signed)
+        assert again.status_code == 422 and "customer" in str(again.json()["detail"])
+        unknown = await client.post("/hook", content=b"{}", headers=scheme.sign(b"{}", key, str(int(now)), id="msg_2"))
+        assert (unknown.status_code, unknown.json()) == (401, {"detail": "the request is not signed as it must be"})
+    assert await count(db, "anton.quarantine") == 1
+
+
+async def test_an_event_without_a_body_is_a_record_where_the_service_sends_such(db):
+    def declare(app: App) -> None:
+        Webhook("/hook", Table("hooks"), verify="google_channels", secret=SECRET)
+
+    sent = {"X-Goog-Channel-Token": SECRET, "X-Goog-Channel-ID": "c", "X-Goog-Resource-State": "exists"}
+    async with serving(db, declare) as client:
+        for number in ("1", "2", "2"):
+            answer = await client.post("/hook", content=b"", headers=sent | {"X-Goog-Message-Number": number})
+            assert answer.status_code == 200
+        assert (await client.post("/hook", content=b"{", headers=sent)).status_code == 400
+    rows = await fetch(db, "select data->'payload', data->'headers'->>'x-goog-message-number' from hooks order by id")
+    assert rows == [(None, "1"), (None, "2")]
+    assert await fetch(db, "select distinct body from anton.delivery") == [(b"",)]
+
+
 # Refused
 
 
@@ -327,6 +363,54 @@ async def test_what_the_table_refuses_is_alone_in_that(db):
         assert [answer.status_code for answer in answers] == [200, 200, 422, 200, 200]
         assert "unique" in str(answers[2].json()["detail"])
     assert (await count(db, "orders"), await count(db, "anton.quarantine")) == (5, 1)
+
+
+@pytest.mark.parametrize(("state", "status"), [
+    ("42883", 500), ("42501", 500), ("0A000", 500), ("XX000", 500), ("55P03", 500), ("57014", 503)])
+async def test_whatever_one_row_raises_its_neighbours_are_kept(db, state, status, caplog):
+    async with serving(db, hook()) as client:
+        async with db.conn() as conn:
+            await conn.execute(
+                "create function guard() returns trigger language plpgsql as $$ begin if new.data->>'payload' = 'bad' "
+                f"then raise exception using errcode = '{state}', message = 'the plan'; end if; return new; end $$; "
+                "create trigger guard before insert on hooks for each row execute function guard()")
+        async with db.tx() as conn:                                    # so that they wait, and go together
+            await conn.execute("lock table hooks in access exclusive mode")
+            payloads = [f"{n}" for n in range(7)]
+            sent = [asyncio.create_task(send(client, one)) for one in [*payloads[:3], "bad", *payloads[3:]]]
+            await _waits(db)
+        answers = [await one for one in sent]
+        assert [one.status_code for one in answers] == [200] * 3 + [status] + [200] * 4
+        assert "plan" not in answers[3].text and "plan" in caplog.text
+    kept = [row[0] for row in await fetch(db, "select data->>'payload' from hooks")]
+    assert sorted(kept) == payloads and await count(db, "anton.delivery") == 7
+
+
+async def test_a_group_is_split_no_longer_than_its_senders_wait(db, monkeypatch):
+    monkeypatch.setattr(webhook, "SPLIT_SECONDS", -1.0)
+    async with serving(db, hook()) as client:
+        async with db.conn() as conn:
+            await conn.execute("create function guard() returns trigger language plpgsql as $$ begin raise 'x' using "
+                               "errcode = 'XX000'; end $$; create trigger guard before insert on hooks execute "
+                               "function guard()")
+        async with db.tx() as conn:
+            await conn.execute("lock table hooks in access exclusive mode")
+            sent = [asyncio.create_task(send(client, n)) for n in range(20)]
+            await _waits(db)
+        statuses = {(await one).status_code for one in sent}
+        assert 503 in statuses and statuses <= {500, 503}              # 500: one that was alone from the beginning
+    assert (await count(db, "hooks"), await count(db, "anton.delivery")) == (0, 0)
+
+
+async def test_what_is_sent_more_than_once_is_kept_more_than_once(db):
+    async with serving(db, hook()) as client:
+        body, form = b"a=1&b=2&a=3&a=", [("Content-Type", "Application/X-WWW-Form-UrlEncoded; charset=utf-8")]
+        headers = [*github(body, "one").items(), *form, ("X-Tag", "x"), ("X-Tag", "y")]
+        assert (await client.post("/hook", content=body, headers=headers)).status_code == 200
+        wrong = [*github(body, "two").items(), ("Content-Type", "application/x-www-form-urlencoded-not")]
+        assert (await client.post("/hook", content=body, headers=wrong)).status_code == 400   # so it must be JSON
+    [(data,)] = await fetch(db, "select data from hooks")
+    assert data["payload"] == {"a": ["1", "3", ""], "b": "2"} and data["headers"]["x-tag"] == "x, y"
 
 
 async def test_what_does_not_fit_the_model_is_kept_raw_and_shown_and_leaves_when_it_fits(db):
@@ -418,6 +502,18 @@ async def test_one_that_waits_for_another_transaction_does_not_hold_up_the_other
     assert await count(db, "hooks") == 4
 
 
+async def test_two_groups_at_once_of_which_one_finds_nothing_left(db, caplog):
+    async with serving(db, typed()) as client, AsyncExitStack() as all_of_them:
+        for _ in range(db.size):
+            await all_of_them.enter_async_context(db.conn())
+        sent = [asyncio.create_task(send(client, {"customer": name})) for name in ("ann", "bob")]
+        while sum(task.get_coro().__qualname__ == "Writer._work" for task in asyncio.all_tasks()) < 2:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        await all_of_them.aclose()
+        assert [(await one).status_code for one in sent] == [200, 200]
+    assert await count(db, "orders") == 2 and not caplog.records
+
+
 async def _waits(db: Database) -> None:
     """Until someone waits for a lock."""
     async with db.conn() as conn:
@@ -498,8 +594,9 @@ async def test_a_missing_table_is_no_fault_of_the_sender(db, caplog):
         async with db.conn() as conn:
             await conn.execute("drop table hooks")
         answer = await send(client, 1)
-        assert (answer.status_code, answer.json()) == (500, {"detail": "Internal Server Error"})
-    assert 'table "hooks"' in caplog.text or "hooks" in caplog.text and await count(db, "anton.delivery") == 0
+        assert answer.status_code == 503 and "hooks" not in answer.text and answer.headers["retry-after"] == "2"
+    assert 'no table "hooks"' in caplog.text and "anton migrate" in caplog.text
+    assert await count(db, "anton.delivery") == 0
 
 
 def test_a_custom_scheme_has_ids_too():

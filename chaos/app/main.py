@@ -7,7 +7,8 @@ import signal
 import time
 from typing import Any
 
-from anton import Records, Table, Webhook, poll, sql
+from anton import Ctx, Files, Records, Table, Webhook, cron, poll, sql
+from anton import load as loads
 from anton.errors import WorldError
 from anton.sense import Request, post
 from chaos import points
@@ -42,6 +43,8 @@ out_kept = Table("public.out_kept")
 clash = Table("public.clash")
 out_clash = Table("public.out_clash")
 out_ask = Table("public.out_ask")
+out_lots = Table("public.out_lots")
+out_strike = Table("public.out_strike")
 shared = Table("public.shared")
 ping = Table("public.ping")
 pong = Table("public.pong")
@@ -70,8 +73,8 @@ src.on_new_records.sql("insert into public.out_sql (src) select id from new_reco
 
 @src.on_new_records(batch=50)
 def count(records: Records[Any]) -> None:
-    for _ in records:
-        counter.select(id=0).update(n=sql("n + 1"))
+    for first in range(0, len(records), 10):  # each write holds the one row from all others
+        counter.select(id=0).update(n=sql("n + {more}", more=min(10, len(records) - first)))
 
 
 @out_batch.on_new_records
@@ -228,3 +231,14 @@ async def ask(cursor: int | None) -> tuple[list[dict[str, int]], int]:
     (row,) = await sql("select n from service")
     points.reach("mid_poll")
     return [{"src": n} for n in range((cursor or 0) + 1, row["n"] + 1)], row["n"]
+
+
+@cron.every("1h", misfire="all", overlap="parallel")
+def strike(ctx: Ctx) -> None:
+    points.reach("mid_firing")
+    assert ctx.planned_at is not None
+    out_strike.append({"src": int(ctx.planned_at.timestamp())})
+
+
+loads.READ, loads.RAW = 2_000, 4_000  # many pieces, so that there are places to be killed at
+Files("disk", "*.csv", every="1h", settle=0, name="lots").load(into=out_lots, backoff="100ms")

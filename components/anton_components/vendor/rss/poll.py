@@ -10,10 +10,12 @@ from __future__ import annotations
 import asyncio
 import importlib
 import io
-from collections.abc import Mapping
-from contextlib import suppress
+import socket
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
@@ -24,6 +26,7 @@ from anton.table import Table
 
 MOST = 10_000_000  # bytes of a feed
 LONGEST = timedelta(days=1)  # of a Retry-After that is believed
+REDIRECTS = 5
 _ACCEPT = "application/atom+xml, application/rss+xml, application/xml;q=0.9, text/xml;q=0.9, */*;q=0.1"
 
 
@@ -34,14 +37,15 @@ class Rss(Component):
     None. tags: a list of text. feed: the URL without its query. guid: the entry's own id, else its link, else its
     title; the key. Texts are "" where the entry has none, and their HTML is sanitized. Where `table` has a model,
     only its fields. map: {"guid": "id"} when the table calls a field otherwise. headers: sent along, such as
-    Authorization. timeout: seconds for one answer. A feed that did not change is not sent again (ETag, Last-Modified).
-    Raises BadOption.
+    Authorization; to the url's origin only, not to where a redirect leads. timeout: seconds for one answer. private:
+    whether redirects may lead into private networks (10.0.0.1, localhost); where the url itself does, they may. A feed
+    that did not change is not sent again (ETag, Last-Modified). Raises BadOption.
     """
 
     service = "RSS"
 
     def __init__(self, table: Table[Any], url: str, *, headers: Mapping[str, str] | None = None,
-                 timeout: float = 30.0, map: Mapping[str, str] | None = None) -> None:
+                 timeout: float = 30.0, map: Mapping[str, str] | None = None, private: bool = False) -> None:
         super().__init__(map=map)
         parts = urlsplit(url) if isinstance(url, str) else urlsplit("")
         if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -51,9 +55,9 @@ class Rss(Component):
         self.key = self.map.get("guid", "guid")
         self.timeout = timeout
         self._url = url
-        self._headers = {"Accept": _ACCEPT, "User-Agent": "Anton", **(headers or {})}
-        self._clients = Clients(lambda _: importlib.import_module("httpx").AsyncClient(
-            timeout=timeout, follow_redirects=True, max_redirects=5))
+        self._headers = dict(headers or {})
+        self._private = private
+        self._clients = Clients(lambda _: importlib.import_module("httpx").AsyncClient(timeout=timeout))
 
     @property
     def name(self) -> str:
@@ -69,9 +73,7 @@ class Rss(Component):
             return [], cursor
         before = cursor if isinstance(cursor, Mapping) and cursor.get("feed") == self.feed else {}
         asked = {"If-None-Match": before.get("etag"), "If-Modified-Since": before.get("modified")}
-        headers = self._headers | {name: value for name, value in asked.items() if value}
-        client = await self._clients.get("")
-        async with client.stream("GET", self._url, headers=headers) as response:
+        async with self._answer({name: value for name, value in asked.items() if value}) as (response, url):
             if response.status_code == 304:
                 return [], cursor
             if response.status_code != 200:
@@ -84,11 +86,51 @@ class Rss(Component):
         read, whole = await asyncio.to_thread(_parse, bytes(body), response.headers.get("content-type", ""))
         if not read.get("version") and not read.entries:
             raise WorldError(f"{self.feed} is no feed; it begins with {bytes(body[:40])!r}")
-        rows = [row for row in (self._row(entry, str(response.url)) for entry in read.entries) if row[self.key]]
+        rows = [row for row in (self._row(entry, url) for entry in read.entries) if row[self.key]]
         if not whole:                                                  # ask for all of it again
             return rows, {"feed": self.feed}
         return rows, {"feed": self.feed, "etag": response.headers.get("etag"),
                       "modified": response.headers.get("last-modified")}
+
+    @asynccontextmanager
+    async def _answer(self, asked: Mapping[str, str]) -> AsyncIterator[tuple[Any, str]]:
+        """What the feed answers in the end, and from which address. Redirects are followed with care:
+
+        who answers may be a stranger, who is told no secret and must not have us knock at doors that only we can reach.
+        """
+        httpx = importlib.import_module("httpx")
+        client, home, url = await self._clients.get(""), httpx.URL(self._url), httpx.URL(self._url)
+        known = True                                                   # whether it is still the url's own origin
+        for _ in range(REDIRECTS + 1):
+            target, extensions = url, {}
+            if not known and not self._private:
+                address = await self._checked(home, url)
+                if address is not None:                                # asked again, a name may say something else
+                    target, extensions = url.copy_with(host=address), {"sni_hostname": url.host}
+            headers = {"Accept": _ACCEPT, "User-Agent": "Anton", "Host": url.netloc.decode(), **asked}
+            auth = (home.username, home.password) if known and home.userinfo else None
+            async with client.stream("GET", target.copy_with(userinfo=b""), auth=auth, extensions=extensions,
+                                     headers=headers | self._headers if known else headers) as response:
+                if not response.has_redirect_location:
+                    yield response, str(url.copy_with(userinfo=b""))
+                    return
+                location = response.headers["location"]
+            url = url.copy_with(userinfo=b"").join(location)
+            if url.scheme not in ("http", "https") or not url.host:
+                raise WorldError(f"{self.feed} redirects to {str(url)[:200]!r}, which is no web address")
+            known = known and (_origin(url) == _origin(home) or url.host == home.host and (home.scheme, _port(home),
+                               url.scheme, _port(url)) == ("http", 80, "https", 443))
+        raise WorldError(f"{self.feed} redirects more than {REDIRECTS} times")
+
+    async def _checked(self, home: Any, url: Any) -> str | None:
+        """The address to connect to for a redirect's host; None: as it comes. Raises WorldError for a private one."""
+        addresses = await _addresses(url)
+        if all(map(_public, addresses)):
+            return str(addresses[0])
+        if not all(map(_public, await _addresses(home))):
+            return None
+        raise WorldError(f"{self.feed} redirects to {_origin(url)}, which is in a private network. To allow that: "
+                         "Rss(…, private=True)")
 
     def _row(self, entry: Any, base: str) -> dict[str, Any]:
         link = _text(entry.get("link"))
@@ -102,6 +144,36 @@ class Rss(Component):
         row = {self.map.get(name, name): value for name, value in row.items()}
         names = row.keys() if self.into.model is None else self.into.model.model_fields.keys()
         return {name: value for name, value in row.items() if name in names}
+
+
+def _port(url: Any) -> int:
+    return int(url.port or (443 if url.scheme == "https" else 80))
+
+
+def _origin(url: Any) -> str:
+    return f"{url.scheme}://{url.host}:{_port(url)}"
+
+
+async def _addresses(url: Any) -> list[IPv4Address | IPv6Address]:
+    """Where a URL's host is. Raises WorldError."""
+    with suppress(ValueError):
+        return [ip_address(url.host)]
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(url.host, _port(url), type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise WorldError(f"the host {url.host!r} is not known: {error}") from error
+    return [ip_address(one[4][0].partition("%")[0]) for one in found]
+
+
+def _public(address: IPv4Address | IPv6Address) -> bool:
+    """Whether the whole Internet may ask it. An IPv4 address inside of an IPv6 one counts as itself."""
+    if isinstance(address, IPv6Address):
+        inner = address.ipv4_mapped or address.sixtofour or (address.teredo and address.teredo[1])
+        if inner is None and address.packed[:12] == b"\0\x64\xff\x9b" + bytes(8):  # NAT64
+            inner = IPv4Address(address.packed[12:])
+        if inner is not None:
+            return _public(inner)
+    return address.is_global and not address.is_multicast and not address.is_reserved
 
 
 def _parse(body: bytes, kind: str) -> tuple[Any, bool]:
