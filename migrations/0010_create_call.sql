@@ -44,6 +44,7 @@ create table memo (                               -- answers by the hash of what
 create index on memo (expires_at);
 
 create table answer (                             -- which call answered which record; written with what the handler writes
+  id bigint generated always as identity primary key,
   call_id bigint not null,
   key jsonb,                                      -- of the record that was handled
   memo boolean not null,                          -- it had been asked before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from pydantic import BaseModel
 
 from anton import Table, action, sql
 from anton.app import declaring
+from anton.cli import main
 from anton.errors import BadOption, UnknownOption
 
 PRICE = {"input": "1000", "output": "2000"}                            # for a million tokens: 0.001 and 0.002 each
@@ -456,3 +458,26 @@ def test_a_mistake_of_a_model_function_is_the_records_and_its_call_is_no_open_on
     assert "ZeroDivisionError" in app.dead[0].error
     app.run()
     assert rows(app, "select count(*) from anton.call where state = 'asking'") == [(0,)]
+
+
+# anton costs
+
+
+def test_costs_are_shown_and_settled_on_the_command_line(live, llm, capsys):
+    declare(live, openai(llm, max_tokens=10, timeout=0.2, budget="10 USD/day"))
+    llm.script("answer", "hang", "hang", "hang")
+    ask(live, "one")
+    ask(live, "two")
+
+    def anton(*words: str) -> tuple[int, Any]:
+        code = main([*words, "--database", live.db.dsn or "", "--json"])
+        return code, json.loads(capsys.readouterr().out)
+
+    code, (line,) = anton("costs", "list")
+    assert code == 0 and (line["calls"], line["unknown"], line["handler"]) == (4, 3, "OpenAiCompletion")
+    ids = [call["id"] for call in anton("costs", "calls", "--state", "unknown")[1]]
+    assert anton("costs", "settle", *map(str, ids), "--cost", "0.25") == (0, {"settled": ids})
+    assert anton("costs", "settle", str(ids[0]))[0] == 1
+    assert anton("costs", "show", str(ids[0]))[1]["cost"] == 0.25
+    (budget,) = anton("costs", "budgets")[1]
+    assert budget["settled"] > 0.75 and budget["reserved"] == 0
