@@ -7,10 +7,13 @@ Everything users type is here; the modules behind it say more: table.py, handler
 
 from anton.app import app
 from anton.ctx import Ctx
+from anton.dbt.project import DbtProject
 from anton.errors import Discard, Retry
 from anton.files import Files
 from anton.poll import poll
 from anton.query import sql
+from anton.rebuilt import Failed as Failed
+from anton.rebuilt import Rebuilt as Rebuilt
 from anton.record import Record as Record
 from anton.record import Records
 from anton.schedule import cron
@@ -20,5 +23,5 @@ from anton.signed import Hmac as Hmac
 from anton.table import Table
 from anton.write import transaction
 
-__all__ = ["Ctx", "Discard", "Files", "Records", "Request", "Retry", "Table", "Webhook", "app", "cron", "delete", "env",
-           "get", "patch", "poll", "post", "put", "sql", "transaction"]
+__all__ = ["Ctx", "DbtProject", "Discard", "Files", "Records", "Request", "Retry", "Table", "Webhook", "app", "cron",
+           "delete", "env", "get", "patch", "poll", "post", "put", "sql", "transaction"]

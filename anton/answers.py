@@ -73,10 +73,10 @@ def parse_json(body: bytes) -> Any:
     return value
 
 
-def check_json(body: bytes) -> None:
-    """Looks whether parse_json() would take it, and Postgres could store it, without making the value: quicker.
+def check_json(body: bytes, whole: bool) -> None:
+    """Looks whether parse_json() would take it, without making the value: quicker.
 
-    Raises BadBody.
+    whole: it is stored as it is, so that Postgres must take all of it. Raises BadBody.
     """
     try:
         orjson.loads(body)
@@ -84,7 +84,7 @@ def check_json(body: bytes) -> None:
             from_json(body, allow_inf_nan=False)                       # refuses what is deeper
     except ValueError as error:
         raise BadBody(f"the body is not JSON: {error}") from None
-    if b"\\u0000" in body and NUL.search(body):
+    if whole and b"\\u0000" in body and NUL.search(body):
         raise BadBody("the body holds the character NUL, which Postgres cannot store")
 
 

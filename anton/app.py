@@ -24,6 +24,7 @@ from anton.db import Database, set_resolver
 from anton.errors import BadOption, ConfigError, DuplicateName, did_you_mean
 
 if TYPE_CHECKING:
+    from anton.dbt.project import DbtProject
     from anton.handler import Handler
     from anton.sense import Route, Webhook
     from anton.table import Table
@@ -37,7 +38,8 @@ class App:
     """The registry of one app.
 
     name: scopes all it registers; autonomous.json's "name", else the folder's.
-    tables, handlers, schedules, actions: by name. routes, webhooks, mounts, middlewares: in the order of declaration.
+    tables, handlers, schedules, actions, projects: by name.
+    routes, webhooks, mounts, middlewares: in the order of declaration.
     """
 
     def __init__(self, name: str = "app", folder: Path | str = ".") -> None:
@@ -57,6 +59,7 @@ class App:
         self.exception_handlers: dict[Any, Callable[..., Any]] = {}    # by status, or class of exception
         self.schedules: dict[str, Any] = {}
         self.actions: dict[str, Any] = {}
+        self.projects: dict[str, DbtProject] = {}                      # of dbt, by the names of their handlers
         self.graphed: list[Any] = []                                   # others with nodes of their own: see wiring.py
         self._places: dict[tuple[str, str], str] = {}
 

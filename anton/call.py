@@ -50,8 +50,8 @@ class Code:
 
 
 def code_of(app: App, name: str) -> Code | None:
-    """The code of an app's handler or schedule, None when it has none by this name."""
-    handler, planned = app.handlers.get(name), app.schedules.get(name)
+    """The code of an app's handler, schedule or dbt project, None when it has none by this name."""
+    handler, planned, project = app.handlers.get(name), app.schedules.get(name), app.projects.get(name)
     if handler is not None and handler.fn is not None:
         return Code(name, handler.is_async, handler.each, handler.on_conflict,
                     handler.acall if handler.is_async else handler.call, wants_ctx=handler.wants_ctx)
@@ -59,6 +59,8 @@ def code_of(app: App, name: str) -> Code | None:
         fn, wants = planned.fn, planned.wants_ctx
         return Code(name, iscoroutinefunction(fn), True, "rerun", lambda _, ctx: fn(ctx) if wants else fn(),
                     wants_ctx=wants, planned=True)
+    if project is not None:
+        return Code(name, True, False, "rerun", project.work)
     return None
 
 

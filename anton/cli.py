@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from anton import verbs
 from anton.app import while_loading
+from anton.dbt import verbs as dbt
 from anton.errors import (
     AntonError,
     ConfigError,
@@ -76,6 +77,7 @@ def parser() -> argparse.ArgumentParser:
     one = _verb(every, "doctor", verbs.doctor)
     one.add_argument("--fix", action="store_true", help="mend what can be mended")
     one.add_argument("--reconcile", action="store_true", help="find changes that fired no trigger")
+    one.set_defaults(findings=dbt.findings)
     _verb(every, "why", verbs.why).add_argument("record", metavar="TABLE/KEY")
 
     one = _verb(every, "graph", verbs.graph)
@@ -129,7 +131,25 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("ids", type=int, nargs="+", metavar="id")
     one.add_argument("--cost", type=_dollars, help="US dollars each; default what it can have cost "
                      "at most; 0: it never arrived there")
+    _dbt(_noun(every, "dbt", "a dbt project of the app"))
     return top
+
+
+def _dbt(noun: Any) -> None:
+    """dbt's own commands take its own arguments, whatever they are."""
+    _verb(noun, "init", dbt.dbt_init).add_argument("folder", nargs="?", default="dbt_project")
+    for name in dbt.PASSED:
+        one = _verb(noun, name, dbt.passes(name))
+        one.allow_abbrev = False
+        one.set_defaults(passed=[])
+        one.add_argument("--project", metavar="NAME", help="of several; or the path of one")
+    one = _verb(noun, "lineage", dbt.dbt_lineage)
+    one.add_argument("model", nargs="?", default="")
+    one.add_argument("--project", metavar="NAME", help="of several; or the path of one")
+    one = _verb(noun, "changes", dbt.dbt_changes)
+    one.add_argument("model")
+    one.add_argument("--limit", type=_positive, default=20)
+    _verb(noun, "runs", dbt.dbt_runs).add_argument("--limit", type=_positive, default=20)
 
 
 def _globals(default: Any) -> argparse.ArgumentParser:
@@ -176,9 +196,19 @@ def _port(text: str) -> int:
     return int(text)
 
 
+def parse(argv: Sequence[str] | None = None) -> Args:
+    """The arguments; `passed` are those that are dbt's."""
+    top = parser()
+    args, rest = top.parse_known_args(argv)
+    if rest and not hasattr(args, "passed"):
+        top.error(f"unrecognized arguments: {' '.join(rest)}")
+    args.passed = rest
+    return args
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
-    args = parser().parse_args(argv)
+    args = parse(argv)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s  %(message)s", level=logging.INFO)
     logging.getLogger("httpx").setLevel(logging.WARNING)               # it logs URLs, and a query may hold a secret
     try:

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 from anton import sqlcheck, sqlfile
 from anton.columns import MODELLESS, Shape
 from anton.db import literal, quote, split_name
+from anton.dbt.manifest import Node
+from anton.dbt.project import DbtModel
 from anton.ddl import Difference, Found, Spec, check_adopted, compare, create_sql, inspect, key_advice
 from anton.edges import read, writes
 from anton.errors import (
@@ -56,6 +58,10 @@ class Wanted:
     rows: bool = False                                                 # it existed before this migrate
     can_work: bool = True                                              # False: it could not be made
     model: Model | None = None                                         # it is kept by this
+    node: Node | None = None                                           # of dbt
+    project: str = ""
+    unbuilt: bool = False                                              # by dbt
+    track: bool = False                                                # its records are compared though nobody listens
 
     @property
     def sql(self) -> str:
@@ -86,6 +92,8 @@ class Declared:
 
     async def examine(self) -> list[Wanted]:
         """All tables the app uses, compared with the database."""
+        for project in self.app.projects.values():
+            await project.examine(self.run.db, project.schema or self.app_schema)
         self._collect()
         rows = await self.conn.fetch(f"select name, app, model from {self.run.schema}.watched_tables()")
         watched = {row["name"]: row for row in rows}
@@ -114,6 +122,9 @@ class Declared:
         self.models = Models(self.run, files, self.place, self.app_schema)
         for handler in self.app.handlers.values():
             self.handlers.append({"since": handler.since, **handler.definition(), "app": app})
+        for project in self.app.projects.values():
+            self.handlers += project.handlers(
+                self.run.schema, lambda table: ".".join(map(quote, self.place(table.name))))
         self.schedules = [schedule.definition(app) for schedule in self.app.schedules.values()]
         for model in self.models.all:
             self.handlers += model.handlers(app, self.place)
@@ -138,7 +149,30 @@ class Declared:
                     self.plan.refused.append(BadOption("into", name, of, "a Table that no model keeps: "
                                                        f"{model.said.file} would undo what is written to it"))
 
+    async def _model(self, model: DbtModel[Any]) -> Wanted:
+        """A model of dbt: never made or altered here, and it need not be built yet."""
+        manifest = model.project.manifest
+        assert manifest is not None                                    # examine() has read it
+        node = model.node or manifest.node(model.dbt_name)             # raises, with the likely name
+        row = await self.conn.fetchrow(
+            "select c.oid, c.relkind::text as kind from pg_class c join pg_namespace n on n.oid = c.relnamespace "
+            "where n.nspname = $1 and c.relname = $2", node.schema, node.alias)
+        one = Wanted(node.schema, node.alias, None, node=node, project=model.project.name,
+                     track=bool(model.project.whens and manifest.children(node.id)))
+        if row is None:
+            one.unbuilt = True
+            self.plan.notes.append(f"{one.shown} is not built yet: anton dbt build --select {node.name}")
+        elif row["kind"] in ("r", "p"):
+            one.found, one.rows = await inspect(self.conn, row["oid"]), True
+            if model.shape is not None:
+                wrong = [line for line in check_adopted(model.shape, one.found)[0] if not line.startswith("the key of")]
+                if wrong:
+                    self.plan.refused.append(ModelMismatch(one.shown, wrong, model.place))
+        return one
+
     async def _table(self, table: Table[Any], watched: Mapping[str, Any]) -> Wanted | None:
+        if isinstance(table, DbtModel):
+            return await self._model(table)
         schema, name = self.place(table.name)
         shape: Shape[Any] | None = table.shape
         spec = Spec(schema, name, shape.table_columns if shape else MODELLESS, shape.key if shape else ("id",),
@@ -203,7 +237,8 @@ class Declared:
                 self.plan.refused.append(UnknownTable(definition["table"], known, self.plan.database))
                 return None
             one = Wanted(schema, name, await inspect(self.conn, oid), rows=True)
-        if one.found is not None and not one.found.key and {"updated", "deleted"} & set(definition["ops"]):
+        keyless = one.node is None and one.found is not None and not one.found.key
+        if keyless and one.found is not None and {"updated", "deleted"} & set(definition["ops"]):
             self.plan.refused.append(KeyNeeded(one.shown, definition["name"], key_advice(schema, name, one.found)))
         return one
 
@@ -216,7 +251,13 @@ class Declared:
                 continue
             same = f"select {self.run.schema}.table_state({literal(one.sql)})"
             if one.spec is None:
-                await self.run.step(Step(f"watch {one.shown}", self._call("watch", one.sql)), table=one.sql,
+                watch = self._call("watch", one.sql)
+                if one.node is not None:
+                    names = ", ".join(map(literal, (one.project, one.node.id, one.schema, one.name)))
+                    key = ", ".join(map(literal, one.node.key))
+                    watch = f"select {self.run.schema}.dbt_register({names}, array[{key}]::text[], {one.track})"
+                    same = f"select {self.run.schema}.dbt_state({names})"
+                await self.run.step(Step(f"watch {one.shown}", watch), table=one.sql,
                                     unless_same=same)
                 continue
             put = self._call("put_table", {"table": one.sql, "app": self.app.name, "model": one.spec.declared()})
@@ -251,6 +292,8 @@ class Declared:
         for definition in self.schedules:
             if definition["name"] not in wrong:
                 await self._put("schedule", "put_schedule", definition, None)
+        for project in self.app.projects.values():
+            await self._put("dbt project", "put_dbt_project", project.definition(self.app.name), None)
         if self.app.name != "sql":                                     # psql's own are nobody's code
             await self._retire()
         self._loops()
@@ -303,8 +346,10 @@ class Declared:
         altered = {one.sql: [column.name for column in one.spec.columns] for one in wanted
                    if one.spec and (one.difference.alters or one.found is None)} if self.run.dry else {}
         self.known = await sqlcheck.tables(self.run.db, self.conn, self.app_schema, altered)
-        wrong = set()
+        wrong, unbuilt = set(), {one.sql for one in wanted if one.unbuilt}
         for step in steps:
+            if step.table in unbuilt:                                  # its columns are not known yet
+                continue
             reading = step.reading(self.known)
             self.plan.notes += [f"{step.place}, {warning}" for warning in reading.warnings]
             if any(one.difference.alters for one in wanted) and self.run.dry:
@@ -348,7 +393,7 @@ class Declared:
             return False
 
     async def _retire(self) -> None:
-        names = sorted(definition["name"] for definition in (*self.handlers, *self.schedules))
+        names = sorted([*(definition["name"] for definition in (*self.handlers, *self.schedules)), *self.app.projects])
         rows = await self.conn.fetch(f"select * from {self.run.schema}.vanished($1, $2)", self.app.name, names)
         for row in rows:
             jobs = f"its {row['jobs']:,} jobs are kept" if row["jobs"] else "it has no jobs"

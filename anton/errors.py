@@ -8,10 +8,11 @@
         DatabaseUnreachable DatabaseTooOld MissingPrivilege NotMigrated EmbeddedError
       MigrationError
         MigrationFailed FrozenChanged Destructive ModelMismatch KeyNeeded LockNotGained
+      GateFailed            a test that gates a dbt model
       UnknownTable UnknownHandler UnknownNode
       WriteError            a write that was not, or could not be, made
         InvalidRecord WriteRefused RowChanged NoScope ScopeClosed ValueWithoutInto
-      QueryError SyncInLoop LeaseLost HandlerTimeout WorldError PollFailed BudgetReached ModelRefused
+      QueryError SyncInLoop LeaseLost HandlerTimeout WorldError PollFailed DbtFailed BudgetReached ModelRefused
     Outcome                 what a handler raises to settle its record; not errors
       Retry Discard
 
@@ -233,6 +234,10 @@ class LoadFailed(AntonError):
                          reason=reason)
 
 
+class DbtFailed(AntonError):
+    """dbt cannot read a project, or cannot be run. What a single model fails of is its on_failed. project."""
+
+
 class DatabaseUnreachable(DatabaseError, WorldError):
     """No connection. host, port, database, source (where the URL came from), reason."""
 
@@ -329,6 +334,12 @@ class KeyNeeded(MigrationError):
         super().__init__(f'table "{table}" has no primary key and no unique index over NOT NULL columns, so '
                          f'"{handler}" cannot know which record was updated or deleted. Give it one:\n{sql}',
                          table=table, handler=handler, sql=sql)
+
+
+class GateFailed(AntonError):
+    """A test that gates a dbt model failed on what was built: nothing was published, the table is as it was."""
+
+    sqlstate = "NT006"
 
 
 class LockNotGained(MigrationError):

@@ -22,6 +22,7 @@ from anton.duration import duration
 from anton.errors import BadOption, BadSignature, UnknownOption, one_of
 from anton.handler import BATCH, CALLS, EACH_BATCH, EACH_CALLS, MOST, OPTIONS, Component, Handler, Options, interval
 from anton.query import placeholders
+from anton.rebuilt import Failed, Rebuilt
 from anton.record import ChangeOp, Record, Records
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 R = TypeVar("R")
+B = TypeVar("B", bound="Rebuilt | Failed")
 
 
 class OfBatch(Protocol[T]):
@@ -133,6 +135,43 @@ class Event(Generic[T]):
         return handler
 
 
+class OfBuild(Protocol[B]):
+    """Decorates a function of one build."""
+
+    @overload
+    def __call__(self, fn: Callable[[B], R], /) -> Callable[[B], R]: ...
+    @overload
+    def __call__(self, fn: Callable[[B, Ctx], R], /) -> Callable[[B, Ctx], R]: ...
+
+
+class BuildEvent(Event[Any], Generic[B]):
+    """revenue.on_rebuilt and .on_failed: takes a function of one build, options, or .sql("…").
+
+    One call a build, one after another. Options as of other handlers, but for what is about records: each, where,
+    columns, read, since, batch.
+    """
+
+    @overload  # type: ignore[override]
+    def __call__(self, fn: Callable[[B], R], /, **options: Unpack[Options]) -> Callable[[B], R]: ...
+    @overload
+    def __call__(self, fn: Callable[[B, Ctx], R], /, **options: Unpack[Options]) -> Callable[[B, Ctx], R]: ...
+    @overload
+    def __call__(self, **options: Unpack[Options]) -> OfBuild[B]: ...
+    def __call__(self, *given: Any, **options: Any) -> Any:
+        """Declares the handler, or returns what does."""
+        return super().__call__(*given, **options)
+
+    def _declare(self, fn: Callable[..., Any] | None, name: str | None, options: dict[str, Any],
+                 body: str | None = None, component: object = None) -> Handler:
+        of = self._of(options, name)
+        if component is not None:
+            raise BadOption("handler", component, of, 'a function or .sql("…"); components take records')
+        for option in ("each", "where", "columns", "read", "since", "batch"):
+            if options.get(option) is not None:
+                raise BadOption(option, options[option], of, f"no {option}= here: a build has no records")
+        return super()._declare(fn, name, options, body, component)
+
+
 def _check_names(options: Mapping[str, Any], of: str, named: Iterable[str]) -> None:
     for option in options:
         if option not in OPTIONS and option not in named:
@@ -142,9 +181,10 @@ def _check_names(options: Mapping[str, Any], of: str, named: Iterable[str]) -> N
 def _fill(handler: Handler, options: Mapping[str, Any], of: str) -> None:
     """Checks the options and puts them into the handler."""
     handler.typed = {key: _shown(value) for key, value in options.items() if value is not None}
-    handler.each = _choice(options, "each", (False, True), False, of)
+    build = handler.ops in BUILDS
+    handler.each = _choice(options, "each", (False, True), build and handler.kind == "python", of)
     handler.batch = EACH_BATCH if handler.each else BATCH
-    handler.concurrency = EACH_CALLS if handler.each else CALLS
+    handler.concurrency = 1 if build else EACH_CALLS if handler.each else CALLS  # builds are told in order
     handler.read = _choice(options, "read", ("now", "change"), handler.read, of)
     handler.since = _choice(options, "since", ("now", "beginning"), "now", of)
     handler.on_conflict = _choice(options, "on_conflict", ("rerun", "overwrite"), "rerun", of)
@@ -195,6 +235,8 @@ def _choice(options: Mapping[str, Any], option: str, allowed: tuple[Any, ...], d
     return value
 
 
+BUILDS: dict[tuple[ChangeOp, ...], type[Rebuilt] | type[Failed]] = {  # what handlers of these ops get, not records
+    ("rebuilt",): Rebuilt, ("failed",): Failed}
 _WANTED = {False: "(records) or (records, ctx); with each=True (record) or (record, ctx)",
            True: "(record) or (record, ctx)"}
 
@@ -216,7 +258,8 @@ def _inspect(handler: Handler, fn: Callable[..., Any]) -> None:
         hints = typing.get_type_hints(inner)
     except Exception:                                                  # names that are not there at run time
         hints = {}
-    wanted = _WANTED[handler.each]
+    build = BUILDS.get(handler.ops)
+    wanted = f"({build.__name__.lower()}) or ({build.__name__.lower()}, ctx)" if build else _WANTED[handler.each]
     found = f"({', '.join(str(p) for p in parameters)})"
     needed = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
@@ -226,8 +269,11 @@ def _inspect(handler: Handler, fn: Callable[..., Any]) -> None:
     second = places[1] if len(places) > 1 else None
     handler.wants_ctx = second is not None and (second.default is second.empty or second.name == "ctx"
                                                 or hints.get(second.name) is Ctx)
-    if places:
+    if places and build is None:
         _check_first(handler, hints.get(places[0].name), found, wanted)
+    elif places and hints.get(places[0].name) not in (None, Any, build, object):
+        right = f"{build.__name__}: a handler of builds gets no records" if build else wanted
+        raise BadSignature(handler.name, found, right, handler.place)
     returned = hints.get("return")
     if not handler.into and (handler.yields or returned not in (None, type(None), Any, typing.NoReturn, object)):
         what = "and yields values" if handler.yields else f"and returns {_name(returned)}"

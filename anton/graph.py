@@ -59,6 +59,16 @@ class Edge:
 
 
 @dataclass
+class Part:
+    """What others add. edges: (source id, target id, *words). columns: (table, column) -> where it comes from."""
+
+    nodes: Sequence[Node] = ()
+    edges: Sequence[tuple[str, ...]] = ()
+    columns: Mapping[tuple[str, str], Iterable[tuple[str, str]]] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+
+
+@dataclass
 class Graph:
     """Nodes by id, edges by (source, target, seen or not). notes: what could not be found out."""
 

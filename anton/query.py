@@ -45,6 +45,9 @@ class Source(Protocol[T]):
     def check(self, name: str, value: Any) -> Any:
         """A column's value for asyncpg. Raises pydantic's ValidationError, ValueError."""
 
+    def writable(self) -> None:
+        """Raises WriteError for a table that something else writes."""
+
 
 def bind(text: str, args: Mapping[str, Any], values: list[Any]) -> str:
     """The text with $n for each {name}, its value appended to values. {{name}} stands for {name} itself.
@@ -259,6 +262,7 @@ class Query(Generic[T]):
         return " and ".join(parts) or "true", key
 
     def _record(self, kind: Any, on_conflict: OnConflict | None, sets: Mapping[str, Any]) -> None:
+        self._source.writable()
         if self._limit is not None or self._order:
             raise QueryError(f"{self}.{kind}() takes no order_by and no limit: it writes all rows that match")
         if kind == "update" and not sets:

@@ -20,6 +20,8 @@ from anton import queue
 from anton.db import Conn, Database
 from anton.lane import Batch, Lane
 from anton.queue import Job, array
+from anton.rebuilt import EVENTS as BUILDS
+from anton.rebuilt import event_of
 from anton.record import Change, ChangeOp, Document, LostColumn, Record, Row, Short
 
 OPS: dict[str, ChangeOp] = {"n": "new", "u": "updated", "d": "deleted", "t": "truncate", "r": "rebuilt", "f": "failed"}
@@ -64,7 +66,7 @@ class Inputs:
         job, ordinal = self.batch.at(item if self.first is None else self.first[item])
         record = self.items[item]
         old, new = self.images.get(item) or ((record, None) if job.op == "d" else (None, record))
-        key = job.key(ordinal)
+        key = None if job.op in BUILDS else job.key(ordinal)
         if isinstance(key, list):
             key = tuple(key) if len(key) > 1 else key[0]
         return Change(OPS[job.op], key, old, new, job.attempt + 1,
@@ -91,6 +93,8 @@ class Reader:
             and all(job.ids is not None and job.op != "d" for job, _ in batch.parts)
         ):
             return _made(lane, await self._by_id(conn, lane, batch))
+        if all(job.op in BUILDS for job, _ in batch.parts):            # a handler of these listens to nothing else
+            return Inputs(batch, [event_of(job.op, job.key(ordinal)) for job, ordinal in batch], events=True)
         items: list[Any] = [None] * batch.size
         images: dict[int, tuple[Any, Any]] = {}
         now: list[int] = []

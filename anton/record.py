@@ -198,9 +198,9 @@ Record.register(Row)
 class Change(Generic[T]):
     """What happened to one record.
 
-    op: "new" "updated" "deleted" "truncate". key: a value, or a tuple. old, new: the record before and after; None,
-    whatever their type says, for the old of a new record and the new of a deleted one. attempt: 1 for the first run.
-    idempotency_key: the same for all runs. at: when it was written.
+    op: "new" "updated" "deleted" "truncate" "rebuilt" "failed". key: a value, or a tuple; None where there are no
+    records. old, new: the record before and after; None, whatever their type says, for the old of a new record and the
+    new of a deleted one. attempt: 1 for the first run. idempotency_key: the same for all runs. at: when it was written.
     """
 
     op: ChangeOp

@@ -18,9 +18,10 @@ from pydantic import BaseModel, TypeAdapter
 from anton.app import current_app, place_of_caller
 from anton.columns import Shape, kind_of
 from anton.db import current_database, split_name
-from anton.errors import BadOption, UnknownOption
-from anton.event import Event
+from anton.errors import BadOption, UnknownOption, WriteError
+from anton.event import BuildEvent, Event
 from anton.query import Query
+from anton.rebuilt import Failed, Rebuilt
 from anton.record import Record
 from anton.relation import Relation, writable
 from anton.sink import Columns, Documents, Models, Sink, beside
@@ -66,6 +67,7 @@ class Table(Generic[T]):
             raise BadOption("key", key, of, "no key without a model: the key is id, or what the table has")
         self.make: Callable[[Any], T] | None = _maker(self.shape) if self.shape else None
         self._checks: dict[str, tuple[TypeAdapter[Any], Callable[[Any], Any] | None]] = {}
+        self.read_only = ""                                            # who writes it, where nobody else may
         self.place = place_of_caller()
         current_app().claim_name("table", name, self.place)
         current_app().tables[name] = self
@@ -94,6 +96,16 @@ class Table(Generic[T]):
     def on_truncate(self) -> Event[T]:
         """Handles TRUNCATE: no records, one change."""
         return Event(self, "truncate", ("truncate",))
+
+    @property
+    def on_rebuilt(self) -> BuildEvent[Rebuilt]:
+        """Handles rebuilds of a table that dbt or a SQL model makes: (rebuilt) or (rebuilt, ctx)."""
+        return BuildEvent(self, "rebuilt", ("rebuilt",))
+
+    @property
+    def on_failed(self) -> BuildEvent[Failed]:
+        """Handles rebuilds that failed: (failed) or (failed, ctx). The table is as it was."""
+        return BuildEvent(self, "failed", ("failed",))
 
     def append(self, row: T | Mapping[str, Any], *, of: object = None) -> T:
         """Records one insert and returns its record with the final key: record.id, even if the model has no such field.
@@ -176,6 +188,11 @@ class Table(Generic[T]):
         value = adapter.validate_python(value)
         return out(value) if out is not None and value is not None else value
 
+    def writable(self) -> None:
+        """Raises WriteError for a table that something else writes."""
+        if self.read_only:
+            raise WriteError(f'"{self.name}" is read only: {self.read_only}')
+
     def __repr__(self) -> str:
         return f'Table("{self.name}"{f", {self.model.__name__}" if self.model else ""})'
 
@@ -185,6 +202,7 @@ class Table(Generic[T]):
     def _sink(self, current: Scope) -> Sink:
         """Where this scope's appends go; made at the first one after anything else."""
         current.check()
+        self.writable()
         relation = self._relation(current)
         sink: Sink = (Models(current, relation, self.shape) if self.shape is not None
                       else Documents(current, relation) if relation.document else Columns(current, relation))

@@ -71,7 +71,7 @@ def dev(args: Args) -> int:
 
 def do_migrate(args: Args) -> int:
     """Bring the database to what Anton and the app declare. --plan prints the SQL; --check exits 1 on drift."""
-    db, app = _open(args), load_app(args.app)
+    db, app = open_app_database(args), load_app(args.app)
     plan = asyncio.run(migrate.migrate(db, app, plan=args.plan, check=args.check))
     facts = {"database": db.name, "steps": [step.title for step in plan.steps], "sql": plan.sql,
              "refused": [str(error) for error in plan.refused], "dba": plan.dba, "notes": plan.notes}
@@ -87,7 +87,7 @@ def do_migrate(args: Args) -> int:
 
 def makemigration(args: Args) -> int:
     """Write what migrate refuses to do by itself as the app's next migration, for you to look at."""
-    db, app = _open(args), load_app(args.app)
+    db, app = open_app_database(args), load_app(args.app)
     file = asyncio.run(migrate.makemigration(db, app, args.name))
     emit(args, {"file": str(file)}, f"{file}: look at it, then: anton migrate")
     return OK
@@ -99,7 +99,7 @@ def work(args: Args) -> int:
     runtime = next(iter(settings.settings.runtimes), None)
     processes = args.processes or (runtime.processes if runtime else 1)
     slots = args.slots or (runtime.slots if runtime else None)
-    db = _open(args)
+    db = open_app_database(args)
     set_effects("live")
     lease = duration(args.lease, "--lease", "anton work") if args.lease else None
     return supervisor.work(db, args.app, processes=processes, slots=slots, lease=lease)
@@ -110,7 +110,7 @@ def serve(args: Args) -> int:
     serving = _extra("anton.serve", "uvicorn", "web")
     settings = config.load().settings.deployment
     return int(serving.serve(
-        _open(args), args.app, host=args.host or settings.host,
+        open_app_database(args), args.app, host=args.host or settings.host,
         port=settings.port if args.port is None else args.port,
         workers=args.workers or settings.workers, reload=args.reload))
 
@@ -153,6 +153,7 @@ def doctor(args: Args) -> int:
         return done, await ask(db, conn, "findings") + wrong, notes
 
     done, found, notes = query(args, examine)
+    found += args.findings(args.app) if args.findings else []
     lines = [layout(done, tuple(done[0]))] if done else []
     lines += [f"{row['kind']} {row['subject']}: {row['problem']}\n  {row['remedy']}" for row in found]
     lines = (lines or ["nothing is wrong"]) + [f"note: {note}" for note in notes]
@@ -425,7 +426,7 @@ def costs_settle(args: Args) -> int:
 
 def query(args: Args, work: Callable[[Database, Conn], Awaitable[T]]) -> T:
     """Runs work on one connection of the app's database."""
-    db = _open(args)
+    db = open_app_database(args)
 
     async def run() -> T:
         try:
@@ -450,7 +451,8 @@ def _plain(value: Any) -> Any:
     return str(value)
 
 
-def _open(args: Args) -> Database:
+def open_app_database(args: Args) -> Database:
+    """The database that the flags and the app's settings name, also as the process's current one."""
     db = open_database(config.load(), args.database)
     set_database(db)
     return db

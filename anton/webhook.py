@@ -113,6 +113,8 @@ class Receiver:
                 log.exception("500 for %s", self.name)
                 outcome = Answer(500, "Internal Server Error")
         if isinstance(outcome, Answer):
+            if outcome.status in (400, 413):                           # it is kept nowhere: the log alone can tell
+                log.info("%d for %s: %s", outcome.status, self.name, outcome.detail)
             await _refuse(send, outcome)
         elif isinstance(outcome, int):
             await _send(send, outcome, {}, self._verifier.accepted)
@@ -140,7 +142,7 @@ class Receiver:
         headers = readable(raw, verifier.hidden)
         form = _form(body) if is_form(headers.get("content-type", "")) else None
         if form is None and (body or not verifier.bodyless):
-            check_json(body)
+            check_json(body, whole=self._shape is None)
         id = verifier.delivery_id(raw, body)
         return await self._kept(Delivery(self, _own(next(_numbers)) if id is None else id,
                                          orjson.dumps(headers).decode(), body), form)
@@ -219,7 +221,7 @@ class Writer:
 
     async def refuse(self, delivery: Delivery, why: Sequence[str], conn: Conn | None = None) -> int | Answer:
         """Keeps one that does not fit, raw; returns what to answer."""
-        db, text, name = current_database(), "; ".join(why), delivery.webhook.name
+        db, text, name = current_database(), "; ".join(why).replace("\0", "\N{SYMBOL FOR NULL}"), delivery.webhook.name
         if conn is None:
             async with db.conn() as conn:
                 return await self.refuse(delivery, why, conn)

@@ -10,8 +10,8 @@ An object in app.graphed adds its own nodes, edges and columns: it has graph() -
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import asyncpg
@@ -24,7 +24,7 @@ from anton.db import Conn, Database, quote, split_name
 from anton.edges import Uses, of_code, read, sqlread, uses
 from anton.errors import NotMigrated, UnknownTable
 from anton.files import Files
-from anton.graph import Graph, Node
+from anton.graph import Graph, Node, Part
 from anton.poll import Poll
 from anton.sqlfile import SqlFile
 from anton.status import Row
@@ -34,16 +34,6 @@ if TYPE_CHECKING:
     from anton.lineage import Column, Reading, Tables
 
 CHANGES = ("new", "updated", "deleted")
-
-
-@dataclass
-class Part:
-    """What others add. edges: (source id, target id, *words). columns: (table, column) -> where it comes from."""
-
-    nodes: Sequence[Node] = ()
-    edges: Sequence[tuple[str, ...]] = ()
-    columns: Mapping[Column, Iterable[Column]] = field(default_factory=dict)
-    notes: Sequence[str] = ()
 
 
 @dataclass

@@ -18,6 +18,7 @@ import traceback
 import servers
 
 from chaos import (  # noqa: F401  (faults register themselves)
+    builds,
     capacity,
     cell,
     database,

@@ -39,16 +39,32 @@ language sql stable set search_path from current as $$
    order by a.attnum
 $$;
 
+-- dbt_model_of(table) -> the dbt model that makes it, nulls when none does; the table need not be there
+create or replace function dbt_model_of(p_table text) returns dbt_model language sql stable set search_path from current as $$
+  select m.* from (select parse_ident(p_table) as parts) x
+    join dbt_model m on m.table_name = x.parts[cardinality(x.parts)]
+     and m.schema_name = case when cardinality(x.parts) = 1 then setting('app_schema') else x.parts[1] end
+   order by m.registered_at desc limit 1
+$$;
+
 -- watch(table) -> table id
--- Looks at a table and notes its key: the primary key, else a unique index of NOT NULL columns, else none (then only
--- new records can be handled, by image). Call it again after the table changed.
+-- Looks at a table and notes its key: the primary key, else a unique index of NOT NULL columns, else that of its dbt model,
+-- else none (then only new records can be handled, by image). Call it again after the table changed. A dbt model may be a view,
+-- or not be built yet.
 create or replace function watch(p_table text) returns int language plpgsql volatile set search_path from current as $$
 declare
-  v_rel regclass := resolve(p_table);
-  v_schema text; v_name text; v_keys text[]; v_types text[]; v_kind text; v_fetch text; v_id int;
+  m dbt_model := dbt_model_of(p_table);
+  v_rel regclass; v_schema text; v_name text; v_keys text[]; v_types text[]; v_kind text; v_fetch text; v_id int; v_relkind "char";
 begin
-  select n.nspname, c.relname into v_schema, v_name from pg_class c join pg_namespace n on n.oid = c.relnamespace where c.oid = v_rel;
-  if (select relkind from pg_class where oid = v_rel) not in ('r', 'p') then
+  if m.unique_id is null or to_regclass(format('%I.%I', m.schema_name, m.table_name)) is not null then
+    v_rel := resolve(p_table);
+    select n.nspname, c.relname, c.relkind into v_schema, v_name, v_relkind from pg_class c join pg_namespace n on n.oid = c.relnamespace where c.oid = v_rel;
+  else
+    v_rel := 0;                                            -- not built yet
+    v_schema := m.schema_name;
+    v_name := m.table_name;
+  end if;
+  if v_relkind not in ('r', 'p') and m.unique_id is null then
     raise exception using errcode = 'NT002', message = format('"%s" is no table', p_table),
       hint = 'only ordinary and partitioned tables fire events';
   end if;
@@ -60,6 +76,11 @@ begin
            order by i.indisprimary desc, i.indnkeyatts, i.indexrelid limit 1) i
     cross join lateral unnest(i.indkey[0:i.indnkeyatts - 1]) with ordinality k (num, pos)
     join pg_attribute a on a.attrelid = v_rel and a.attnum = k.num;
+  if v_keys is null and m.key <> '{}' and coalesce(v_relkind, 'r') = 'r' then
+    select array_agg(k order by o), array_agg(coalesce(format_type(a.atttypid, a.atttypmod), 'text') order by o) into v_keys, v_types
+      from unnest(m.key) with ordinality x (k, o) left join pg_attribute a on a.attrelid = v_rel and a.attname = k and not a.attisdropped
+    having count(a.attname) = count(*) or v_rel = 0;
+  end if;
   v_kind := case when v_keys is null then 'none'
                  when cardinality(v_keys) = 1 and v_types[1] in ('smallint', 'integer', 'bigint') then 'id' else 'key' end;
   if v_kind = 'id' then                                    -- in a subquery, so that many keys are not planned as a scan of the table

@@ -368,8 +368,11 @@ begin
     v_groups := nullif(concat(capture_groups(w, p_event, 'statement'), case when p_event in ('updated', 'deleted') then capture_kept(w, p_event) end), '');
   end if;
   if v_groups is null then
-    return 'begin return null; end';
+    return coalesce('begin' || capture_collected(w, p_event) || '
+  return null;
+end', 'begin return null; end');
   end if;
+  v_moved := concat(capture_collected(w, p_event), v_moved);
   return format($f$#variable_conflict use_column
 declare%s
 begin%s
@@ -406,8 +409,8 @@ declare
   v_now timestamptz := now(); v_change bigint := nextval('change_seq'); v_context text := current_setting('anton.context', true);
   v_statement text := '%1$s at ' || extract(epoch from statement_timestamp());
 begin
-  if current_setting('anton.truncated', true) = v_statement then
-    return null;
+  if current_setting('anton.truncated', true) = v_statement or current_setting('anton.collect', true) = '%1$s ' || pg_current_xact_id() then
+    return null;                                           -- the second: dbt empties it to fill it again
   end if;
   perform set_config('anton.truncated', v_statement, true);
   insert into job (handler_id, change_id, at, cause, trace, lo, hi, depth, op, tenant)

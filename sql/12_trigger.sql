@@ -14,6 +14,13 @@ begin
   select * into w from watched where id = p_table;
   perform watch(format('%I.%I', w.schema_name, w.table_name));
   update watched set shape = shape(watched) where id = p_table returning * into w;
+  if w.relid = 0 then
+    return;                                                -- of dbt, and not built yet
+  elsif (select relkind from pg_class where oid = w.relid) not in ('r', 'p') then
+    update handler set enabled_at = pg_catalog.clock_timestamp(), enabled_snapshot = pg_current_snapshot(), enabled_key = 0
+     where table_id = w.id and enabled and enabled_at is null;
+    return;                                                -- a view has no triggers: it is rebuilt, that is all
+  end if;
   if w.key_kind = 'none' and exists (select from handler where table_id = p_table and enabled and ops && array['updated', 'deleted']) then
     raise exception using errcode = 'NT005', message = format('table %I.%I has no primary key: its updated and deleted records cannot be handled', w.schema_name, w.table_name),
       hint = format('alter table %I.%I add primary key (…)', w.schema_name, w.table_name);

@@ -159,7 +159,7 @@ begin
    where a.attrelid = w.relid and a.atttypid = 'timestamptz'::regtype and a.attnotnull and not a.attisdropped
      and pg_get_expr(d.adbin, d.adrelid) ~ '^(\w+\.)?(now|clock_timestamp|statement_timestamp|transaction_timestamp)\(\)$|^CURRENT_TIMESTAMP$'
    order by a.attname <> 'created_at', a.attnum limit 1;
-  v_since := case when w.key_kind = 'none' then null
+  v_since := case when w.key_kind = 'none' or exists (select from dbt_model where table_id = w.id) then null   -- a rebuild makes every row anew
                   when w.key_kind = 'id' then format('new.%I > h.enabled_key', w.key_columns[1])
                   when v_stamp is not null then format('new.%I >= h.enabled_at', v_stamp) end;
   select 'nothing, as a change waits to be mended: ' || error into v_wait from delayed d join change c on c.id = d.change_id
@@ -198,6 +198,7 @@ begin
     v_cannot := v_cannot || format('anything that is written from now on: triggers are disabled (%s); anton doctor --fix', v_disabled);
   end if;
   v_cannot := v_cannot || case when w.key_kind = 'none' then 'new records: the table has no key'
+    when exists (select from dbt_model where table_id = w.id) then 'new records: dbt makes the table anew, and its builds compare the rows'
     when v_since is null then 'new records: its keys do not tell a new one from one that was updated; give it a column: created_at timestamptz not null default now()'
     when w.key_kind = 'id' then format('new records with a %s that is not above those the handler began with', w.key_columns[1])
     else format('new records whose %s was set to before the handler', v_stamp) end

@@ -40,7 +40,7 @@ begin
     raise exception using errcode = 'NT000', message = format('no dead letter %s', p_dead), hint = 'anton dead list';
   end if;
   v_change := nextval('change_seq');
-  select w.key_kind into v_kind from handler h join watched w on w.id = h.table_id where h.id = v.handler_id;
+  select case when v.op in ('r', 'f') then 'build' else w.key_kind end into v_kind from handler h join watched w on w.id = h.table_id where h.id = v.handler_id;
   insert into change (id, slot, at, xid, table_id, op, n, ids, keys, cols, news, olds, cause, depth, trace, tenant)
   select v_change, slot(v_now), v_now, pg_current_xact_id(), h.table_id, v.op, 1,
          case when v_kind = 'id' and v.key is not null then array[(v.key ->> 0)::bigint] end, case when v_kind <> 'id' and v.key is not null then jsonb_build_array(v.key) end,
@@ -69,7 +69,7 @@ begin
   if v.id is null then
     return false;
   end if;
-  select w.key_kind = 'id' into v_id from handler h join watched w on w.id = h.table_id where h.id = v.handler_id;
+  select w.key_kind = 'id' and v.op not in ('r', 'f') into v_id from handler h join watched w on w.id = h.table_id where h.id = v.handler_id;
   insert into receipt (id, slot, at, handler_id, n, change_ids, los, his, causes, ids, keys, depth, trace, tenant)   -- of nothing done
   values (nextval('change_seq'), slot(v_now), v_now, v.handler_id, 0, array[v.change_id], array[v.ordinal], array[v.ordinal], array[v.cause],
           case when v_id and v.key is not null then array[(v.key ->> 0)::bigint] end, case when not v_id and v.key is not null then jsonb_build_array(v.key) end,

@@ -14,18 +14,24 @@ begin
     update handler set name = d ->> 'name' where app = d ->> 'app' and name = d ->> 'was'
        and not exists (select from handler o where o.app = d ->> 'app' and o.name = d ->> 'name');
   end if;
+  if w.key_kind = 'none' and v_ops && array['new', 'updated', 'deleted'] and exists (select from dbt_model where table_id = v_table) then
+    raise exception using errcode = 'NT004',
+      message = format('handler "%s": dbt model %I.%I has no key, so nobody can tell which of its records are %s', d ->> 'name', w.schema_name, w.table_name, array_to_string(v_ops, ' or ')),
+      hint = case when (select relkind from pg_class where oid = w.relid) in ('v', 'm') then 'it is a view: listen to on_rebuilt, or make it a table with a key'
+                  else 'give one column the tests unique and not_null, or the model a primary_key constraint in its contract; on_rebuilt needs none' end;
+  end if;
   if w.key_kind = 'none' and v_ops && array['updated', 'deleted'] then
     raise exception using errcode = 'NT004',
       message = format('handler "%s": table %I.%I has no primary key, so its updated and deleted records cannot be handled', d ->> 'name', w.schema_name, w.table_name),
       hint = format('alter table %I.%I add primary key (…)', w.schema_name, w.table_name);
   end if;
   foreach v_column in array coalesce(v_columns, '{}') loop
-    if v_column not in (select name from table_columns(w.relid)) then
+    if w.relid <> 0 and v_column not in (select name from table_columns(w.relid)) then
       raise exception using errcode = 'NT004', message = format('handler "%s": table %I.%I has no column "%s"', d ->> 'name', w.schema_name, w.table_name, v_column),
         hint = 'its columns: ' || (select string_agg(name, ', ') from table_columns(w.relid));
     end if;
   end loop;
-  if d ->> 'where_sql' is not null then
+  if d ->> 'where_sql' is not null and w.relid <> 0 then
     perform check_where(v_table, bind(d ->> 'where_sql', coalesce(d -> 'params', '{}')), v_ops && array['updated', 'deleted']);
   end if;
   insert into handler as h (app, name, table_id, kind, ops, each_record, read, where_sql, columns, body, params, into_tables, batch,
@@ -51,7 +57,7 @@ begin
 end $$;
 
 -- handler(name, table, ops, body, options) -> handler id
--- A SQL handler made from psql: ops is 'new', 'updated', 'deleted', 'changes', 'truncate' or several with spaces.
+-- A SQL handler made from psql: ops is 'new', 'updated', 'deleted', 'changes', 'truncate', 'rebuilt', 'failed' or several with spaces.
 -- options: {"where", "columns", "batch", "attempts", "timeout", "backoff", "read", "params"}. Owned by app 'sql'.
 create or replace function handler(p_name text, p_table text, p_ops text, p_body text, options jsonb default '{}') returns int
 language plpgsql volatile set search_path from current as $$
@@ -65,9 +71,9 @@ begin
     raise exception using errcode = 'NT004', message = format('handler "%s": unknown option "%s"', p_name, v_bad),
       hint = 'known: ' || array_to_string(v_known, ', ');
   end if;
-  if not v_ops <@ array['new', 'updated', 'deleted', 'truncate'] then
+  if not v_ops <@ array['new', 'updated', 'deleted', 'truncate', 'rebuilt', 'failed'] then
     raise exception using errcode = 'NT004', message = format('handler "%s": unknown event in "%s"', p_name, p_ops),
-      hint = 'new, updated, deleted, truncate or changes';
+      hint = 'new, updated, deleted, truncate, changes, rebuilt or failed';
   end if;
   select table_id into v_old from handler where app = 'sql' and name = p_name;
   v_id := put_handler(jsonb_strip_nulls(jsonb_build_object(
@@ -98,7 +104,7 @@ begin
     raise exception using errcode = 'NT004', message = format('handler "%s" cannot be backfilled', p_handler),
       hint = case when w.key_kind = 'none' then 'its table has no key' else 'it does not handle new records' end;
   end if;
-  if h.feeding then
+  if h.feeding or w.relid = 0 then                         -- a dbt model that is not built yet: its first build calls this again
     return;
   end if;
   delete from fed where handler_id = v_id;

@@ -119,13 +119,17 @@ create or replace function origin(p_table int, p_key jsonb, p_cause bigint)
 returns table (schema_name text, table_name text, key_kind text, fetch_sql text, key jsonb)
 language plpgsql stable set search_path from current as $$
 #variable_conflict use_column
-declare v_table int := p_table; v_key jsonb := p_key; v_cause bigint := p_cause; v_owner int; r record;
+declare v_table int := p_table; v_key jsonb := p_key; v_cause bigint := p_cause; v_owner int; v_id bigint; r record;
 begin
   for v_step in 1..64 loop
     exit when v_cause is null;
     select x.n, x.causes, x.change_ids, h.table_id into r from receipt x join handler h on h.id = x.handler_id where x.id = v_cause;
     exit when not found;
-    select o.owners[coalesce(array_position(o.ids, (v_key ->> 0)::bigint),
+    v_id := null;
+    if v_key ->> 0 ~ '^-?\d{1,18}$' then                  -- no cast in the statement: the planner would make it for every key
+      v_id := (v_key ->> 0)::bigint;
+    end if;
+    select o.owners[coalesce(array_position(o.ids, v_id),
              (select k.p::int from jsonb_array_elements(o.keys) with ordinality k (v, p) where k.v = v_key))]
       into v_owner from output o where o.receipt_id = v_cause and o.table_id = v_table;
     v_owner := case when r.n = 1 then 1 else v_owner end;

@@ -73,7 +73,7 @@ begin
       from status s where s.dead > 0;
   return query
     select 'table', format('%I.%I', w.schema_name, w.table_name), 'is gone', 'bring it back, or take its handlers out of the code and migrate'
-      from watched w where not exists (select from pg_class c where c.oid = w.relid);
+      from watched w where w.relid <> 0 and not exists (select from pg_class c where c.oid = w.relid);   -- 0: of dbt, not built yet
   return query
     select 'table', format('%I.%I', w.schema_name, w.table_name), format('a change at %s could not be captured: %s', date_trunc('second', x.at), x.degraded), 'anton doctor --reconcile'
       from watched w join (select distinct on (table_id) table_id, c.at, degraded from change c where op = 'x' order by table_id, id desc) x on x.table_id = w.id;
@@ -83,7 +83,7 @@ begin
      where n.nspname = current_schema() and t.tgenabled = 'D';
   return query
     select 'trigger', format('%I.%I', w.schema_name, w.table_name), format('handler %s listens and no trigger does', string_agg(distinct h.name, ', ')), 'anton doctor --fix'
-      from watched w join pg_class c on c.oid = w.relid join handler h on h.table_id = w.id and h.enabled and h.ops <> '{}'
+      from watched w join pg_class c on c.oid = w.relid join handler h on h.table_id = w.id and h.enabled and h.ops && array['new', 'updated', 'deleted', 'truncate']
       left join pg_trigger t on t.tgrelid = w.relid and t.tgfoid in (select p.oid from pg_proc p where p.pronamespace = current_schema()::regnamespace)
      group by w.id having count(t.oid) = 0;
   return query
@@ -92,6 +92,7 @@ begin
       from pg_stat_activity a where a.datname = current_database() and a.backend_xmin is not null and a.pid <> pg_backend_pid()
        and a.xact_start < pg_catalog.clock_timestamp() - interval '1 hour';
   return query select * from load_findings();
+  return query select * from dbt_findings();
 end $$;
 
 -- repair() -> what was done: triggers written anew where findings() misses them

@@ -43,6 +43,18 @@ begin
   if v_n > 0 then
     return format('%s answers forgotten', v_n);
   end if;
+  v_n := dbt_watchdog();
+  if v_n > 0 then
+    return format('%s tables found that dbt made anew without hooks', v_n);
+  end if;
+  v_n := forget_dbt_runs(v_now, v_keep);
+  if v_n > 0 then
+    return format('%s runs of dbt forgotten', v_n);
+  end if;
+  v_n := forget_builds(v_now - make_interval(days => v_keep));
+  if v_n > 0 then
+    return format('%s builds forgotten', v_n);
+  end if;
   v_n := mend();
   if v_n > 0 then
     return format('%s tables or changes mended', v_n);

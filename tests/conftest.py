@@ -26,6 +26,7 @@ from written import T
 
 from anton import write
 from anton.db import Database, set_database
+from chaos.dbts import Child
 
 KIND = os.environ.get("ANTON_TEST_SERVER", "embedded")
 
@@ -123,6 +124,14 @@ def db(database: str, request: pytest.FixtureRequest) -> Iterator[Database]:
     yield db
     set_database(None)
     db.run(db.close())  # the background loop's pool; a test's own loop closes its own
+
+
+@pytest.fixture(scope="session")
+def dbt_child(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Child]:
+    """A process that runs dbt."""
+    child = Child(tmp_path_factory.mktemp("dbt") / "log")
+    yield child
+    child.close()
 
 
 @pytest.fixture

@@ -20,7 +20,10 @@ EVERYTHING = 1_000_000
 
 @dataclass(frozen=True)
 class Event:
-    """A record as its handler gets it. key: an integer or a tuple. old, new: images by column, None where none is."""
+    """A record as its handler gets it. key: an integer or a tuple; of a rebuild, what is said of it.
+
+    old, new: images by column, None where none is.
+    """
 
     op: str
     key: Any
@@ -61,7 +64,8 @@ class Pg:
               execute format('drop function %s', f);
             end loop;
             foreach s in array array['job', 'lease', 'delayed', 'change', 'receipt', 'output', 'dead', 'fed',
-                                     'backfill', 'tick', 'schedule', 'action', 'worker', 'handler', 'watched'] loop
+                                     'backfill', 'tick', 'schedule', 'action', 'worker', 'handler', 'dbt_result',
+                                     'dbt_request', 'dbt_run', 'dbt_test', 'dbt_build', 'dbt_model', 'watched'] loop
               execute format('delete from %I', s);
             end loop;
             delete from setting where name like 'xid of %';
@@ -154,7 +158,8 @@ class Pg:
         out = []
         for ordinal in range(job.lo, job.hi + 1):
             new, old = images.get(ordinal, (None, None))
-            key = job.ids[ordinal - job.lo] if job.ids else tuple(job.keys[ordinal - job.lo]) if job.keys else None
+            key = job.ids[ordinal - job.lo] if job.ids else job.keys[ordinal - job.lo] if job.keys else None
+            key = tuple(key) if isinstance(key, list) else key
             op = job.op.decode() if isinstance(job.op, bytes) else job.op
             out.append(Event(op, key, None if op == "n" else old, None if op == "d" else new, job.degraded))
         return out

@@ -193,7 +193,7 @@ class Session:
         dead = self.app.dead
         assert len(dead) == self.dead or any("app.dead" in then for then in block.then), dead
         self.dead = len(dead)
-        late = self.app._fetch("select error from {schema}.delayed union all "
+        late = self.app._fetch("select error from {schema}.delayed where error is not null union all "
                                "select failing_error from {schema}.handler where failing_since is not null")
         assert not late, late
 
@@ -257,7 +257,7 @@ def at(place: str) -> Iterator[None]:
 def test_the_examples_of_a_page_run_and_do_what_it_says(page: Path, open_session: Callable[[Path], Session]) -> None:
     session = None
     for block in blocks(page):
-        if block.language not in ("python", "sql"):
+        if block.language not in ("python", "sql") and not (block.language == "yaml" and block.file):
             continue
         place = f"{page.relative_to(ROOT)}:{block.line}"
         with at(place):
@@ -272,9 +272,9 @@ def test_the_examples_of_a_page_run_and_do_what_it_says(page: Path, open_session
 def run(session: Session, block: Block, place: str) -> None:
     if block.before:
         session.psql(block.before)
-    if block.file and block.language == "sql":
+    if block.file and block.language in ("sql", "yaml"):
         path = session.folder / block.file
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(block.code)
     elif block.language == "sql":
         session.psql(block.code)
@@ -298,7 +298,7 @@ def test_the_commands_of_a_page_are_commands(page: Path) -> None:
             words = shlex.split(line.removeprefix("$ "), comments=True)
             for command in split_commands(words):
                 if command[:1] == ["anton"]:
-                    cli.parser().parse_args(command[1:])
+                    cli.parse(command[1:])
                 elif command[:1] == ["make"]:
                     assert re.search(rf"^{command[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), line
 

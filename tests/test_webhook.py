@@ -18,7 +18,7 @@ import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from pydantic import BaseModel
+from pydantic import BaseModel, field_validator
 from serving import count, serving
 
 from anton import web, webhook
@@ -338,6 +338,47 @@ async def test_a_body_that_cannot_be_kept_gets_400_and_its_neighbours_200(db, bo
         assert [answer.status_code for answer in answers] == [200] * 8 + [400] + [200] * 8
         assert "Traceback" not in answers[8].text and answers[8].json()["detail"]
     assert (await count(db, "hooks"), await count(db, "anton.delivery")) == (16, 16)
+
+
+async def test_the_log_says_what_got_400_and_413_for_it_is_kept_nowhere(db, caplog, monkeypatch):
+    monkeypatch.setattr("anton.webhook.MAX_BODY", 10)
+    with caplog.at_level("INFO", "anton.web"):
+        async with serving(db, hook()) as client:
+            assert (await send(client, b"{")).status_code == 400
+            assert (await send(client, b"[1,2,3,4,5]")).status_code == 413
+            assert (await send(client, b"[1]")).status_code == 200
+    said = [record.getMessage() for record in caplog.records if record.name == "anton.web"]
+    assert [text.split(": ")[0] for text in said] == ["400 for web/hook", "413 for web/hook"]
+    assert "not JSON" in said[0] and "larger than 10 bytes" in said[1]
+
+
+async def test_a_nul_is_quarantined_with_its_field_and_harmless_where_the_model_has_none(db):
+    class Commit(BaseModel):
+        id: int | None = None
+        author: str
+        tags: list[str] = []
+        extra: dict[str, str] = {}
+        kind: str = "a"
+
+        @field_validator("kind")
+        @classmethod
+        def _known(cls, kind: str) -> str:
+            if kind not in ("a", "b"):
+                raise ValueError(f"no kind: {kind}")
+            return kind
+
+    def declare(app):
+        Webhook("/hook", Table("commits", Commit), verify=False, invalid=202)
+
+    async with serving(db, declare) as client:
+        assert (await send(client, {"author": "ann", "message": "a\0b"})).status_code == 200
+        for bad in ({"author": "a\0b"}, {"author": "a", "tags": ["a\0b"]}, {"author": "a", "extra": {"k": "a\0b"}},
+                    {"author": "a", "kind": "a\0b"}):
+            answers = await asyncio.gather(send(client, {"author": "bob"}), send(client, bad))
+            assert [answer.status_code for answer in answers] == [200, 202]
+    assert await fetch(db, "select author, count(*) from commits group by 1 order by 1") == [("ann", 1), ("bob", 4)]
+    rows = await fetch(db, "select convert_from(body, 'UTF8'), error from anton.quarantine order by at")
+    assert len(rows) == 4 and all("\\u0000" in body for body, _ in rows) and "no kind" in rows[3][1]
 
 
 async def test_what_is_200_deep_is_kept_and_can_be_read(db):

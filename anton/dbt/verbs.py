@@ -1,0 +1,226 @@
+"""Verbs: what `anton dbt …` does. What dbt has by the same name gets its arguments as they are typed."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from anton.app import current_app, load_app
+from anton.db import Database
+from anton.dbt.init import FILE, KINDS, hooks_missing, init, stamp
+from anton.dbt.lineage import relation
+from anton.dbt.manifest import Manifest
+from anton.dbt.project import DbtProject
+from anton.dbt.requests import alone
+from anton.dbt.runner import Done
+from anton.errors import ConfigError, did_you_mean
+from anton.status import Row, ask, layout
+from anton.verbs import FOUND, OK, emit, open_app_database, query
+
+Args = argparse.Namespace
+
+BUILDS = ("run", "build", "seed", "snapshot")
+PASSED = {
+    "run": "Build models, as dbt run: anton dbt run --select revenue+.",
+    "build": "Build models, seeds and snapshots, and test them, as dbt build.",
+    "test": "Run tests, as dbt test.",
+    "seed": "Load seeds, as dbt seed.",
+    "snapshot": "Take snapshots, as dbt snapshot.",
+    "ls": "List what is in the project, as dbt ls.",
+    "compile": "Compile without building, as dbt compile.",
+    "show": "Show what a model would hold, as dbt show.",
+    "deps": "Fetch packages, as dbt deps.",
+}
+_RUNS = ("id", "project", "state", "requests", "models", "seconds", "started_at", "error")
+_CHANGES = ("at", "model", "materialized", "changed", "new", "updated", "deleted", "note")
+
+
+def passes(name: str) -> Any:
+    """The verb that hands one of dbt's commands on."""
+    def run(args: Args) -> int:
+        return _pass(name, args)
+
+    run.__doc__ = PASSED[name]
+    return run
+
+
+def dbt_init(args: Args) -> int:
+    """Put Anton's macros and two lines into a dbt project, or make one. Again after an update of Anton."""
+    folder = Path(args.folder)
+    done = init(folder)
+    emit(args, {"folder": str(folder), "done": done}, "\n".join(done) or f"{folder} is up to date")
+    return OK
+
+
+def dbt_lineage(args: Args) -> int:
+    """Show what models are made of and what is made of them: anton dbt lineage [MODEL]."""
+    project, db = _project(args), open_app_database(args)
+
+    async def look() -> Manifest:
+        try:
+            return await project.examine(db, await _schema(project, db))
+        finally:
+            await db.close()
+
+    manifest = asyncio.run(look())
+    made = project.graph().columns
+    if args.model:
+        node = manifest.node(args.model)
+        nodes = [node, *(manifest.nodes[id] for id in sorted(manifest.upstream([node.id])))]
+    else:
+        nodes = sorted(manifest.nodes.values(), key=lambda node: node.id)
+    facts = [{"model": node.name, "type": node.type, "materialized": node.materialized,
+              "relation": f"{node.schema}.{node.alias}",
+              "key": list(node.key), "reads": sorted(map(_short(manifest), node.parents)),
+              "read_by": sorted(map(_short(manifest), manifest.children(node.id))),
+              "columns": {column: sorted(map(".".join, sources)) for (table, column), sources in made.items()
+                          if table == relation(manifest, node.id)}} for node in nodes]
+    emit(args, facts, "\n".join(_drawn(one) for one in facts) or "no models")
+    return OK
+
+
+def dbt_changes(args: Args) -> int:
+    """Show the last builds of a model and what each changed."""
+    rows = query(args, lambda db, conn: ask(db, conn, "list_builds", args.model, args.limit))
+    emit(args, rows, layout(rows, _CHANGES) if rows else "no builds with Anton's hooks yet")
+    return OK
+
+
+def dbt_runs(args: Args) -> int:
+    """List the last runs that the app asked for, the newest first."""
+    rows = query(args, lambda db, conn: ask(db, conn, "list_dbt_runs", None, args.limit))
+    emit(args, rows, layout(rows, _RUNS) if rows else "none")
+    return OK
+
+
+def findings(module: str | None) -> list[Row]:
+    """For anton doctor: projects whose macros are of another version, or whose hooks are not all there."""
+    found = []
+    try:
+        projects = list(load_app(module).projects.values())
+    except Exception as error:                                         # the rest of the examination needs no app
+        return [{"kind": "app", "subject": module or "main", "problem": f"cannot be loaded: {error}",
+                 "remedy": "mend it"}]
+    for project in projects:
+        have, came = stamp(project.folder)
+        text = (project.folder / FILE).read_text()
+        missing = hooks_missing(text)
+        subject = project.folder.name
+        if have is None and len(missing) == len(KINDS):                # Anton adds them in memory when it runs dbt
+            continue
+        if have is None:
+            found.append(_finding(subject, f"{FILE} has Anton's hooks, and the macros are not there"))
+        elif have != came:
+            found.append(_finding(subject, f"has Anton's macros in version {have}; this Anton has {came}"))
+        elif missing:
+            found.append(_finding(subject, f"{FILE} lacks Anton's hooks under {', '.join(missing)}"))
+    return found
+
+
+def _finding(subject: str, problem: str) -> Row:
+    return {"kind": "dbt", "subject": subject, "problem": problem, "remedy": f"anton dbt init {subject}"}
+
+
+def _pass(verb: str, args: Args) -> int:
+    project, db = _project(args), open_app_database(args)
+    try:
+        done = asyncio.run(_run(project, db, [verb, *args.passed], quiet=args.json or verb == "ls"))
+    except KeyboardInterrupt:
+        print("anton: cancelled", file=sys.stderr)
+        return FOUND
+    if args.json:
+        facts: list[Any] = [*done.lines] or [
+            {"node": one.node, "status": one.status, "seconds": one.seconds, "message": one.message}
+            for one in done.results]
+        emit(args, {"success": done.success, "error": done.error, "results": facts}, "")
+    else:
+        for line in done.lines:
+            print(line)
+        if done.error:
+            print(f"anton: {done.error}", file=sys.stderr)
+    return OK if done.success else FOUND
+
+
+async def _run(project: DbtProject, db: Database, words: list[str], quiet: bool) -> Done:
+    """One command with its progress as it comes. What builds, waits until nobody else builds the project."""
+    def heard(event: dict[str, Any]) -> None:
+        told = event["level"] in ("info", "warn", "error") and event["event"] not in ("Formatting", "ListCmdOut")
+        if told and not quiet:
+            print(event["text"], flush=True)
+
+    try:
+        async with db.conn() as conn:
+            migrated = bool(await conn.fetchval("select to_regproc($1) is not null", f"{db.schema}.dbt_lock"))
+        async with project.runner(db, await _schema(project, db) if migrated else project.schema or "public") as runner:
+            runner.migrated = migrated
+            builds = words[0] in BUILDS
+            async with alone(db, runner.application) if builds and migrated else _free():
+                done = await runner.invoke(words, heard=heard, keep=True)
+            if builds and migrated:
+                await _tell(db, project, done)
+            return done
+    finally:
+        await db.close()
+
+
+async def _tell(db: Database, project: DbtProject, done: Done) -> None:
+    """on_failed, for models that the app declares."""
+    async with db.tx() as conn:
+        for one in done.results:
+            if not one.ok and one.type in ("model", "seed", "snapshot"):
+                await db.call(conn, "dbt_failed", project.name, one.node, one.message or one.status, one.status,
+                              done.invocation)
+
+
+@asynccontextmanager
+async def _free() -> AsyncIterator[None]:
+    yield
+
+
+async def _schema(project: DbtProject, db: Database) -> str:
+    return await project.schema_in(db)
+
+
+def _project(args: Args) -> DbtProject:
+    """The app's project; or a folder with a dbt_project.yml, where the app declares none."""
+    app = load_app(args.app)
+    known = {project.name: project for project in app.projects.values()}
+    named = getattr(args, "project", None)
+    if named and named in known:
+        return known[named]
+    if not named and len(known) == 1:
+        return next(iter(known.values()))
+    if not named and len(known) > 1:
+        raise ConfigError(f"the app has several dbt projects: say which: --project {' | '.join(known)}")
+    for folder in ([named] if named else ["dbt_project", "."]):
+        if (Path(folder) / FILE).is_file():
+            return DbtProject(Path(folder).resolve())
+    if named:
+        raise ConfigError(f'there is no dbt project "{named}".{did_you_mean(named, known)} Known: '
+                          f"{', '.join(known) or 'none'}, or the path of a folder with a {FILE}")
+    raise ConfigError(f"{current_app()!r} declares no DbtProject, and there is no {FILE} in dbt_project/ or here. "
+                      "anton dbt init makes one")
+
+
+def _short(manifest: Manifest) -> Any:
+    def short(id: str) -> str:
+        if id in manifest.nodes:
+            return manifest.nodes[id].name
+        source = manifest.sources.get(id)
+        return f"{source['schema']}.{source['alias']}" if source else id
+
+    return short
+
+
+def _drawn(one: Row) -> str:
+    def told(names: Iterable[str]) -> str:
+        return ", ".join(names) or "nothing"
+
+    return (f"{one['model']}  {one['materialized']} {one['relation']}"
+            f"\n  from {told(one['reads'])}\n  into {told(one['read_by'])}"
+            + "".join(f"\n  {column} <- {told(sources)}" for column, sources in one["columns"].items()))

@@ -1,0 +1,1 @@
+select customer from {{ ref('revenue_by_customer') }} where revenue < 0

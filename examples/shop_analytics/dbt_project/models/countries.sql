@@ -1,0 +1,3 @@
+select country, sum(total) as revenue
+from {{ source('app', 'orders') }}
+group by country

@@ -1,0 +1,598 @@
+-- dbt: its models as tables that fire events. What its hooks call (dbt_project/macros/anton.sql), in the transaction of a build.
+--
+-- dbt makes a `table` anew and swaps it in; its post-hooks run when the new table has its name and the old one is still there
+-- as <name>__dbt_backup. dbt_after() then puts onto the new one what the old one had, compares the two, and fires events as
+-- any statement would: the old versions of what differs go into a temporary table with the triggers of the real one, and one
+-- DELETE, one UPDATE and one INSERT make them what they are now. All of it commits with the build, or none.
+-- These run with the rights of dbt's role, as it owns the tables.
+
+-- rebuilt(table, what, op) -> the change, null when nobody listens
+-- One event for a table that was rebuilt (op r; what: as in anton/rebuilt.py) or could not be (op f). Commits with the caller.
+create or replace function rebuilt(p_table int, p_what jsonb, p_op "char" default 'r') returns bigint language plpgsql volatile set search_path from current as $$
+declare
+  v_now timestamptz := now(); v_change bigint; v_context text := coalesce(current_setting('anton.context', true), '');
+  v_cause bigint := nullif(split_part(v_context, ',', 1), '')::bigint; v_depth int := coalesce(nullif(split_part(v_context, ',', 2), ''), '0')::int;
+  v_trace bigint; v_tenant text := nullif(current_setting('anton.tenant', true), '');
+  v_handlers int[] := array(select id from handler where table_id = p_table and enabled and case p_op when 'r' then 'rebuilt' else 'failed' end = any (ops) order by id);
+begin
+  if v_handlers = '{}' then
+    return null;
+  end if;
+  v_change := nextval('change_seq');
+  v_trace := coalesce(nullif(split_part(v_context, ',', 3), '')::bigint, v_change);
+  insert into change (id, slot, at, xid, table_id, op, n, keys, cause, depth, trace, tenant)
+  values (v_change, slot(v_now), v_now, pg_current_xact_id(), p_table, p_op, 1,
+          jsonb_build_array(p_what || jsonb_build_object('xid', pg_current_xact_id()::text)), v_cause, v_depth, v_trace, v_tenant);
+  insert into job (handler_id, change_id, at, cause, trace, lo, hi, depth, op, tenant)
+  select h, v_change, v_now, v_cause, v_trace, 1, 1, v_depth, p_op, v_tenant from unnest(v_handlers) h;
+  perform ring();
+  return v_change;
+end $$;
+
+-- dbt_register(project, unique_id, schema, name, key, track) -> table id
+-- A dbt model as a table that can be listened to; it need not be built yet. key: its columns, when they are known.
+-- track: its rows are compared at each build although nobody listens.
+create or replace function dbt_register(p_project text, p_unique_id text, p_schema text, p_name text, p_key text[] default '{}', p_track boolean default false)
+returns int language plpgsql volatile set search_path from current as $$
+declare v_id int; v_at timestamptz := now();
+begin
+  select table_id into v_id from dbt_model where project = p_project and unique_id = p_unique_id;
+  if v_id is not null then                                 -- it may have another name now; its handlers stay
+    update watched w set schema_name = p_schema, table_name = p_name
+     where w.id = v_id and (w.schema_name, w.table_name) <> (p_schema, p_name)
+       and not exists (select from watched o where o.schema_name = p_schema and o.table_name = p_name);
+  end if;
+  select id into v_id from watched where schema_name = p_schema and table_name = p_name;
+  if v_id is null then
+    insert into watched (schema_name, table_name, relid, key_kind)
+    values (p_schema, p_name, coalesce(to_regclass(format('%I.%I', p_schema, p_name)), 0::oid), 'none') returning id into v_id;
+  end if;
+  insert into dbt_model as m (project, unique_id, schema_name, table_name, key, track, table_id, registered_at)
+  values (p_project, p_unique_id, p_schema, p_name, coalesce(p_key, '{}'), p_track, v_id, v_at)
+  on conflict (project, unique_id) do update
+     set schema_name = excluded.schema_name, table_name = excluded.table_name, key = excluded.key, track = excluded.track, table_id = excluded.table_id,
+         registered_at = case when (m.schema_name, m.table_name, m.table_id) = (excluded.schema_name, excluded.table_name, excluded.table_id) then m.registered_at else v_at end;
+  perform watch(format('%I.%I', p_schema, p_name));
+  if exists (select from handler where table_id = v_id and enabled) then
+    perform write_triggers(v_id, false);
+  end if;
+  return v_id;
+end $$;
+
+-- dbt_collects(table) -> whether anybody wants to know what a build changes in it
+create or replace function dbt_collects(p_table int) returns boolean language sql stable set search_path from current as $$
+  select exists (select from dbt_model where table_id = p_table)
+     and (exists (select from handler where table_id = p_table and enabled and ops && array['new', 'updated', 'deleted', 'rebuilt'])
+          or exists (select from dbt_model where table_id = p_table and track))
+$$;
+
+-- What follows up to dbt_close() runs with the runtime's rights, for a dbt whose role has none in it but USAGE of the schema.
+
+-- dbt_known(build) -> what the runtime knows of it: model, watched, ops, collects, tests; built: whether it was before; columns: of then
+create or replace function dbt_known(p jsonb) returns jsonb language sql stable security definer set search_path from current as $$
+  select jsonb_build_object(
+    'model', (select to_jsonb(m) from dbt_model m where m.project = p ->> 'project' and m.unique_id = p ->> 'unique_id'),
+    'watched', to_jsonb(w), 'collects', dbt_collects(w.id),
+    'ops', (select coalesce(jsonb_agg(distinct o), '[]') from handler h, unnest(h.ops) o where h.table_id = w.id and h.enabled),
+    'tests', (select coalesce(jsonb_agg(to_jsonb(t) order by t.name), '[]') from dbt_test t where t.project = p ->> 'project' and t.unique_id = p ->> 'unique_id'),
+    'built', b.id is not null, 'columns', b.columns)
+    from (select) one
+    left join watched w on w.schema_name = p ->> 'schema' and w.table_name = p ->> 'name'
+    left join lateral (select * from dbt_build x where x.project = p ->> 'project' and x.unique_id = p ->> 'unique_id' order by x.id desc limit 1) b on true
+$$;
+
+-- dbt_may(relation): raises 42501 unless who is logged in owns it
+create or replace function dbt_may(p_rel regclass) returns void language plpgsql stable set search_path from current as $$
+begin
+  if not exists (select from pg_class where oid = p_rel and pg_has_role(session_user, relowner, 'member')) then
+    raise exception using errcode = 'insufficient_privilege', message = format('%s is not the table of "%s"', p_rel, session_user);
+  end if;
+end $$;
+
+-- dbt_follow(table): its triggers are what they should be, on the relation that has its name now
+create or replace function dbt_follow(p_table int) returns void language plpgsql volatile security definer set search_path from current as $$
+declare w watched;
+begin
+  select * into w from watched where id = p_table;
+  perform dbt_may(to_regclass(format('%I.%I', w.schema_name, w.table_name)));
+  perform mend_table(w);
+  if exists (select from handler where table_id = p_table and enabled and enabled_at is null) then
+    perform write_triggers(p_table, false);
+  end if;
+end $$;
+
+-- dbt_attach(table): puts its triggers onto pg_temp.anton_carrier
+create or replace function dbt_attach(p_table int) returns void language plpgsql volatile security definer set search_path from current as $$
+declare e record;
+begin
+  perform dbt_may('pg_temp.anton_carrier');
+  for e in select x.event, x.verb, x.tables, f.proname
+             from (values ('new', 'insert', 'new table as new_records'), ('updated', 'update', 'old table as old_records new table as new_records'),
+                          ('deleted', 'delete', 'old table as old_records')) x (event, verb, tables)
+             join pg_proc f on f.pronamespace = quote_ident(current_schema())::regnamespace and f.proname = format('t%s_%s', p_table, x.event) loop
+    execute format('create trigger %I after %s on pg_temp.anton_carrier referencing %s for each statement execute function %I()',
+                   'anton_' || e.event, e.verb, e.tables, e.proname);
+  end loop;
+end $$;
+
+-- dbt_built(relation) -> whether dbt has built it, by its quoted path
+create or replace function dbt_built(p_path text) returns boolean language sql stable security definer set search_path from current as $$
+  select exists (select from dbt_build b where b.relation = p_path) or exists (select from dbt_model m where format('%I.%I', m.schema_name, m.table_name) = p_path)
+$$;
+
+-- dbt_close(build, what, note, columns, print, blind): notes the build, and tells who listens
+--   blind  handlers of its records got none, although some may differ
+create or replace function dbt_close(p jsonb, p_what jsonb, p_note text, p_columns jsonb, p_print text, p_blind boolean) returns void
+language plpgsql volatile security definer set search_path from current as $$
+declare v_path text := format('%I.%I', p ->> 'schema', p ->> 'name'); v_id int; v_kind text;
+begin
+  perform dbt_may(to_regclass(v_path));
+  insert into dbt_build (project, unique_id, relation, invocation_id, materialized, initial, changed, new_n, updated_n, deleted_n, schema_changed, columns, note, at, xid)
+  values (p ->> 'project', p ->> 'unique_id', v_path, p ->> 'invocation_id', p ->> 'materialized', (p_what ->> 'initial')::boolean, (p_what ->> 'changed')::boolean,
+          (p_what ->> 'new')::bigint, (p_what ->> 'updated')::bigint, (p_what ->> 'deleted')::bigint, (p_what ->> 'schema_changed')::boolean, p_columns, p_note, now(),
+          pg_current_xact_id());
+  if p_print is not null then
+    update dbt_model set fingerprint = p_print where project = p ->> 'project' and unique_id = p ->> 'unique_id' and fingerprint is distinct from p_print;
+  end if;
+  select id, key_kind into v_id, v_kind from watched where schema_name = p ->> 'schema' and table_name = p ->> 'name';
+  if v_id is null then
+    return;
+  end if;
+  if (p_what ->> 'initial')::boolean and v_kind <> 'none' then
+    perform backfill(format('%s.%s', h.app, h.name)) from handler h
+      where h.table_id = v_id and h.enabled and 'new' = any (h.ops) and h.options ->> 'since' = 'beginning';
+  end if;
+  perform rebuilt(v_id, p_what);
+  if p_blind then
+    perform rebuilt(v_id, jsonb_build_object('error', p_note, 'status', 'not compared', 'run', p -> 'invocation_id', 'unique_id', p -> 'unique_id'), 'f');
+  end if;
+end $$;
+
+-- dbt_before(build): for what dbt writes into, rather than makes anew
+-- An incremental model or a snapshot is written to by any statements: their triggers note each record's first version, and
+-- dbt_after() fires the difference. A seed, and whatever else may empty its table, is copied first.
+create or replace function dbt_before(p jsonb) returns void language plpgsql volatile set search_path from current as $$
+declare
+  v_rel regclass := to_regclass(format('%I.%I', p ->> 'schema', p ->> 'name')); v_known jsonb; w watched; m dbt_model; v_how text := p ->> 'materialized';
+begin
+  perform set_config('anton.collect', '', true);
+  if v_rel is null or (select relkind from pg_class where oid = v_rel) <> 'r' or v_how in ('table', 'view', 'materialized_view', 'anton_table') then
+    return;
+  end if;
+  v_known := dbt_known(p);
+  m := jsonb_populate_record(null::dbt_model, nullif(v_known -> 'model', 'null'));
+  w := jsonb_populate_record(null::watched, nullif(v_known -> 'watched', 'null'));
+  if v_how = 'incremental' and not coalesce((p ->> 'incremental')::boolean, false) then
+    return;                                                -- made anew
+  end if;
+  if v_how not in ('incremental', 'snapshot') then         -- a seed may be dropped
+    create temp table anton_belongings on commit drop as select * from dbt_belongings(v_rel);
+  end if;
+  if not (v_known ->> 'collects')::boolean or dbt_key(p, w, m, v_rel) = '{}' then
+    return;
+  end if;
+  perform dbt_lend(v_rel);
+  perform dbt_follow(w.id);
+  if dbt_known(p) -> 'watched' -> 'key_columns' = '[]' then
+    return;
+  end if;
+  perform set_config('anton.collect', w.id || ' ' || pg_current_xact_id(), true);
+  if v_how in ('incremental', 'snapshot') then
+    execute format('create temp table anton_seen on commit drop as select *, true as anton_was, 0::bigint as anton_seq from %s limit 0', v_rel);
+    alter table pg_temp.anton_seen alter anton_seq set not null, alter anton_seq add generated always as identity;
+    if not pg_has_role(owner_role(), current_user, 'usage') then
+      execute format('grant select, insert on pg_temp.anton_seen to %I', owner_role());
+    end if;
+  else
+    execute format('create temp table anton_was on commit drop as select * from %s', v_rel);
+  end if;
+end $$;
+
+-- capture_collected(table, event) -> plpgsql that notes, while dbt builds the table, what its records were; nothing is captured then
+create or replace function capture_collected(w watched, p_event text) returns text language sql stable set search_path from current as $$
+  select format($f$
+  if current_setting('anton.collect', true) = %L || pg_current_xact_id() then%s
+    return null;
+  end if;$f$, w.id || ' ', case when p_event in ('moved', 'truncate') or w.key_columns = '{}' then '' else format($f$
+    if to_regclass('pg_temp.anton_seen') is not null then%s
+    end if;$f$, concat(
+      case when p_event <> 'new' then $f$
+      execute (select format('insert into pg_temp.anton_seen (%1$s, anton_was) select %1$s, true from old_records', string_agg(quote_ident(a.attname), ', '))
+                 from pg_catalog.pg_attribute a join pg_catalog.pg_attribute b using (attname)
+                where a.attrelid = tg_relid and a.attnum > 0 and not a.attisdropped and b.attrelid = 'pg_temp.anton_seen'::regclass and not b.attisdropped);$f$ end,
+      case when p_event <> 'deleted' then format($f$
+      execute %L;$f$, format('insert into pg_temp.anton_seen (%1$s, anton_was) select %1$s, false from new_records', k.keys)) end)) end)
+    from (select string_agg(quote_ident(c), ', ' order by o) as keys from unnest(w.key_columns) with ordinality x (c, o)) k
+   where dbt_collects(w.id)
+$$;
+
+-- dbt_after(build) -> what was found
+-- build: project, unique_id, schema, name, backup, materialized, invocation_id, incremental, full_refresh, key, gate. What was
+-- written in place, by triggers as they are, has its counts in the setting anton.counts. Raises NT006 when a test that gates the model fails: then nothing of the build stays.
+create or replace function dbt_after(p jsonb) returns jsonb language plpgsql volatile set search_path from current as $$
+declare
+  v_path text := format('%I.%I', p ->> 'schema', p ->> 'name');
+  v_rel regclass := to_regclass(v_path); v_kind "char"; v_old regclass; v_notes text[] := '{}';
+  v_incremental boolean := coalesce((p ->> 'incremental')::boolean, false);
+  w watched; m dbt_model; v_ops text[]; v_key text[]; v_asked boolean; v_initial boolean; v_schema_changed boolean;
+  v_changed boolean; v_new bigint; v_updated bigint; v_deleted bigint; v_known jsonb; v_rows boolean; v_blind boolean := false; v_touched boolean; v_counts jsonb; v_print text; v_columns jsonb; v_what jsonb;
+begin
+  if v_rel is null then
+    return null;
+  end if;
+  select relkind into v_kind from pg_class where oid = v_rel;
+  v_known := dbt_known(p);
+  perform dbt_gate(p, v_known -> 'tests');
+  perform set_config('anton.collect', '', true);           -- what comes now is no part of the build
+  m := jsonb_populate_record(null::dbt_model, nullif(v_known -> 'model', 'null'));
+  w := jsonb_populate_record(null::watched, nullif(v_known -> 'watched', 'null'));
+  v_ops := array(select jsonb_array_elements_text(v_known -> 'ops'));
+  v_rows := v_ops && array['new', 'updated', 'deleted'];
+  v_asked := v_ops && array['new', 'updated', 'deleted', 'rebuilt'] or coalesce(m.track, false);
+  if not v_incremental and v_kind = 'r' and p ->> 'materialized' not in ('seed', 'snapshot') then
+    v_old := to_regclass(format('%I.%I', p ->> 'schema', p ->> 'backup'));
+    if (select relkind from pg_class where oid = v_old) <> 'r' then
+      v_old := null;                                       -- it was a view
+    end if;
+  end if;
+  if v_old is not null then
+    v_notes := v_notes || dbt_carry((select jsonb_agg(to_jsonb(b)) from dbt_belongings(v_old) b), v_rel) || dbt_repoint(v_old, v_rel, p -> 'views');
+  end if;
+  if to_regclass('pg_temp.anton_belongings') is not null then
+    v_notes := v_notes || dbt_carry((select jsonb_agg(to_jsonb(b)) from pg_temp.anton_belongings b), v_rel);
+    drop table pg_temp.anton_belongings;
+  end if;
+  v_counts := nullif(current_setting('anton.counts', true), '')::jsonb;
+  v_initial := case when v_kind = 'r' then v_old is null and not v_incremental and v_counts is null
+                    else not (v_known ->> 'built')::boolean end;
+  v_columns := dbt_columns(v_rel);
+  v_schema_changed := coalesce(v_columns <> case when v_old is not null then dbt_columns(v_old) else nullif(v_known -> 'columns', 'null') end, false);
+  v_key := dbt_key(p, w, m, v_rel);
+  if w.id is not null and v_kind = 'r' then
+    if not v_incremental and v_key <> '{}' and v_rows then
+      v_notes := v_notes || dbt_key_index(v_rel, v_key, p ->> 'materialized' = 'table');
+    end if;
+    begin
+      perform dbt_unhook(v_old);
+      perform dbt_lend(v_rel);
+      perform dbt_follow(w.id);
+      w := jsonb_populate_record(null::watched, dbt_known(p) -> 'watched');
+    exception when sqlstate 'NT005' then                   -- its key is gone
+      v_notes := v_notes || sqlerrm;
+      v_key := '{}';
+    end;
+  end if;
+  if v_old is not null then
+    if v_asked and v_key <> '{}' and dbt_unique(v_rel, v_key) and dbt_unique(v_old, v_key) then
+      select d.new_n, d.updated_n, d.deleted_n into v_new, v_updated, v_deleted from dbt_diff(v_old, v_rel, v_key, false) d;
+      v_changed := v_new + v_updated + v_deleted > 0;
+      if v_changed and v_rows then
+        perform dbt_replay(w, v_old, v_rel, v_key);
+      end if;
+      drop table pg_temp.anton_diff;
+    elsif v_asked then
+      v_changed := v_schema_changed or dbt_fingerprint(v_old) <> dbt_fingerprint(v_rel);
+      v_blind := v_rows;
+      if v_rows then
+        v_notes := v_notes || case when v_key = '{}' then 'no key: records were not compared' else format('key (%s) is not unique: records were not compared', array_to_string(v_key, ', ')) end;
+      end if;
+    end if;
+  elsif v_kind = 'm' and v_asked and m.unique_id is not null then
+    v_print := dbt_fingerprint(v_rel);
+    v_changed := v_print is distinct from m.fingerprint or v_schema_changed;
+  elsif v_counts is not null then
+    v_new := v_counts -> 'new';
+    v_updated := v_counts -> 'updated';
+    v_deleted := v_counts -> 'deleted';
+    v_changed := v_new + v_updated + v_deleted > 0;
+    perform set_config('anton.counts', '', true);
+  elsif to_regclass('pg_temp.anton_seen') is not null or to_regclass('pg_temp.anton_was') is not null then
+    v_initial := false;
+    v_touched := to_regclass('pg_temp.anton_seen') is not null;
+    if v_touched then
+      v_key := w.key_columns;                              -- by which the triggers went
+      execute format('create temp table anton_was on commit drop as select distinct on (%1$s) * from pg_temp.anton_seen order by %1$s, anton_seq',
+                     (select string_agg(quote_ident(k), ', ') from unnest(v_key) k));
+    end if;
+    if v_touched or dbt_unique(v_rel, v_key) and dbt_unique('pg_temp.anton_was', v_key) then
+      select d.new_n, d.updated_n, d.deleted_n into v_new, v_updated, v_deleted from dbt_diff('pg_temp.anton_was', v_rel, v_key, v_touched) d;
+      v_changed := v_new + v_updated + v_deleted > 0;
+      if v_changed and v_rows then
+        perform dbt_replay(w, 'pg_temp.anton_was', v_rel, v_key);
+      end if;
+      drop table pg_temp.anton_diff;
+    else
+      v_changed := dbt_fingerprint('pg_temp.anton_was') <> dbt_fingerprint(v_rel);
+      v_blind := v_rows;
+      v_notes := v_notes || format('key (%s) is not unique: records were not compared', array_to_string(v_key, ', '));
+    end if;
+    drop table pg_temp.anton_was;
+    if v_touched then
+      drop table pg_temp.anton_seen;
+    end if;
+  elsif v_initial and v_kind = 'r' then
+    v_changed := true;
+    if v_asked then
+      execute format('select count(*) from %s', v_rel) into v_new;
+    end if;
+  end if;
+  v_what := jsonb_build_object('new', v_new, 'updated', v_updated, 'deleted', v_deleted, 'changed', v_changed, 'initial', v_initial, 'full', not v_incremental,
+    'schema_changed', v_schema_changed, 'run', p -> 'invocation_id', 'unique_id', p -> 'unique_id', 'materialized', p -> 'materialized');
+  perform dbt_close(p, v_what, nullif(array_to_string(v_notes, '; '), ''), v_columns, v_print, v_blind);
+  if v_notes <> '{}' then
+    raise warning 'anton: %: %', v_path, array_to_string(v_notes, '; ');
+  end if;
+  return v_what;
+end $$;
+
+-- dbt_failed(project, unique_id, error, status, invocation_id): a build of this model failed; its handlers of failed hear of it
+create or replace function dbt_failed(p_project text, p_unique_id text, p_error text, p_status text default 'error', p_run text default null) returns bigint
+language sql volatile set search_path from current as $$
+  select rebuilt(m.table_id, jsonb_build_object('error', p_error, 'status', p_status, 'run', p_run, 'unique_id', p_unique_id), 'f')
+    from dbt_model m where m.project = p_project and m.unique_id = p_unique_id
+$$;
+
+-- dbt_lend(relation): the runtime's role may put its triggers onto a table of dbt's
+create or replace function dbt_lend(p_rel regclass) returns void language plpgsql volatile set search_path from current as $$
+begin
+  if not (has_table_privilege(owner_role(), p_rel, 'trigger') and has_table_privilege(owner_role(), p_rel, 'select')) then
+    execute format('grant select, trigger on %s to %I', p_rel, owner_role());
+  end if;
+end $$;
+
+-- dbt_unhook(relation): takes the runtime's triggers off a table that another has taken the place of; null is none
+create or replace function dbt_unhook(p_rel regclass) returns void language plpgsql volatile set search_path from current as $$
+declare v_name text;
+begin
+  for v_name in select t.tgname from pg_trigger t join pg_proc f on f.oid = t.tgfoid
+                 where t.tgrelid = p_rel and not t.tgisinternal and f.pronamespace = quote_ident(current_schema())::regnamespace loop
+    execute format('drop trigger %I on %s', v_name, p_rel);
+  end loop;
+end $$;
+
+-- dbt_key(build, watched, model, relation) -> the columns that name a record, {} when none are known
+create or replace function dbt_key(p jsonb, w watched, m dbt_model, p_rel regclass) returns text[] language sql stable set search_path from current as $$
+  select coalesce((
+    select k.key from (values (1, m.key), (2, w.key_columns),
+                              (3, case when jsonb_typeof(p -> 'key') = 'array' then array(select jsonb_array_elements_text(p -> 'key')) end)) k (o, key)
+     where cardinality(k.key) > 0 and k.key <@ array(select name from table_columns(p_rel)) order by k.o limit 1), '{}')
+$$;
+
+-- dbt_key_index(relation, key, unique) -> what could not be done
+-- The table that dbt just made gets an index on its key, so that its records can be read by it. A `table`, which nobody adds to
+-- before the next one takes its place, gets a primary key.
+create or replace function dbt_key_index(p_rel regclass, p_key text[], p_unique boolean) returns text[] language plpgsql volatile set search_path from current as $$
+declare v_columns text := (select string_agg(quote_ident(k), ', ' order by o) from unnest(p_key) with ordinality x (k, o));
+begin
+  if exists (select from pg_index i where i.indrelid = p_rel and i.indisvalid and i.indpred is null and i.indexprs is null
+                and p_key <@ array(select attname::text from unnest(i.indkey[0:cardinality(p_key) - 1]) c join pg_attribute a on a.attrelid = p_rel and a.attnum = c)) then
+    return '{}';
+  end if;
+  if p_unique then
+    begin
+      execute format('alter table %s add primary key (%s)', p_rel, v_columns);
+      return '{}';
+    exception when unique_violation or not_null_violation then
+      return array[format('no primary key (%s): %s', v_columns, sqlerrm)];
+    when invalid_table_definition then                     -- it has another one
+      null;
+    end;
+  end if;
+  execute format('create index on %s (%s)', p_rel, v_columns);
+  return '{}';
+end $$;
+
+-- dbt_unique(relation, key) -> whether no two records have the same key, and none a null in it
+create or replace function dbt_unique(p_rel regclass, p_key text[]) returns boolean language plpgsql volatile set search_path from current as $$
+declare v_columns text := (select string_agg(quote_ident(k), ', ') from unnest(p_key) k); v_ok boolean;
+begin
+  if not p_key <@ array(select name from table_columns(p_rel)) then
+    return false;
+  end if;
+  if exists (select from pg_index i where i.indrelid = p_rel and i.indisunique and i.indisvalid and i.indimmediate and i.indpred is null and i.indexprs is null
+                and array(select attname::text from unnest(i.indkey[0:i.indnkeyatts - 1]) c join pg_attribute a on a.attrelid = p_rel and a.attnum = c) <@ p_key)
+     and not exists (select from pg_attribute where attrelid = p_rel and attname = any (p_key) and not attnotnull) then
+    return true;
+  end if;
+  execute format('select not exists (select from %1$s where %2$s) and not exists (select from %1$s group by %3$s having count(*) > 1)',
+    p_rel, (select string_agg(format('%I is null', k), ' or ') from unnest(p_key) k), v_columns) into v_ok;
+  return v_ok;
+end $$;
+
+-- dbt_columns(relation) -> {name: type}, to tell whether its columns changed
+create or replace function dbt_columns(p_rel regclass) returns jsonb language sql stable set search_path from current as $$
+  select jsonb_object_agg(name, type) from table_columns(p_rel)
+$$;
+
+-- dbt_fingerprint(relation) -> text that is the same for the same rows in any order
+create or replace function dbt_fingerprint(p_rel regclass) returns text language plpgsql volatile set search_path from current as $$
+declare v_hash text; v_out text;
+begin
+  select case when bool_and(comparable and type <> 'money' and type !~ '^bit') then 'hash_record_extended(t, 0)' else 'hashtextextended(t::text, 0)' end into v_hash
+    from table_columns(p_rel);
+  execute format('select count(*) || '' '' || coalesce(sum(%s), 0) from %s t', v_hash, p_rel) into v_out;
+  return v_out;
+end $$;
+
+-- dbt_diff(old, new, key, touched) -> counts, and pg_temp.anton_diff (o, n): the rows that differ, as they were and as they are
+--   touched  old holds, for each key that was touched, the row before (anton_was), or that there was none; else it is all rows
+create or replace function dbt_diff(p_old regclass, p_new regclass, p_key text[], p_touched boolean, out new_n bigint, out updated_n bigint, out deleted_n bigint)
+language plpgsql volatile set search_path from current as $$
+declare
+  v_on text; v_differ text; v_first text := quote_ident(p_key[1]);
+  v_before text[] := array[current_setting('parallel_setup_cost'), current_setting('parallel_tuple_cost'), current_setting('jit')];
+begin
+  select string_agg(case when o.type = n.type then format('anton_o.%1$I = anton_n.%1$I', n.name) else format('anton_o.%1$I::text = anton_n.%1$I::text', n.name) end, ' and ')
+    into v_on from unnest(p_key) k join table_columns(p_old) o on o.name = k join table_columns(p_new) n on n.name = k;
+  select concat_ws(' or ', format('anton_o.%1$s is null or anton_n.%1$s is null', v_first),
+           string_agg(case when o.type = n.type and n.comparable then format('anton_o.%1$I is distinct from anton_n.%1$I', n.name)
+                           else format('anton_o.%1$I::text is distinct from anton_n.%1$I::text', n.name) end, ' or '))
+    into v_differ from table_columns(p_old) o join table_columns(p_new) n using (name) where n.name <> all (p_key);
+  if (select reltuples from pg_class where oid = p_new) < 0 then
+    execute format('analyze %s', p_new);
+  end if;
+  -- nearly no row differs, which the planner cannot know: it would not read in parallel. Compiling does not pay.
+  perform set_config('parallel_setup_cost', '0', true), set_config('parallel_tuple_cost', '0', true), set_config('jit', 'off', true);
+  if p_touched then
+    execute format('create temp table anton_diff on commit drop as select case when anton_o.anton_was then anton_o end as o, anton_n as n from %s anton_o left join %s anton_n on %s
+                     where (anton_o.anton_was or anton_n.%s is not null) and (not anton_o.anton_was or %s)', p_old, p_new, v_on, v_first, v_differ);
+  else
+    execute format('create temp table anton_diff on commit drop as select anton_o as o, anton_n as n from %s anton_o full join %s anton_n on %s where %s', p_old, p_new, v_on, v_differ);
+  end if;
+  perform set_config(name, before, true) from unnest(array['parallel_setup_cost', 'parallel_tuple_cost', 'jit'], v_before) x (name, before);
+  execute format('select count(*) filter (where (o).%1$s is null), count(*) filter (where (o).%1$s is not null and (n).%1$s is not null), count(*) filter (where (n).%1$s is null)
+                    from pg_temp.anton_diff', v_first) into new_n, updated_n, deleted_n;
+end $$;
+
+-- dbt_replay(table, old, new, key): fires what pg_temp.anton_diff holds, as statements on the table would have
+create or replace function dbt_replay(w watched, p_old regclass, p_new regclass, p_key text[]) returns void language plpgsql volatile set search_path from current as $$
+declare v_names text; v_olds text; v_news text; v_sets text; v_match text; v_first text := quote_ident(p_key[1]); v_bare text; v_any boolean;
+begin
+  select string_agg(quote_ident(n.name), ', ' order by n.o), string_agg(format('(d.n).%I', n.name), ', ' order by n.o), string_agg(format('%1$I = (d.n).%1$I', n.name), ', ' order by n.o),
+         string_agg(case when o.name is null then format('null::%s', n.type) when o.type = n.type then format('(d.o).%I', n.name) else format('(d.o).%I::text::%s', n.name, n.type) end, ', ' order by n.o),
+         string_agg(case when o.type = n.type or n.name = any (p_key) and o.name is not null then format('(d.o).%I::%s', n.name, n.type) else format('null::%s', n.type) end, ', ' order by n.o)
+    into v_names, v_news, v_sets, v_olds, v_bare
+    from (select *, row_number() over () as o from table_columns(p_new)) n (name, type, comparable, fixed, plain, o) left join table_columns(p_old) o (name, type) on o.name = n.name;
+  select string_agg(format('c.%1$I = (d.n).%1$I', k), ' and ') into v_match from unnest(p_key) k;
+  execute format('create temp table anton_carrier on commit drop as select *, null::"char" as anton_op from %s limit 0', p_new);
+  begin
+    execute format('insert into pg_temp.anton_carrier (%s, anton_op) select %s, case when (d.n).%s is null then ''d'' else ''u'' end from pg_temp.anton_diff d where (d.o).%3$s is not null',
+                   v_names, v_olds, v_first);
+  exception when data_exception or cannot_coerce then      -- a column has another type, and an old value does not fit it
+    execute format('insert into pg_temp.anton_carrier (%s, anton_op) select %s, case when (d.n).%s is null then ''d'' else ''u'' end from pg_temp.anton_diff d where (d.o).%3$s is not null',
+                   v_names, v_bare, v_first);
+  end;
+  if not pg_has_role(owner_role(), current_user, 'usage') then
+    execute format('grant trigger on pg_temp.anton_carrier to %I', owner_role());
+  end if;
+  perform dbt_attach(w.id);
+  if exists (select from pg_temp.anton_carrier where anton_op = 'd') then
+    delete from pg_temp.anton_carrier where anton_op = 'd';
+  end if;
+  if exists (select from pg_temp.anton_carrier) then
+    execute format('update pg_temp.anton_carrier c set %s from pg_temp.anton_diff d where (d.o).%s is not null and %s', v_sets, v_first, v_match);
+  end if;
+  execute format('select exists (select from pg_temp.anton_diff d where (d.o).%s is null)', v_first) into v_any;
+  if v_any then
+    execute format('insert into pg_temp.anton_carrier (%s) select %s from pg_temp.anton_diff d where (d.o).%s is null', v_names, v_news, v_first);
+  end if;
+  drop table pg_temp.anton_carrier;
+end $$;
+
+-- dbt_belongings(relation) -> what a table has that dbt does not put onto the one that takes its place; sql names that @table@
+create or replace function dbt_belongings(p_rel regclass) returns table (o int, kind text, name text, sql text) language sql stable set search_path from current as $$
+  with found as (
+    select 1 as o, 'key' as kind, conname::text as name, 'alter table @table@ add ' || pg_get_constraintdef(oid) as sql
+      from pg_constraint where conrelid = p_rel and contype in ('p', 'u')
+    union all
+    select 2, 'key', c.relname, replace(pg_get_indexdef(i.indexrelid), 'INDEX ' || quote_ident(c.relname) || ' ON ' || p_rel, 'INDEX ON @table@')
+      from pg_index i join pg_class c on c.oid = i.indexrelid
+     where i.indrelid = p_rel and i.indisunique and i.indisvalid and not exists (select from pg_constraint k where k.conindid = i.indexrelid and k.contype in ('p', 'u', 'x'))
+    union all
+    select 3, 'grant', x.privilege_type, format('grant %s on @table@ to %s%s', x.privilege_type, coalesce(quote_ident(r.rolname), 'public'), case when x.is_grantable then ' with grant option' else '' end)
+      from pg_class c cross join lateral aclexplode(c.relacl) x left join pg_roles r on r.oid = x.grantee where c.oid = p_rel and x.grantee <> c.relowner
+    union all
+    select 3, 'grant', x.privilege_type, format('grant %s (%I) on @table@ to %s%s', x.privilege_type, a.attname, coalesce(quote_ident(r.rolname), 'public'), case when x.is_grantable then ' with grant option' else '' end)
+      from pg_attribute a cross join lateral aclexplode(a.attacl) x left join pg_roles r on r.oid = x.grantee where a.attrelid = p_rel and not a.attisdropped
+    union all
+    select 4, 'policy', polname, format('create policy %I on @table@ as %s for %s to %s%s%s', polname, case when polpermissive then 'permissive' else 'restrictive' end,
+             case polcmd when 'r' then 'select' when 'a' then 'insert' when 'w' then 'update' when 'd' then 'delete' else 'all' end,
+             (select string_agg(coalesce(quote_ident(r.rolname), 'public'), ', ') from unnest(polroles) u left join pg_roles r on r.oid = u),
+             ' using (' || pg_get_expr(polqual, polrelid) || ')', ' with check (' || pg_get_expr(polwithcheck, polrelid) || ')')
+      from pg_policy where polrelid = p_rel
+    union all
+    select 5, 'policy', 'row level security', format('alter table @table@ %s row level security', v.verb)
+      from pg_class c cross join lateral (values ('enable', c.relrowsecurity), ('force', c.relforcerowsecurity)) v (verb, on_) where c.oid = p_rel and v.on_
+    union all
+    select 6, 'trigger', tgname, replace(pg_get_triggerdef(t.oid), ' ON ' || p_rel || ' ', ' ON @table@ ')
+      from pg_trigger t join pg_proc f on f.oid = t.tgfoid where t.tgrelid = p_rel and not t.tgisinternal and f.pronamespace <> quote_ident(current_schema())::regnamespace
+    union all
+    select 7, 'trigger', tgname, format('alter table @table@ %s trigger %I', case tgenabled when 'D' then 'disable' when 'R' then 'enable replica' else 'enable always' end, tgname)
+      from pg_trigger t join pg_proc f on f.oid = t.tgfoid where t.tgrelid = p_rel and not t.tgisinternal and f.pronamespace <> quote_ident(current_schema())::regnamespace and tgenabled <> 'O'
+    union all
+    select 8, 'publication', p.pubname, format('alter publication %I add table @table@', p.pubname)
+      from pg_publication_rel r join pg_publication p on p.oid = r.prpubid where r.prrelid = p_rel
+    union all
+    select 9, 'replica identity', 'full', 'alter table @table@ replica identity full' from pg_class where oid = p_rel and relreplident = 'f')
+  select f.o, f.kind, f.name, replace(f.sql, p_rel::text, '@table@') from found f
+$$;
+
+-- dbt_carry(belongings, new) -> what could not be carried over
+-- belongings: rows of dbt_belongings() as JSON. Policies must be: a table that more people can read than before is not published.
+create or replace function dbt_carry(p_belongings jsonb, p_new regclass) returns text[] language plpgsql volatile set search_path from current as $$
+declare b record; v_notes text[] := '{}'; v_has text[] := array(select lower(sql) from dbt_belongings(p_new)); v_pk boolean;
+begin
+  for b in select x.* from jsonb_to_recordset(coalesce(p_belongings, '[]')) x (o int, kind text, name text, sql text) order by x.o, x.name loop
+    continue when lower(b.sql) = any (v_has);
+    if b.sql like 'alter table @table@ add PRIMARY KEY%' then
+      select exists (select from pg_index where indrelid = p_new and indisprimary) into v_pk;
+      continue when v_pk;
+    end if;
+    begin
+      execute replace(b.sql, '@table@', p_new::text);
+    exception when others then
+      if b.kind = 'policy' then
+        raise exception using errcode = sqlstate, message = format('%s of %s cannot be put onto the new table: %s', b.name, p_new, sqlerrm),
+          hint = $h$the table is as it was before. Change the policy, or the model; to build without Anton: --vars 'anton_enabled: false'$h$;
+      end if;
+      v_notes := v_notes || format('%s %s was lost: %s', b.kind, b.name, sqlerrm);
+    end;
+  end loop;
+  return v_notes;
+end $$;
+
+-- dbt_repoint(old, new, views) -> what goes with the old table
+-- Views that others made on a table would be dropped with the old one: they read the new one from here on. dbt's own (views:
+-- "schema.name" of the project's) are left to it, as it believes them dropped and makes them anew.
+create or replace function dbt_repoint(p_old regclass, p_new regclass, p_views jsonb) returns text[] language plpgsql volatile set search_path from current as $$
+declare
+  v record; v_notes text[] := '{}'; v_from text := (select quote_ident(relname) from pg_class where oid = p_old); v_to text := (select quote_ident(relname) from pg_class where oid = p_new);
+begin
+  for v in select distinct c.oid::regclass as view, c.relkind, array_to_string(c.reloptions, ', ') as options
+             from pg_depend d join pg_rewrite r on r.oid = d.objid join pg_class c on c.oid = r.ev_class join pg_namespace n on n.oid = c.relnamespace
+            where d.classid = 'pg_rewrite'::regclass and d.refclassid = 'pg_class'::regclass and d.refobjid = p_old and c.oid <> p_old and c.relkind in ('v', 'm')
+              and not coalesce(p_views, '[]') ? (n.nspname || '.' || c.relname)
+              and not dbt_built(format('%I.%I', n.nspname, c.relname)) loop
+    begin
+      if v.relkind = 'm' then
+        raise exception 'dbt drops it with the old table';
+      end if;
+      execute format('create or replace view %s%s as %s', v.view, ' with (' || v.options || ')', replace(pg_get_viewdef(v.view), v_from, v_to));
+    exception when others then
+      v_notes := v_notes || format('view %s is lost: %s', v.view, sqlerrm);
+    end;
+  end loop;
+  return v_notes || array(select format('foreign key %s of %s is lost: dbt drops it with the old table', quote_ident(conname), conrelid::regclass)
+                            from pg_constraint where contype = 'f' and confrelid = p_old and conrelid <> p_old order by 1);
+end $$;
+
+-- dbt_gate(build, tests): raises NT006 when a test that gates the model fails on what was built. Tests see names as dbt's session does.
+create or replace function dbt_gate(p jsonb, p_tests jsonb) returns void language plpgsql volatile set search_path from current as $$
+declare t dbt_test; v_n text; v_error boolean; v_warn boolean; v_path text := current_setting('search_path'); v_asked text := coalesce(p ->> 'gate', nullif(current_setting('anton.gate', true), ''));
+begin
+  if v_asked in ('false', 'off') then
+    return;
+  end if;
+  for t in select * from jsonb_populate_recordset(null::dbt_test, p_tests) x where x.always or v_asked in ('true', 'on') order by x.name loop
+    perform set_config('search_path', coalesce(p ->> 'search_path', v_path), true);
+    execute format('select (%1$s)::text, coalesce(%1$s %2$s, false), coalesce(%1$s %3$s, false) from (%4$s) dbt_internal_test', t.fail_calc, t.error_if, t.warn_if,
+                   regexp_replace(t.sql, '[\s;]+$', '')) into v_n, v_error, v_warn;
+    perform set_config('search_path', v_path, true);
+    if v_error and t.severity = 'error' then
+      raise exception using errcode = 'NT006', message = format('test %s of %s failed: %s', t.name, p ->> 'unique_id', v_n),
+        hint = 'nothing was published: the table is as it was before';
+    elsif v_error or v_warn then
+      raise warning 'anton: test % of %: %', t.name, p ->> 'unique_id', v_n;
+    end if;
+  end loop;
+end $$;
+
+-- forget_builds(before) -> how many builds were forgotten; the last of each model is kept
+create or replace function forget_builds(p_before timestamptz) returns bigint language plpgsql volatile set search_path from current as $$
+declare v_n bigint;
+begin
+  delete from dbt_build where id in (
+    select b.id from dbt_build b where b.at < p_before and exists (select from dbt_build l where l.unique_id = b.unique_id and l.id > b.id) limit 10000);
+  get diagnostics v_n = row_count;
+  return v_n;
+end $$;

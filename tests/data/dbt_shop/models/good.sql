@@ -1,0 +1,1 @@
+{{ config(materialized='ephemeral') }} select * from {{ source('app','orders') }} where total > 0

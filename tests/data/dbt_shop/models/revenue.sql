@@ -1,0 +1,1 @@
+select customer, sum(total) as revenue from {{ ref('good') }} group by 1

@@ -1,0 +1,232 @@
+"""What of a dbt project needs no dbt: its manifest, its profile, what `anton dbt init` writes, requests in SQL."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pg import Pg
+
+from anton.cli import main
+from anton.dbt.init import hooks_missing, init, macro_folder, stamp, with_hooks
+from anton.dbt.manifest import Manifest
+from anton.dbt.profile import outputs, write_profile
+from anton.dbt.project import name_of
+from anton.dbt.requests import wishes_of
+from anton.dbt.runner import check_version
+from anton.errors import ConfigError, DeclarationError
+
+
+def node(name: str, *parents: str, materialized: str = "table", **more: Any) -> dict[str, Any]:
+    return {"name": name, "type": "model", "schema": "public", "alias": name, "materialized": materialized,
+            "file": f"models/{name}.sql", "parents": list(parents), "key": [], "tags": [], "columns": {}, **more}
+
+
+@pytest.fixture
+def manifest() -> Manifest:
+    """orders -> clean (ephemeral) -> a -> c, and a -> d (view) -> e; b reads nothing of it."""
+    def id(name: str) -> str:
+        return f"model.shop.{name}"
+
+    return Manifest({
+        "project": "shop", "tests": {}, "exposures": {}, "macros": [], "stamp": [],
+        "sources": {"source.shop.app.orders": {"schema": "public", "alias": "orders", "name": "orders"}},
+        "nodes": {id("clean"): node("clean", "source.shop.app.orders", materialized="ephemeral"),
+                  id("a"): node("a", id("clean")), id("b"): node("b"), id("c"): node("c", id("a"), id("b")),
+                  id("d"): node("d", id("a"), materialized="view"), id("e"): node("e", id("d"))}})
+
+
+def names(ids: Any) -> list[str]:
+    return sorted(id.rpartition(".")[2] for id in ids)
+
+
+def test_what_is_downstream_of_a_table(manifest: Manifest) -> None:
+    (source,) = manifest.of_tables([("public", "orders"), ("public", "unknown")])
+    assert names(manifest.downstream([source])) == ["a", "c", "clean", "d", "e"]
+    assert names(manifest.upstream(["model.shop.c"])) == ["a", "b", "clean"]
+
+
+def test_levels_come_in_the_order_of_building_and_look_through_ephemeral_models(manifest: Manifest) -> None:
+    ids = {f"model.shop.{name}" for name in "acde"}
+    assert [names(level) for level in manifest.levels(ids)] == [["a"], ["c", "d"], ["e"]]
+    assert manifest.reads("model.shop.a") == {"source.shop.app.orders"}
+
+
+def test_a_model_is_found_by_its_name_and_a_slip_is_named(manifest: Manifest) -> None:
+    assert manifest.node("a").id == "model.shop.a"
+    with pytest.raises(DeclarationError, match='no model "cleen".*Did you mean "clean"'):
+        manifest.node("cleen")
+
+
+def request(id: int, **more: Any) -> dict[str, Any]:
+    return {"id": id, "models": [], "tables": [], "upstream": False, "gate": False, "full_refresh": False, "vars": {},
+            **more}
+
+
+def test_requests_become_as_few_invocations_as_can_be(manifest: Manifest) -> None:
+    wishes, refused = wishes_of(manifest, [
+        request(1, models=["a"]), request(2, tables=["public.orders"]), request(3, models=["c"], upstream=True),
+        request(4, models=["b"], gate=True), request(5, models=["nowhere"])])
+    assert [(wish.ids, names(wish.nodes), names(wish.whole)) for wish in wishes] == [
+        ([1, 2, 3], ["a", "b", "c", "d", "e"], ["a", "b", "c"]), ([4], ["b"], ["b"])]
+    assert list(refused) == [5] and "nowhere" in refused[5]
+
+
+def test_a_profile_is_what_the_url_says_and_holds_no_password(tmp_path: Path) -> None:
+    output, password = outputs("postgresql://ann:s%40fe@db.example:5433/shop?sslmode=require", "marts", 4, "x")
+    write_profile(tmp_path, "prod", output)
+    assert (output["host"], output["port"], output["user"], output["dbname"], output["sslmode"]) == (
+        "db.example", 5433, "ann", "shop", "require")
+    assert password == "s@fe" and "s@fe" not in (tmp_path / "profiles.yml").read_text()
+    assert (tmp_path / "profiles.yml").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_profile_finds_a_unix_socket(monkeypatch: pytest.MonkeyPatch) -> None:
+    output, _ = outputs("postgresql://ann@/shop?host=/run/pg&port=5439", "public", 1, "x")
+    assert (output["host"], output["port"], output["dbname"]) == ("/run/pg", 5439, "shop")
+    monkeypatch.setenv("PGHOST", "/tmp/s")
+    monkeypatch.setenv("PGUSER", "bob")
+    output, _ = outputs(None, "public", 1, "x")
+    assert (output["host"], output["port"], output["user"], output["dbname"]) == ("/tmp/s", 5432, "bob", "bob")
+
+
+@pytest.mark.parametrize(("version", "said"), [("2.0.9", "which Anton cannot use"), (None, "is not installed")])
+def test_a_dbt_that_cannot_be_used_is_named_with_the_one_that_can(version: str | None, said: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{said}.*anton-framework\[dbt\]"):
+        check_version(version)
+    check_version("1.11.16")
+
+
+GIVEN = """name: 'shop'   # ours
+version: "1.0"
+macro-paths: ["our_macros"]
+
+models:
+  # all of them
+  shop:
+    +materialized: table
+
+seeds: {}
+"""
+
+
+def test_init_adds_two_lines_a_kind_keeps_comments_and_does_nothing_the_second_time(tmp_path: Path) -> None:
+    (tmp_path / "dbt_project.yml").write_text(GIVEN)
+    assert stamp(tmp_path)[0] is None and hooks_missing(GIVEN) == ["models", "seeds", "snapshots"]
+    assert init(tmp_path)
+    text = (tmp_path / "dbt_project.yml").read_text()
+    added = '  +pre-hook: "{{ anton_before() }}"\n  +post-hook: "{{ anton_after() }}"\n'
+    wanted = GIVEN.replace("models:\n", f"models:\n{added}").replace("seeds: {}\n", f"seeds:\n{added}")
+    assert text == wanted + f"\nsnapshots:\n{added}"
+    assert (tmp_path / "our_macros" / "anton" / "anton.sql").exists() and len(set(stamp(tmp_path))) == 1
+    assert init(tmp_path) == [] and hooks_missing(text) == []
+
+
+def test_init_brings_older_macros_up_to_date(tmp_path: Path) -> None:
+    (tmp_path / "dbt_project.yml").write_text(GIVEN)
+    init(tmp_path)
+    (tmp_path / "our_macros" / "anton" / "anton.sql").write_text("{#- Anton's dbt macros, version 0. -#}")
+    assert stamp(tmp_path)[0] == 0
+    assert init(tmp_path) == ["our_macros/anton/anton.sql: brought up to date"]
+
+
+def test_init_does_not_touch_hooks_that_are_there_and_says_what_to_add() -> None:
+    with pytest.raises(ConfigError, match=r"models: has a post-hook of its own.*anton_after"):
+        with_hooks('name: shop\nmodels:\n  +post-hook: "analyze {{ this }}"\n')
+    kept = ('name: shop\nmodels:\n  +pre-hook: "{{ anton_before() }}"\n  +post-hook:\n    - "analyze {{ this }}"\n'
+            '    - "{{ anton_after() }}"\n')
+    assert with_hooks(kept).startswith(kept)
+
+
+@pytest.mark.parametrize(("text", "folder"), [
+    ("name: x", "macros/anton"), ('macro-paths: ["m"]', "m/anton"), ("macro-paths:\n  - more\n", "more/anton")])
+def test_macros_go_where_the_project_keeps_its_own(text: str, folder: str) -> None:
+    assert macro_folder(text) == folder
+
+
+def test_init_makes_a_project_where_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                  capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["dbt", "init"]) == 0
+    assert "a new project" in capsys.readouterr().out and name_of(tmp_path / "dbt_project") == "dbt_project"
+    assert main(["dbt", "init"]) == 0 and "is up to date" in capsys.readouterr().out
+
+
+def test_doctor_names_a_project_with_other_macros_and_none_that_has_nothing_of_antons(
+        tmp_path: Path, pg: Pg, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    init(tmp_path / "dbt_project")
+    (tmp_path / "main.py").write_text("from anton import DbtProject\nDbtProject()\n")
+    main(["--database", pg.url, "doctor"])
+    assert "dbt dbt_project" not in capsys.readouterr().out
+    (tmp_path / "dbt_project" / "macros" / "anton" / "anton.sql").write_text("{#- version 0. -#}")
+    assert main(["--database", pg.url, "doctor"]) == 1
+    assert "dbt dbt_project: has Anton's macros in version 0" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "dbt_project" / "macros")
+    main(["--database", pg.url, "doctor"])
+    assert "has Anton's hooks, and the macros are not there" in capsys.readouterr().out
+    (tmp_path / "dbt_project" / "dbt_project.yml").write_text("name: shop\n")
+    main(["--database", pg.url, "doctor"])
+    assert "dbt dbt_project" not in capsys.readouterr().out
+
+
+@pytest.fixture
+def ask(pg: Pg) -> Any:
+    pg.sql("select anton.put_dbt_project('{\"app\": \"shop\", \"name\": \"dbt:shop\"}')")
+
+    def ask(**what: Any) -> int:
+        return int(pg.value("select anton.dbt_ask('shop', 'shop', %s::jsonb)", json.dumps(what)))
+
+    return ask
+
+
+WHEN = {"merge": "when", "debounce": "2 s", "max_wait": "5 s"}
+
+
+def test_changes_in_quick_succession_put_one_request_off_until_max_wait(pg: Pg, ask: Any) -> None:
+    first = ask(**WHEN, tables=["public.orders"])
+    due = "select extract(epoch from due_at - first_at)::float from anton.dbt_request"
+    assert pg.value(due) == 2
+    pg.sql("update anton.dbt_request set first_at = first_at - interval '1 s', due_at = due_at - interval '1 s'")
+    assert ask(**WHEN, tables=["public.items"]) == first and 2.9 < pg.value(due) < 5
+    pg.sql("update anton.dbt_request set first_at = first_at - interval '9 s', due_at = due_at - interval '9 s'")
+    assert ask(**WHEN, tables=["public.orders"]) == first and pg.value(due) == 5
+    assert pg.value("select tables from anton.dbt_request") == ["public.items", "public.orders"]
+    assert pg.value("select run_at = due_at from anton.delayed, anton.dbt_request")
+    assert pg.value("select count(*) from anton.job") == 0
+
+
+def test_a_run_takes_what_is_due_and_what_a_dead_one_left_and_no_more(pg: Pg, ask: Any) -> None:
+    left, due, later = ask(models=["a"]), ask(models=["b"]), ask(**WHEN, tables=["public.orders"])
+    pg.sql("insert into anton.dbt_run (app, project, started_at) values ('shop', 'shop', now())",
+           f"update anton.dbt_request set state = 'running', run_id = (select id from anton.dbt_run) where id = {left}")
+    begun = "select array_agg(id order by id) from anton.dbt_begin('shop', 'shop', %s)"
+    assert pg.value(begun, []) == [left, due]
+    assert pg.value("select state from anton.dbt_run order by id limit 1") == "died"
+    assert pg.value(begun, [later]) == [left, due, later]
+
+
+def test_a_run_that_was_taken_over_notes_nothing_more(pg: Pg, ask: Any) -> None:
+    ask(models=["a"])
+    first = pg.value("select run_id from anton.dbt_begin('shop', 'shop', '{}')")
+    second = pg.value("select run_id from anton.dbt_begin('shop', 'shop', '{}')")
+    finish = "select anton.dbt_finish(%s, 'done', null, '{}', '[]')"
+    assert [pg.value(finish, run) for run in (first, second)] == [False, True]
+    assert pg.sql("select state from anton.dbt_request") == [("done",)]
+
+
+def test_what_is_put_back_joins_the_request_that_waits_by_now(pg: Pg, ask: Any) -> None:
+    ask(**WHEN, tables=["public.orders"])
+    run = pg.value("select run_id from anton.dbt_begin('shop', 'shop', (select array_agg(id) from anton.dbt_request))")
+    newer = ask(**WHEN, tables=["public.items"])
+    pg.sql(f"select anton.dbt_put_back({run}, 'broken', 'shop', '{{}}')")
+    waiting = pg.sql("select id, tables from anton.dbt_request where state = 'waiting'")
+    assert waiting == [(newer, ["public.items", "public.orders"])]
+
+
+def test_a_project_that_was_never_migrated_is_named(pg: Pg) -> None:
+    with pytest.raises(Exception, match='no dbt project "shop" in app "shop"'):
+        pg.sql("select anton.dbt_ask('shop', 'shop', '{}')")

@@ -1,0 +1,362 @@
+"""A dbt project as an app has it, with the real dbt: one warm child for the whole file."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+from servers import Server
+from shop import Shop
+
+from anton.cli import main
+from anton.db import Portal, set_database
+from anton.dbt.project import DbtProject
+from anton.dbt.requests import alone
+from anton.errors import DeclarationError, WriteError
+from anton.migrate import migrate
+from anton.rebuilt import Failed, Rebuilt
+from anton.table import Table
+from anton.worker import Worker
+from anton.write import transaction
+
+PROJECT = Path(__file__).parent / "data" / "dbt_shop"
+
+
+class Order(BaseModel):
+    id: int
+    customer: str
+    total: Decimal
+
+
+class Revenue(BaseModel):
+    customer: str
+    revenue: Decimal
+
+
+class Live:
+    """The app on a database of its own, its worker's loop, and what its handlers were told since the last look."""
+
+    def __init__(self, url: str, folder: Path) -> None:
+        self.folder = folder / "dbt_project"
+        shutil.copytree(PROJECT, self.folder)
+        self.shop = Shop(url, folder)
+        self.loop = Portal()
+        self.told: list[Any] = []
+        self.shop.declare(self.declare)
+        set_database(self.shop.db)
+        self.plan = self.loop.run(migrate(self.shop.db, self.shop.app))  # in the worker's loop, so that the child stays
+
+    def declare(self) -> None:
+        self.orders = Table("orders", Order)
+        self.project = DbtProject("dbt_project")
+        self.revenue = self.project.model("revenue", Revenue)
+        self.total = self.project.model("total")
+        self.revenue.on_rebuilt(self.told.append, name="rebuilt")
+        self.revenue.on_failed(self.told.append, name="failed")
+        self.revenue.on_changes(self.hear, name="changes")
+        self.project.run_when(self.orders, debounce=0, max_wait=0)
+
+    def hear(self, records: Any) -> None:
+        self.told += [(change.op, change.key) for change in records.changes]
+
+    def work(self) -> list[Any]:
+        """Works until nothing is left; what was told meanwhile."""
+        self.told.clear()
+
+        async def work() -> None:
+            await Worker(self.shop.db, self.shop.app).run_until_idle()
+
+        self.loop.run(work())
+        return list(self.told)
+
+    def order(self, id: int, customer: str, total: int) -> list[Any]:
+        self.shop.sql(f"insert into orders values ({id}, '{customer}', {total})")
+        return self.work()
+
+    def last_run(self) -> tuple[str, dict[str, str]]:
+        """Its state, and the status of each node."""
+        (id, state), = self.shop.sql("select id, state from anton.dbt_run order by id desc limit 1")
+        nodes = self.shop.sql(f"select unique_id, status from anton.dbt_result where run_id = {id}")
+        return state, {name.rpartition(".")[2]: status for name, status in nodes}
+
+    @property
+    def child(self) -> int:
+        runner = self.project.work._runner
+        assert runner is not None and runner.pid is not None
+        return runner.pid
+
+    def close(self) -> None:
+        self.loop.run(self.shop.db.close())
+        self.loop.stop()
+
+
+@pytest.fixture(scope="module")
+def shared(server: Server, template: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    name = server.clone(template)
+    live = Live(server.url(name), tmp_path_factory.mktemp("shop"))
+    try:
+        yield live
+    finally:
+        live.close()
+        set_database(None)
+    server.drop(name)
+
+
+@pytest.fixture
+def live(shared: Live) -> Iterator[Live]:
+    """The app with three orders, all built; what a test put into the project is taken out again."""
+    set_database(shared.shop.db)
+    before = {file for file in shared.folder.rglob("*") if file.is_file()}
+    shared.shop.sql("truncate orders", "insert into orders values (1, 'ann', 50), (2, 'bob', 200), (3, 'ann', 0)")
+    shared.work()
+    yield shared
+    for file in {file for file in shared.folder.rglob("*") if file.is_file()} - before:
+        file.unlink()
+    set_database(None)
+
+
+def content(folder: Path) -> dict[str, str]:
+    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+            for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def test_a_change_builds_what_is_downstream_and_the_records_that_differ_are_events(live: Live) -> None:
+    before = content(live.folder)
+    rebuilt, *changes = live.order(4, "ann", 100)
+    assert isinstance(rebuilt, Rebuilt) and (rebuilt.new, rebuilt.updated, rebuilt.deleted) == (0, 1, 0)
+    assert changes == [("updated", "ann")]
+    assert live.last_run() == ("done", {"revenue": "success", "big": "success", "total": "success"})
+    found = live.revenue.select().order_by("customer")
+    assert [(one.customer, one.revenue) for one in found] == [("ann", 150), ("bob", 200)]
+    assert content(live.folder) == before                              # hooks were put in in memory
+
+
+def test_what_is_asked_for_commits_with_what_surrounds_it_and_becomes_one_run(live: Live) -> None:
+    runs = "select count(*) from anton.dbt_run"
+    before = live.shop.sql(runs)
+    with pytest.raises(RuntimeError), transaction():
+        live.revenue.run()
+        raise RuntimeError
+    live.work()
+    assert live.shop.sql(runs) == before
+    for _ in range(3):
+        live.revenue.run()
+    live.total.run(upstream=True)
+    live.work()
+    assert live.shop.sql(runs)[0][0] == before[0][0] + 1
+    assert live.last_run() == ("done", {"revenue": "success", "total": "success"})
+    assert live.shop.sql("select distinct state from anton.dbt_request") == [("done",)]
+
+
+def test_a_failing_test_rolls_a_gated_build_back_and_the_old_table_stays(live: Live) -> None:
+    live.shop.sql("alter table orders disable trigger user", "insert into orders values (9, 'eve', 2000000)",
+                  "alter table orders enable trigger user")
+    live.revenue.run(gate=True)
+    (failed,) = live.work()
+    assert isinstance(failed, Failed) and "no_millions" in failed.error
+    assert live.shop.sql("select count(*) from revenue where customer = 'eve'") == [(0,)]
+    assert live.last_run() == ("failed", {"revenue": "error"})
+    live.revenue.run()
+    assert ("new", "eve") in live.work()                               # without gate= nothing stands in its way
+
+
+def test_a_model_that_fails_is_told_and_leaves_the_others_alone(live: Live) -> None:
+    bad = live.folder / "models" / "revenue.sql"
+    good = bad.read_text()
+    try:
+        bad.write_text("select customer, 1/0 as revenue from {{ ref('good') }}")
+        live.project.run()
+        (failed,) = live.work()
+    finally:
+        bad.write_text(good)
+    assert isinstance(failed, Failed) and "division by zero" in failed.error
+    state, nodes = live.last_run()
+    assert state == "failed" and nodes == {"revenue": "error", "big": "skipped", "total": "skipped"}
+
+
+def test_a_project_that_cannot_be_read_makes_requests_wait_until_it_can(live: Live) -> None:
+    bad = live.folder / "models" / "wrong.sql"
+    bad.write_text("select * from {{ ref('nowhere') }}")
+    live.revenue.run()
+    told = live.work()
+    assert [type(one) for one in told] == [Failed] and "nowhere" in told[0].error
+    assert live.shop.sql("select state from anton.dbt_request order by id desc limit 1") == [("waiting",)]
+    bad.unlink()
+    live.shop.sql("update anton.delayed set run_at = now()")
+    assert [type(one) for one in live.work()] == [Rebuilt]
+    assert live.shop.sql("select state from anton.dbt_request order by id desc limit 1") == [("done",)]
+
+
+def test_what_reads_a_model_that_did_not_change_is_left_out(live: Live) -> None:
+    live.project.work.seconds = dict.fromkeys(("model.shop.total", "model.shop.big"), 60.0)   # so that it pays
+    (rebuilt,) = live.order(5, "bob", 0)
+    assert isinstance(rebuilt, Rebuilt) and not rebuilt and live.last_run() == ("done", {"revenue": "success"})
+    live.project.work.seconds = dict.fromkeys(("model.shop.total", "model.shop.big"), 60.0)
+    live.order(6, "bob", 1)
+    assert live.last_run() == ("done", {"revenue": "success", "big": "success", "total": "success"})
+
+
+EVE = {"customer": "eve", "revenue": 1}
+
+
+@pytest.mark.parametrize("write", [
+    lambda table: table.append(EVE), lambda table: table.extend([EVE]), lambda table: table.upsert(EVE),
+    lambda table: table.select().delete(), lambda table: table.select(customer="ann").update(revenue=1)],
+    ids=["append", "extend", "upsert", "delete", "update"])
+def test_a_model_is_read_only_and_says_who_writes_it(shared: Live, write: Callable[[Any], None]) -> None:
+    set_database(shared.shop.db)
+    with pytest.raises(WriteError, match=r'dbt writes it, as model "revenue"'):
+        write(shared.revenue)
+
+
+def test_a_build_that_takes_too_long_is_ended_with_its_query(live: Live) -> None:
+    (live.folder / "models" / "slow.sql").write_text("select 1 as id from pg_sleep(60)")
+    live.project.run("slow", timeout=0.3)
+    live.work()
+    assert live.last_run() == ("failed", {"slow": "error"})
+    ((state, error),) = live.shop.sql("select state, error from anton.dbt_request order by id desc limit 1")
+    assert state == "failed" and "longer than" in error
+    assert live.shop.sql("select count(*) from pg_stat_activity where query like '%pg_sleep(60)%' "
+                         "and pid <> pg_backend_pid()") == [(0,)]
+
+
+def test_a_child_that_is_killed_in_a_build_is_replaced_and_nothing_fires_twice(live: Live) -> None:
+    killing = asyncio.run_coroutine_threadsafe(hold(live), live.loop.loop)
+    live.shop.sql("insert into orders values (7, 'cleo', 70)")
+    told = live.work()
+    killed = killing.result(10)
+    assert killed != live.child
+    assert [one for one in told if not isinstance(one, Rebuilt)] == [("new", "cleo")]
+    assert live.shop.sql("select count(*) from revenue where customer = 'cleo'") == [(1,)]
+
+
+WAITING = "select count(*) from pg_stat_activity where application_name like 'anton-dbt-%' and wait_event_type = 'Lock'"
+
+
+async def hold(live: Live) -> int:
+    """Keeps the build at its table until the child at work on it is killed; its number."""
+    conn = await live.shop.db.connect()
+    async with conn.transaction():
+        await conn.execute("lock table revenue in access exclusive mode")
+        async with live.shop.db.conn() as look:                        # in no transaction, which would see what it saw
+            while not await look.fetchval(WAITING):  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+        child = live.child
+        os.kill(child, signal.SIGKILL)
+    await conn.close()
+    return child
+
+
+def test_what_a_dead_worker_was_at_is_built_by_the_next(live: Live) -> None:
+    live.shop.sql("insert into anton.dbt_run (app, project, started_at) values ('shop', 'shop', now())",
+                  "insert into anton.dbt_request (app, project, models, state, run_id, first_at, due_at) "
+                  "select 'shop', 'shop', '{total}', 'running', max(id), now(), now() from anton.dbt_run")
+    live.revenue.run()
+    live.work()
+    assert live.last_run() == ("done", {"revenue": "success", "total": "success"})
+    assert live.shop.sql("select count(*) from anton.dbt_run where state = 'died'") == [(1,)]
+
+
+def test_one_run_at_a_time(live: Live) -> None:
+    async def race() -> list[str]:
+        told: list[str] = []
+        entered, leave = asyncio.Event(), asyncio.Event()
+
+        async def first() -> None:
+            async with alone(live.shop.db, "x"):
+                told.append("first in")
+                entered.set()
+                await leave.wait()
+                told.append("first out")
+
+        async def second() -> None:
+            await entered.wait()
+            asyncio.get_running_loop().call_soon(leave.set)
+            async with alone(live.shop.db, "x"):
+                told.append("second in")
+
+        await asyncio.gather(first(), second())
+        return told
+
+    assert live.loop.run(race()) == ["first in", "first out", "second in"]
+
+
+def test_a_table_that_was_made_without_hooks_is_found_by_housekeeping(live: Live) -> None:
+    live.shop.sql("begin; create table r2 as table revenue; drop table revenue cascade; "
+                  "alter table r2 rename to revenue; commit")
+    done = list(iter(lambda: live.shop.sql("select anton.maintain()")[0][0], None))
+    assert "1 tables found that dbt made anew without hooks" in done
+    (rebuilt,) = live.work()
+    assert isinstance(rebuilt, Rebuilt) and rebuilt.changed is None
+    assert live.shop.sql("select 1 from pg_trigger where tgrelid = 'revenue'::regclass and not tgisinternal")
+    found = live.shop.sql("select problem from anton.findings() where subject = 'public.revenue'")
+    assert found == [("built without Anton's hooks: records were not compared",)]
+    live.revenue.run()
+    live.work()
+    assert live.shop.sql("select problem from anton.findings() where kind = 'dbt'") == []
+
+
+def test_a_name_that_is_no_model_is_refused_with_the_likely_one(live: Live) -> None:
+    def declare() -> None:
+        DbtProject("dbt_project").model("revenu")
+
+    shop = Shop(live.shop.url, live.shop.folder, "other").declare(declare)
+    with pytest.raises(DeclarationError, match='Did you mean "revenue"'):
+        shop.migrate()
+
+
+def test_what_is_downstream_of_a_model_can_wait_for_its_builds(live: Live) -> None:
+    def declare() -> None:
+        project = DbtProject("dbt_project")
+        project.run_when(project.model("big"))
+        project.run_on("0 3 * * *", models=["total"])
+
+    shop = Shop(live.shop.url, live.shop.folder, "third").declare(declare)
+    live.loop.run(migrate(shop.db, shop.app))
+    found = shop.sql("select name, ops from anton.handler where app = 'third' and enabled order by name")
+    assert found == [("dbt:shop", []), ("dbt:shop at 0 3 * * * total", []), ("dbt:shop when big", ["rebuilt"])]
+    live.project.run("big")
+    live.work()
+    waiting = "select count(*) from anton.job j join anton.handler h on h.id = j.handler_id where h.app = 'third'"
+    assert shop.sql(waiting) == [(1,)]
+    shop.declare(lambda: None)
+    live.loop.run(migrate(shop.db, shop.app))
+
+
+def test_columns_are_followed_through_what_dbt_compiled(shared: Live) -> None:
+    found = shared.project.graph().columns
+    assert found["public.revenue", "revenue"] == {("public.orders", "total")}      # through an ephemeral model
+    assert found["public.total", "total"] == {("public.revenue", "revenue")}
+
+
+def test_commands_that_build_nothing_answer_in_lines(live: Live) -> None:
+    runner = live.project.work._runner
+    assert runner is not None
+    done = live.loop.run(runner.invoke(["ls", "--resource-type", "source"]))
+    assert (done.success, done.lines) == (True, ["source:shop.app.orders"])
+    done = live.loop.run(runner.invoke(["ls", "--wrong"]))
+    assert not done.success and "--wrong" in (done.error or "")
+
+
+def test_anton_dbt_hands_arguments_on_and_shows_progress(live: Live, monkeypatch: pytest.MonkeyPatch,
+                                                         capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(live.shop.folder)
+    url = ["--database", live.shop.url]
+    assert main([*url, "dbt", "run", "--select", "revenue", "--full-refresh"]) == 0
+    out = capfd.readouterr().out
+    assert "1 of 1 OK created sql table model public.revenue" in out and "Done. PASS=1" in out
+    assert main([*url, "dbt", "changes", "revenue", "--limit", "1"]) == 0
+    assert "table" in capfd.readouterr().out
+    assert main([*url, "dbt", "lineage", "total"]) == 0
+    out = capfd.readouterr().out
+    assert "from revenue" in out and "total <- public.revenue.revenue" in out
+    set_database(live.shop.db)

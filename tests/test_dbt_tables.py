@@ -1,0 +1,318 @@
+"""Real dbt on real tables: what its builds do to a table with handlers on it, and what Anton's macros make of that."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psycopg
+import pytest
+from pg import Event, Pg
+
+from chaos.dbts import Child, Failed, Project
+
+
+@pytest.fixture
+def dbt(pg: Pg, dbt_child: Child, tmp_path: Path) -> Project:
+    pg.sql(
+        "create table src (id int primary key, name text, n numeric)",
+        "insert into src select g, 'c' || g, g * 10 from generate_series(1, 5) g",
+    )
+    return Project(dbt_child, tmp_path / "shop", pg.url)
+
+
+def register(pg: Pg, name: str, *key: str, kind: str = "model") -> None:
+    pg.sql("select anton.dbt_register('shop', %s, 'public', %s, %s)", args=(f"{kind}.shop.{name}", name, list(key)))
+
+
+CHANGE = ("update src set n = 0 where id = 3", "delete from src where id = 1", "insert into src values (6, 'c6', 60)")
+
+
+@pytest.mark.parametrize("how", ["table", "anton_table"])
+def test_what_differs_is_what_is_heard(dbt: Project, pg: Pg, how: str) -> None:
+    dbt.model("daily", "select * from src", materialized=how, unique_key="id")
+    register(pg, "daily", "id")
+    every = pg.listen("daily", "new", "updated", "deleted", read="change")
+    rebuilt = pg.listen("daily", "rebuilt")
+    dbt("run")
+    first = pg.value("select 'daily'::regclass::oid")
+    dbt("run")
+    assert pg.events(every) == []
+    pg.sql(*CHANGE)
+    dbt("run")
+    assert {(e.op, e.key) for e in pg.events(every)} == {("d", 1), ("u", 3), ("n", 6)}
+    told = [event.key for event in pg.events(rebuilt)]
+    assert [(one["initial"], one["new"], one["updated"], one["deleted"]) for one in told] == [
+        (True, 5, None, None),
+        (False, 0, 0, 0),
+        (False, 1, 1, 1),
+    ]
+    assert len({one["run"] for one in told}) == 3
+    assert (pg.value("select 'daily'::regclass::oid") == first) == (how == "anton_table")
+
+
+def test_an_incremental_model_is_netted_by_key(dbt: Project, pg: Pg) -> None:
+    """delete+insert shows each record of the batch as deleted and new; of them only what differs is heard."""
+    dbt.model(
+        "daily",
+        "select * from src {% if is_incremental() %} where id >= 2 {% endif %}",
+        materialized="incremental",
+        unique_key="id",
+    )
+    register(pg, "daily", "id")
+    every = pg.listen("daily", "new", "updated", "deleted", read="change")
+    rebuilt = pg.listen("daily", "rebuilt")
+    dbt("run")
+    dbt("run")
+    assert pg.events(every) == []
+    pg.sql(*CHANGE)
+    dbt("run")
+    assert {(e.op, e.key) for e in pg.events(every)} == {("u", 3), ("n", 6)}  # 1 is not in the batch
+    dbt("run", "--full-refresh")
+    assert pg.events(every) == [Event("d", 1, {"id": 1, "name": "c1", "n": 10})]
+    assert [one.key["full"] for one in pg.events(rebuilt)] == [True, False, False, True]
+
+
+def test_an_incremental_model_may_get_a_column_while_it_is_built(dbt: Project, pg: Pg) -> None:
+    dbt.model(
+        "daily",
+        "select id, name from src",
+        materialized="incremental",
+        unique_key="id",
+        on_schema_change="append_new_columns",
+    )
+    register(pg, "daily", "id")
+    every = pg.listen("daily", "new", "updated", "deleted", read="change")
+    rebuilt = pg.listen("daily", "rebuilt")
+    dbt("run")
+    pg.sql(*CHANGE)
+    dbt.model(
+        "daily",
+        "select id, name, n from src",
+        materialized="incremental",
+        unique_key="id",
+        on_schema_change="append_new_columns",
+    )
+    dbt("run")
+    assert [one.key["schema_changed"] for one in pg.events(rebuilt)] == [False, True]
+    assert [(e.op, e.key) for e in pg.events(every)] == [("n", 6)]
+    pg.sql("update src set n = 5 where id = 6")
+    dbt("run")
+    assert [(e.op, e.key, e.new["n"]) for e in pg.events(every)] == [("u", 6, 5)]
+
+
+def test_a_seed_that_is_filled_again_fires_what_differs(dbt: Project, pg: Pg) -> None:
+    dbt.file("seeds/lands.csv", "code,land\nDE,Germany\nFR,France\n")
+    register(pg, "lands", "code", kind="seed")
+    every = pg.listen("lands", "new", "updated", "deleted", read="change")
+    emptied = pg.listen("lands", "truncate")
+    dbt("seed")
+    dbt("seed")
+    assert pg.events(every) == []
+    dbt.file("seeds/lands.csv", "code,land\nDE,Deutschland\nIT,Italy\n")
+    dbt("seed")
+    assert {(e.op, e.key) for e in pg.events(every)} == {("u", ("DE",)), ("n", ("IT",)), ("d", ("FR",))}
+    pg.sql("grant select on lands to public")
+    dbt.file("seeds/lands.csv", "code,land\nDE,Deutschland\n")
+    dbt("seed", "--full-refresh")
+    assert [(e.op, e.key) for e in pg.events(every)] == [("d", ("IT",))]
+    assert pg.events(emptied) == []
+    assert pg.value("select has_table_privilege('public', 'lands', 'select')")
+
+
+def test_a_snapshot_fires_its_closed_and_its_new_versions(dbt: Project, pg: Pg) -> None:
+    dbt.file(
+        "snapshots/history.sql",
+        "{% snapshot history %}{{ config(unique_key='id', strategy='check', check_cols=['n']) }} "
+        "select * from src {% endsnapshot %}",
+    )
+    register(pg, "history", "dbt_scd_id", kind="snapshot")
+    every = pg.listen("history", "new", "updated", "deleted", read="change")
+    dbt("snapshot")
+    dbt("snapshot")
+    assert pg.events(every) == []
+    pg.sql("update src set n = 0 where id = 3")
+    dbt("snapshot")
+    assert [(e.op, (e.new or {})["id"], (e.new or {})["dbt_valid_to"] is None) for e in pg.events(every)] == [
+        ("u", 3, False),
+        ("n", 3, True),
+    ]
+
+
+def test_views_are_rebuilt_and_no_more(dbt: Project, pg: Pg) -> None:
+    dbt.model("daily", "select * from src", materialized="view")
+    register(pg, "daily")
+    rebuilt = pg.listen("daily", "rebuilt")
+    dbt("run")
+    dbt("run")
+    assert [(one.key["materialized"], one.key["new"]) for one in pg.events(rebuilt)] == [("view", None)] * 2
+    with pytest.raises(psycopg.Error, match="has no key"):
+        pg.put("h", "daily", "new")
+
+
+def test_a_materialized_view_says_whether_it_changed(dbt: Project, pg: Pg) -> None:
+    dbt.model("daily", "select * from src", materialized="materialized_view")
+    register(pg, "daily")
+    rebuilt = pg.listen("daily", "rebuilt")
+    dbt("run")
+    dbt("run")
+    pg.sql(*CHANGE)
+    dbt("run")
+    assert [one.key["changed"] for one in pg.events(rebuilt)] == [True, False, True]
+
+
+def test_a_rebuilt_table_keeps_what_dbt_would_drop(dbt: Project, pg: Pg) -> None:
+    dbt.model("daily", "select * from src", materialized="table")
+    register(pg, "daily", "id")
+    dbt("run")
+    pg.sql(
+        "create table log (n int)",
+        "create function noted() returns trigger language plpgsql as "
+        "$$ begin insert into log values (1); return null; end $$",
+        "create trigger mine after insert on daily for each row execute function noted()",
+        "alter table daily disable trigger mine",
+        "alter table daily add primary key (id)",
+        "create unique index on daily (lower(name))",
+        "grant select (id, n) on daily to public",
+        "create policy few on daily for select to public using (n > 20)",
+        "alter table daily enable row level security, force row level security",
+    )
+    had = pg.sql("select kind, name, sql from anton.dbt_belongings('daily') where kind <> 'key' order by 1, 2, 3")
+    for _ in range(2):
+        dbt("run")
+        assert (
+            pg.sql("select kind, name, sql from anton.dbt_belongings('daily') where kind <> 'key' order by 1, 2, 3")
+            == had
+        )
+        assert pg.value("select count(*) from pg_index where indrelid = 'daily'::regclass and indisunique") == 2
+
+
+def test_a_policy_that_does_not_fit_keeps_the_old_table(dbt: Project, pg: Pg) -> None:
+    dbt.model("daily", "select * from src", materialized="table")
+    dbt("run")
+    pg.sql("create policy few on daily using (n > 20)", "alter table daily enable row level security")
+    dbt.model("daily", "select id, name from src", materialized="table")
+    with pytest.raises(Failed, match="few of public.daily cannot be put onto the new table"):
+        dbt("run")
+    assert pg.value("select relrowsecurity from pg_class where oid = 'daily'::regclass")
+    assert "n" in pg.value("select array_agg(attname::text) from pg_attribute where attrelid = 'daily'::regclass")
+
+
+@pytest.mark.parametrize("how", ["table", "anton_table", "incremental"])
+def test_a_test_that_gates_keeps_bad_rows_out(dbt: Project, pg: Pg, how: str) -> None:
+    dbt.model("daily", "select * from src", materialized=how, unique_key="id")
+    register(pg, "daily", "id")
+    every = [pg.listen("daily", op) for op in ("updated", "rebuilt")]
+    dbt("run")
+    assert len(pg.events(every[1])) == 1
+    pg.sql(
+        "insert into anton.dbt_test (project, unique_id, name, sql, error_if) "
+        "values ('shop', 'model.shop.daily', 'no_negatives', "
+        "'select * from daily where n < 0', '> 1')",
+        "update src set n = -1 where id = 1",
+    )
+    dbt("run", "--vars", "anton_gate: true")  # one is let pass
+    pg.sql("update src set n = -2 where id = 2")
+    assert [len(pg.events(one)) for one in every] == [1, 1]
+    with pytest.raises(Failed, match="test no_negatives of model.shop.daily failed: 2"):
+        dbt("run", "--vars", "anton_gate: true")
+    assert [pg.events(one) for one in every] == [[], []]
+    assert pg.value("select n from daily where id = 2") == 20
+    dbt("run")  # not asked for
+    assert pg.value("select n from daily where id = 2") == -2
+    pg.sql("update anton.dbt_test set always = true")
+    with pytest.raises(Failed, match="no_negatives"):
+        dbt("run")
+    pg.sql("update anton.dbt_test set severity = 'warn'")
+    dbt("run")
+
+
+def test_nothing_is_done_where_anton_is_not(dbt: Project, pg: Pg, bare: str) -> None:
+    """On a database without Anton, and when it is told not to."""
+    with psycopg.connect(bare) as conn:
+        conn.execute("create table src as select 1 as id, 'a' as name, 2 as n")
+    elsewhere = Project(dbt.child, dbt.folder.parent / "elsewhere", bare)
+    for how in ("table", "view", "anton_table", "incremental", "materialized_view"):
+        elsewhere.model(f"m_{how}", "select * from src", materialized=how, unique_key="id")
+    elsewhere.file("seeds/lands.csv", "code,land\nDE,Germany\n")
+    for _ in range(2):
+        elsewhere("build")
+    dbt.model("daily", "select * from src", materialized="table")
+    dbt("run", "--vars", "anton_enabled: false")
+    assert pg.value("select count(*) from anton.dbt_build") == 0
+
+
+def test_views_that_others_made_read_the_new_table(dbt: Project, pg: Pg) -> None:
+    dbt.model("daily", "select * from src", materialized="table")
+    dbt.model("of_dbt", "select id from {{ ref('daily') }}", materialized="view")
+    dbt("run")
+    pg.sql(
+        "create view outside with (security_barrier = true) as "
+        "select d.id, daily.n from daily, daily d where d.id = daily.id",
+        "create view over_it as select count(*) from outside",
+        "grant select on outside to public",
+    )
+    pg.sql(*CHANGE)
+    for _ in range(2):
+        dbt("run")
+    assert (
+        pg.value("select sum(n) from outside") == pg.value("select sum(n) from src")
+        and pg.value("select * from over_it") == 5
+    )
+    assert pg.value("select reloptions from pg_class where relname = 'outside'") == ["security_barrier=true"]
+    assert pg.value("select has_table_privilege('public', 'outside', 'select')")
+    pg.sql("create materialized view kept as select * from daily")
+    dbt("run")
+    assert "kept is lost" in pg.value(
+        "select note from anton.dbt_build where unique_id = 'model.shop.daily' order by id desc limit 1"
+    )
+
+
+def test_a_role_that_only_builds_needs_no_right_in_the_runtime_but_to_use_its_schema(
+    dbt: Project, pg: Pg, dbt_child: Child, tmp_path: Path
+) -> None:
+    pg.sql(
+        "do $$ begin create role builder login password 'b'; "
+        "exception when duplicate_object then null; end $$",
+        "grant create, usage on schema public to builder",
+        "grant usage on schema anton to builder",
+        "grant select on src to builder",
+    )
+    theirs = Project(dbt_child, tmp_path / "theirs", pg.url, user="builder", password="b")
+    theirs.model("daily", "select * from src", materialized="table")
+    theirs.model("hourly", "select * from src", materialized="incremental", unique_key="id")
+    heard = {}
+    for name in ("daily", "hourly"):
+        register(pg, name, "id")
+        heard[name] = pg.listen(name, "new", "updated", "deleted", read="change")
+    rebuilt = pg.listen("daily", "rebuilt")
+    theirs("run")
+    theirs("run")
+    assert [pg.events(one) for one in heard.values()] == [[], []]
+    pg.sql(*CHANGE)
+    theirs("run")
+    assert {(e.op, e.key) for e in pg.events(heard["daily"])} == {("d", 1), ("u", 3), ("n", 6)}
+    assert {(e.op, e.key) for e in pg.events(heard["hourly"])} == {("u", 3), ("n", 6)}
+    assert len(pg.events(rebuilt)) == 3
+    with psycopg.connect(pg.url, user="builder", password="b", autocommit=True) as conn:
+        with pytest.raises(psycopg.errors.InsufficientPrivilege):
+            conn.execute("delete from anton.job")
+        with pytest.raises(psycopg.errors.InsufficientPrivilege, match="is not the table of"):
+            close = """select anton.dbt_close('{"schema": "public", "name": "src"}', '{}', null, null, null, false)"""
+            conn.execute(close)
+    pg.sql("drop table daily, hourly", "revoke all on schema anton, public from builder")
+
+
+def test_the_demo_project_builds_and_its_tests_pass(pg: Pg, dbt_child: Child, tmp_path: Path) -> None:
+    pg.sql(
+        "create table orders (id int primary key, customer text, country text, total numeric, status text, "
+        "placed_at timestamptz)",
+        "insert into orders select g, 'c' || g % 3, (array['DE', 'FR'])[1 + g % 2], g, 'paid', "
+        "timestamptz '2026-01-01' + g * interval '1 h' "
+        "from generate_series(1, 60) g",
+    )
+    demo = Project(dbt_child, tmp_path / "demo", pg.url, demo=True)
+    for _ in range(2):
+        nodes = demo("build")["nodes"]
+    assert {status for status, _ in nodes.values()} == {"success", "pass"} and len(nodes) > 10
+    assert pg.value("select count(distinct unique_id) from anton.dbt_build") == 6
+    assert pg.sql("select code, revenue from revenue_by_country order by 1") == [("DE", 930), ("FR", 900), ("IT", 0)]
