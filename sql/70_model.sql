@@ -203,10 +203,8 @@ begin
          new_n = m.new_n, updated_n = m.updated_n, deleted_n = m.deleted_n, jobs = coalesce(cardinality(p_jobs), 0)
    where id = m.id returning * into m;
   perform recover(h.id) from handler h where h.model_id = m.id and h.failing_since is not null;
-  if to_regprocedure('rebuilt(int, jsonb, "char")') is not null then
-    perform rebuilt(m.table_id, jsonb_build_object('new', m.new_n, 'updated', m.updated_n, 'deleted', m.deleted_n, 'initial', v_initial, 'full', m.is_full,
-                                                   'changed', m.new_n + m.updated_n + m.deleted_n > 0), 'r'::"char");
-  end if;
+  perform rebuilt(m.table_id, jsonb_build_object('new', m.new_n, 'updated', m.updated_n, 'deleted', m.deleted_n, 'initial', v_initial, 'full', m.is_full,
+                                                 'changed', m.new_n + m.updated_n + m.deleted_n > 0), 'r'::"char");
   return m;
 end $$;
 
