@@ -226,6 +226,18 @@ def test_at_its_budget_a_handler_waits_says_so_and_goes_on_in_the_next_period(li
     assert rows(live, "select bool_and(settled <= 1 and reserved = 0), count(*) from anton.spent") == [(True, 2)]
 
 
+def test_a_handler_that_waits_for_a_budget_that_was_raised_goes_on_when_it_is_resumed(live, llm):
+    declare(live, openai(llm, max_tokens=10, budget="1 USD/day"), concurrency=1)
+    ask(live, *(f"q{n}" for n in range(200)))
+    done = len(live.records("answers"))
+    rows(live, "update anton.budget set amount = 100")
+    live.run()
+    assert len(live.records("answers")) == done
+    rows(live, "select anton.resume('OpenAiCompletion')")
+    live.run()
+    assert len(live.records("answers")) == 200 and not live.dead
+
+
 def test_what_calls_in_flight_may_cost_is_held_back(live, llm):
     llm.delay = 0.05
     declare(live, openai(llm, max_tokens=400, budget="1 USD/day"), concurrency=20)   # at most 0.95 or so each
