@@ -11,6 +11,7 @@ import logging
 import re
 import sys
 from collections.abc import Callable, Sequence
+from decimal import Decimal
 from typing import Any, NoReturn
 
 from anton import verbs
@@ -119,6 +120,17 @@ def parser() -> argparse.ArgumentParser:
     noun = _noun(every, "actions", "effects in outside systems")
     _some(_verb(noun, "list", verbs.actions_list), "--name")
     _verb(noun, "show", verbs.actions_show).add_argument("id", type=int)
+    noun = _noun(every, "costs", "what models were asked, and what it cost")
+    _verb(noun, "list", verbs.costs_list).add_argument("--days", type=_positive, default=30)
+    one = _verb(noun, "calls", verbs.costs_calls)
+    one.add_argument("--state", choices=("asking", "done", "failed", "unknown"), help="only of this state")
+    one.add_argument("--limit", type=_positive, default=50)
+    _verb(noun, "show", verbs.costs_show).add_argument("id", type=int)
+    _verb(noun, "budgets", verbs.costs_budgets)
+    one = _verb(noun, "settle", verbs.costs_settle)
+    one.add_argument("ids", type=int, nargs="+", metavar="id")
+    one.add_argument("--cost", type=_dollars, help="US dollars each; default what it can have cost "
+                     "at most; 0: it never arrived there")
     _dbt(_noun(every, "dbt", "a dbt project of the app"))
     return top
 
@@ -170,6 +182,12 @@ def _positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not possible; allowed: 1 or more")
     return int(text)
+
+
+def _dollars(text: str) -> Decimal:
+    if not re.fullmatch(r"\d+(\.\d+)?", text):
+        raise argparse.ArgumentTypeError(f"{text} is not possible; allowed: US dollars, such as 0.0125")
+    return Decimal(text)
 
 
 def _port(text: str) -> int:

@@ -46,6 +46,11 @@ class Ctx:
         return self._planned[max(owner.get(), 0)] if self._planned else None
 
     @property
+    def change(self) -> Change[Any]:
+        """What happened to the record at hand."""
+        return self._change()
+
+    @property
     def attempt(self) -> int:
         """1 for the first run."""
         return self._change().attempt

@@ -12,7 +12,7 @@
       UnknownTable UnknownHandler UnknownNode
       WriteError            a write that was not, or could not be, made
         InvalidRecord WriteRefused RowChanged NoScope ScopeClosed ValueWithoutInto
-      QueryError SyncInLoop LeaseLost HandlerTimeout WorldError PollFailed DbtFailed
+      QueryError SyncInLoop LeaseLost HandlerTimeout WorldError PollFailed DbtFailed BudgetReached ModelRefused
     Outcome                 what a handler raises to settle its record; not errors
       Retry Discard
 
@@ -180,6 +180,22 @@ class WorldError(AntonError):
     """
 
     after: timedelta | None = None
+
+
+class BudgetReached(WorldError):
+    """What was agreed is spent: the handler waits for the next period, or a larger budget. reason."""
+
+    def __init__(self, reason: str, after: timedelta | None = None) -> None:
+        super().__init__(f"{reason}. It waits; raise budget= to go on now, then: anton handlers resume NAME. What was "
+                         "paid: anton costs list", reason=reason, after=after)
+
+
+class ModelRefused(AntonError):
+    """A service of models refuses a question. service, model, reason."""
+
+    def __init__(self, service: str, model: str, reason: str) -> None:
+        super().__init__(f"{service} refuses what {model} was asked: {reason}", service=service, model=model,
+                         reason=reason)
 
 
 class StorageError(WorldError):

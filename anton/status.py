@@ -82,6 +82,29 @@ def show_duration(length: timedelta) -> str:
     return " ".join(parts[:2])
 
 
+def with_thoughts(rows: Sequence[Row], thoughts: Sequence[Row]) -> list[Row]:
+    """The rows of why(), each with what models were asked by its handler run: "thoughts", where there are any."""
+    named = {row["record"] for row in rows}
+    found: dict[int, list[Row]] = {}
+    for one in thoughts:
+        if one["record"] in named:                                     # a run handles others, too
+            found.setdefault(one["receipt_id"], []).append(one)
+    return [{**row, "thoughts": found[row["receipt_id"]]} if row["receipt_id"] in found else row for row in rows]
+
+
+def draw_thought(row: Row) -> str:
+    """One line of what a model was asked: "asked gpt-5.4-mini, prompt triage.md@1a2b3c4d, $0.0012, call 7"."""
+    facts = [f"asked {row['model']}"]
+    facts += [f"{name} {show(value)}" for name, value in (row["params"] or {}).items()]
+    facts += [f"prompt {row['prompt_version']}"] if row["prompt_version"] else []
+    for name, rows in (row["context"] or {}).items():
+        made = [f"{table}/{','.join(map(str, key))}@{version}" for table, key, version in rows] if isinstance(
+            rows, list) else [f"{rows['rows']} rows, {rows['hash']}"]
+        facts.append(f"{name}: {' '.join(made) or 'no rows'}")
+    cost = "from memo" if row["memo"] else "price not known" if row["cost"] is None else f"${row['cost']:f}"
+    return ", ".join([*facts, cost, f"call {row['call_id']}"])
+
+
 def draw_why(rows: Sequence[Row]) -> str:
     """The rows of why(): what led to a record, the record, and below it what came of it."""
     lines = []
@@ -99,4 +122,5 @@ def draw_why(rows: Sequence[Row]) -> str:
             error = f": {row['error']}" if row["error"] else ""
             ref = f" ({row['job_id']})" if row["job_id"] else ""
             lines.append(f"  {indent}{by} -> {what}{ref}{error}  {show(row['at'])}{took}".rstrip())
+        lines += [f"  {indent}    {draw_thought(one)}" for one in row.get("thoughts", ())]
     return "\n".join(lines)

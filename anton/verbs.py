@@ -27,7 +27,7 @@ from anton.app import load_app, open_database
 from anton.db import Conn, Database, set_database
 from anton.duration import duration
 from anton.errors import AntonError, ConfigError, DatabaseError, ModelFailed
-from anton.status import Row, ask, behind, draw_why, layout, layout_one, status
+from anton.status import Row, ask, behind, draw_why, layout, layout_one, status, with_thoughts
 
 T = TypeVar("T")
 Args = argparse.Namespace
@@ -40,6 +40,10 @@ _MODELS = ("name", "app", "state", "refresh", "incremental", "pending", "built_a
            "error")
 _JOBS = ("id", "handler", "state", "records", "op", "attempt", "waiting_since", "run_at", "worker", "error")
 _DEAD = ("id", "handler", "record", "op", "reason", "error", "attempt", "died_at")
+_COSTS = ("day", "app", "handler", "model", "calls", "failed", "unknown", "unpriced", "memo", "tokens_in", "tokens_out",
+          "cost")
+_CALLS = ("id", "at", "handler", "model", "state", "tokens_in", "tokens_out", "cost", "reserved", "error")
+_BUDGETS = ("app", "scope", "name", "amount", "unit", "period", "settled", "reserved", "share", "ends_at")
 _ACTIONS = ("id", "name", "app", "state", "args", "at")
 
 
@@ -162,7 +166,12 @@ def why(args: Args) -> int:
     table, slash, key = args.record.rpartition("/")
     if not slash:
         raise ConfigError(f'"{args.record}" names no record. Write TABLE/KEY, such as orders/7', record=args.record)
-    rows = query(args, lambda db, conn: ask(db, conn, "why", table, key))
+    async def trace(db: Database, conn: Conn) -> list[Row]:
+        rows = await ask(db, conn, "why", table, key)
+        receipts = [row["receipt_id"] for row in rows if row["receipt_id"]]
+        return with_thoughts(rows, await ask(db, conn, "thoughts", receipts))
+
+    rows = query(args, trace)
     emit(args, rows, draw_why(rows))
     return OK
 
@@ -375,6 +384,41 @@ def actions_list(args: Args) -> int:
 def actions_show(args: Args) -> int:
     """Show an effect and what came back."""
     return _show(args, "show_action", args.id, f"no action {args.id}; anton actions list")
+
+
+# --- costs
+
+
+def costs_list(args: Args) -> int:
+    """Show what models were asked and what it cost, by day, handler and model."""
+    return _list(args, "list_costs", (args.days,), _COSTS)
+
+
+def costs_calls(args: Args) -> int:
+    """List calls of models, the newest first."""
+    return _list(args, "list_calls", (args.state, args.limit), _CALLS)
+
+
+def costs_show(args: Args) -> int:
+    """Show a call with the records that it answered."""
+    return _show(args, "show_call", args.id, f"no call {args.id}; anton costs calls")
+
+
+def costs_budgets(args: Args) -> int:
+    """Show each budget, and what is spent and held of it in its period of now."""
+    return _list(args, "list_budgets", (), _BUDGETS)
+
+
+def costs_settle(args: Args) -> int:
+    """Settle calls that nobody knows the end of, as you found them at the service."""
+    async def change(db: Database, conn: Conn) -> dict[int, bool]:
+        return {id: await db.call_value(conn, "settle_call", id, args.cost) for id in args.ids}
+
+    found = query(args, change)
+    emit(args, {"settled": [id for id, was in found.items() if was]},
+         "\n".join(f"{id} settled" if was else f"call {id} is not unknown; anton costs calls --state unknown"
+                   for id, was in found.items()))
+    return OK if all(found.values()) else FOUND
 
 
 # --- helpers of the verbs

@@ -1,6 +1,6 @@
 -- What people do to the queue: pause and resume a handler, cancel a job, replay or drop a dead letter.
 
--- pause(handler), resume(handler): its jobs wait, and cost the claim nothing
+-- pause(handler), resume(handler): its jobs wait, and cost the claim nothing; one that waits for the world tries at once
 create or replace function pause(p_handler text) returns void language plpgsql volatile set search_path from current as $$
 declare v_id int := find_handler(p_handler);
 begin
@@ -10,7 +10,7 @@ end $$;
 create or replace function resume(p_handler text) returns void language plpgsql volatile set search_path from current as $$
 declare v_id int := find_handler(p_handler);
 begin
-  update handler set paused = false where id = v_id;
+  update handler set paused = false, probe_at = case when failing_since is not null then now() end where id = v_id;
   perform ring();
 end $$;
 

@@ -35,6 +35,14 @@ begin
   if v_n > 0 then
     return format('%s keys of polls forgotten', v_n);
   end if;
+  v_n := lapse_calls();
+  if v_n > 0 then
+    return format('%s calls of models were left by their process', v_n);
+  end if;
+  v_n := forget_answers(v_now, v_keep);
+  if v_n > 0 then
+    return format('%s answers forgotten', v_n);
+  end if;
   v_n := dbt_watchdog();
   if v_n > 0 then
     return format('%s tables found that dbt made anew without hooks', v_n);

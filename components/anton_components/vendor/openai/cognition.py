@@ -3,100 +3,131 @@
     prompts.on_new_records(OpenAiCompletion(completions, api_key=env("OPENAI_API_KEY"), temperature=0.8))
 
 The package `openai` is imported when the first request is made, never before. base_url= reaches any other server
-that speaks the same protocol.
+that speaks the same protocol: vLLM, llama.cpp, Ollama.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Unpack
 
-from pydantic import BaseModel
-
-from anton.action import effects
-from anton.component import Clients, Component, names_of, stand_in
-from anton.errors import ConfigError, WorldError
-from anton.handler import HandlerSpec
+from anton.ask import Question, Reply, SendError, status_error
+from anton.completion import Completion, Options
+from anton.component import Clients
+from anton.errors import ConfigError
+from anton.limit import learnt
+from anton.price import Prices
 from anton.secret import Env
 from anton.table import Table
 
 MODEL = "gpt-5.4-mini"
-_UNWELL = (401, 403, 404)                                              # the key or the model is wrong, not the record
+HOME = "https://api.openai.com/v1"
+_MODES = ("response_format", "json_schema", "tool_choice", "tools", "grammar")
 
 
-class OpenAiCompletion(Component):
-    """Asks a model with each record's `prompt`; `table` gets {"prompt", "completion", "model", "usage", "cost"}.
+class OpenAiCompletion(Completion):
+    """Asks a model of OpenAI, or of another server that speaks its protocol (base_url=), with each record.
 
-    api_key: a value or env(…); default OPENAI_API_KEY. model: default gpt-5.4-mini. temperature: None, its own.
-    base_url: of another server that speaks the protocol. timeout: seconds for one answer. map: {"prompt": "question"}
-    when the text is in another field. Where `table` has a model, its further fields are carried over from the record.
-    usage: tokens {"input", "output"}. cost: US dollars; 0 for an echo, None where the price is not known.
+    api_key: a value or env(…); default OPENAI_API_KEY. model: default gpt-5.4-mini. All else as Completion has it:
+    prompt, system, context, output, mode, max_tokens, temperature, memo, budget, limit, price, timeout, map.
     Without a key, and where nothing may leave, an echo answers instead; a live process refuses to start without one.
     """
 
     service = "OpenAI"
     variable = "OPENAI_API_KEY"
+    home = HOME
+    prices = Prices.load(Path(__file__).with_name("prices.json"))
 
-    def __init__(self, table: Table[Any], *, api_key: Env | str | None = None, model: str = MODEL,
-                 temperature: float | None = None, base_url: str | None = None, timeout: float = 60.0,
-                 map: Mapping[str, str] | None = None) -> None:
-        super().__init__(secret=api_key, map=map)
-        self.table = table
-        self.model = model
-        self.temperature = temperature
-        self.base_url = base_url
-        self.timeout = timeout
+    def __init__(self, table: Table[Any], *, api_key: Env | str | None = None, model: str | Sequence[str] = MODEL,
+                 **options: Unpack[Options]) -> None:
+        super().__init__(table, model=model, secret=api_key, **options)
         self._clients = Clients(lambda key: _package().AsyncOpenAI(
-            api_key=key, base_url=self.base_url, timeout=self.timeout, max_retries=1))
+            api_key=key, base_url=self.base_url or HOME, timeout=self.timeout, max_retries=0))
+        self._plain: set[str] = set()                                  # models that know no temperature but their own
 
-    def bind(self, table: Table[Any]) -> HandlerSpec:
-        """What handles the records of `table`."""
-        return HandlerSpec(fn=self.complete, name=self.name, each=True, into=self.table, options={"concurrency": 50})
+    async def prepare(self) -> None:
+        """The package, and a client."""
+        await self._clients.get(self.credential() or "")
 
-    async def complete(self, record: Any) -> dict[str, Any]:
-        """The output row for one record."""
-        prompt = str(self.read(record, "prompt"))
-        if effects() == "offline" or self.credential() is None:
-            answer: dict[str, Any] = {"completion": _text(stand_in(self, prompt)), "model": "echo",
-                                      "usage": {"input": 0, "output": 0}, "cost": 0.0}
-        else:
-            answer = await self._ask(prompt)
-        return self._carried(record) | {"prompt": prompt} | answer
-
-    def _carried(self, record: Any) -> dict[str, Any]:
-        shape = self.table.shape
-        if shape is None:
-            return {}
-        names = set(names_of(record)) & set(shape.model.model_fields) - set(shape.key)
-        return {name: record[name] if isinstance(record, Mapping) else getattr(record, name) for name in names}
-
-    async def _ask(self, prompt: str) -> dict[str, Any]:
+    async def send(self, question: Question) -> Reply:
+        """One POST /chat/completions."""
         openai = _package()
-        extra = {} if self.temperature is None else {"temperature": self.temperature}
         client = await self._clients.get(self.credential() or "")
-        messages = [{"role": "user", "content": prompt}]
-        try:
+        while True:
             try:
-                reply = await client.chat.completions.create(model=self.model, messages=messages, **extra)
+                raw = await client.chat.completions.with_raw_response.create(**self._body(question))
+                return _reply(raw.headers, raw.parse(), question)
             except openai.BadRequestError as error:
-                if not extra or error.param != "temperature":          # some models know only their own
-                    raise
-                reply = await client.chat.completions.create(model=self.model, messages=messages)
-        except openai.APIConnectionError as error:
-            raise WorldError(f"{self.service} cannot be reached: {error}") from error
-        except openai.APIStatusError as error:
-            if error.status_code in _UNWELL:
-                raise WorldError(f"{self.service} answered {error.status_code}: {error.message}") from error
-            raise
-        usage = reply.usage
-        tokens = {"input": usage.prompt_tokens, "output": usage.completion_tokens} if usage else None
-        text = reply.choices[0].message.content or ""
-        return {"completion": text, "model": reply.model, "usage": tokens, "cost": None}
+                if error.param == "temperature" and "temperature" in self._params(question):
+                    self._plain.add(question.model)
+                    continue
+                raise _status_error(error, question) from error
+            except openai.APITimeoutError as error:
+                raise SendError("down", f"no answer in {question.timeout:g} s", paid=True) from error
+            except openai.APIConnectionError as error:
+                raise SendError("down", f"cannot be reached: {_why(error)}", paid=not _never_arrived(error)) from error
+            except openai.APIStatusError as error:
+                raise _status_error(error, question) from error
+            except openai.APIResponseValidationError as error:
+                raise SendError("down", f"answered what is no answer: {error.message}", paid=True) from error
+
+    def _params(self, question: Question) -> dict[str, Any]:
+        return {name: value for name, value in question.params.items()
+                if name != "temperature" or question.model not in self._plain}
+
+    def _body(self, question: Question) -> dict[str, Any]:
+        body: dict[str, Any] = {"model": question.model, "messages": [dict(one) for one in question.messages]}
+        body |= self._params(question)
+        if question.max_tokens is not None:                            # others know the older name alone
+            body["max_tokens" if self.base_url else "max_completion_tokens"] = question.max_tokens
+        if question.schema is not None and question.mode == "schema":
+            body["response_format"] = {"type": "json_schema", "json_schema": {
+                "name": question.schema_name, "schema": question.schema, "strict": True}}
+        elif question.schema is not None and question.mode == "tool":
+            body["tools"] = [{"type": "function", "function": {
+                "name": question.schema_name, "description": "The answer.", "parameters": question.schema,
+                "strict": True}}]
+            body["tool_choice"] = {"type": "function", "function": {"name": question.schema_name}}
+        return body
 
 
-def _text(answer: Any) -> str:
-    return answer.model_dump_json() if isinstance(answer, BaseModel) else str(answer)
+def _reply(headers: Mapping[str, str], reply: Any, question: Question) -> Reply:
+    choices = getattr(reply, "choices", None)
+    if not choices:
+        raise SendError("down", f"answered without a choice: {reply!r}"[:500], paid=True)
+    message, finish = choices[0].message, choices[0].finish_reason
+    text = message.content or ""
+    if message.tool_calls:
+        text = getattr(message.tool_calls[0], "function", None) and message.tool_calls[0].function.arguments or text
+    if getattr(message, "refusal", None):
+        text, finish = message.refusal, "content_filter"
+    usage = reply.usage
+    details = getattr(usage, "prompt_tokens_details", None)
+    return Reply(text, reply.model or question.model, usage.prompt_tokens if usage else None,
+                 usage.completion_tokens if usage else None, getattr(details, "cached_tokens", 0) or 0,
+                 finish={"length": "length", "content_filter": "refused"}.get(finish or "", "stop"),
+                 limits=learnt(headers))
+
+
+def _status_error(error: Any, question: Question) -> SendError:
+    if error.status_code == 400 or error.status_code == 422:
+        text = f"{error.param or ''} {error.message}".lower()
+        if question.schema is not None and question.mode != "prompt" and any(word in text for word in _MODES):
+            return SendError("mode", error.message)
+    if error.code == "insufficient_quota":                             # no money there: waiting a second is no use
+        return SendError("wrong", f"answered {error.status_code}: {error.message}")
+    return status_error(error.status_code, error.message, error.response.headers)
+
+
+def _never_arrived(error: BaseException) -> bool:
+    """Whether the request was not sent: nobody charges for it."""
+    return type(error.__cause__).__name__ in ("ConnectError", "ConnectTimeout", "PoolTimeout")
+
+
+def _why(error: BaseException) -> str:
+    return str(error.__cause__ or error) or type(error).__name__
 
 
 def _package() -> Any:

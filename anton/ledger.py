@@ -1,0 +1,227 @@
+"""Ledger: a row for each call of a model, reserved before it is sent and settled after.
+
+    begun = await ledger_of(db).begin(facts)           # send | answer | wait | later | refused, see sql/80_call.sql
+    await ledger.end({"id": begun.call_id, "state": "done", …})
+
+Many calls share a statement: what is asked for while one runs goes with the next. What is open is kept alive; what a
+process leaves behind turns unknown, and is charged at what it can have cost at most.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import math
+import os
+import re
+import socket
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any, Literal, NamedTuple
+
+import asyncpg
+
+from anton.db import Database, is_away
+from anton.errors import BadOption
+
+MOST = 200  # calls of one statement
+RENEW = 5.0  # seconds; a call's lease is three times that
+TRIES = 60  # of an end, one a half second: an answer that was paid for is not given up when the database restarts
+
+Scope = Literal["handler", "table", "app"]
+_BUDGET = re.compile(r"\s*\$?\s*(\d[\d_]*(?:\.\d+)?)\s*(usd|dollars?|tokens?)?"
+                     r"\s*(?:(?:/|per|a)\s*(minute|hour|day|week|month))?\s*(?:per (handler|table|app))?\s*",
+                     re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What may be spent in each period. unit: "usd" or "tokens". period "total": once and for all."""
+
+    amount: Decimal
+    unit: Literal["usd", "tokens"]
+    period: str
+    scope: Scope = "handler"
+
+    def __str__(self) -> str:
+        unit = "USD" if self.unit == "usd" else "tokens"
+        return f"{self.amount} {unit}" + ("" if self.period == "total" else f"/{self.period}")
+
+
+def budgets_of(given: str | Sequence[str] | None, of: str) -> tuple[Budget, ...]:
+    """Budgets as an app states them: "5 USD/day", ["100000 tokens/hour", "20 USD/month per app"]. Raises BadOption."""
+    found = []
+    for text in (given,) if isinstance(given, str) else given or ():
+        match = _BUDGET.fullmatch(text) if isinstance(text, str) else None
+        if match is None or (match[2] is None and "$" not in text):
+            raise BadOption("budget", given, of, '"5 USD/day", "200000 tokens/hour", "20 USD/month per app"; a minute, '
+                            "hour, day, week or month in UTC, or none of them for ever; per handler (the default), "
+                            "table or app")
+        tokens = (match[2] or "").lower().startswith("token")
+        found.append(Budget(Decimal(match[1].replace("_", "")), "tokens" if tokens else "usd",
+                            (match[3] or "total").lower(), (match[4] or "handler").lower()))  # type: ignore[arg-type]
+    return tuple(found)
+
+
+class Begun(NamedTuple):
+    """What begin_calls() says of one call. due, late: to be sent then, and not after; on the monotonic clock."""
+
+    verdict: Literal["send", "answer", "wait", "later", "refused"]
+    call_id: int | None
+    wait: float | None
+    answer: Any
+    reason: str | None
+    due: float
+    late: float
+
+
+class Ledger:
+    """The calls that one loop of this process makes, noted in one database."""
+
+    def __init__(self, db: Database) -> None:
+        self.db = db
+        self._worker = f"{socket.gethostname()}:{os.getpid()}"
+        self._begins = _Batches(self._begin)
+        self._ends = _Batches(self._end)
+        self._open: set[int] = set()
+        self._renewing: asyncio.Task[None] | None = None
+        self._known: dict[Any, int] = {}
+
+    async def begin(self, facts: Mapping[str, Any]) -> Begun:
+        """Asks whether this call may be sent. Raises what the database raises."""
+        begun: Begun = await self._begins.add(facts)
+        return begun
+
+    async def end(self, facts: Mapping[str, Any]) -> None:
+        """Notes what came of a call; goes on trying for half a minute while the database is away."""
+        await asyncio.shield(self._ends.add(facts))
+
+    def end_later(self, facts: Mapping[str, Any]) -> None:
+        """The same, for one that is being cancelled."""
+        self._ends.add(facts).add_done_callback(lambda done: done.cancelled() or done.exception())
+
+    async def put(self, function: str, *values: Any) -> int:
+        """put_budget(), put_quota(): once for the same values."""
+        if (function, *values) not in self._known:
+            async with self.db.conn() as conn:
+                self._known[function, *values] = await self.db.call_value(conn, function, *values)
+        return self._known[function, *values]
+
+    async def lapse(self) -> None:
+        """Marks what dead processes left."""
+        async with self.db.conn() as conn:
+            await self.db.call(conn, "lapse_calls")
+
+    async def forget(self, hashes: Sequence[str]) -> None:
+        """Drops answers that are of no use."""
+        async with self.db.conn() as conn:
+            await self.db.call(conn, "forget_memos", list(hashes))
+
+    async def _begin(self, calls: Sequence[tuple[Any, asyncio.Future[Any]]]) -> None:
+        facts = [{**given, "n": n} for n, (given, _) in enumerate(calls)]
+        for left in range(2, -1, -1):
+            try:
+                async with self.db.conn() as conn:
+                    called = time.monotonic()
+                    *rows, clock = await self.db.call(conn, "begin_calls", facts, self._worker)
+                break
+            except asyncpg.TransactionRollbackError:
+                if not left:
+                    raise
+        # Postgres reckoned with a moment between these two: nothing is early by the second, nor late by the first.
+        first, second = called + clock["wait"], time.monotonic() - clock["slack"]
+        for row in rows:
+            wait, slack = row["wait"] or 0.0, row["slack"]
+            begun = Begun(row["verdict"], row["call_id"], row["wait"], row["answer"], row["reason"], second + wait,
+                          math.inf if slack is None else first + wait + slack)
+            future = calls[row["n"]][1]
+            if begun.verdict == "send" and begun.call_id is not None:
+                self._hold(begun.call_id)
+                if future.cancelled():                                 # who asked is gone: it is not sent
+                    self.end_later({"id": begun.call_id, "state": "unsent"})
+            if not future.done():
+                future.set_result(begun)
+
+    async def _end(self, calls: Sequence[tuple[Any, asyncio.Future[Any]]]) -> None:
+        try:
+            await self._end_all([given for given, _ in calls])
+        finally:
+            self._open -= {given["id"] for given, _ in calls}
+            if not self._open and self._renewing is not None:
+                self._renewing.cancel()
+                self._renewing = None
+        for _, future in calls:
+            if not future.done():
+                future.set_result(None)
+
+    async def _end_all(self, facts: Sequence[Mapping[str, Any]]) -> None:
+        for left in range(TRIES, -1, -1):
+            try:
+                async with self.db.conn() as conn:
+                    await self.db.call(conn, "end_calls", facts)
+                return
+            except Exception as error:
+                if not left or not (is_away(error) or isinstance(error, asyncpg.TransactionRollbackError)):
+                    raise
+                await asyncio.sleep(0.5)
+
+    def _hold(self, id: int) -> None:
+        self._open.add(id)
+        if self._renewing is None:
+            self._renewing = asyncio.create_task(self._renew(), context=contextvars.Context())
+
+    async def _renew(self) -> None:
+        while True:
+            await asyncio.sleep(RENEW)
+            try:
+                async with self.db.conn() as conn:
+                    await self.db.call(conn, "renew_calls", list(self._open))
+            except Exception as error:                                 # next time; until then the lease lasts
+                if not is_away(error):
+                    raise
+
+
+class _Batches:
+    """Gathers what is asked for while a statement runs, and sends it with the next one."""
+
+    def __init__(self, send: Callable[[Sequence[tuple[Any, asyncio.Future[Any]]]], Awaitable[None]]) -> None:
+        self._send = send
+        self._waiting: list[tuple[Any, asyncio.Future[Any]]] = []
+        self._task: asyncio.Task[None] | None = None
+
+    def add(self, item: Any) -> asyncio.Future[Any]:
+        future = asyncio.get_running_loop().create_future()
+        self._waiting.append((item, future))
+        if self._task is None:                                         # in no context: it outlives who asked first
+            self._task = asyncio.create_task(self._drain(), context=contextvars.Context())
+        return future
+
+    async def _drain(self) -> None:
+        try:
+            while self._waiting:
+                batch, self._waiting = self._waiting[:MOST], self._waiting[MOST:]
+                try:
+                    await self._send(batch)
+                except Exception as error:
+                    for _, future in batch:
+                        if not future.done():
+                            future.set_exception(error)
+        finally:
+            self._task = None
+
+
+_ledgers: dict[asyncio.AbstractEventLoop, dict[Database, Ledger]] = {}
+
+
+def ledger_of(db: Database) -> Ledger:
+    """The running loop's ledger on a database."""
+    loop = asyncio.get_running_loop()
+    if loop not in _ledgers:
+        for ended in [other for other in _ledgers if other.is_closed()]:
+            del _ledgers[ended]
+    mine = _ledgers.setdefault(loop, {})
+    if db not in mine:
+        mine[db] = Ledger(db)
+    return mine[db]

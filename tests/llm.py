@@ -1,0 +1,203 @@
+"""LLM: services of models on a port of this machine, speaking the real wire formats; they refuse wrong requests.
+
+    with serving(Llm()) as llm: …                      llm.url: "http://127.0.0.1:…"
+    llm.script(429, 500, "hang", "answer")             what the next requests get; after that each is answered
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from anton.db import Portal
+
+
+class Llm:
+    """POST /v1/chat/completions as OpenAI has it, /v1/messages as Anthropic has it.
+
+    asked: the bodies, answered or not. arrived: when those that are answered came, on the monotonic clock, and with how
+    many tokens. hung: set when one hangs.
+    answer: the text for the last user message. takes: the modes of structured answers it knows. headers: of answers.
+    """
+
+    def __init__(self, answer: Callable[[str], str] = lambda prompt: f"re: {prompt}", *, key: str = "sk-good",
+                 takes: tuple[str, ...] = ("schema", "tool"), headers: Mapping[str, str] | None = None,
+                 delay: float = 0.0) -> None:
+        self.answer = answer
+        self.key = key
+        self.takes = takes
+        self.headers = dict(headers or {})
+        self.delay = delay
+        self.asked: list[dict[str, Any]] = []
+        self.arrived: list[tuple[float, int]] = []
+        self.billed = 0
+        self.url = ""
+        self.gate: asyncio.Event | None = None                         # answers wait for it
+        self.hung = threading.Event()
+        self.ended = asyncio.Event()
+        self._script: deque[Any] = deque()
+
+    def script(self, *steps: Any) -> None:
+        """What comes next: "answer", "hang", a status, or (status, headers)."""
+        self._script.extend(steps)
+
+    async def openai(self, request: Request) -> Response:
+        body = json.loads(await request.body())
+        if request.headers.get("authorization") != f"Bearer {self.key}":
+            return JSONResponse({"error": {"message": "Incorrect API key provided", "code": "invalid_api_key"}}, 401)
+        wrong = _wrong_openai(body, self.takes)
+        if wrong:
+            return JSONResponse({"error": {"message": wrong, "param": wrong.split()[0]}}, 400)
+        failed = await self._step(body)
+        if failed is not None:
+            return failed
+        text = self.answer(body["messages"][-1]["content"])
+        limit = body.get("max_tokens") or body.get("max_completion_tokens")
+        words = text.split()
+        cut = limit is not None and len(words) > limit
+        text = " ".join(words[:limit]) if cut else text
+        message: dict[str, Any] = {"role": "assistant", "content": text}
+        if "tools" in body:
+            message = {"role": "assistant", "content": None, "tool_calls": [{
+                "id": "call_1", "type": "function",
+                "function": {"name": body["tools"][0]["function"]["name"], "arguments": text}}]}
+        tokens_in, tokens_out = _count(body["messages"]), len(text.split())
+        self.billed += tokens_in + tokens_out
+        return JSONResponse({
+            "id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": body["model"] + "-2026-03-17",
+            "choices": [{"index": 0, "finish_reason": "length" if cut else "stop", "message": message}],
+            "usage": {"prompt_tokens": tokens_in, "completion_tokens": tokens_out,
+                      "total_tokens": tokens_in + tokens_out}}, headers=self.headers)
+
+    async def anthropic(self, request: Request) -> Response:
+        body = json.loads(await request.body())
+        keys = {request.headers.get("x-api-key"), request.headers.get("authorization", "").removeprefix("Bearer ")}
+        if self.key not in keys or not request.headers.get("anthropic-version"):
+            return JSONResponse({"type": "error", "error": {"type": "authentication_error", "message": "no key"}}, 401)
+        wrong = _wrong_anthropic(body, self.takes)
+        if wrong:
+            return JSONResponse({"type": "error", "error": {"type": "invalid_request_error", "message": wrong}}, 400)
+        failed = await self._step(body)
+        if failed is not None:
+            return failed
+        text = self.answer(body["messages"][-1]["content"])
+        content: list[Any] = [{"type": "text", "text": text}]
+        if "tools" in body:
+            content = [{"type": "tool_use", "id": "t1", "name": body["tools"][0]["name"], "input": json.loads(text)}]
+        tokens_in = _count(body["messages"]) + len(body.get("system", "").split())
+        self.billed += tokens_in + len(text.split())
+        return JSONResponse({
+            "id": "msg_1", "type": "message", "role": "assistant", "model": body["model"] + "-20260101",
+            "content": content, "stop_reason": "tool_use" if "tools" in body else "end_turn", "stop_sequence": None,
+            "usage": {"input_tokens": tokens_in, "output_tokens": len(text.split())}}, headers=self.headers)
+
+    async def _step(self, body: dict[str, Any]) -> Response | None:
+        step = self._script.popleft() if self._script else "answer"
+        self.asked.append(body)
+        if step == "hang":
+            self.hung.set()
+            await self.ended.wait()
+            return JSONResponse({}, 503)
+        if step != "answer":
+            status, headers = step if isinstance(step, tuple) else (step, {})
+            return JSONResponse({"error": {"message": f"scripted {status}"}}, status, headers=headers)
+        self.arrived.append((time.monotonic(), _count(body["messages"])))
+        if self.delay:
+            await asyncio.sleep(self.delay)
+        if self.gate is not None:
+            await self.gate.wait()
+        return None
+
+
+def _count(messages: list[dict[str, Any]]) -> int:
+    return sum(len(message["content"].split()) for message in messages)
+
+
+def _wrong_openai(body: dict[str, Any], takes: tuple[str, ...]) -> str | None:
+    known = {"model", "messages", "temperature", "max_tokens", "max_completion_tokens", "response_format", "tools",
+             "tool_choice"}
+    if set(body) - known:
+        return f"{sorted(set(body) - known)[0]} is unknown"
+    if not isinstance(body.get("model"), str):
+        return "model is missing"
+    if not body.get("messages") or any(set(one) != {"role", "content"} for one in body["messages"]):
+        return "messages are wrong"
+    if "response_format" in body:
+        given = body["response_format"]
+        if "schema" not in takes:
+            return "response_format is not supported here"
+        if given.get("type") != "json_schema" or given["json_schema"].get("strict") is not True:
+            return "response_format is wrong"
+        return _lax(given["json_schema"]["schema"])
+    if "tools" in body and ("tool" not in takes or body["tool_choice"]["type"] != "function"):
+        return "tools are not supported here"
+    return None
+
+
+def _wrong_anthropic(body: dict[str, Any], takes: tuple[str, ...]) -> str | None:
+    known = {"model", "messages", "temperature", "max_tokens", "system", "output_config", "tools", "tool_choice"}
+    if set(body) - known:
+        return f"{sorted(set(body) - known)[0]}: Extra inputs are not permitted"
+    if not isinstance(body.get("max_tokens"), int):
+        return "max_tokens: Field required"
+    if any(one["role"] not in ("user", "assistant") for one in body["messages"]):
+        return "messages: unexpected role"
+    if "output_config" in body and "schema" not in takes:
+        return "output_config: not supported by this model"
+    return _lax(body["output_config"]["format"]["schema"]) if "output_config" in body else None
+
+
+def _lax(schema: Any) -> str | None:
+    """What strict mode refuses."""
+    if isinstance(schema, list):
+        return next(filter(None, map(_lax, schema)), None)
+    if not isinstance(schema, dict):
+        return None
+    if schema.get("type") == "object" and "properties" in schema and (
+            schema.get("additionalProperties") is not False or set(schema.get("required", [])) != set(
+                schema["properties"])):
+        return "response_format: schema must have additionalProperties false and require all properties"
+    if "default" in schema and not isinstance(schema["default"], dict):
+        return "response_format: default is not permitted"
+    return next(filter(None, map(_lax, schema.values())), None)
+
+
+@contextmanager
+def serving(llm: Llm) -> Iterator[Llm]:
+    """The service, in a thread of its own."""
+    loop = Portal()
+    routes = [Route("/v1/chat/completions", llm.openai, methods=["POST"]),
+              Route("/v1/messages", llm.anthropic, methods=["POST"])]
+    server = uvicorn.Server(uvicorn.Config(Starlette(routes=routes), port=0, log_level="warning", lifespan="off",
+                                           timeout_graceful_shutdown=1))
+
+    async def start() -> asyncio.Task[None]:
+        task = asyncio.create_task(server.serve())
+        while not server.started:                                      # noqa: ASYNC110
+            await asyncio.sleep(0)
+        return task
+
+    async def stop(task: asyncio.Task[None]) -> None:
+        server.should_exit = True
+        llm.ended.set()
+        await task
+
+    task = loop.run(start())
+    llm.url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    try:
+        yield llm
+    finally:
+        loop.run(stop(task))
+        loop.stop()
