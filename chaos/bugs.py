@@ -68,8 +68,8 @@ BUGS = (
         (
             (
                 "anton/web.py",
-                "        await _commit()\n        if isinstance(result, int)",
-                "        with contextlib.suppress(Exception):\n            await _commit()\n        if isinstance(result, int)",
+                "        await _commit(_status(result, values, status))\n",
+                "        with contextlib.suppress(Exception):\n            await _commit(_status(result, values, status))\n",
             ),
             ("anton/web.py", "import inspect\n", "import contextlib\nimport inspect\n"),
         ),
