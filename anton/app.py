@@ -174,9 +174,19 @@ def load_app(target: str | None = None, folder: Path | str = ".") -> App:
     _loaded_from = settings.folder
     sys.path.insert(0, str(settings.folder))
     importlib.invalidate_caches()
-    with declaring(app):
+    with declaring(app), _no_bytecode():
         importlib.import_module(module)
     return app
+
+
+@contextmanager
+def _no_bytecode() -> Iterator[None]:
+    """An app is compiled each time: Python's cache misses an edit that keeps size and second of the last one."""
+    kept, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+    try:
+        yield
+    finally:
+        sys.dont_write_bytecode = kept
 
 
 def own_frames(error: BaseException) -> list[TracebackType]:

@@ -1,3 +1,4 @@
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,6 +55,16 @@ def test_main_is_loaded_with_what_it_declares(tmp_path: Path) -> None:
     assert loaded.handlers["score"].app == "shop"
     assert loaded.place("handler", "score").endswith("main.py:7")
     assert repr(loaded) == "App('shop', 1 tables, 1 handlers)"
+
+
+def test_an_edit_is_seen_though_it_keeps_the_size_and_second_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    for word in ("ones", "twos"):
+        made = folder(tmp_path, word=word)
+        os.utime(made / "helper.py", (1e9, 1e9))
+        assert list(load_app(folder=made).tables) == [word]
 
 
 def test_loading_again_reads_the_files_anew(tmp_path: Path) -> None:
