@@ -199,12 +199,15 @@ async def test_the_bell_is_let_go_when_the_look_after_an_announcement_fails(db: 
         out ready int[], out suspects int, out wake_at timestamptz, out at timestamptz) language plpgsql as $$
         begin
           if ({HELD}) and not exists (select from public.failed) then
+            perform pg_advisory_xact_lock_shared(7);
             raise exception 'no look while the bell is held';
           end if;
           select * into ready, suspects, wake_at, at from anton.poll_before(p_worker, p_handlers, p_lease);
         end $$""")
     async with bench.running():
-        await bench.until(HELD)
+        async with db.tx() as conn:                                    # the look waits, so that the bell is seen held
+            await conn.execute("select pg_advisory_xact_lock(7)")
+            await bench.until(HELD)
         await bench.until(f"select not ({HELD})")
         await bench.sql("insert into failed values (1)")
         await bench.add("a", [{"n": 1}])

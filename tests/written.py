@@ -56,7 +56,8 @@ def batch(*numbers: int) -> Records[dict[str, int]]:
 def restricted(t: T, *rights: str) -> Iterator[Database]:
     """The database as a role with these rights only, over and above reading what Anton watches."""
     role = f"writer_{t.db.name}"
-    t.run(f"create role {role} login; grant usage on schema anton to {role}; grant select on anton.watched to {role};"
+    t.run(f"create role {role} login; grant usage on schema anton to {role}; "
+          f"grant select on anton.watched, anton.model to {role};"
           + ";".join(f"grant {right} to {role}" for right in rights))
     url = urlsplit(str(t.db.dsn))
     db = Database(url._replace(netloc=f"{role}@{url.netloc.rpartition('@')[2]}").geturl(), source="the test")
