@@ -19,7 +19,8 @@ begin
 end $$;
 
 -- new_keys(schedule, keys) -> those of the keys that this poll has not seen
-create or replace function new_keys(p_schedule int, p_keys uuid[]) returns uuid[] language sql stable set search_path from current as $$
+create or replace function new_keys(p_schedule int, p_keys uuid[]) returns uuid[] language sql stable set search_path from current
+set jit = off set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
   select coalesce(array_agg(k), '{}') from unnest(p_keys) k where not exists (select from poll_key where schedule_id = p_schedule and key = k)
 $$;
 
