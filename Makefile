@@ -34,8 +34,7 @@ types: $(READY)
 	@$(BIN)/mypy -p anton -p anton_components -p chaos
 
 lock: $(READY)        ## pins every dependency anew; needs python 3.11, see CONTRIBUTING
-	@$(BIN)/pip-compile --quiet --upgrade --generate-hashes --allow-unsafe --no-strip-extras --no-header \
-	  --no-emit-index-url --no-emit-trusted-host --no-emit-find-links --no-emit-options \
+	@$(BIN)/pip-compile --quiet --upgrade --generate-hashes --allow-unsafe --no-strip-extras --no-header --no-emit-options \
 	  --extra web --extra embedded --extra files --extra llm --extra rss --extra dbt --extra test --extra dev --output-file requirements.lock pyproject.toml
 
 schema: $(READY)      ## anton/autonomous.schema.json, from anton/config.py; the table of docs/verify.md, from anton/verify.json

@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol
 
 from anton.db import Database
 from anton.errors import AntonError, BudgetReached, ModelRefused, WorldError
-from anton.ledger import Begun, Budget, Ledger, ledger_of
+from anton.ledger import Begun, Budget, Ledger, ledger_of, storable
 from anton.limit import Limit, learnt, retry_after
 from anton.memo import asking, hash_of, wait_for_other
 from anton.price import Price
@@ -86,7 +86,7 @@ class SendError(AntonError):
 def status_error(status: int, said: str, headers: Mapping[str, str]) -> SendError:
     """What an HTTP status other than 2xx means, the same for all services."""
     said = f"answered {status}: {said}"
-    if status in (401, 403, 404):                                      # the key or the model is wrong, not the record
+    if status in (401, 402, 403, 404):                                 # the key, account or model is wrong, not the record
         return SendError("wrong", said)
     if status == 429:
         return SendError("busy", said, after=retry_after(headers), limits=learnt(headers))
@@ -237,6 +237,7 @@ class Asker:
             sent, started = True, time.perf_counter()
             async with asyncio.timeout(question.timeout):
                 reply = await self.provider.send(question)
+            reply = replace(reply, text=storable(reply.text))
         except TimeoutError:
             error = SendError("down", f"no answer in {question.timeout:g} s", paid=True)
             await ledger.end(ended | _failed(error, started))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import logging
 import math
 import os
 import re
@@ -26,11 +27,14 @@ import asyncpg
 from anton.db import Database, is_away
 from anton.errors import BadOption
 
+log = logging.getLogger("anton.think")
+
 MOST = 200  # calls of one statement
 RENEW = 5.0  # seconds; a call's lease is three times that
 TRIES = 60  # of an end, one a half second: an answer that was paid for is not given up when the database restarts
 
 Scope = Literal["handler", "table", "app"]
+_UNSTORABLE = re.compile("[\0\ud800-\udfff]")
 _BUDGET = re.compile(r"\s*\$?\s*(\d[\d_]*(?:\.\d+)?)\s*(usd|dollars?|tokens?)?"
                      r"\s*(?:(?:/|per|a)\s*(minute|hour|day|week|month))?\s*(?:per (handler|table|app))?\s*",
                      re.IGNORECASE)
@@ -160,7 +164,7 @@ class Ledger:
         for left in range(TRIES, -1, -1):
             try:
                 async with self.db.conn() as conn:
-                    await self.db.call(conn, "end_calls", facts)
+                    await self.db.call(conn, "end_calls", storable(facts))
                 return
             except Exception as error:
                 if not left or not (is_away(error) or isinstance(error, asyncpg.TransactionRollbackError)):
@@ -179,8 +183,22 @@ class Ledger:
                 async with self.db.conn() as conn:
                     await self.db.call(conn, "renew_calls", list(self._open))
             except Exception as error:                                 # next time; until then the lease lasts
-                if not is_away(error):
-                    raise
+                log.warning("calls in flight were not renewed: %s", error)
+
+
+def storable(value: Any) -> Any:
+    """The same, with U+FFFD for what Postgres stores in no text: U+0000, and halves of surrogate pairs.
+
+    A service's text goes with up to 200 calls in one statement: an odd character of one must not cost all of them.
+    """
+    match value:
+        case str():
+            return value if value.isascii() and "\0" not in value else _UNSTORABLE.sub("\ufffd", value)
+        case Mapping():
+            return {key: storable(one) for key, one in value.items()}
+        case list() | tuple():
+            return [storable(one) for one in value]
+    return value
 
 
 class _Batches:

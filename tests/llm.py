@@ -15,13 +15,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import uvicorn
-from starlette.applications import Starlette
+from peers import served
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-
-from anton.db import Portal
 
 
 class Llm:
@@ -44,7 +41,7 @@ class Llm:
         self.arrived: list[tuple[float, int]] = []
         self.billed = 0
         self.url = ""
-        self.gate: asyncio.Event | None = None                         # answers wait for it
+        self.inflight = self.most = 0                                  # of those it answers; at once
         self.hung = threading.Event()
         self.ended = asyncio.Event()
         self._script: deque[Any] = deque()
@@ -114,10 +111,10 @@ class Llm:
             status, headers = step if isinstance(step, tuple) else (step, {})
             return JSONResponse({"error": {"message": f"scripted {status}"}}, status, headers=headers)
         self.arrived.append((time.monotonic(), _count(body["messages"])))
-        if self.delay:
-            await asyncio.sleep(self.delay)
-        if self.gate is not None:
-            await self.gate.wait()
+        self.inflight += 1
+        self.most = max(self.most, self.inflight)
+        await asyncio.sleep(self.delay)                                # what a model takes
+        self.inflight -= 1
         return None
 
 
@@ -177,27 +174,6 @@ def _lax(schema: Any) -> str | None:
 @contextmanager
 def serving(llm: Llm) -> Iterator[Llm]:
     """The service, in a thread of its own."""
-    loop = Portal()
-    routes = [Route("/v1/chat/completions", llm.openai, methods=["POST"]),
-              Route("/v1/messages", llm.anthropic, methods=["POST"])]
-    server = uvicorn.Server(uvicorn.Config(Starlette(routes=routes), port=0, log_level="warning", lifespan="off",
-                                           timeout_graceful_shutdown=1))
-
-    async def start() -> asyncio.Task[None]:
-        task = asyncio.create_task(server.serve())
-        while not server.started:                                      # noqa: ASYNC110
-            await asyncio.sleep(0)
-        return task
-
-    async def stop(task: asyncio.Task[None]) -> None:
-        server.should_exit = True
-        llm.ended.set()
-        await task
-
-    task = loop.run(start())
-    llm.url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    try:
+    with served(Route("/v1/chat/completions", llm.openai, methods=["POST"]),
+                Route("/v1/messages", llm.anthropic, methods=["POST"]), ending=llm.ended.set) as llm.url:
         yield llm
-    finally:
-        loop.run(stop(task))
-        loop.stop()

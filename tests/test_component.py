@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import uvicorn
 from anton_components.vendor.openai.cognition import OpenAiCompletion
 from anton_components.vendor.slack.action import SlackPostMessage
+from peers import served
 from pydantic import BaseModel
-from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -20,7 +18,6 @@ from starlette.routing import Route
 from anton import Table, action, env
 from anton.app import App, declaring
 from anton.component import check_credentials, components_of, echo, fill
-from anton.db import Portal
 from anton.errors import ConfigError, Discard
 
 
@@ -69,26 +66,10 @@ class Peer:
 
 @pytest.fixture
 def peer() -> Iterator[Peer]:
-    peer, loop = Peer(), Portal()
-    routes = [Route("/v1/chat/completions", peer.completions, methods=["POST"]),
-              Route("/api/chat.postMessage", peer.post_message, methods=["POST"])]
-    server = uvicorn.Server(uvicorn.Config(Starlette(routes=routes), port=0, log_level="warning", lifespan="off"))
-
-    async def start() -> asyncio.Task[None]:
-        task = asyncio.create_task(server.serve())
-        while not server.started:                                      # noqa: ASYNC110
-            await asyncio.sleep(0)
-        return task
-
-    async def stop(task: asyncio.Task[None]) -> None:
-        server.should_exit = True
-        await task
-
-    task = loop.run(start())
-    peer.url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    yield peer
-    loop.run(stop(task))
-    loop.stop()
+    peer = Peer()
+    with served(Route("/v1/chat/completions", peer.completions, methods=["POST"]),
+                Route("/api/chat.postMessage", peer.post_message, methods=["POST"])) as peer.url:
+        yield peer
 
 
 @pytest.fixture

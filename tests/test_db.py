@@ -13,7 +13,7 @@ from pathlib import Path
 
 import asyncpg
 import pytest
-from servers import free_port
+from working import pooled
 
 from anton.app import App, declaring
 from anton.db import (
@@ -248,40 +248,11 @@ def test_errors_travel_between_processes_with_their_facts():
 
 @pytest.fixture(scope="module")
 def bouncer(server, tmp_path_factory) -> Iterator[str]:
-    """A pgbouncer in transaction mode with one server connection; the URL of its database."""
-    binary = next((path for path in ("/usr/sbin/pgbouncer", "/usr/bin/pgbouncer") if Path(path).exists()), None)
-    if binary is None:
-        pytest.skip("no pgbouncer on this machine: apt-get install -y pgbouncer")
-    from urllib.parse import parse_qs, urlsplit
-
-    folder, port, name = tmp_path_factory.mktemp("bouncer"), free_port(), server.clone("template1")
-    parts = urlsplit(server.url(name))
-    query = {key: values[0] for key, values in parse_qs(parts.query).items()}
-    host, at = query.get("host") or parts.hostname, query.get("port") or parts.port or 5432
-    (folder / "users.txt").write_text('"postgres" ""\n')
-    (folder / "bouncer.ini").write_text(
-        f"[databases]\n{name} = host={host} port={at} user=postgres\n"
-        f"[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\nlogfile = {folder}/log\n"
-        f"auth_type = any\nauth_file = {folder}/users.txt\npool_mode = transaction\ndefault_pool_size = 2\n")
-    for path in (folder, *folder.iterdir()):
-        path.chmod(0o777)
-    for parent in folder.parents:
-        if parent.name.startswith("pytest-"):
-            parent.chmod(0o755)
-    socket = Path(host) / f".s.PGSQL.{at}"                             # only its owner may use it
-    account = socket.owner() if socket.exists() else "nobody"
-    user = ["-u", account] if os.geteuid() == 0 else []
-    process = subprocess.Popen([binary, "-q", *user, str(folder / "bouncer.ini")], stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL)
-    db = Database(f"postgresql://postgres@127.0.0.1:{port}/{name}", pooled=True)
-    try:
-        wait_for(lambda: reachable(db))
-        yield str(db.dsn)
-    finally:
-        db.run(db.close())
-        process.terminate()
-        process.wait(10)
-        server.drop(name)
+    """The URL of a database of its own behind a pgbouncer in transaction mode."""
+    name = server.clone("template1")
+    with pooled(server, name, tmp_path_factory.mktemp("bouncer")) as url:
+        yield url
+    server.drop(name)
 
 
 def test_every_call_works_through_a_transaction_pooler(bouncer):

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from ipaddress import ip_address
 from typing import Any
 
 import pytest
-import uvicorn
 from anton_components.vendor.rss import poll as rss
 from anton_components.vendor.rss.poll import Rss
+from peers import served
 from pydantic import BaseModel
-from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
 from anton import Table, action, poll
 from anton.app import App, declaring
-from anton.db import Portal
 from anton.errors import BadOption, DuplicateName, UnknownOption
 
 ATOM = """<?xml version="1.0" encoding="utf-8"?>
@@ -74,32 +70,10 @@ class Peer:
         return RedirectResponse("/feed.xml", 301)
 
 
-@contextmanager
-def served(peer: Peer, *routes: Route) -> Iterator[str]:
-    """Yields the address of a server of these routes."""
-    loop = Portal()
-    server = uvicorn.Server(uvicorn.Config(Starlette(routes=routes), port=0, log_level="warning", lifespan="off"))
-
-    async def start() -> asyncio.Task[None]:
-        task = asyncio.create_task(server.serve())
-        while not server.started:                                      # noqa: ASYNC110
-            await asyncio.sleep(0)
-        return task
-
-    async def stop(task: asyncio.Task[None]) -> None:
-        server.should_exit = True
-        await task
-
-    task = loop.run(start())
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    loop.run(stop(task))
-    loop.stop()
-
-
 @pytest.fixture
 def peer() -> Iterator[Peer]:
     peer = Peer()
-    with served(peer, Route("/feed.xml", peer.serve), Route("/old", peer.moved)) as peer.url:
+    with served(Route("/feed.xml", peer.serve), Route("/old", peer.moved)) as peer.url:
         yield peer
 
 
@@ -108,7 +82,7 @@ def proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Peer]:
     """The whole Internet: a proxy that answers for every host."""
     peer = Peer()
     peer.kind = "application/rss+xml"
-    with served(peer, Route("/{path:path}", peer.serve)) as url:
+    with served(Route("/{path:path}", peer.serve)) as url:
         monkeypatch.setenv("HTTP_PROXY", url)
         monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
         peer.url = "http://93.184.215.14"                              # public, and not asked
@@ -249,7 +223,7 @@ def test_a_redirect_into_a_private_network_is_followed_where_that_is_allowed(liv
 
 def test_a_feed_of_a_private_network_may_move_within_it(live, peer):
     other = Peer()
-    with served(other, Route("/feed.xml", other.serve)) as url:
+    with served(Route("/feed.xml", other.serve)) as url:
         peer.answers = [to(url + "/feed.xml")]
         declare(live, peer, headers={"X-Key": "k"})
     assert guids(live) == ["g1", "g2"] and ["x-key" in got[0] for got in (peer.got, other.got)] == [True, False]

@@ -242,14 +242,15 @@ def test_what_calls_in_flight_may_cost_is_held_back(live, llm):
     llm.delay = 0.05
     declare(live, openai(llm, max_tokens=400, budget="1 USD/day"), concurrency=20)   # at most 0.95 or so each
     ask(live, "a", "b", "c")
-    assert len(llm.asked) == 3 and len(live.records("answers")) == 3
+    assert len(llm.asked) == 3 and len(live.records("answers")) == 3 and llm.most == 1
 
 
 def test_a_budget_in_tokens_needs_no_price(live, llm):
-    declare(live, openai(llm, price=None, max_tokens=10, budget="300 tokens/day"))
-    ask(live, "a", "b", "c", "d", "e")
+    declare(live, openai(llm, price=None, max_tokens=10, budget="300 tokens/day"), concurrency=1)
+    ask(live, *(f"q{n}" for n in range(200)))
     tokens = rows(live, "select sum(tokens_in + tokens_out) from anton.call")[0][0]
-    assert rows(live, "select settled from anton.spent") == [(Decimal(tokens),)] and tokens <= 300
+    assert rows(live, "select settled from anton.spent") == [(Decimal(tokens),)] and 100 < tokens <= 300
+    assert 0 < len(live.records("answers")) < 200 and not live.dead
 
 
 def test_the_scopes_of_budgets_are_apart(live, llm):
@@ -442,7 +443,7 @@ def test_anthropic_is_asked_in_its_own_words(takes, live, llm):
         ("Anthropic", "done", Decimal("0.013"))]
 
 
-@pytest.mark.parametrize("status, dead", [(400, True), (401, False), (429, False), (529, False)])
+@pytest.mark.parametrize("status, dead", [(400, True), (401, False), (402, False), (429, False), (529, False)])
 def test_what_anthropic_answers_is_the_records_fault_or_the_worlds(status, dead, live, llm):
     declare(live, anthropic(llm), attempts=1)
     llm.script(*[status] * 3)
@@ -451,6 +452,13 @@ def test_what_anthropic_answers_is_the_records_fault_or_the_worlds(status, dead,
 
 
 # FakeModel
+
+
+def test_an_answer_that_no_text_can_hold_costs_its_neighbours_nothing(app):
+    declare(app, lambda to: FakeModel(to, answer=lambda prompt: prompt + "\0\ud800" if prompt == "odd" else prompt))
+    ask(app, "odd", *(f"q{n}" for n in range(20)))
+    assert {row["completion"] for row in app.records("answers")} == {"odd\ufffd\ufffd", *(f"q{n}" for n in range(20))}
+    assert rows(app, "select state, count(*) from anton.call group by 1") == [("done", 21)] and not app.dead
 
 
 def test_a_fake_model_is_asked_as_a_real_one_and_leaves_nothing_out(app):
