@@ -86,7 +86,7 @@ class SendError(AntonError):
 def status_error(status: int, said: str, headers: Mapping[str, str]) -> SendError:
     """What an HTTP status other than 2xx means, the same for all services."""
     said = f"answered {status}: {said}"
-    if status in (401, 402, 403, 404):                                 # the key, account or model is wrong, not the record
+    if status in (401, 402, 403, 404):                                 # the key, account or model: no record's fault
         return SendError("wrong", said)
     if status == 429:
         return SendError("busy", said, after=retry_after(headers), limits=learnt(headers))

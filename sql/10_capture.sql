@@ -409,7 +409,7 @@ declare
   v_now timestamptz := now(); v_change bigint := nextval('change_seq'); v_context text := current_setting('anton.context', true);
   v_statement text := '%1$s at ' || extract(epoch from statement_timestamp());
 begin
-  if current_setting('anton.truncated', true) = v_statement or current_setting('anton.collect', true) = '%1$s ' || pg_current_xact_id() then
+  if current_setting('anton.truncated', true) = v_statement or (current_setting('anton.collect', true) = '%1$s ' || pg_current_xact_id() and dbt_collecting() is not null) then
     return null;                                           -- the second: dbt empties it to fill it again
   end if;
   perform set_config('anton.truncated', v_statement, true);

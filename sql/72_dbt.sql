@@ -125,9 +125,12 @@ $$;
 --   blind  handlers of its records got none, although some may differ
 create or replace function dbt_close(p jsonb, p_what jsonb, p_note text, p_columns jsonb, p_print text, p_blind boolean) returns void
 language plpgsql volatile security definer set search_path from current as $$
-declare v_path text := format('%I.%I', p ->> 'schema', p ->> 'name'); v_id int; v_kind text;
+declare v_path text := format('%I.%I', p ->> 'schema', p ->> 'name'); v_id int; v_kind text; v_made text := dbt_collecting();
 begin
   perform dbt_may(to_regclass(v_path));
+  if v_made is not null then
+    execute format('drop table pg_temp.%I', v_made);
+  end if;
   insert into dbt_build (project, unique_id, relation, invocation_id, materialized, initial, changed, new_n, updated_n, deleted_n, schema_changed, columns, note, at, xid)
   values (p ->> 'project', p ->> 'unique_id', v_path, p ->> 'invocation_id', p ->> 'materialized', (p_what ->> 'initial')::boolean, (p_what ->> 'changed')::boolean,
           (p_what ->> 'new')::bigint, (p_what ->> 'updated')::bigint, (p_what ->> 'deleted')::bigint, (p_what ->> 'schema_changed')::boolean, p_columns, p_note, now(),
@@ -177,25 +180,42 @@ begin
   if dbt_known(p) -> 'watched' -> 'key_columns' = '[]' then
     return;
   end if;
-  perform set_config('anton.collect', w.id || ' ' || pg_current_xact_id(), true);
-  if v_how in ('incremental', 'snapshot') then
+  perform dbt_collect(w.id, v_how in ('incremental', 'snapshot'));
+end $$;
+
+-- dbt_collect(table, by triggers): from now on, in this transaction, its triggers note instead of capturing
+-- What they note into is made and owned by the runtime: they run with its rights, so a table of the writer's own making,
+-- with triggers of his, must never be it; and nobody but who builds the table can keep its changes from being captured.
+create or replace function dbt_collect(p_table int, p_triggers boolean) returns void
+language plpgsql volatile security definer set search_path from current as $$
+declare v_rel regclass;
+begin
+  select to_regclass(format('%I.%I', schema_name, table_name)) into v_rel from watched where id = p_table;
+  perform dbt_may(v_rel);
+  perform set_config('anton.collect', p_table || ' ' || pg_current_xact_id(), true);
+  if p_triggers then
     execute format('create temp table anton_seen on commit drop as select *, true as anton_was, 0::bigint as anton_seq from %s limit 0', v_rel);
     alter table pg_temp.anton_seen alter anton_seq set not null, alter anton_seq add generated always as identity;
-    if not pg_has_role(owner_role(), current_user, 'usage') then
-      execute format('grant select, insert on pg_temp.anton_seen to %I', owner_role());
-    end if;
+    execute format('grant select on pg_temp.anton_seen to %I', session_user);
   else
-    execute format('create temp table anton_was on commit drop as select * from %s', v_rel);
+    execute format('create temp table anton_before on commit drop as select * from %s', v_rel);
+    execute format('grant select on pg_temp.anton_before to %I', session_user);
   end if;
 end $$;
+
+-- dbt_collecting() -> what dbt_collect() made in this transaction: anton_seen, anton_before; null: nothing
+create or replace function dbt_collecting() returns text language sql stable set search_path from current as $$
+  select relname::text from pg_class where relnamespace = pg_my_temp_schema() and relname in ('anton_seen', 'anton_before')
+     and relowner = (select oid from pg_roles where rolname = owner_role())
+$$;
 
 -- capture_collected(table, event) -> plpgsql that notes, while dbt builds the table, what its records were; nothing is captured then
 create or replace function capture_collected(w watched, p_event text) returns text language sql stable set search_path from current as $$
   select format($f$
-  if current_setting('anton.collect', true) = %L || pg_current_xact_id() then%s
+  if current_setting('anton.collect', true) = %L || pg_current_xact_id() and dbt_collecting() is not null then%s
     return null;
   end if;$f$, w.id || ' ', case when p_event in ('moved', 'truncate') or w.key_columns = '{}' then '' else format($f$
-    if to_regclass('pg_temp.anton_seen') is not null then%s
+    if dbt_collecting() = 'anton_seen' then%s
     end if;$f$, concat(
       case when p_event <> 'new' then $f$
       execute (select format('insert into pg_temp.anton_seen (%1$s, anton_was) select %1$s, true from old_records', string_agg(quote_ident(a.attname), ', '))
@@ -216,7 +236,7 @@ declare
   v_rel regclass := to_regclass(v_path); v_kind "char"; v_old regclass; v_notes text[] := '{}';
   v_incremental boolean := coalesce((p ->> 'incremental')::boolean, false);
   w watched; m dbt_model; v_ops text[]; v_key text[]; v_asked boolean; v_initial boolean; v_schema_changed boolean;
-  v_changed boolean; v_new bigint; v_updated bigint; v_deleted bigint; v_known jsonb; v_rows boolean; v_blind boolean := false; v_touched boolean; v_counts jsonb; v_print text; v_columns jsonb; v_what jsonb;
+  v_changed boolean; v_new bigint; v_updated bigint; v_deleted bigint; v_known jsonb; v_rows boolean; v_blind boolean := false; v_touched boolean; v_was regclass; v_counts jsonb; v_print text; v_columns jsonb; v_what jsonb;
 begin
   if v_rel is null then
     return null;
@@ -287,29 +307,29 @@ begin
     v_deleted := v_counts -> 'deleted';
     v_changed := v_new + v_updated + v_deleted > 0;
     perform set_config('anton.counts', '', true);
-  elsif to_regclass('pg_temp.anton_seen') is not null or to_regclass('pg_temp.anton_was') is not null then
+  elsif dbt_collecting() is not null then
     v_initial := false;
-    v_touched := to_regclass('pg_temp.anton_seen') is not null;
+    v_touched := dbt_collecting() = 'anton_seen';
     if v_touched then
       v_key := w.key_columns;                              -- by which the triggers went
       execute format('create temp table anton_was on commit drop as select distinct on (%1$s) * from pg_temp.anton_seen order by %1$s, anton_seq',
                      (select string_agg(quote_ident(k), ', ') from unnest(v_key) k));
     end if;
-    if v_touched or dbt_unique(v_rel, v_key) and dbt_unique('pg_temp.anton_was', v_key) then
-      select d.new_n, d.updated_n, d.deleted_n into v_new, v_updated, v_deleted from dbt_diff('pg_temp.anton_was', v_rel, v_key, v_touched) d;
+    v_was := case when v_touched then 'pg_temp.anton_was' else 'pg_temp.anton_before' end;
+    if v_touched or dbt_unique(v_rel, v_key) and dbt_unique(v_was, v_key) then
+      select d.new_n, d.updated_n, d.deleted_n into v_new, v_updated, v_deleted from dbt_diff(v_was, v_rel, v_key, v_touched) d;
       v_changed := v_new + v_updated + v_deleted > 0;
       if v_changed and v_rows then
-        perform dbt_replay(w, 'pg_temp.anton_was', v_rel, v_key);
+        perform dbt_replay(w, v_was, v_rel, v_key);
       end if;
       drop table pg_temp.anton_diff;
     else
-      v_changed := dbt_fingerprint('pg_temp.anton_was') <> dbt_fingerprint(v_rel);
+      v_changed := dbt_fingerprint(v_was) <> dbt_fingerprint(v_rel);
       v_blind := v_rows;
       v_notes := v_notes || format('key (%s) is not unique: records were not compared', array_to_string(v_key, ', '));
     end if;
-    drop table pg_temp.anton_was;
     if v_touched then
-      drop table pg_temp.anton_seen;
+      drop table pg_temp.anton_was;
     end if;
   elsif v_initial and v_kind = 'r' then
     v_changed := true;

@@ -134,6 +134,16 @@ language sql stable set search_path from current as $$
   select b.unique_id from dbt_build b where b.project = p_project and b.invocation_id = p_invocation and not b.changed
 $$;
 
+-- dbt_behind(project, parents) -> the models that have not been built since one of what they read was, and changed
+--   parents  {unique_id: [unique_id of what it reads, …], …}
+create or replace function dbt_behind(p_project text, p_parents jsonb) returns table (unique_id text)
+language sql stable set search_path from current as $$
+  select e.key from jsonb_each(p_parents) e
+   where (select max(b.id) from jsonb_array_elements_text(e.value) p join dbt_build b on b.project = p_project and b.unique_id = p
+           where b.changed is distinct from false)
+       > coalesce((select max(b.id) from dbt_build b where b.project = p_project and b.unique_id = e.key), 0)
+$$;
+
 -- dbt_put_tests(project, models, tests): the compiled tests of these models (unique_ids), instead of those that there were
 --   tests  [{"unique_id", "name", "sql", "severity", "fail_calc", "error_if", "warn_if"}, …]
 create or replace function dbt_put_tests(p_project text, p_models text[], p_tests jsonb) returns void

@@ -205,6 +205,18 @@ def test_what_reads_a_model_that_did_not_change_is_left_out(live: Live) -> None:
     assert live.last_run() == ("done", {"revenue": "success", "big": "success", "total": "success"})
 
 
+def test_what_has_not_seen_a_change_of_another_run_is_built_though_nothing_changed_in_this_one(live: Live) -> None:
+    live.shop.sql("select anton.pause('dbt:shop when orders')", "insert into orders values (6, 'cleo', 1)")
+    set_database(live.shop.db)
+    live.revenue.run()
+    live.work()
+    assert live.last_run() == ("done", {"revenue": "success"})
+    live.shop.sql("select anton.resume('dbt:shop when orders')")
+    live.project.work.seconds = dict.fromkeys(("model.shop.total", "model.shop.big"), 60.0)
+    live.order(7, "bob", 0)
+    assert live.last_run() == ("done", {"revenue": "success", "big": "success", "total": "success"})
+
+
 EVE = {"customer": "eve", "revenue": 1}
 
 

@@ -307,6 +307,27 @@ def test_a_role_that_only_builds_needs_no_right_in_the_runtime_but_to_use_its_sc
     pg.sql("drop table daily, hourly", "revoke all on schema anton, public from builder")
 
 
+def test_a_writer_of_a_model_cannot_pass_himself_off_as_its_build(dbt: Project, pg: Pg) -> None:
+    dbt.model("hourly", "select * from src", materialized="incremental", unique_key="id")
+    register(pg, "hourly", "id")
+    heard = pg.listen("hourly", "new", "updated", "deleted", read="change")
+    dbt("run")
+    assert pg.events(heard) == []
+    table = pg.value("select id from anton.watched where table_name = 'hourly'")
+    pg.sql(
+        "do $$ begin create role scribe login password 's'; exception when duplicate_object then null; end $$",
+        "grant insert on hourly to scribe",
+    )
+    with psycopg.connect(pg.url, user="scribe", password="s") as conn:
+        conn.execute("create temp table anton_seen (id int, anton_was bool, anton_seq int)")
+        conn.execute("grant all on anton_seen to public")
+        conn.execute("select set_config('anton.collect', %s || ' ' || pg_current_xact_id(), true)", [str(table)])
+        conn.execute("insert into hourly (id) values (99)")
+        assert conn.execute("select count(*) from anton_seen").fetchone() == (0,)
+    assert [(e.op, e.key) for e in pg.events(heard)] == [("n", 99)]
+    pg.sql("revoke all on hourly from scribe")
+
+
 def test_the_demo_project_builds_and_its_tests_pass(pg: Pg, dbt_child: Child, tmp_path: Path) -> None:
     pg.sql(
         "create table orders (id int primary key, customer text, country text, total numeric, status text, "

@@ -14,6 +14,7 @@ What is asked for waits in dbt_request, commits with what surrounds it, and is w
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -38,6 +39,7 @@ from anton.handler import Handler, interval
 from anton.op import Call
 from anton.record import ChangeOp, Record
 from anton.schedule import cron
+from anton.secret import One, reveal
 from anton.table import Table
 from anton.write import find_scope, transaction
 
@@ -64,11 +66,12 @@ class DbtProject:
     """A folder with a dbt_project.yml.
 
     folder: seen from the app's. target: dbt's target.name. schema: of its models, default the app's. threads: how
-    many models dbt builds at a time. env: more of dbt's environment, for env_var(). Raises ConfigError, DuplicateName.
+    many models dbt builds at a time. env: more of dbt's environment, for env_var(): values, or env("X"). Raises
+    ConfigError, DuplicateName.
     """
 
     def __init__(self, folder: str | Path = "dbt_project", *, target: str = "dev", schema: str | None = None,
-                 threads: int = 4, env: Mapping[str, str] | None = None) -> None:
+                 threads: int = 4, env: Mapping[str, One] | None = None) -> None:
         of = f'DbtProject("{folder}")'
         self.app: App = current_app()
         self.folder = (self.app.folder / folder).resolve()
@@ -156,7 +159,7 @@ class DbtProject:
     def runner(self, db: Database, schema: str) -> Runner:
         """The child for a database. Not started yet."""
         return Runner(db, self.folder, self.app.folder, name=self.name, target=self.target, schema=schema,
-                      threads=self.threads, env=self.env)
+                      threads=self.threads, env=self._environment())
 
     async def schema_in(self, db: Database) -> str:
         """Where its models go."""
@@ -192,6 +195,7 @@ class DbtProject:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             part = file.with_suffix(".part")
+            part.touch(0o600)                                          # what dbt compiled may hold a secret
             part.write_text(json.dumps(stamped))
             part.replace(file)
         except OSError:                                                # a folder that may not be written to
@@ -219,7 +223,12 @@ class DbtProject:
 
     def stamp(self, schema: str) -> list[Any]:
         """What the manifest depends on."""
-        return [FORMAT, *fingerprint(self.folder), self.target, schema, self.env]
+        given = hashlib.sha256(json.dumps(sorted(self._environment().items())).encode()).hexdigest()
+        return [FORMAT, *fingerprint(self.folder), self.target, schema, given]
+
+    def _environment(self) -> dict[str, str]:
+        """What env= gives dbt, read now; what is not set is left out."""
+        return {name: value for name, given in self.env.items() if (value := reveal(given)) is not None}
 
     def definition(self, app: str) -> dict[str, Any]:
         """What put_dbt_project() takes."""

@@ -191,11 +191,15 @@ class Requests:
             self.seconds.get(id, 0.0) for id in after) > WORTH * (len(levels) - 1)
 
     async def _by_levels(self, db: Database, manifest: Manifest, wish: Wish, build: Any) -> Done:
-        """Level by level; a node none of whose parents changed is left out."""
+        """Level by level; a node is left out that has seen all changes of its parents, of this run and of others."""
         changed, results, success, invocation, error = set(wish.dirty), list[Result](), True, None, None
         failed: set[str] = set()
+        async with db.conn() as conn:
+            rows = await db.call(conn, "dbt_behind", manifest.project,
+                                 {id: sorted(manifest.reads(id)) for id in wish.nodes})
+        behind = {row["unique_id"] for row in rows}
         for level in manifest.levels(wish.nodes):
-            due = [id for id in level if id in wish.whole or manifest.reads(id) & changed]
+            due = [id for id in level if id in wish.whole or id in behind or manifest.reads(id) & changed]
             stopped = [id for id in due if manifest.reads(id) & failed]
             results += [_result(manifest, id, "skipped", "what it is made of failed") for id in stopped]
             failed |= set(stopped)
