@@ -72,6 +72,37 @@ def test_an_incremental_model_is_netted_by_key(dbt: Project, pg: Pg) -> None:
     assert [one.key["full"] for one in pg.events(rebuilt)] == [True, False, False, True]
 
 
+def test_batches_that_commit_one_by_one_lose_no_event(dbt: Project, pg: Pg) -> None:
+    pg.sql(
+        "alter table src add at timestamptz",
+        "update src set at = current_date + time '01:00' - (id % 2) * interval '1 day'",
+    )
+    dbt.model(
+        "daily",
+        "select * from src",
+        materialized="incremental",
+        incremental_strategy="microbatch",
+        unique_key="id",
+        event_time="at",
+        begin="2026-01-01",
+        batch_size="day",
+        lookback=1,
+    )
+    register(pg, "daily", "id")
+    every = pg.listen("daily", "new", "updated", "deleted", read="change")
+    when = ("--event-time-start", pg.value("select (current_date - 1)::text"),
+            "--event-time-end", pg.value("select (current_date + 1)::text"))
+    dbt("run", *when)
+    pg.events(every)
+    pg.sql(
+        "update src set n = 0 where id = 3",
+        "insert into src values (7, 'c7', 70, current_date - 1), (8, 'c8', 80, current_date)",
+    )
+    dbt("run", *when)
+    assert {(e.op, e.key) for e in pg.events(every)} >= {("u", 3), ("n", 7), ("n", 8)}
+    assert pg.sql("select id, name, n from daily order by id") == pg.sql("select id, name, n from src order by id")
+
+
 def test_an_incremental_model_may_get_a_column_while_it_is_built(dbt: Project, pg: Pg) -> None:
     dbt.model(
         "daily",

@@ -9,7 +9,9 @@
     --vars 'anton_enabled: false'. Other vars: anton_schema (anton), anton_gate (true, false; else the tests that always gate). -#}
 
 {% macro anton_before() -%}
-  {%- if anton_active() and config.get('materialized') not in ('table', 'view', 'materialized_view', 'anton_table') -%}
+  {#- batches of microbatch commit one by one, and only the first is told: their events are those of their writes -#}
+  {%- if anton_active() and config.get('materialized') not in ('table', 'view', 'materialized_view', 'anton_table')
+         and config.get('incremental_strategy') != 'microbatch' -%}
     {{ anton_call('dbt_before', anton_build()) }}
   {%- endif -%}
 {%- endmacro %}
