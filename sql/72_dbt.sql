@@ -131,10 +131,10 @@ begin
   if v_made is not null then
     execute format('drop table pg_temp.%I', v_made);
   end if;
-  insert into dbt_build (project, unique_id, relation, invocation_id, materialized, initial, changed, new_n, updated_n, deleted_n, schema_changed, columns, note, at, xid)
+  insert into dbt_build (project, unique_id, relation, invocation_id, materialized, initial, changed, new_n, updated_n, deleted_n, schema_changed, columns, note, at, xid, snapshot)
   values (p ->> 'project', p ->> 'unique_id', v_path, p ->> 'invocation_id', p ->> 'materialized', (p_what ->> 'initial')::boolean, (p_what ->> 'changed')::boolean,
           (p_what ->> 'new')::bigint, (p_what ->> 'updated')::bigint, (p_what ->> 'deleted')::bigint, (p_what ->> 'schema_changed')::boolean, p_columns, p_note, now(),
-          pg_current_xact_id());
+          pg_current_xact_id(), coalesce(nullif(current_setting('anton.began', true), '')::pg_snapshot, pg_current_snapshot()));
   if p_print is not null then
     update dbt_model set fingerprint = p_print where project = p ->> 'project' and unique_id = p ->> 'unique_id' and fingerprint is distinct from p_print;
   end if;
@@ -596,8 +596,12 @@ begin
   end if;
   for t in select * from jsonb_populate_recordset(null::dbt_test, p_tests) x where x.always or v_asked in ('true', 'on') order by x.name loop
     perform set_config('search_path', coalesce(p ->> 'search_path', v_path), true);
-    execute format('select (%1$s)::text, coalesce(%1$s %2$s, false), coalesce(%1$s %3$s, false) from (%4$s) dbt_internal_test', t.fail_calc, t.error_if, t.warn_if,
-                   regexp_replace(t.sql, '[\s;]+$', '')) into v_n, v_error, v_warn;
+    begin
+      execute format(E'select (%1$s)::text, coalesce(%1$s %2$s, false), coalesce(%1$s %3$s, false) from (%4$s\n) dbt_internal_test', t.fail_calc, t.error_if, t.warn_if,
+                     regexp_replace(t.sql, '[\s;]+$', '')) into v_n, v_error, v_warn;
+    exception when others then
+      raise exception using errcode = sqlstate, message = format('test %s of %s cannot be run: %s', t.name, p ->> 'unique_id', sqlerrm);
+    end;
     perform set_config('search_path', v_path, true);
     if v_error and t.severity = 'error' then
       raise exception using errcode = 'NT006', message = format('test %s of %s failed: %s', t.name, p ->> 'unique_id', v_n),

@@ -76,7 +76,7 @@ def test_requests_become_as_few_invocations_as_can_be(manifest: Manifest) -> Non
 
 
 def test_a_profile_is_what_the_url_says_and_holds_no_password(tmp_path: Path) -> None:
-    output, password = outputs("postgresql://ann:s%40fe@db.example:5433/shop?sslmode=require", "marts", 4, "x")
+    output, password = outputs("postgresql://ann:s%40fe@db.example:5433/shop?sslmode=require", "marts", 4)
     write_profile(tmp_path, "prod", output)
     assert (output["host"], output["port"], output["user"], output["dbname"], output["sslmode"]) == (
         "db.example", 5433, "ann", "shop", "require")
@@ -85,11 +85,11 @@ def test_a_profile_is_what_the_url_says_and_holds_no_password(tmp_path: Path) ->
 
 
 def test_a_profile_finds_a_unix_socket(monkeypatch: pytest.MonkeyPatch) -> None:
-    output, _ = outputs("postgresql://ann@/shop?host=/run/pg&port=5439", "public", 1, "x")
+    output, _ = outputs("postgresql://ann@/shop?host=/run/pg&port=5439", "public", 1)
     assert (output["host"], output["port"], output["dbname"]) == ("/run/pg", 5439, "shop")
     monkeypatch.setenv("PGHOST", "/tmp/s")
     monkeypatch.setenv("PGUSER", "bob")
-    output, _ = outputs(None, "public", 1, "x")
+    output, _ = outputs(None, "public", 1)
     assert (output["host"], output["port"], output["user"], output["dbname"]) == ("/tmp/s", 5432, "bob", "bob")
 
 

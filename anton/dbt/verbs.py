@@ -17,14 +17,14 @@ from anton.dbt.lineage import relation
 from anton.dbt.manifest import Manifest
 from anton.dbt.project import DbtProject
 from anton.dbt.requests import alone
-from anton.dbt.runner import Done
+from anton.dbt.runner import BUILDS, Done
 from anton.errors import ConfigError, did_you_mean
 from anton.status import Row, ask, layout
 from anton.verbs import FOUND, OK, emit, open_app_database, query
 
 Args = argparse.Namespace
 
-BUILDS = ("run", "build", "seed", "snapshot")
+PATHS = ("--state", "--defer-state")  # options that name a folder, as seen from where the command is typed
 PASSED = {
     "run": "Build models, as dbt run: anton dbt run --select revenue+.",
     "build": "Build models, seeds and snapshots, and test them, as dbt build.",
@@ -129,7 +129,7 @@ def _finding(subject: str, problem: str) -> Row:
 def _pass(verb: str, args: Args) -> int:
     project, db = _project(args), open_app_database(args)
     try:
-        done = asyncio.run(_run(project, db, [verb, *args.passed], quiet=args.json or verb == "ls"))
+        done = asyncio.run(_run(project, db, [verb, *_absolute(args.passed)], quiet=args.json or verb == "ls"))
     except KeyboardInterrupt:
         print("anton: cancelled", file=sys.stderr)
         return FOUND
@@ -175,6 +175,18 @@ async def _tell(db: Database, project: DbtProject, done: Done) -> None:
             if not one.ok and one.type in ("model", "seed", "snapshot"):
                 await db.call(conn, "dbt_failed", project.name, one.node, one.message or one.status, one.status,
                               done.invocation)
+
+
+def _absolute(words: Iterable[str]) -> list[str]:
+    """dbt's arguments; it runs in the project's folder, and who typed them is perhaps in another."""
+    found: list[str] = []
+    for word in words:
+        option, equals, path = word.partition("=")
+        if found and found[-1] in PATHS:
+            found.append(str(Path(word).resolve()))
+        else:
+            found.append(f"{option}={Path(path).resolve()}" if equals and option in PATHS else word)
+    return found
 
 
 @asynccontextmanager
