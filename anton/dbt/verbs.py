@@ -98,6 +98,27 @@ def dbt_runs(args: Args) -> int:
     return OK
 
 
+def dbt_cancel(args: Args) -> int:
+    """End runs: their queries in Postgres, and dbt. No id: all that run. They are not tried again."""
+    db = open_app_database(args)
+
+    async def cancel() -> list[Row]:
+        try:
+            async with db.tx() as conn:
+                rows = await ask(db, conn, "dbt_cancel", args.ids)
+            async with db.conn() as conn:
+                await db.call_value(conn, "dbt_end_holders", [row["id"] for row in rows])
+            return rows
+        finally:
+            await db.close()
+
+    rows = asyncio.run(cancel())
+    lacking = sorted(set(args.ids) - {row["id"] for row in rows})
+    emit(args, rows, "\n".join([*(f"run {row['id']} of {row['app']}.{row['project']} is cancelled" for row in rows),
+                                *(f"run {id} is not running" for id in lacking)]) or "nothing runs")
+    return FOUND if lacking else OK
+
+
 def findings(module: str | None) -> list[Row]:
     """For anton doctor: projects whose macros are of another version, or whose hooks are not all there."""
     found = []

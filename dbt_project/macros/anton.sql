@@ -10,7 +10,7 @@
 
 {% macro anton_before() -%}
   {#- what the build can have seen of others -#}
-  {%- if anton_active() -%}{%- do run_query("select set_config('anton.began', pg_catalog.pg_current_snapshot()::text, true)") -%}{%- endif -%}
+  {%- if anton_active() %}select pg_catalog.set_config('anton.began', pg_catalog.pg_current_snapshot()::text, true);{% endif -%}
   {#- batches of microbatch commit one by one, and only the first is told: their events are those of their writes -#}
   {%- if anton_active() and config.get('materialized') not in ('table', 'view', 'materialized_view', 'anton_table')
          and config.get('incremental_strategy') != 'microbatch' -%}
