@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,98 @@ def test_a_failing_test_rolls_a_gated_build_back_and_the_old_table_stays(live: L
     assert ("new", "eve") in live.work()                               # without gate= nothing stands in its way
 
 
+def test_a_test_of_models_built_side_by_side_is_run_after_them_and_told(live: Live) -> None:
+    write = (live.folder / "models" / "side.sql").write_text
+    write("select customer from {{ source('app', 'orders') }} where total > {{ var('least', 0) }} group by 1")
+    (live.folder / "tests" / "both.sql").write_text(
+        "select customer from {{ ref('revenue') }} except select customer from {{ ref('side') }}")
+    live.shop.sql("select anton.pause('dbt:shop when orders')")
+    set_database(live.shop.db)
+    live.project.run("revenue", "side", gate=True)
+    live.work()
+    assert live.last_run() == ("done", {"revenue": "success", "side": "success", "both": "pass"})
+    live.shop.sql("insert into orders values (8, 'dan', 8)")
+    live.project.run("revenue", "side", gate=True)                     # counted inside of one of the builds, it would fail
+    live.work()
+    assert live.last_run() == ("done", {"revenue": "success", "side": "success", "both": "pass"})
+    live.project.run("revenue", "side", gate=True, vars={"least": 100})
+    failed = [one for one in live.work() if isinstance(one, Failed)]
+    assert live.last_run() == ("failed", {"revenue": "success", "side": "success", "both": "fail"})
+    assert len(failed) == 1 and "test both failed after the build" in failed[0].error
+    live.revenue.run(gate=True)                                        # with one of them it stands in its way
+    live.shop.sql("insert into orders values (9, 'fay', 9)")
+    (refused,) = live.work()
+    live.shop.sql("select anton.resume('dbt:shop when orders')")
+    assert isinstance(refused, Failed) and "test both of model.shop.revenue failed" in refused.error
+
+
+def test_a_test_gates_with_the_vars_of_its_build(live: Live) -> None:
+    (live.folder / "tests" / "small.sql").write_text(
+        "select * from {{ ref('revenue') }} where revenue > {{ var('most', 1000000) }} -- a remark")
+    for most, state in ((10_000, "done"), (100, "failed"), (10_000, "done")):
+        live.project.run("revenue", gate=True, vars={"most": most})
+        live.work()
+        assert live.last_run()[0] == state
+
+
+def test_a_run_that_is_cancelled_ends_its_query_and_is_not_tried_again(live: Live, monkeypatch: pytest.MonkeyPatch,
+                                                                       capsys: pytest.CaptureFixture[str]) -> None:
+    (live.folder / "models" / "revenue_slow.sql").write_text(
+        "select r.customer from {{ ref('revenue') }} r, pg_sleep(300)")
+    sleeping = f"select count(*) from pg_stat_activity where query like '%{'pg_sleep'}(300)%' and state = 'active' " \
+               "and application_name like 'anton-dbt-%-build-%'"
+    monkeypatch.chdir(live.shop.folder)
+
+    async def cancel() -> int:
+        async with live.shop.db.conn() as look:
+            while not await look.fetchval(sleeping):
+                await asyncio.sleep(0)
+        return await asyncio.to_thread(main, ["--database", live.shop.url, "dbt", "cancel"])
+
+    live.project.run("revenue_slow")
+    live.project.run("revenue_slow", vars={"other": 1})
+    cancelling = asyncio.run_coroutine_threadsafe(cancel(), live.loop.loop)
+    live.work()
+    assert cancelling.result(60) == 0 and "is cancelled" in capsys.readouterr().out
+    set_database(live.shop.db)
+    assert live.last_run() == ("cancelled", {})
+    assert live.shop.sql(sleeping) == [(0,)]
+    assert live.shop.sql("select state, count(*) from anton.dbt_request where 'revenue_slow' = any (models) "
+                         "group by 1") == [("cancelled", 2)]
+    assert live.shop.sql("select (select count(*) from anton.job) + (select count(*) from anton.delayed) "
+                         "+ (select count(*) from anton.dead)") == [(0,)]
+    assert main(["--database", live.shop.url, "dbt", "cancel", "1"]) == 1
+    assert "run 1 is not running" in capsys.readouterr().out
+    set_database(live.shop.db)
+
+
+def test_what_only_reads_and_what_builds_do_not_end_each_other(live: Live) -> None:
+    (live.folder / "models" / "slow.sql").write_text("select 1 as id from pg_sleep(300)")
+    runner = live.project.work._runner
+    assert runner is not None
+    reading = "select count(*) from pg_stat_activity where query like '%pg_sleep(300)%' and state = 'active' " \
+              "and application_name like 'anton-dbt-%-read-%'"
+
+    async def both() -> Any:
+        other = live.project.runner(live.shop.db, runner.schema)       # anton dbt show, in another process
+        show = asyncio.ensure_future(other.invoke(["show", "--select", "slow"]))
+        async with live.shop.db.conn() as look:
+            while not await look.fetchval(reading) and not show.done():
+                await asyncio.sleep(0)
+            async with alone(live.shop.db, runner.application):        # which ends what is left of builds
+                pass
+            await runner.invoke(["build", "--select", "total"], seconds=0.0)   # cancelled at once
+            left = await look.fetchval(reading)
+        show.cancel()
+        await asyncio.wait({show})
+        async with live.shop.db.conn() as look:
+            gone = await look.fetchval(reading)
+        await other.close()
+        return left, gone
+
+    assert live.loop.run(both()) == (1, 0)
+
+
 def test_a_model_that_fails_is_told_and_leaves_the_others_alone(live: Live) -> None:
     bad = live.folder / "models" / "revenue.sql"
     good = bad.read_text()
@@ -324,6 +417,16 @@ def test_a_name_that_is_no_model_is_refused_with_the_likely_one(live: Live) -> N
     shop = Shop(live.shop.url, live.shop.folder, "other").declare(declare)
     with pytest.raises(DeclarationError, match='Did you mean "revenue"'):
         shop.migrate()
+
+
+def test_a_table_that_the_project_does_not_read_is_refused_with_what_to_write(live: Live) -> None:
+    others = Table.__new__(Table)
+    others.name = "order"
+    live.project.whens.append(replace(live.project.whens[0], table=others))
+    (error,) = live.project.unread(lambda name: ("public", name))
+    live.project.whens.pop()
+    assert "does not read public.order" in str(error) and 'Did you mean "public.orders"' in str(error)
+    assert "tables: [{name: order}]" in str(error) and "models/sources.yml" in str(error)
 
 
 def test_what_is_downstream_of_a_model_can_wait_for_its_builds(live: Live) -> None:

@@ -85,8 +85,8 @@ class Child:
         os.environ["PGAPPNAME"] = job["application"]                   # libpq's: the profile stays the same, as dbt
         try:                                                           # reads a project anew when that differs
             args, said = _without_vars(job["args"])
-        except (yaml.YAMLError, TypeError) as error:
-            return {"success": False, "error": f"--vars: {error}", "kind": "vars", "results": []}
+        except (yaml.YAMLError, TypeError) as wrong:
+            return {"success": False, "error": f"--vars: {wrong}", "kind": "vars", "results": []}
         vars = self.vars | said
         given = ["--vars", json.dumps(vars)] if vars else []
         if args[0] in RUNS or args[0] == "parse":

@@ -33,8 +33,7 @@ def gates(manifest: Manifest, ids: Collection[str]) -> tuple[dict[str, str], set
 
 
 def after(manifest: Manifest, gate: Mapping[str, str], built: Collection[str], failed: Collection[str]) -> list[str]:
-    """The tests to be run now that these are built: those that no build among them has run, of models that all went well.
-    """
+    """The tests to be run now that these are built: those that no build of them ran, of models that all went well."""
     return sorted(id for id, model in gate.items() if model not in built
                   and manifest.reads_of_test(id) & set(built) and not manifest.reads_of_test(id) & set(failed))
 

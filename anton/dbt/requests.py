@@ -2,10 +2,11 @@
 
     dbt_begin() takes the requests  ->  dbt builds, each model in its own transaction  ->  dbt_finish() with the ack
 
-Tests that gate are run inside of the builds (gate.py), the others after them. `anton dbt cancel` ends the session that
-holds the lock; the worker then stops dbt, and tries no more. One run of a project and target at a time, by a lock that ends with the connection. A worker that dies leaves
-its requests to the next one, which ends what is left of dbt's sessions and builds again. A model that fails is told by
-its on_failed; when dbt cannot read the project at all, the requests wait, and the handler tries again.
+Tests that gate are run inside of the builds (gate.py), the others after them. One run of a project and target at a
+time, by a lock that ends with the connection. A worker that dies leaves its requests to the next one, which ends what is
+left of dbt's sessions and builds again. `anton dbt cancel` ends the session that holds the lock: the worker stops dbt,
+and tries no more. A model that fails is told by its on_failed; when dbt cannot read the project at all, the requests
+wait, and the handler tries again.
 """
 
 from __future__ import annotations
@@ -144,8 +145,8 @@ class Requests:
                   for one in results.values() if not one.ok and one.node in manifest.nodes]
         for one in results.values():                                   # of tests, on_failed of the models they read
             if one.status in ("error", "fail") and one.node in manifest.tests:
-                failed += [{"node": id, "status": "test", "message": f"test {one.name} failed after the build, which is "
-                            f"served, as the test reads models that are built side by side: {one.message}"}
+                failed += [{"node": id, "status": "test", "message": f"test {one.name} failed after the build, which "
+                            f"is served, as the test reads models that are built side by side: {one.message}"}
                            for id in sorted(manifest.reads_of_test(one.node) & self._built)]
         summary = "; ".join(dict.fromkeys(errors.values())) or None
         if summary is not None:
@@ -206,7 +207,7 @@ class Requests:
         gate, stale = gates(manifest, wish.nodes)
         await self._put_tests(db, runner, manifest, wish, gate, until - loop.time())
         done = await self._ordered(db, manifest, wish, build)
-        skipped = [_test(manifest, id, "skipped", "it reads what this run does not build anew, and is made of what it does")
+        skipped = [_test(manifest, id, "skipped", "it reads what is made of this, and not built by this run")
                    for id in sorted(stale)]
         done = replace(done, results=[*done.results, *skipped])
         ok = {one.node for one in done.results if one.ok}
@@ -303,7 +304,8 @@ class Requests:
             if not done.success or len(found) < len(tests):
                 lack = sorted({manifest.tests[id]["name"] for id in tests} - {test["name"] for test in found})
                 said = done.error or "; ".join(one.message for one in done.results if not one.ok) or ", ".join(lack)
-                raise DbtFailed(f"dbt cannot compile the tests of {self.project.name}: {said}", project=self.project.name)
+                raise DbtFailed(f"dbt cannot compile the tests of {self.project.name}: {said}",
+                                project=self.project.name)
         async with db.tx() as conn:
             await db.call(conn, "dbt_put_tests", manifest.project, sorted(wish.nodes), found)
 
@@ -403,8 +405,8 @@ def _test(manifest: Manifest, id: str, status: str, message: str) -> Result:
 
 
 def _chosen(manifest: Manifest, tests: Iterable[str]) -> list[str]:
-    """How --select names tests, and no others that read the same."""
-    return ["--select", *sorted(manifest.tests[id]["name"] for id in tests), "--indirect-selection", "empty"]
+    """How --select names tests."""
+    return ["--select", *sorted(manifest.tests[id]["name"] for id in tests)]
 
 
 def _given(wish: Wish) -> list[str]:
