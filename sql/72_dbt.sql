@@ -257,7 +257,7 @@ begin
     end if;
   end if;
   if v_old is not null then
-    v_notes := v_notes || dbt_carry((select jsonb_agg(to_jsonb(b)) from dbt_belongings(v_old) b), v_rel) || dbt_repoint(v_old, v_rel, p -> 'views');
+    v_notes := v_notes || dbt_carry((select jsonb_agg(to_jsonb(b)) from dbt_belongings(v_old) b where b.kind not in ('constraint', 'foreign key') or not coalesce((p ->> 'contract')::boolean, false)), v_rel) || dbt_repoint(v_old, v_rel, p -> 'views');
   end if;
   if to_regclass('pg_temp.anton_belongings') is not null then
     v_notes := v_notes || dbt_carry((select jsonb_agg(to_jsonb(b)) from pg_temp.anton_belongings b), v_rel);
@@ -510,6 +510,26 @@ create or replace function dbt_belongings(p_rel regclass) returns table (o int, 
       from pg_index i join pg_class c on c.oid = i.indexrelid
      where i.indrelid = p_rel and i.indisunique and i.indisvalid and not exists (select from pg_constraint k where k.conindid = i.indexrelid and k.contype in ('p', 'u', 'x'))
     union all
+    select 2, 'index', c.relname, replace(pg_get_indexdef(i.indexrelid), 'INDEX ' || quote_ident(c.relname) || ' ON ' || p_rel, 'INDEX ON @table@')
+      from pg_index i join pg_class c on c.oid = i.indexrelid
+     where i.indrelid = p_rel and not i.indisunique and i.indisvalid and not exists (select from pg_constraint k where k.conindid = i.indexrelid)
+    union all
+    select 2, 'constraint', conname, 'alter table @table@ add ' || pg_get_constraintdef(oid) from pg_constraint where conrelid = p_rel and contype in ('c', 'x')
+    union all                                              -- would lock the other table while this one is compared
+    select 2, 'foreign key', conname, null from pg_constraint where conrelid = p_rel and contype = 'f' and conparentid = 0
+    union all                                              -- a sequence may go with the old table
+    select 2, 'default', 'of ' || quote_ident(a.attname), case when a.attidentity = '' and a.attgenerated = '' and pg_get_expr(d.adbin, d.adrelid) !~ 'nextval'
+             then format('alter table @table@ alter %I set default %s', a.attname, pg_get_expr(d.adbin, d.adrelid)) end
+      from pg_attribute a left join pg_attrdef d on d.adrelid = a.attrelid and d.adnum = a.attnum
+     where a.attrelid = p_rel and a.attnum > 0 and not a.attisdropped and (d.oid is not null or a.attidentity <> '')
+    union all
+    select 2, 'comment', 'on ' || coalesce(quote_ident(a.attname), 'it'),
+           format('comment on %s is %L', case when a.attname is null then 'table @table@' else format('column @table@.%I', a.attname) end, d.description)
+      from pg_description d left join pg_attribute a on a.attrelid = d.objoid and a.attnum = d.objsubid and d.objsubid > 0
+     where d.classoid = 'pg_class'::regclass and d.objoid = p_rel
+    union all
+    select 2, 'setting', o, format('alter table @table@ set (%s)', o) from pg_class c, unnest(c.reloptions) o where c.oid = p_rel
+    union all
     select 3, 'grant', x.privilege_type, format('grant %s on @table@ to %s%s', x.privilege_type, coalesce(quote_ident(r.rolname), 'public'), case when x.is_grantable then ' with grant option' else '' end)
       from pg_class c cross join lateral aclexplode(c.relacl) x left join pg_roles r on r.oid = x.grantee where c.oid = p_rel and x.grantee <> c.relowner
     union all
@@ -541,10 +561,14 @@ $$;
 -- dbt_carry(belongings, new) -> what could not be carried over
 -- belongings: rows of dbt_belongings() as JSON. Policies must be: a table that more people can read than before is not published.
 create or replace function dbt_carry(p_belongings jsonb, p_new regclass) returns text[] language plpgsql volatile set search_path from current as $$
-declare b record; v_notes text[] := '{}'; v_has text[] := array(select lower(sql) from dbt_belongings(p_new)); v_pk boolean;
+declare b record; v_notes text[] := '{}'; v_has text[] := array(select coalesce(lower(sql), concat(kind, ' ', name)) from dbt_belongings(p_new)); v_pk boolean;
 begin
   for b in select x.* from jsonb_to_recordset(coalesce(p_belongings, '[]')) x (o int, kind text, name text, sql text) order by x.o, x.name loop
-    continue when lower(b.sql) = any (v_has);
+    continue when coalesce(lower(b.sql), concat(b.kind, ' ', b.name)) = any (v_has);
+    if b.sql is null then
+      v_notes := v_notes || format('%s %s was lost: it is not put onto another table', b.kind, b.name);
+      continue;
+    end if;
     if b.sql like 'alter table @table@ add PRIMARY KEY%' then
       select exists (select from pg_index where indrelid = p_new and indisprimary) into v_pk;
       continue when v_pk;

@@ -247,18 +247,24 @@ begin
     select 'dbt', format('%I.%I', m.schema_name, m.table_name), format('is a `table` with handlers of its records: dbt makes it anew at each build, and readers wait for the swap'),
            'materialized="anton_table" changes it in place'
       from dbt_model m cross join lateral (select * from dbt_build x where (x.project, x.unique_id) = (m.project, m.unique_id) order by x.id desc limit 1) b
-     where b.materialized = 'table' and b.new_n > 100000
+     where b.materialized = 'table' and (select c.reltuples from pg_class c where c.oid = to_regclass(format('%I.%I', m.schema_name, m.table_name))) > 100000
        and exists (select from handler h where h.table_id = m.table_id and h.enabled and h.ops && array['new', 'updated', 'deleted']);
   return query
-    select 'dbt', format('%I.%I', m.schema_name, m.table_name), format('outside view %s depends on this `table`: a rebuild by dbt drops it', v.name),
+    select 'dbt', format('%I.%I', m.schema_name, m.table_name), format('%s %s depends on this `table`: a rebuild by dbt drops it', v.what, v.name),
            'materialized="anton_table" keeps it; or make the view a model of the project'
       from dbt_model m cross join lateral (select * from dbt_build x where (x.project, x.unique_id) = (m.project, m.unique_id) order by x.id desc limit 1) b
      cross join lateral (
-       select distinct format('%I.%I', n.nspname, c.relname) as name from pg_depend d join pg_rewrite r on r.oid = d.objid join pg_class c on c.oid = r.ev_class
+       select distinct format('%I.%I', n.nspname, c.relname) as name, case c.relkind when 'm' then 'materialized view' else 'view' end as what from pg_depend d join pg_rewrite r on r.oid = d.objid join pg_class c on c.oid = r.ev_class
          join pg_namespace n on n.oid = c.relnamespace
         where d.refobjid = to_regclass(format('%I.%I', m.schema_name, m.table_name)) and d.classid = 'pg_rewrite'::regclass and c.oid <> d.refobjid
-          and not exists (select from dbt_build o where o.relation = format('%I.%I', n.nspname, c.relname))) v
+          and (b.invocation_id is null or c.relkind = 'm')                 -- Anton's hooks point other views to the new table
+          and not dbt_built(format('%I.%I', n.nspname, c.relname))) v
      where b.materialized = 'table';
+  return query
+    select 'dbt', format('%I.%I', m.schema_name, m.table_name), format('its last build, of %s: %s', to_char(b.at, 'YYYY-MM-DD HH24:MI'), b.note),
+           'put back what was lost; materialized="anton_table" changes the table in place, and loses nothing'
+      from dbt_model m cross join lateral (select * from dbt_build x where (x.project, x.unique_id) = (m.project, m.unique_id) order by x.id desc limit 1) b
+     where b.invocation_id is not null and b.note ~ ' (is|was) lost: ';
 end $$;
 
 -- list_dbt_runs(project, limit) -> the last runs, the newest first

@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,8 @@ from shop import Shop
 from anton.cli import main
 from anton.db import Portal, set_database
 from anton.dbt.project import DbtProject
-from anton.dbt.requests import alone
-from anton.errors import DeclarationError, WriteError
+from anton.dbt.requests import alone, wishes_of
+from anton.errors import ConfigError, DeclarationError, WriteError
 from anton.migrate import migrate
 from anton.rebuilt import Failed, Rebuilt
 from anton.table import Table
@@ -181,7 +180,7 @@ def test_a_test_of_models_built_side_by_side_is_run_after_them_and_told(live: Li
     live.work()
     assert live.last_run() == ("done", {"revenue": "success", "side": "success", "both": "pass"})
     live.shop.sql("insert into orders values (8, 'dan', 8)")
-    live.project.run("revenue", "side", gate=True)                     # counted inside of one of the builds, it would fail
+    live.project.run("revenue", "side", gate=True)                     # inside of one of the builds it would fail
     live.work()
     assert live.last_run() == ("done", {"revenue": "success", "side": "success", "both": "pass"})
     live.project.run("revenue", "side", gate=True, vars={"least": 100})
@@ -215,7 +214,7 @@ def test_a_run_that_is_cancelled_ends_its_query_and_is_not_tried_again(live: Liv
     async def cancel() -> int:
         async with live.shop.db.conn() as look:
             while not await look.fetchval(sleeping):
-                await asyncio.sleep(0)
+                pass
         return await asyncio.to_thread(main, ["--database", live.shop.url, "dbt", "cancel"])
 
     live.project.run("revenue_slow")
@@ -247,7 +246,7 @@ def test_what_only_reads_and_what_builds_do_not_end_each_other(live: Live) -> No
         show = asyncio.ensure_future(other.invoke(["show", "--select", "slow"]))
         async with live.shop.db.conn() as look:
             while not await look.fetchval(reading) and not show.done():
-                await asyncio.sleep(0)
+                pass
             async with alone(live.shop.db, runner.application):        # which ends what is left of builds
                 pass
             await runner.invoke(["build", "--select", "total"], seconds=0.0)   # cancelled at once
@@ -420,13 +419,38 @@ def test_a_name_that_is_no_model_is_refused_with_the_likely_one(live: Live) -> N
 
 
 def test_a_table_that_the_project_does_not_read_is_refused_with_what_to_write(live: Live) -> None:
-    others = Table.__new__(Table)
-    others.name = "order"
-    live.project.whens.append(replace(live.project.whens[0], table=others))
-    (error,) = live.project.unread(lambda name: ("public", name))
-    live.project.whens.pop()
-    assert "does not read public.order" in str(error) and 'Did you mean "public.orders"' in str(error)
-    assert "tables: [{name: order}]" in str(error) and "models/sources.yml" in str(error)
+    def declare() -> None:
+        Table("orders", Order)
+        DbtProject("dbt_project").run_when(Table("order_lines", Order))
+
+    shop = Shop(live.shop.url, live.shop.folder, "fourth").declare(declare)
+    with pytest.raises(ConfigError, match=r"does not read public\.order_lines: nothing would be built") as e:
+        live.loop.run(migrate(shop.db, shop.app))
+    assert "models/sources.yml: sources: [{name: app, schema: public, tables: [{name: order_lines}]}]" in str(e.value)
+    assert "Its sources are public.orders" in str(e.value)
+    assert shop.sql("select to_regclass('order_lines')") == [(None,)]
+
+
+def test_a_model_whose_build_changed_nothing_builds_nothing_that_waits_for_it(live: Live) -> None:
+    def wanted() -> set[str]:
+        row = {"id": 1, "models": [], "tables": ["public.revenue"], "gate": False, "full_refresh": False, "vars": {},
+               "upstream": False}
+        manifest = live.project.manifest
+        assert manifest is not None
+        (wish,), _ = wishes_of(manifest, [row])
+        return live.loop.run(live.project.work._due(live.shop.db, manifest, wish))
+
+    live.shop.sql("select anton.pause('dbt:shop when orders')")
+    live.project.run()
+    live.work()
+    live.revenue.run()
+    live.work()
+    assert wanted() == set()
+    live.shop.sql("insert into orders values (6, 'cleo', 1)")
+    live.revenue.run()
+    live.work()
+    assert {id.rpartition(".")[2] for id in wanted()} == {"big", "total"}
+    live.shop.sql("select anton.resume('dbt:shop when orders')")
 
 
 def test_what_is_downstream_of_a_model_can_wait_for_its_builds(live: Live) -> None:

@@ -42,7 +42,8 @@
     'backup': make_backup_relation(this.incorporate(type='table'), 'table').identifier,
     'materialized': config.get('materialized'), 'invocation_id': invocation_id,
     'incremental': is_incremental(), 'full_refresh': should_full_refresh(),
-    'key': [key] if key is string else key, 'gate': var('anton_gate', none), 'views': views
+    'key': [key] if key is string else key, 'gate': var('anton_gate', none), 'views': views,
+    'contract': (config.get('contract') or {}).get('enforced', false)
   }) }}
 {%- endmacro %}
 
