@@ -43,7 +43,7 @@
     'materialized': config.get('materialized'), 'invocation_id': invocation_id,
     'incremental': is_incremental(), 'full_refresh': should_full_refresh(),
     'key': [key] if key is string else key, 'gate': var('anton_gate', none), 'views': views,
-    'contract': (config.get('contract') or {}).get('enforced', false)
+    'contract': (config.get('contract') or {}).enforced | default(false)
   }) }}
 {%- endmacro %}
 
