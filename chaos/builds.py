@@ -103,7 +103,9 @@ def _compare(pg: Pg, listen: dict[str, int], mirrors: dict[str, dict[Any, Any]],
         tally.lost += len(lost)
         tally.phantom += len(phantom) + len(twice)
         if lost or phantom or twice:
-            tally.wrong.append(f"{how}, {when}: no event for {lost[:5]}, of nothing for {phantom[:5]}, twice {twice[:5]}")
+            tally.wrong.append(
+                f"{how}, {when}: no event for {lost[:5]}, events of nothing for {phantom[:5]}, twice of {twice[:5]}"
+            )
             mirrors[how] = table
     told = sum(len(pg.events(one)) for one in listen.values())
     built = _builds(pg)

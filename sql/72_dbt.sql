@@ -131,6 +131,12 @@ begin
   if v_made is not null then
     execute format('drop table pg_temp.%I', v_made);
   end if;
+  -- a model that is another role's table cannot be said to be built by who builds one of that name for himself
+  if exists (select from dbt_model m join pg_class c on c.oid = to_regclass(format('%I.%I', m.schema_name, m.table_name))
+              where m.project = p ->> 'project' and m.unique_id = p ->> 'unique_id' and (m.schema_name, m.table_name) <> (p ->> 'schema', p ->> 'name')
+                and not pg_has_role(session_user, c.relowner, 'member')) then
+    return;
+  end if;
   insert into dbt_build (project, unique_id, relation, invocation_id, materialized, initial, changed, new_n, updated_n, deleted_n, schema_changed, columns, note, at, xid, snapshot)
   values (p ->> 'project', p ->> 'unique_id', v_path, p ->> 'invocation_id', p ->> 'materialized', (p_what ->> 'initial')::boolean, (p_what ->> 'changed')::boolean,
           (p_what ->> 'new')::bigint, (p_what ->> 'updated')::bigint, (p_what ->> 'deleted')::bigint, (p_what ->> 'schema_changed')::boolean, p_columns, p_note, now(),

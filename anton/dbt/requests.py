@@ -4,9 +4,9 @@
 
 Tests that gate are run inside of the builds (gate.py), the others after them. One run of a project and target at a
 time, by a lock that ends with the connection. A worker that dies leaves its requests to the next one, which ends what
-is left of dbt's sessions and builds again. `anton dbt cancel` ends the session that holds the lock: the worker stops dbt,
-and tries no more. A model that fails is told by its on_failed; when dbt cannot read the project at all, the requests
-wait, and the handler tries again.
+is left of dbt's sessions and builds again. `anton dbt cancel` ends the session that holds the lock: the worker stops
+dbt, and tries no more. A model that fails is told by its on_failed; when dbt cannot read the project at all, the
+requests wait, and the handler tries again.
 """
 
 from __future__ import annotations
