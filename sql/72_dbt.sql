@@ -322,7 +322,11 @@ begin
                      (select string_agg(quote_ident(k), ', ') from unnest(v_key) k));
     end if;
     v_was := case when v_touched then 'pg_temp.anton_was' else 'pg_temp.anton_before' end;
-    if v_touched or dbt_unique(v_rel, v_key) and dbt_unique(v_was, v_key) then
+    if v_touched and current_setting('anton.emptied', true) = w.id || ' ' || pg_current_xact_id() then
+      v_changed := true;                                   -- what was in it nobody knows any more
+      v_blind := v_rows;
+      v_notes := v_notes || format('%s was emptied by TRUNCATE in its build: records were not compared. A DELETE is, as is --full-refresh', v_path);
+    elsif v_touched or dbt_unique(v_rel, v_key) and dbt_unique(v_was, v_key) then
       select d.new_n, d.updated_n, d.deleted_n into v_new, v_updated, v_deleted from dbt_diff(v_was, v_rel, v_key, v_touched) d;
       v_changed := v_new + v_updated + v_deleted > 0;
       if v_changed and v_rows then
