@@ -403,8 +403,8 @@ $$;
 
 -- capture_truncate(table) -> body of the TRUNCATE trigger: one event for the table, no keys
 -- Truncating a partitioned table fires it for each partition: once a statement is enough.
-create or replace function capture_truncate(p_table int) returns text language sql stable set search_path from current as $$
-  select case when count(*) = 0 and not dbt_collects(p_table) then 'begin return null; end' else format($f$
+create or replace function capture_truncate(p_table int) returns text language plpgsql stable set search_path from current as $$ begin
+  return (select case when count(*) = 0 and not dbt_collects(p_table) then 'begin return null; end' else format($f$
 declare
   v_now timestamptz := now(); v_change bigint; v_context text := current_setting('anton.context', true);
   v_statement text := '%1$s at ' || extract(epoch from statement_timestamp());
@@ -425,5 +425,5 @@ begin
   perform ring();
   return null;
 end$f$, p_table, coalesce(array_agg(id), '{}')) end
-    from handler where table_id = p_table and enabled and 'truncate' = any (ops)
-$$;
+    from handler where table_id = p_table and enabled and 'truncate' = any (ops));
+end $$;
