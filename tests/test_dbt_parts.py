@@ -90,7 +90,7 @@ def test_a_test_gates_the_last_of_its_models_or_waits_for_those_that_are_side_by
         "of_a": "a", "of_a_and_c": "c", "of_a_and_b": "", "of_d_and_e": "e", "of_c_and_d": "", "of_clean": "b"}
     assert after(manifest, gate, every, []) == ["of_a_and_b", "of_c_and_d"]
     assert after(manifest, gate, every - {id("c")}, [id("c")]) == ["of_a_and_b"]
-    assert after(manifest, gate, {id("a")}, []) == ["of_a_and_b", "of_a_and_c"]   # c saw no change: nothing ran its tests
+    assert after(manifest, gate, {id("a")}, []) == ["of_a_and_b", "of_a_and_c"]   # nobody built c
     gate, stale = gates(manifest, {id("a")})
     assert gate == {"of_a": id("a"), "of_a_and_b": id("a")} and stale == {"of_a_and_c"}
 
@@ -237,9 +237,9 @@ def test_a_run_takes_what_is_due_and_what_a_dead_one_left_and_no_more(pg: Pg, as
 
 def test_a_model_is_behind_a_build_that_committed_after_it_began_to_read(pg: Pg) -> None:
     def build(model: str, note: str = "null") -> None:
-        pg.sql("insert into anton.dbt_build (project, unique_id, relation, materialized, initial, changed, schema_changed, at, "
-               f"xid, snapshot) values ('shop', '{model}', '{model}', 'table', false, true, false, now(), "
-               f"pg_current_xact_id(), {note})")
+        pg.sql("insert into anton.dbt_build (project, unique_id, relation, materialized, initial, changed, "
+               "schema_changed, at, xid, snapshot) values "
+               f"('shop', '{model}', '{model}', 'table', false, true, false, now(), pg_current_xact_id(), {note})")
 
     def behind() -> list[Any]:
         return [row[0] for row in pg.sql("select * from anton.dbt_behind('shop', '{\"child\": [\"parent\"]}')")]

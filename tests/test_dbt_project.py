@@ -483,7 +483,7 @@ def test_commands_that_build_nothing_answer_in_lines(live: Live) -> None:
     done = live.loop.run(runner.invoke(["ls", "--resource-type", "source"]))
     assert (done.success, done.lines) == (True, ["source:shop.app.orders"])
     (live.folder / "models" / "said.sql").write_text("select '{{ var('word', 'none') }}' as word")
-    for given in (["--vars", "word: yes it is"], ["--vars=word: yes it is"], ["--vars", "{}", "--vars={word: yes it is}"]):
+    for given in (["--vars", "word: yes it is"], ["--vars=word: yes it is"], ["--vars={}", "--vars={word: yes it is}"]):
         done = live.loop.run(runner.invoke(["compile", "--select", "said", *given]))
         assert [raw["code"] for raw in done.raw] == ["select 'yes it is' as word"]
     done = live.loop.run(runner.invoke(["compile", "--vars=word"]))
