@@ -32,7 +32,7 @@ def dbt_builds(run: Run) -> Rows:
     took: dict[str, list[float]] = {"plain": [], "diff": [], "in_place": []}
     waits: list[float] = []
     with run.server.database("dbt") as url, connect(url) as conn, tempfile.TemporaryDirectory() as folder:
-        migrate(url, "app_sql")
+        migrate(url, "app_jobs")
         conn.execute(_SOURCE.replace("%s", str(rows)))
         child = Child(Path(folder) / "log")
         try:
