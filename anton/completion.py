@@ -175,7 +175,7 @@ class Completion(Component):
                       change.tenant, "+".join(versions) or None, None if self._shared else change.idempotency_key)
         answers, parsed = await self._ask(messages, about)
         last = answers[-1]
-        await _note(answers, about, origins)
+        await note(answers, about, origins)
         reply = last.reply
         usage = None if reply.tokens_in is None else {"input": reply.tokens_in, "output": reply.tokens_out or 0}
         if usage is not None and reply.cached:
@@ -195,7 +195,7 @@ class Completion(Component):
             text = str(self.read(record, "prompt"))
         values = self._values(record)
         if self.prompt is not None:
-            texts, origins = await self.context.fetch(_database(), values)
+            texts, origins = await self.context.fetch(database(), values)
             text = self.prompt.fill({**values, **texts})
         told = () if self.system is None else ({"role": "system", "content": self.system.fill(values)},)
         return (*told, {"role": "user", "content": text}), origins
@@ -247,7 +247,7 @@ class Completion(Component):
         try:
             return [first, second], self._parse(second)
         except Unfit as error:
-            await self._asker.forget(_database(), [first, second])
+            await self._asker.forget(database(), [first, second])
             raise Discard(f"{self.name}, {model}: {error.message}") from error
 
     def _parse(self, answer: Answer) -> BaseModel:
@@ -272,7 +272,7 @@ class Completion(Component):
             if mode == "prompt" and question.schema is not None:
                 asked = replace(asked, messages=_told(question.messages, asked_for(question.schema)))
             try:
-                return await self._asker.ask(_database(), asked, about, price, last=last)
+                return await self._asker.ask(database(), asked, about, price, last=last)
             except SendError as error:
                 if self._mode is not None or mode == "prompt":
                     raise Discard(f"{self.name}: {error.message}") from error
@@ -300,12 +300,13 @@ def _told(messages: Sequence[Mapping[str, str]], more: str) -> tuple[Mapping[str
     return (*messages[:at], first, *messages[at + 1:])
 
 
-def _database() -> Any:
+def database() -> Any:
+    """The scope's, else the process's."""
     current = write.scope.get()
     return current.db if current is not None else current_database()
 
 
-async def _note(answers: Sequence[Answer], about: About, origins: Mapping[str, Any]) -> None:
+async def note(answers: Sequence[Answer], about: About, origins: Mapping[str, Any]) -> None:
     """Which calls answered the record; commits with what its handler writes."""
     found = write.find_scope()
     assert found is not None

@@ -16,7 +16,7 @@ PACKAGE = REPO / "anton"
 
 LAYERS = [
     "errors groups share sent",
-    "secret db deadline duration embedded limit price template plan threads rebuilt",
+    "secret db deadline duration embedded limit price template plan threads rebuilt vector",
     "dbt.manifest dbt.profile dbt.init",
     "handshake config columns relation queue doorbell status due chunk parquet ledger memo",
     "scheme op sqlfile lineage graph",
@@ -31,7 +31,7 @@ LAYERS = [
     "table run catalogue",
     "dbt.project",
     "completion sense edges leases suspects pgcron poll layout",
-    "answered webhook sqlcheck model",
+    "answered webhook sqlcheck model embedding tuning",
     "worker web declared load",
     "migrate supervisor files",
     "dev serve testing wiring",
