@@ -35,6 +35,7 @@ from anton.relation import describe
 from anton.secret import Env
 from anton.structured import Unfit, asked_for, example, parse, repair, schema_of
 from anton.table import Table
+from anton.tuning import meant, names_meant
 
 CONCURRENCY = 50
 MODES: tuple[Mode, ...] = ("schema", "tool", "prompt")
@@ -62,7 +63,7 @@ class Options(TypedDict, total=False):
 class Completion(Component):
     """Asks a model with each record; `table` gets {"prompt", "completion", "model", "usage", "cost"}.
 
-    model: a name, or several: the next is asked when one is busy or down. prompt: a text with {fields}, or a file of
+    model: a name, or several: the next is asked when one is busy or down; "alias:NAME" is what a FineTune made. prompt: a text with {fields}, or a file of
     it; default the record's `prompt`. system: what the model is told before. context: {name: sql("…")}, rows for
     {name} in the prompt. output: a Pydantic model; its fields go into the row. mode: how it is asked for, "schema",
     "tool" or "prompt"; default the first that the server knows. max_tokens: of an answer. temperature: None, its own.
@@ -110,6 +111,8 @@ class Completion(Component):
         self.context = Context(context, of)
         if context and self.prompt is None:
             raise BadOption("context", sorted(context), of, "context= with a prompt= that has its names in braces")
+        for one in self.models:
+            names_meant(self._app, one)
         self._shared = memo is not False
         ttl = duration("30d" if isinstance(memo, bool) else memo, "memo", of)
         self._price = None if price is None else Price.of(price, owner=of)
@@ -125,7 +128,8 @@ class Completion(Component):
             if self.max_tokens is None:
                 raise BadOption("budget", budget, self.name, "a budget with max_tokens=, so that what a call can cost "
                                 "at most is known before it is made")
-            unknown = next((model for model in self.models if self.price_of(model) is None), None)
+            names = [name for model in self.models for name in names_meant(self._app, model)]
+            unknown = next((name for name in names if self.price_of(name) is None), None)
             if one.unit == "usd" and unknown is not None:
                 raise BadOption("budget", budget, self.name, f'dollars only for a model whose price is known. That of '
                                 f'"{unknown}"{f" at {self.host}" if self.base_url else ""} is not: give it, price='
@@ -232,6 +236,7 @@ class Completion(Component):
     async def _ask_model(self, model: str, messages: tuple[Mapping[str, str], ...], about: About,
                          last: bool) -> tuple[list[Answer], Any]:
         params = {} if self.temperature is None else {"temperature": self.temperature}
+        model = await meant(self._app, model)
         question = Question(model, messages, params, self.max_tokens, self._schema,
                             self.output.__name__ if self.output else "answer", timeout=self.timeout)
         first = await self._answer(question, about, last)
