@@ -63,16 +63,16 @@ class Options(TypedDict, total=False):
 class Completion(Component):
     """Asks a model with each record; `table` gets {"prompt", "completion", "model", "usage", "cost"}.
 
-    model: a name, or several: the next is asked when one is busy or down; "alias:NAME" is what a FineTune made. prompt: a text with {fields}, or a file of
-    it; default the record's `prompt`. system: what the model is told before. context: {name: sql("…")}, rows for
-    {name} in the prompt. output: a Pydantic model; its fields go into the row. mode: how it is asked for, "schema",
-    "tool" or "prompt"; default the first that the server knows. max_tokens: of an answer. temperature: None, its own.
-    memo: how long an answer serves equal questions, or False: each record is asked for itself. budget: such as
-    "5 USD/day". limit: such as "600 requests/min"; default what the service says. price: US dollars for a million
-    tokens where the table has none, {"input": …, "output": …}. timeout: seconds for one answer. map: {"prompt":
-    "question"} when a field has another name. Where `table` has a model, its further fields are carried over.
-    usage: tokens {"input", "output"}. cost: US dollars; 0 from memo or an echo, None where the price is not known.
-    Raises BadOption.
+    model: a name, or several: the next is asked when one is busy or down; "alias:NAME" is what a FineTune made.
+    prompt: a text with {fields}, or a file of it; default the record's `prompt`. system: what the model is told
+    before. context: {name: sql("…")}, rows for {name} in the prompt. output: a Pydantic model; its fields go into
+    the row. mode: how it is asked for, "schema", "tool" or "prompt"; default the first that the server knows.
+    max_tokens: of an answer. temperature: None, its own. memo: how long an answer serves equal questions, or False:
+    each record is asked for itself. budget: such as "5 USD/day". limit: such as "600 requests/min"; default what
+    the service says. price: US dollars for a million tokens where the table has none, {"input": …, "output": …}.
+    timeout: seconds for one answer. map: {"prompt": "question"} when a field has another name. Where `table` has a
+    model, its further fields are carried over. usage: tokens {"input", "output"}. cost: US dollars; 0 from memo or
+    an echo, None where the price is not known. Raises BadOption.
     """
 
     prices: ClassVar[Prices] = Prices()

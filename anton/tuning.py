@@ -146,7 +146,11 @@ class FineTune(Component):
 
     async def begin(self, row: Tuning, ctx: Ctx) -> None:
         """Uploads the examples of a new run, and has the service begin."""
-        lines, hash = await self._lines()
+        try:
+            lines, hash = await self._lines()
+        except Refused as error:
+            self._set(row, state="failed", error=error.message)
+            return
         found: dict[str, Any] = {"examples": len(lines), "hash": hash}
         if len(lines) < self.least:
             self._set(row, state="failed", error=f"{len(lines)} examples, where at least {self.least} are needed",
@@ -192,8 +196,8 @@ class FineTune(Component):
             return given
         for name in ("prompt", "completion"):
             if row.get(name) is None:
-                raise BadOption("examples", dict(row), f'{self.name} "{self.alias}"', "rows with prompt and completion, "
-                                "neither of them null, or with messages")
+                raise Refused(f'an example without {name}: {dict(row)!r}. Wanted: rows with prompt and completion, '
+                              "neither of them null, or with messages")
         system = row.get("system") or self.system
         told = [{"role": "system", "content": str(system)}] if system else []
         return [*told, {"role": "user", "content": str(row["prompt"])},

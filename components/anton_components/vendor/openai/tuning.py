@@ -41,7 +41,7 @@ class OpenAiFineTune(FineTune):
                  **options: Any) -> None:
         super().__init__(alias, model=model, examples=examples, secret=api_key, **options)
         self._clients = Clients(lambda key: package(self.name).AsyncOpenAI(
-            api_key=key, base_url=self.base_url or HOME, timeout=self.timeout, max_retries=2))
+            api_key=key, base_url=self.base_url or HOME, timeout=self.timeout, max_retries=0))
 
     async def upload(self, lines: bytes) -> str:
         """One POST /files, purpose fine-tune."""
@@ -71,7 +71,7 @@ class OpenAiFineTune(FineTune):
 
 
 def _job(job: Any) -> Job:
-    state = job.status if job.status in ("succeeded", "failed", "cancelled") else "running"
+    state: Any = job.status if job.status in ("succeeded", "failed", "cancelled") else "running"
     error = getattr(job.error, "message", None) if job.error else None
     return Job(job.id, state, job.fine_tuned_model, job.trained_tokens, error or None)
 
