@@ -38,11 +38,11 @@ class Service(Llm):
     async def file(self, request: Request) -> Response:
         if request.headers.get("authorization") != "Bearer sk-good":
             return JSONResponse({"error": {"message": "Incorrect API key provided"}}, 401)
-        form = await request.form()
-        if set(form) != {"purpose", "file"} or form["purpose"] != "fine-tune" or not form["file"].filename.endswith(
-                ".jsonl"):
-            return JSONResponse({"error": {"message": "wrong form"}}, 400)
-        lines = [json.loads(line) for line in (await form["file"].read()).splitlines()]
+        async with request.form() as form:
+            if set(form) != {"purpose", "file"} or form["purpose"] != "fine-tune" or not form["file"].filename.endswith(
+                    ".jsonl"):
+                return JSONResponse({"error": {"message": "wrong form"}}, 400)
+            lines = [json.loads(line) for line in (await form["file"].read()).splitlines()]
         if any(line["messages"][-1]["role"] != "assistant" for line in lines):
             return JSONResponse({"error": {"message": "the last message must be the assistant's"}}, 400)
         id = f"file-{next(self._ids)}"

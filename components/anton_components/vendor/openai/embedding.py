@@ -59,6 +59,8 @@ class OpenAiEmbedding(Embedding):
         data = sorted(getattr(reply, "data", None) or (), key=lambda one: one.index)
         if not data:
             raise SendError("down", f"answered without a vector: {reply!r}"[:500], paid=True)
+        if any(isinstance(one.embedding[0], list) for one in data):
+            raise SendError("wrong", f"{model} answers a vector for each token: it is no model for embeddings")
         usage = getattr(reply, "usage", None)
         return Embedded([one.embedding for one in data], reply.model or model, usage.prompt_tokens if usage else None,
                         learnt(raw.headers))
