@@ -57,7 +57,7 @@ tickets = Table("tickets", Ticket)
 solved = Table("solved", Solved, index=["customer"])
 triaged = Table("triaged", Triaged, key="ticket")
 
-Webhook("/tickets", tickets, verify="standard-webhooks", secret=env("TICKETS_SECRET"))
+Webhook("/tickets", tickets, verify="standard_webhooks", secret=env("TICKETS_SECRET"))
 
 tickets.on_new_records(OpenAiCompletion(
     triaged, model="gpt-5.4-mini", base_url=os.environ.get("OPENAI_BASE_URL"), prompt="triage.md", output=Triage,

@@ -57,13 +57,13 @@ class OpenAiCompletion(Completion):
         openai = package(self.name)
         client = await self._clients.get(self.credential() or "")
         while True:
-            with answering(self.name, question.timeout):
+            with answering(self.name, question.timeout, question):
                 try:
                     raw = await client.chat.completions.with_raw_response.create(**self._body(question))
                     return _reply(raw.headers, raw.parse(), question)
                 except openai.BadRequestError as error:
                     if error.param != "temperature" or "temperature" not in self._params(question):
-                        raise _status_error(error, question) from error
+                        raise
                     self._plain.add(question.model)
 
     def _params(self, question: Question) -> dict[str, Any]:
@@ -115,8 +115,8 @@ def _status_error(error: Any, question: Question | None = None) -> SendError:
 
 
 @contextmanager
-def answering(of: str, timeout: float) -> Iterator[None]:
-    """Raises the package's errors as SendError. timeout: seconds, for its words."""
+def answering(of: str, timeout: float, question: Question | None = None) -> Iterator[None]:
+    """Raises the package's errors as SendError. timeout: seconds, for its words. question: of a completion."""
     openai = package(of)
     try:
         yield
@@ -125,7 +125,7 @@ def answering(of: str, timeout: float) -> Iterator[None]:
     except openai.APIConnectionError as error:
         raise SendError("down", f"cannot be reached: {_why(error)}", paid=not _never_arrived(error)) from error
     except openai.APIStatusError as error:
-        raise _status_error(error) from error
+        raise _status_error(error, question) from error
     except openai.APIResponseValidationError as error:
         raise SendError("down", f"answered what is no answer: {error.message}", paid=True) from error
 
