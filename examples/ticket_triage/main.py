@@ -1,6 +1,6 @@
 """Support tickets come in by webhook, and a model says which team each belongs to, how urgent it is, and why.
 
-    POST /tickets --> tickets --> a model, with what the database knows of the customer --> triaged --> a message, if urgent
+    POST /tickets --> tickets --> a model, and what the database knows of the customer --> triaged --> urgent: a message
 
 What the model gets besides the ticket is SQL: the customer's plan, and how their earlier tickets were solved. It costs
 at most 5 dollars a day; then tickets wait.
@@ -47,6 +47,7 @@ class Triage(BaseModel):
 
 
 class Triaged(Triage):
+    id: int | None = None
     ticket: int
     customer: str
     text: str
@@ -55,7 +56,7 @@ class Triaged(Triage):
 customers = Table("customers", Customer)
 tickets = Table("tickets", Ticket)
 solved = Table("solved", Solved, index=["customer"])
-triaged = Table("triaged", Triaged, key="ticket")
+triaged = Table("triaged", Triaged)
 
 Webhook("/tickets", tickets, verify="standard_webhooks", secret=env("TICKETS_SECRET"))
 

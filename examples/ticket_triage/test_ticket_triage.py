@@ -1,4 +1,4 @@
-"""The app against a model on this machine that knows nothing but its prompt: what the database tells it is what counts."""
+"""The app against a model on this machine that knows nothing but its prompt: what the database tells it counts."""
 
 import json
 import re
@@ -29,7 +29,7 @@ def triage(prompt, teams):
     """What the model makes of a prompt: the team of the most similar earlier ticket in it, else the first of all."""
     ticket = re.search(r"Ticket: (.*)", prompt)[1]
     words = set(re.findall(r"\w+", ticket.lower()))
-    earlier = [json.loads(line) for line in re.findall(r'^- (\{.*"team".*\})$', prompt, re.MULTILINE)]
+    earlier = [json.loads(line) for line in re.findall(r'^- (\{.*"team":.*\})$', prompt, re.MULTILINE)]
     like = max(earlier, key=lambda one: len(words & set(re.findall(r"\w+", one["text"].lower()))), default=None)
     named = next((team for team in teams if team in words), None)
     team = named or (like["team"] if like else teams[0])
