@@ -35,6 +35,7 @@ from anton.relation import describe
 from anton.secret import Env
 from anton.structured import Unfit, asked_for, example, parse, repair, schema_of
 from anton.table import Table
+from anton.tuning import meant, names_meant
 
 CONCURRENCY = 50
 MODES: tuple[Mode, ...] = ("schema", "tool", "prompt")
@@ -62,16 +63,16 @@ class Options(TypedDict, total=False):
 class Completion(Component):
     """Asks a model with each record; `table` gets {"prompt", "completion", "model", "usage", "cost"}.
 
-    model: a name, or several: the next is asked when one is busy or down. prompt: a text with {fields}, or a file of
-    it; default the record's `prompt`. system: what the model is told before. context: {name: sql("…")}, rows for
-    {name} in the prompt. output: a Pydantic model; its fields go into the row. mode: how it is asked for, "schema",
-    "tool" or "prompt"; default the first that the server knows. max_tokens: of an answer. temperature: None, its own.
-    memo: how long an answer serves equal questions, or False: each record is asked for itself. budget: such as
-    "5 USD/day". limit: such as "600 requests/min"; default what the service says. price: US dollars for a million
-    tokens where the table has none, {"input": …, "output": …}. timeout: seconds for one answer. map: {"prompt":
-    "question"} when a field has another name. Where `table` has a model, its further fields are carried over.
-    usage: tokens {"input", "output"}. cost: US dollars; 0 from memo or an echo, None where the price is not known.
-    Raises BadOption.
+    model: a name, or several: the next is asked when one is busy or down; "alias:NAME" is what a FineTune made.
+    prompt: a text with {fields}, or a file of it; default the record's `prompt`. system: what the model is told
+    before. context: {name: sql("…")}, rows for {name} in the prompt. output: a Pydantic model; its fields go into
+    the row. mode: how it is asked for, "schema", "tool" or "prompt"; default the first that the server knows.
+    max_tokens: of an answer. temperature: None, its own. memo: how long an answer serves equal questions, or False:
+    each record is asked for itself. budget: such as "5 USD/day". limit: such as "600 requests/min"; default what
+    the service says. price: US dollars for a million tokens where the table has none, {"input": …, "output": …}.
+    timeout: seconds for one answer. map: {"prompt": "question"} when a field has another name. Where `table` has a
+    model, its further fields are carried over. usage: tokens {"input", "output"}. cost: US dollars; 0 from memo or
+    an echo, None where the price is not known. Raises BadOption.
     """
 
     prices: ClassVar[Prices] = Prices()
@@ -110,6 +111,8 @@ class Completion(Component):
         self.context = Context(context, of)
         if context and self.prompt is None:
             raise BadOption("context", sorted(context), of, "context= with a prompt= that has its names in braces")
+        for one in self.models:
+            names_meant(self._app, one)
         self._shared = memo is not False
         ttl = duration("30d" if isinstance(memo, bool) else memo, "memo", of)
         self._price = None if price is None else Price.of(price, owner=of)
@@ -125,7 +128,8 @@ class Completion(Component):
             if self.max_tokens is None:
                 raise BadOption("budget", budget, self.name, "a budget with max_tokens=, so that what a call can cost "
                                 "at most is known before it is made")
-            unknown = next((model for model in self.models if self.price_of(model) is None), None)
+            names = [name for model in self.models for name in names_meant(self._app, model)]
+            unknown = next((name for name in names if self.price_of(name) is None), None)
             if one.unit == "usd" and unknown is not None:
                 raise BadOption("budget", budget, self.name, f'dollars only for a model whose price is known. That of '
                                 f'"{unknown}"{f" at {self.host}" if self.base_url else ""} is not: give it, price='
@@ -175,7 +179,7 @@ class Completion(Component):
                       change.tenant, "+".join(versions) or None, None if self._shared else change.idempotency_key)
         answers, parsed = await self._ask(messages, about)
         last = answers[-1]
-        await _note(answers, about, origins)
+        await note(answers, about, origins)
         reply = last.reply
         usage = None if reply.tokens_in is None else {"input": reply.tokens_in, "output": reply.tokens_out or 0}
         if usage is not None and reply.cached:
@@ -195,7 +199,7 @@ class Completion(Component):
             text = str(self.read(record, "prompt"))
         values = self._values(record)
         if self.prompt is not None:
-            texts, origins = await self.context.fetch(_database(), values)
+            texts, origins = await self.context.fetch(database(), values)
             text = self.prompt.fill({**values, **texts})
         told = () if self.system is None else ({"role": "system", "content": self.system.fill(values)},)
         return (*told, {"role": "user", "content": text}), origins
@@ -232,6 +236,7 @@ class Completion(Component):
     async def _ask_model(self, model: str, messages: tuple[Mapping[str, str], ...], about: About,
                          last: bool) -> tuple[list[Answer], Any]:
         params = {} if self.temperature is None else {"temperature": self.temperature}
+        model = await meant(self._app, model)
         question = Question(model, messages, params, self.max_tokens, self._schema,
                             self.output.__name__ if self.output else "answer", timeout=self.timeout)
         first = await self._answer(question, about, last)
@@ -247,7 +252,7 @@ class Completion(Component):
         try:
             return [first, second], self._parse(second)
         except Unfit as error:
-            await self._asker.forget(_database(), [first, second])
+            await self._asker.forget(database(), [first, second])
             raise Discard(f"{self.name}, {model}: {error.message}") from error
 
     def _parse(self, answer: Answer) -> BaseModel:
@@ -272,7 +277,7 @@ class Completion(Component):
             if mode == "prompt" and question.schema is not None:
                 asked = replace(asked, messages=_told(question.messages, asked_for(question.schema)))
             try:
-                return await self._asker.ask(_database(), asked, about, price, last=last)
+                return await self._asker.ask(database(), asked, about, price, last=last)
             except SendError as error:
                 if self._mode is not None or mode == "prompt":
                     raise Discard(f"{self.name}: {error.message}") from error
@@ -300,12 +305,13 @@ def _told(messages: Sequence[Mapping[str, str]], more: str) -> tuple[Mapping[str
     return (*messages[:at], first, *messages[at + 1:])
 
 
-def _database() -> Any:
+def database() -> Any:
+    """The scope's, else the process's."""
     current = write.scope.get()
     return current.db if current is not None else current_database()
 
 
-async def _note(answers: Sequence[Answer], about: About, origins: Mapping[str, Any]) -> None:
+async def note(answers: Sequence[Answer], about: About, origins: Mapping[str, Any]) -> None:
     """Which calls answered the record; commits with what its handler writes."""
     found = write.find_scope()
     assert found is not None

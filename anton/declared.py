@@ -19,7 +19,7 @@ from anton.columns import MODELLESS, Shape
 from anton.db import literal, quote, split_name
 from anton.dbt.manifest import Node
 from anton.dbt.project import DbtModel
-from anton.ddl import Difference, Found, Spec, check_adopted, compare, create_sql, inspect, key_advice
+from anton.ddl import VECTOR, Difference, Found, Spec, check_adopted, compare, create_sql, inspect, key_advice
 from anton.edges import read, writes
 from anton.errors import (
     AntonError,
@@ -29,6 +29,7 @@ from anton.errors import (
     KeyNeeded,
     ModelMismatch,
     NearName,
+    NoVectors,
     UnknownTable,
     distance,
     near,
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from anton.lineage import Tables
     from anton.table import Table
 
+HAS_VECTOR = "select exists (select from pg_available_extensions where name = 'vector')"
 LOCK = (f"lock_timeout = '{LOCK_TIMEOUT}'",)
 
 
@@ -178,6 +180,9 @@ class Declared:
         shape: Shape[Any] | None = table.shape
         spec = Spec(schema, name, shape.table_columns if shape else MODELLESS, shape.key if shape else ("id",),
                     table.unique, table.index, shape.model.__name__ if shape else "")
+        if spec.vectors and not await self.conn.fetchval(HAS_VECTOR):
+            self.plan.refused.append(NoVectors(table.name, table.place, spec.vectors[0]))
+            return None
         oid = await self._oid(schema, name)
         if oid is None:
             await self._check_new(table, schema, name)
@@ -247,6 +252,9 @@ class Declared:
 
     async def make_tables(self, wanted: Sequence[Wanted]) -> None:
         """Makes missing tables, alters those that are ours, watches the others."""
+        if any(one.spec is not None and one.spec.vectors for one in wanted):
+            await self.run.step(Step("extension vector", VECTOR), unless_same="select oid from pg_extension where "
+                                "extname = 'vector'")
         for one in wanted:
             if one.model is not None:
                 continue

@@ -342,6 +342,15 @@ class GateFailed(AntonError):
     sqlstate = "NT006"
 
 
+class NoVectors(MigrationError):
+    """A column of pgvector's on a server that does not have it. table, place, column."""
+
+    def __init__(self, table: str, place: str, column: str) -> None:
+        super().__init__(f'table "{table}" ({place}): "{column}" is a Vector, and this server has no pgvector. Install '
+                         "it there (Debian: postgresql-NN-pgvector), or leave Vector out: list[float] is an array, "
+                         "which <=> does not know", table=table, place=place, column=column)
+
+
 class LockNotGained(MigrationError):
     """Others held the table all the time. sql, seconds."""
 

@@ -16,7 +16,7 @@ PACKAGE = REPO / "anton"
 
 LAYERS = [
     "errors groups share sent",
-    "secret db deadline duration embedded limit price template plan threads rebuilt",
+    "secret db deadline duration embedded limit price template plan threads rebuilt vector",
     "dbt.manifest dbt.profile dbt.init",
     "dbt.gate handshake config columns relation queue doorbell status due chunk parquet ledger memo",
     "scheme op sqlfile lineage graph",
@@ -29,9 +29,9 @@ LAYERS = [
     "handler call dbt.requests",
     "event",
     "table run catalogue",
-    "dbt.project",
+    "dbt.project tuning",
     "completion sense edges leases suspects pgcron poll layout",
-    "answered webhook sqlcheck model",
+    "answered webhook sqlcheck model embedding",
     "worker web declared load",
     "migrate supervisor files",
     "dev serve testing wiring",
