@@ -31,12 +31,15 @@ class Component:
     """Base of components.
 
     service: who it talks to. variable: the environment variable that usually holds its key. acts: it has effects out
-    there, which are captured unless the process is live; others only ask. place: "main.py:31".
+    there, which are captured unless the process is live; others only ask. carries: what it makes has further fields of
+    the record, by name. allow_pii: it may give PII to a model. place: "main.py:31".
     """
 
     service: ClassVar[str] = ""
     variable: ClassVar[str] = ""
     acts: ClassVar[bool] = False
+    carries: ClassVar[bool] = False
+    allow_pii = False
 
     def __init__(self, *, secret: Env | str | None = None, map: Mapping[str, str] | None = None) -> None:
         self._secret = secret
@@ -57,6 +60,22 @@ class Component:
         if self.credential() is not None:
             return None
         return self._secret.name if isinstance(self._secret, Env) else self.variable
+
+    def inputs(self) -> Mapping[str, Any]:
+        """The fields that it reads and their types, such as {"text": str}, before map=. migrate compares them."""
+        return {}
+
+    def outputs(self) -> Mapping[str, Any]:
+        """The fields of the rows that it makes, and their types."""
+        return {}
+
+    def told(self) -> set[str]:
+        """The fields that it gives to a model."""
+        return set()
+
+    def queries(self) -> Mapping[str, str]:
+        """The SQL whose rows it gives to a model, by name."""
+        return {}
 
     def read(self, record: Mapping[str, Any], field: str) -> Any:
         """The value of an input field, under the name that map= gives it. Raises Discard naming what there is."""

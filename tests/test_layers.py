@@ -16,7 +16,7 @@ PACKAGE = REPO / "anton"
 
 LAYERS = [
     "errors groups share sent",
-    "secret db deadline duration embedded limit price template plan threads rebuilt",
+    "secret db deadline duration embedded limit meaning price template plan threads rebuilt",
     "dbt.manifest dbt.profile dbt.init",
     "handshake config columns relation queue doorbell status due chunk parquet ledger memo",
     "scheme op sqlfile lineage graph",
@@ -30,7 +30,7 @@ LAYERS = [
     "event",
     "table run catalogue",
     "dbt.project",
-    "completion sense edges leases suspects pgcron poll layout",
+    "completion fits sense edges leases suspects pgcron poll layout",
     "answered webhook sqlcheck model",
     "worker web declared load",
     "migrate supervisor files",
