@@ -135,10 +135,18 @@ def names_of(record: Any) -> list[str]:
     return list(record) if isinstance(record, Mapping) else list(type(record).model_fields)
 
 
-def fill(template: str, record: Any) -> str:
-    """The template with every {name} replaced by the record's value. Raises Discard for a name it has not."""
+def placeholders(template: str) -> set[str]:
+    """The names in braces."""
+    return set(_PLACEHOLDER.findall(template))
+
+
+def fill(template: str, record: Any, map: Mapping[str, str] | None = None) -> str:
+    """The template with every {name} replaced by the record's value. Raises Discard for a name it has not.
+
+    map: the record's names for those of the template.
+    """
     def value(found: re.Match[str]) -> str:
-        name = found[1]
+        name = (map or {}).get(found[1], found[1])
         names = names_of(record)
         if name not in names:
             raise Discard(f'{{{name}}} in "{template}" is no value of this record.{did_you_mean(name, names)} '

@@ -17,6 +17,7 @@ from anton.handler import Handler
 from anton.meaning import Meaning, meanings, of_model
 from anton.table import Table
 
+ANY = Kind("any type")
 _NUMBERS = ("bigint", "numeric", "double precision")
 
 
@@ -45,7 +46,7 @@ def _reads(component: Component, table: Table[Any]) -> Iterator[str]:
                    + (f' Did you mean "{close}"?' if close else f" It has: {', '.join(fields)}."))
     for field, wanted in component.inputs().items():
         name = component.map.get(field, field)
-        kind = kind_of(wanted)
+        kind = _wanted(wanted)
         if name not in fields:
             if field not in component.map:
                 yield (f'it reads "{field}" ({_said(wanted, kind)}), which {whose} has not. '
@@ -64,7 +65,7 @@ def _reads(component: Component, table: Table[Any]) -> Iterator[str]:
 def _advice(component: Component, field: str, wanted: Any, table: Table[Any]) -> str:
     """The map= that would fix it; else the fields there are."""
     assert table.shape is not None
-    fields, kind = table.shape.model.model_fields, kind_of(wanted)
+    fields, kind = table.shape.model.model_fields, _wanted(wanted)
     fit = [name for name, info in fields.items() if name not in table.shape.key
            and _same(kind, kind_of(info.annotation, info.metadata))
            and not _clash(meanings(wanted), meanings(info.annotation, tuple(info.metadata)))
@@ -75,7 +76,8 @@ def _advice(component: Component, field: str, wanted: Any, table: Table[Any]) ->
     maps = {**component.map, field: likely}
     others = [name for name in fit if name != likely]
     more = f" (or {', '.join(others)})" if others else ""
-    return f"Say {'map={' + ', '.join(f'"{key}": "{value}"' for key, value in maps.items()) + '}'}{more}."
+    said = ", ".join(f'"{key}": "{value}"' for key, value in maps.items())
+    return f"Say map={{{said}}}{more}."
 
 
 def _makes(component: Component, source: Table[Any], table: Table[Any]) -> Iterator[str]:
@@ -134,8 +136,14 @@ def _personal(table: Table[Any]) -> set[str]:
     return {name for name, meant in of_model(table.shape.model).items() if any(one.personal for one in meant)}
 
 
+def _wanted(annotation: Any) -> Kind:
+    return ANY if annotation is Any else kind_of(annotation)
+
+
 def _same(wanted: Kind, have: Kind) -> bool:
     """Whether a value of one kind can be had as another. numeric(10,2) is numeric; all numbers are numbers."""
+    if wanted is ANY:
+        return True
     a, b = (re.sub(r"\(.*?\)", "", one.type) for one in (wanted, have))
     return a == b or (a in _NUMBERS and b in _NUMBERS)
 

@@ -36,7 +36,8 @@ class Meaning:
 
 
 EmailAddress = Annotated[str, StringConstraints(
-    max_length=254, pattern=r"^[A-Za-z0-9.!#$%&'*+/=?{|}~_-]+@[A-Za-z0-9.-]+\.[A-Za-z]{2,63}$"), Meaning("EmailAddress")]
+    max_length=254, pattern=r"^[A-Za-z0-9.!#$%&'*+/=?{|}~_-]+@[A-Za-z0-9.-]+\.[A-Za-z]{2,63}$"),
+    Meaning("EmailAddress")]
 """ann@example.com: one address in ASCII, without a name."""
 Url = Annotated[str, StringConstraints(
     max_length=2048, pattern=r"^https?://[A-Za-z0-9_.:;,@#%&=!~/'+*?$(){}|-]+$"), Meaning("Url")]
