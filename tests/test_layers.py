@@ -32,11 +32,11 @@ LAYERS = [
     "dbt.project",
     "completion fits sense edges leases suspects pgcron poll layout",
     "answered webhook sqlcheck model",
-    "worker web declared load",
+    "worker web declared load installed",
     "migrate supervisor files",
     "dev serve testing wiring",
     "verbs",
-    "dbt.verbs",
+    "dbt.verbs component_verbs",
     "cli",
 ]
 LEVEL = {name: level for level, line in enumerate(LAYERS) for name in line.split()}
