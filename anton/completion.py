@@ -69,7 +69,8 @@ class Completion(Component):
     "tool" or "prompt"; default the first that the server knows. max_tokens: of an answer. temperature: None, its own.
     memo: how long an answer serves equal questions, or False: each record is asked for itself. budget: such as
     "5 USD/day". limit: such as "600 requests/min"; default what the service says. price: US dollars for a million
-    tokens where the table has none, {"input": …, "output": …}. timeout: seconds for one answer. map: {"prompt":
+    tokens where the table has none, {"input": …, "output": …}. base_url: another server.
+    timeout: seconds for one answer. map: {"prompt":
     "question"} when a field has another name. allow_pii: the model may see fields that are PII.
     Where `table` has a model, its further fields are carried over.
     usage: tokens {"input", "output"}. cost: US dollars; 0 from memo or an echo, None where the price is not known.
