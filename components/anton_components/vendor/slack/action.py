@@ -34,7 +34,7 @@ class SlackPostMessage(Component):
     "body"} when it has another name. channel: an id or "#name", for records that did not begin in Slack. into: a
     Table that gets {"channel", "thread_ts", "ts", "text", "record_id"} for each message; ts is what reactions and
     replies refer to. A record whose message cannot be posted at all (no channel, unknown channel, too long) is a dead
-    letter.
+    letter. api: where Slack is. timeout: seconds for one answer.
     """
 
     service = "Slack"
