@@ -119,13 +119,13 @@ def _tells(component: Component, table: Table[Any], tables: Mapping[str, Table[A
                    "allow_pii=True.")
     for query, text in component.queries().items():
         bare = re.sub(r"\{\w+\}|'(?:[^']|'')*'|--[^\n]*", " ", text)
-        words = set(re.findall(r"\w+", bare))
+        words = set(re.findall(r"\w+", bare.lower()))                     # Postgres folds what is not quoted
         everything = re.search(r"\*(?!\s*\))", bare) is not None
         for other in tables.values():
-            if other.name.rpartition(".")[2] not in words:
+            if other.name.rpartition(".")[2].lower() not in words:
                 continue
             for name in sorted(_personal(other)):
-                if name in words or everything:
+                if name.lower() in words or everything:
                     yield (f'context "{query}" reads "{name}" of Table("{other.name}"), and that is PII. Name the '
                            "columns that the model may see, or say allow_pii=True.")
 
