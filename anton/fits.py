@@ -18,6 +18,9 @@ from anton.meaning import Meaning, meanings, of_model
 from anton.table import Table
 
 ANY = Kind("any type")
+_SOURCE = re.compile(r'\b(?:from|join)\s+(?:"?\w+"?\.)?"?(\w+)"?(?:\s+(?:as\s+)?(?!(?:where|order|group|limit|join|'
+                     r'left|right|inner|full|cross|natural|on|using|for|window|having|union|fetch|offset)\b)(\w+))?',
+                     re.IGNORECASE)
 _NUMBERS = ("bigint", "numeric", "double precision")
 
 
@@ -120,12 +123,18 @@ def _tells(component: Component, table: Table[Any], tables: Mapping[str, Table[A
     for query, text in component.queries().items():
         bare = re.sub(r"\{\w+\}|'(?:[^']|'')*'|--[^\n]*", " ", text)
         words = set(re.findall(r"\w+", bare.lower()))                     # Postgres folds what is not quoted
+        aliases = {found[1].lower(): found[2].lower() for found in _SOURCE.finditer(bare) if found[2]}
+        rest = _SOURCE.sub(" from ", bare.lower())
         everything = re.search(r"\*(?!\s*\))", bare) is not None
         for other in tables.values():
             if other.name.rpartition(".")[2].lower() not in words:
                 continue
+            short = other.name.rpartition(".")[2].lower()
+            names = "|".join(map(re.escape, (short, aliases.get(short, short))))
+            row = rf"\b(?:{names})\b(?!\s*\.)"                        # all of it, as one value
+            every = everything or re.search(row, rest) is not None
             for name in sorted(_personal(other)):
-                if name.lower() in words or everything:
+                if name.lower() in words or every:
                     yield (f'context "{query}" reads "{name}" of Table("{other.name}"), and that is PII. Name the '
                            "columns that the model may see, or say allow_pii=True.")
 
