@@ -154,6 +154,7 @@ def _dbt(noun: Any) -> None:
     one = _verb(noun, "changes", dbt.dbt_changes)
     one.add_argument("model")
     one.add_argument("--limit", type=_positive, default=20)
+    _verb(noun, "cancel", dbt.dbt_cancel).add_argument("ids", type=int, nargs="*", metavar="run")
     _verb(noun, "runs", dbt.dbt_runs).add_argument("--limit", type=_positive, default=20)
 
 

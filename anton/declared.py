@@ -94,6 +94,7 @@ class Declared:
         """All tables the app uses, compared with the database."""
         for project in self.app.projects.values():
             await project.examine(self.run.db, project.schema or self.app_schema)
+            self.plan.refused += project.unread(self.place)
         self._collect()
         rows = await self.conn.fetch(f"select name, app, model from {self.run.schema}.watched_tables()")
         watched = {row["name"]: row for row in rows}

@@ -18,7 +18,7 @@ LAYERS = [
     "errors groups share sent",
     "secret db deadline duration embedded limit meaning price template plan threads rebuilt",
     "dbt.manifest dbt.profile dbt.init",
-    "handshake config columns relation queue doorbell status due chunk parquet ledger memo",
+    "dbt.gate handshake config columns relation queue doorbell status due chunk parquet ledger memo",
     "scheme op sqlfile lineage graph",
     "signed apply sqlread dbt.runner dbt.child dbt.lineage",
     "verify write app heartbeat lane ddl",
