@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test llama bench bench-peers chaos lint types lock schema clean
+.PHONY: demo test llama bench bench-peers chaos lint types lock schema components clean
 .DEFAULT_GOAL := demo
 
 $(READY): requirements.lock pyproject.toml .ci/venv
@@ -45,6 +45,9 @@ schema: $(READY)      ## anton/autonomous.schema.json, from anton/config.py; the
 	@$(BIN)/python -c "import json; from anton import config; print(json.dumps(config.json_schema(), indent=2))" > schema.tmp
 	@mv schema.tmp anton/autonomous.schema.json
 	@$(BIN)/python tests/test_docs_verify.py
+
+components: $(READY)  ## docs/components/, from the components' docstrings
+	@PYTHONPATH=components:tests $(BIN)/python tests/test_installed.py
 
 clean:                ## what make and the tools made; the embedded database in .anton stays
 	@rm -rf $(VENV) .llama build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

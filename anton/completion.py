@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
-from typing import Any, ClassVar, TypedDict
+from typing import Annotated, Any, ClassVar, TypedDict
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel
@@ -58,6 +58,7 @@ class Options(TypedDict, total=False):
     base_url: str | None
     timeout: float
     map: Mapping[str, str] | None
+    allow_pii: bool
 
 
 class Completion(Component):
@@ -70,11 +71,13 @@ class Completion(Component):
     max_tokens: of an answer. temperature: None, its own. memo: how long an answer serves equal questions, or False:
     each record is asked for itself. budget: such as "5 USD/day". limit: such as "600 requests/min"; default what
     the service says. price: US dollars for a million tokens where the table has none, {"input": …, "output": …}.
-    timeout: seconds for one answer. map: {"prompt": "question"} when a field has another name. Where `table` has a
-    model, its further fields are carried over. usage: tokens {"input", "output"}. cost: US dollars; 0 from memo or
-    an echo, None where the price is not known. Raises BadOption.
+    base_url: another server. timeout: seconds for one answer. map: {"prompt": "question"} when a field has another
+    name. allow_pii: the model may see fields that are PII. Where `table` has a model, its further fields are carried
+    over. usage: tokens {"input", "output"}. cost: US dollars; 0 from memo or an echo, None where the price is not
+    known. Raises BadOption.
     """
 
+    carries = True
     prices: ClassVar[Prices] = Prices()
     home: ClassVar[str] = ""                                           # the service's own address
 
@@ -84,12 +87,15 @@ class Completion(Component):
                  temperature: float | None = None, memo: str | float | timedelta | bool = "30d",
                  budget: str | Sequence[str] | None = None, limit: str | None = None,
                  price: Mapping[str, Any] | None = None, base_url: str | None = None, timeout: float = 60.0,
-                 map: Mapping[str, str] | None = None, **unknown: Any) -> None:
+                 map: Mapping[str, str] | None = None, allow_pii: bool = False, **unknown: Any) -> None:
         super().__init__(secret=secret, map=map)
         of = self.name
         for name in unknown:
             raise UnknownOption(name, of, ("api_key", "model", *Options.__annotations__))
+        if not isinstance(allow_pii, bool):
+            raise BadOption("allow_pii", allow_pii, of, "True, when the model may see PII; default False")
         self.table = table
+        self.allow_pii = allow_pii
         self.models = (model,) if isinstance(model, str) else tuple(model)
         if not self.models or not all(isinstance(one, str) and one for one in self.models):
             raise BadOption("model", model, of, "a name, or several: the next is asked when one is busy or down")
@@ -150,6 +156,26 @@ class Completion(Component):
     def price_of(self, model: str) -> Price | None:
         """A model's price; None when it is not known, as at another server than the service's own."""
         return self._price or (None if self.base_url else self.prices.find(model))
+
+    def inputs(self) -> Mapping[str, Any]:
+        """The prompt, where the record holds it."""
+        return {"prompt": str} if self.prompt is None else {}
+
+    def outputs(self) -> Mapping[str, Any]:
+        """What `table` gets: the fields of output=, and what there is without."""
+        made: dict[str, Any] = {"prompt": str, "completion": str, "model": str, "usage": dict, "cost": float}
+        fields = self.output.model_fields if self.output is not None else {}
+        return made | {name: Annotated[info.annotation, *info.metadata] if info.metadata else info.annotation
+                       for name, info in fields.items()}
+
+    def told(self) -> set[str]:
+        """What is in braces; without a prompt=, the record's own."""
+        names = {"prompt"} if self.prompt is None else self.prompt.names - self.context.queries.keys()
+        return names | (set() if self.system is None else self.system.names)
+
+    def queries(self) -> Mapping[str, str]:
+        """Those of context=."""
+        return {name: query.text for name, query in self.context.queries.items()}
 
     def bind(self, table: Table[Any]) -> HandlerSpec:
         """What handles the records of `table`. Raises BadOption for a name in braces that its model has not."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from anton import sqlcheck, sqlfile
+from anton import fits, sqlcheck, sqlfile
 from anton.columns import MODELLESS, Shape
 from anton.db import literal, quote, split_name
 from anton.dbt.manifest import Node
@@ -117,6 +117,8 @@ class Declared:
                 definition["table"] = one.sql
         self.handlers = [d for d in self.handlers if d["table"] in wanted]
         self._check_into()
+        for handler in self.app.handlers.values():
+            self.plan.refused += fits.check(handler, self.app.tables)
         return list(wanted.values())
 
     def _collect(self) -> None:

@@ -55,6 +55,7 @@ class Options(TypedDict, total=False):
     base_url: str | None
     timeout: float
     map: Mapping[str, str] | None
+    allow_pii: bool
 
 
 @dataclass(frozen=True)
@@ -72,10 +73,11 @@ class Embedding(Component):
 
     Of a table with a model its fields, and those of the record that have the same names; its `embedding` is
     Annotated[list[float], Vector(n)], or list[float]. dimensions: how many numbers, default the model's. memo: how long
-    equal texts are embedded once, or False. budget, limit, price ({"input": …}), timeout: as Completion has them. map:
-    {"text": "body", "embedding": "meaning"} when fields have other names. Raises BadOption.
+    equal texts are embedded once, or False. budget, limit, price ({"input": …}), base_url, timeout, allow_pii: as
+    Completion has them. map: {"text": "body", "embedding": "meaning"} when fields have other names. Raises BadOption.
     """
 
+    carries = True
     prices: ClassVar[Prices] = Prices()
     home: ClassVar[str] = ""                                           # the service's own address
     sizes: ClassVar[Mapping[str, int]] = {}                            # dimensions of its models
@@ -83,11 +85,15 @@ class Embedding(Component):
     def __init__(self, table: Table[Any], *, model: str, secret: Env | str | None = None, dimensions: int | None = None,
                  memo: str | float | timedelta | bool = "30d", budget: str | Sequence[str] | None = None,
                  limit: str | None = None, price: Mapping[str, Any] | None = None, base_url: str | None = None,
-                 timeout: float = 60.0, map: Mapping[str, str] | None = None, **unknown: Any) -> None:
+                 timeout: float = 60.0, map: Mapping[str, str] | None = None, allow_pii: bool = False,
+                 **unknown: Any) -> None:
         super().__init__(secret=secret, map=map)
         of = self.name
         for name in unknown:
             raise UnknownOption(name, of, ("api_key", "model", *Options.__annotations__))
+        if not isinstance(allow_pii, bool):
+            raise BadOption("allow_pii", allow_pii, of, "True, when the model may see PII; default False")
+        self.allow_pii = allow_pii
         if not isinstance(model, str) or not model:
             raise BadOption("model", model, of, "the name of a model: what two of them make is not to be compared")
         if dimensions is not None and (type(dimensions) is not int or not 1 <= dimensions <= MOST):
@@ -143,12 +149,20 @@ class Embedding(Component):
         """Whether an echo embeds: nothing may leave, or there is no key."""
         return effects() == "offline" or self.credential() is None
 
+    def inputs(self) -> Mapping[str, Any]:
+        """The text."""
+        return {"text": str}
+
+    def outputs(self) -> Mapping[str, Any]:
+        """What `table` gets besides the vector, whose size is checked when it is declared."""
+        return {"text": str, "model": str, "usage": dict, "cost": float}
+
+    def told(self) -> set[str]:
+        """The text."""
+        return {"text"}
+
     def bind(self, table: Table[Any]) -> HandlerSpec:
-        """What handles the records of `table`. Raises BadOption when its model has no text."""
-        name = self.map.get("text", "text")
-        if table.shape is not None and name not in table.shape.model.model_fields:
-            raise BadOption("map", self.map, self.name, f'a field of "{table.name}" with the text, '
-                            f'map={{"text": …}}. It has: {", ".join(table.shape.model.model_fields)}')
+        """What handles the records of `table`."""
         return HandlerSpec(fn=self.complete, name=self.name, each=True, into=self.table,
                            options={"concurrency": CONCURRENCY})
 

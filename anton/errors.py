@@ -336,6 +336,14 @@ class KeyNeeded(MigrationError):
                          table=table, handler=handler, sql=sql)
 
 
+class Miswired(MigrationError):
+    """A component and a table that do not fit: a field, its type, what it means. handler, component, place, why."""
+
+    def __init__(self, handler: str, component: str, place: str, why: str) -> None:
+        super().__init__(f'handler "{handler}" ({component}, {place}): {why}',
+                         handler=handler, component=component, place=place, why=why)
+
+
 class GateFailed(AntonError):
     """A test that gates a dbt model failed on what was built: nothing was published, the table is as it was."""
 

@@ -38,7 +38,8 @@ from anton.table import Table
 TABLE = "tunings"
 FRESH = 5.0  # seconds that a process believes what an alias means
 LEAST = 10  # examples; OpenAI's
-OPTIONS = ("api_key", "model", "examples", "system", "least", "look", "base_url", "timeout")
+OPTIONS = ("api_key", "model", "examples", "system", "least", "look", "base_url", "timeout",
+           "allow_pii")
 
 State = Literal["new", "running", "succeeded", "failed", "cancelled", "captured", "retired"]
 
@@ -76,7 +77,8 @@ class FineTune(Component):
 
     alias: the name. model: which is tuned. examples: sql() with prompt and completion, and perhaps system; or messages,
     as the service takes them. system: for all of them. least: with fewer a run fails. look: how often a running job is
-    asked for. A run sends its examples to the service, and costs there. Where effects are captured nothing is sent.
+    asked for. base_url: another server. timeout: seconds for one answer. allow_pii: the examples may hold PII. A run
+    sends its examples to the service, and costs there. Where effects are captured nothing is sent.
     Raises BadOption.
     """
 
@@ -85,7 +87,7 @@ class FineTune(Component):
 
     def __init__(self, alias: str, *, model: str, examples: Sql, secret: Env | str | None = None,
                  system: str | None = None, least: int = LEAST, look: str | float | timedelta = "1m",
-                 base_url: str | None = None, timeout: float = 60.0, **unknown: Any) -> None:
+                 base_url: str | None = None, timeout: float = 60.0, allow_pii: bool = False, **unknown: Any) -> None:
         super().__init__(secret=secret)
         for name in unknown:
             raise UnknownOption(name, self.name, OPTIONS)
@@ -97,6 +99,9 @@ class FineTune(Component):
             raise BadOption("examples", examples, self.name, 'sql("select prompt, completion from … where …")')
         if type(least) is not int or least < 1:
             raise BadOption("least", least, self.name, "a whole number from 1")
+        if not isinstance(allow_pii, bool):
+            raise BadOption("allow_pii", allow_pii, self.name, "True, when the service may see PII; default False")
+        self.allow_pii = allow_pii
         self.alias = alias
         self.model = model
         self.examples = examples
@@ -138,6 +143,10 @@ class FineTune(Component):
             model = done[0].model if done else None
             self._known = time.monotonic() + FRESH, model or self.model
         return self._known[1]
+
+    def queries(self) -> Mapping[str, str]:
+        """The examples."""
+        return {"examples": self.examples.text}
 
     def bind(self, table: Table[Any]) -> HandlerSpec:
         """What handles new rows of "tunings"."""

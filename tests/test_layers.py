@@ -16,7 +16,7 @@ PACKAGE = REPO / "anton"
 
 LAYERS = [
     "errors groups share sent",
-    "secret db deadline duration embedded limit price template plan threads rebuilt vector",
+    "secret db deadline duration embedded limit meaning price template plan threads rebuilt vector",
     "dbt.manifest dbt.profile dbt.init",
     "dbt.gate handshake config columns relation queue doorbell status due chunk parquet ledger memo",
     "scheme op sqlfile lineage graph",
@@ -30,13 +30,13 @@ LAYERS = [
     "event",
     "table run catalogue",
     "dbt.project tuning",
-    "completion sense edges leases suspects pgcron poll layout",
+    "completion fits sense edges leases suspects pgcron poll layout",
     "answered webhook sqlcheck model embedding",
-    "worker web declared load",
+    "worker web declared load installed",
     "migrate supervisor files",
     "dev serve testing wiring",
     "verbs",
-    "dbt.verbs",
+    "dbt.verbs component_verbs",
     "cli",
 ]
 LEVEL = {name: level for level, line in enumerate(LAYERS) for name in line.split()}
