@@ -9,7 +9,9 @@ What is the same for all services is here: prompts, context, structured answers,
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import asyncio
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import timedelta
 from typing import Annotated, Any, ClassVar, TypedDict
@@ -19,7 +21,7 @@ from pydantic import BaseModel
 
 from anton import write
 from anton.action import effects
-from anton.app import current_app
+from anton.app import App, current_app
 from anton.ask import About, Answer, Asker, Mode, Question, Reply, SendError
 from anton.component import Component, names_of, stand_in
 from anton.context import Context, prompt_of
@@ -38,6 +40,7 @@ from anton.table import Table
 from anton.tuning import meant, names_meant
 
 CONCURRENCY = 50
+MARGIN = 30.0  # seconds before the end of the handler's time that tries end; of a short one, half of it
 MODES: tuple[Mode, ...] = ("schema", "tool", "prompt")
 
 
@@ -151,7 +154,7 @@ class Completion(Component):
     @property
     def host(self) -> str:
         """Where questions go."""
-        return urlsplit(self.base_url or self.home).netloc
+        return urlsplit(self.base_url or self.home).netloc.rpartition("@")[2]
 
     def price_of(self, model: str) -> Price | None:
         """A model's price; None when it is not known, as at another server than the service's own."""
@@ -196,14 +199,15 @@ class Completion(Component):
         prompt = messages[-1]["content"]
         if self.stands_in():
             return self._row(record, prompt, *self._stand_in(prompt), "echo", {"input": 0, "output": 0}, 0.0)
-        await self.prepare()
         change = ctx.change
         key = list(change.key) if isinstance(change.key, tuple) else [change.key]
         versions = [one.version for one in (self.system, self.prompt) if one is not None]
         handler = self._app.handlers.get(ctx.handler)
         about = About(self._app.name, ctx.handler, handler.table.name if handler else "", key, change.id, change.trace,
                       change.tenant, "+".join(versions) or None, None if self._shared else change.idempotency_key)
-        answers, parsed = await self._ask(messages, about)
+        async with patient(self._app, ctx, self.service):
+            await self.prepare()
+            answers, parsed = await self._ask(messages, about)
         last = answers[-1]
         await note(answers, about, origins)
         reply = last.reply
@@ -267,6 +271,11 @@ class Completion(Component):
                             self.output.__name__ if self.output else "answer", timeout=self.timeout)
         first = await self._answer(question, about, last)
         if self.output is None:
+            try:
+                self._check_whole(first)
+            except Discard:
+                await self._asker.forget(database(), [first])
+                raise
             return [first], None
         try:
             return [first], self._parse(first)
@@ -283,16 +292,22 @@ class Completion(Component):
 
     def _parse(self, answer: Answer) -> BaseModel:
         assert self.output is not None
+        if answer.reply.finish == "refused":
+            self._check_whole(answer)
+        try:
+            return parse(self.output, answer.reply.text)
+        except Unfit:
+            self._check_whole(answer)                                  # asked again, it would be as long
+            raise
+
+    def _check_whole(self, answer: Answer) -> None:
+        """Raises Discard for an answer that is none, or only the beginning of one."""
         reply = answer.reply
         if reply.finish == "refused":
             raise Discard(f"{self.name}: {reply.model} refused to answer: {reply.text}")
-        try:
-            return parse(self.output, reply.text)
-        except Unfit as error:
-            if reply.finish == "length":                               # asked again, it would be as long
-                raise Discard(f"{self.name}: the answer of {reply.model} was cut off at max_tokens="
-                              f"{self.max_tokens}. It was: {reply.text}") from error
-            raise
+        if reply.finish == "length":
+            raise Discard(f"{self.name}: the answer of {reply.model} was cut off at max_tokens={self.max_tokens}. "
+                          f"It was: {reply.text}")
 
     async def _answer(self, question: Question, about: About, last: bool) -> Answer:
         """Asks in the mode that the server is known to take, and finds it out."""
@@ -329,6 +344,21 @@ def _told(messages: Sequence[Mapping[str, str]], more: str) -> tuple[Mapping[str
     at = next(at for at, message in enumerate(messages) if message["role"] == "user")
     first = {**messages[at], "content": f"{messages[at]['content']}\n\n{more}"}
     return (*messages[:at], first, *messages[at + 1:])
+
+
+@asynccontextmanager
+async def patient(app: App, ctx: Ctx, service: str) -> AsyncIterator[None]:
+    """Ends tries before the handler's time is up: that the world does not answer is no record's fault."""
+    handler = app.handlers.get(ctx.handler)
+    whole = handler.timeout.total_seconds() if handler else None
+    seconds = None if whole is None else max(whole / 2, whole - MARGIN)
+    try:
+        async with asyncio.timeout(seconds) as limit:
+            yield
+    except TimeoutError as error:
+        if limit.expired():
+            raise WorldError(f"{service}: no answer in {seconds:g} s of tries") from error
+        raise
 
 
 def database() -> Any:

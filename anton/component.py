@@ -22,6 +22,7 @@ from anton.errors import ConfigError, Discard, did_you_mean
 from anton.secret import Env, env, mask, reveal
 
 _PLACEHOLDER = re.compile(r"\{([A-Za-z_]\w*)\}")
+_PASSWORD = re.compile(r"//[^/@'\"]*@")
 _ADDRESSED = re.compile(r"^\s*(?:<@\w+>|@\w+)[\s,:]*")
 
 StandIn = Callable[["Component", str], Any]
@@ -88,7 +89,7 @@ class Component:
         return value
 
     def __repr__(self) -> str:
-        shown = [f"{name}={value!r}" for name, value in vars(self).items()
+        shown = [f"{name}={_PASSWORD.sub('//…@', repr(value))}" for name, value in vars(self).items()
                  if not name.startswith("_") and name != "place" and value not in (None, {})]
         if self._secret is not None:
             shown.append(f"secret={mask(self._secret)}")

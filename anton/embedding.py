@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 from anton.action import effects
 from anton.app import current_app
 from anton.ask import About, Asker, Question, Reply, SendError
-from anton.completion import database, note
+from anton.completion import database, note, patient
 from anton.component import Component, names_of
 from anton.ctx import Ctx
 from anton.duration import duration
@@ -143,7 +143,7 @@ class Embedding(Component):
     @property
     def host(self) -> str:
         """Where texts go."""
-        return urlsplit(self.base_url or self.home).netloc
+        return urlsplit(self.base_url or self.home).netloc.rpartition("@")[2]
 
     def stands_in(self) -> bool:
         """Whether an echo embeds: nothing may leave, or there is no key."""
@@ -182,7 +182,8 @@ class Embedding(Component):
                       change.tenant, None, None if self._shared else change.idempotency_key)
         params = {} if self.dimensions is None else {"dimensions": self.dimensions}
         question = Question(self.model, ({"role": "input", "content": text},), params, 0, timeout=self.timeout)
-        answer = await self._asker.ask(database(), question, about, self._price_now())
+        async with patient(self._app, ctx, self.service):
+            answer = await self._asker.ask(database(), question, about, self._price_now())
         vector = unpacked(answer.reply.text)
         if self._size not in (None, len(vector)):
             raise WorldError(f'{answer.reply.model} makes {len(vector)} numbers, and "{self._field}" of '

@@ -49,7 +49,7 @@ class Llm:
         self._script: deque[Any] = deque()
 
     def script(self, *steps: Any) -> None:
-        """What comes next: "answer", "hang", a status, or (status, headers)."""
+        """What comes next: "answer", "hang", a status, (status, headers) or (status, headers, words)."""
         self._script.extend(steps)
 
     async def openai(self, request: Request) -> Response:
@@ -136,8 +136,9 @@ class Llm:
             await self.ended.wait()
             return JSONResponse({}, 503)
         if step != "answer":
-            status, headers = step if isinstance(step, tuple) else (step, {})
-            return JSONResponse({"error": {"message": f"scripted {status}"}}, status, headers=headers)
+            status, headers, *words = step if isinstance(step, tuple) else (step, {})
+            said = words[0] if words else f"scripted {status}"
+            return JSONResponse({"error": {"message": said}}, status, headers=headers)
         self.arrived.append((time.monotonic(), _count(body["messages"])))
         self.inflight += 1
         self.most = max(self.most, self.inflight)

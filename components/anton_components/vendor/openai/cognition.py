@@ -121,7 +121,7 @@ def answering(of: str, timeout: float, question: Question | None = None) -> Iter
     try:
         yield
     except openai.APITimeoutError as error:
-        raise SendError("down", f"no answer in {timeout:g} s", paid=True) from error
+        raise SendError("down", f"no answer in {timeout:g} s", paid=not _never_arrived(error)) from error
     except openai.APIConnectionError as error:
         raise SendError("down", f"cannot be reached: {_why(error)}", paid=not _never_arrived(error)) from error
     except openai.APIStatusError as error:
