@@ -30,7 +30,7 @@ from anton.db import current_database
 from anton.duration import duration
 from anton.errors import BadOption, Discard, UnknownOption, WorldError, did_you_mean
 from anton.handler import HandlerSpec
-from anton.ledger import budgets_of
+from anton.ledger import agree, budgets_of
 from anton.limit import limits_of
 from anton.price import Price, Prices
 from anton.relation import describe
@@ -130,6 +130,7 @@ class Completion(Component):
         self._modes: dict[str, Mode] = {}
         self._asker = Asker(self, budgets=budgets_of(budget, of), limits=limits_of(limit, of),
                             ttl=ttl.total_seconds())
+        agree(self._asker.budgets, self._app.budgets, of, self.place)
         self._check_budget(budget)
 
     def _check_budget(self, budget: Any) -> None:

@@ -32,7 +32,7 @@ from anton.ctx import Ctx
 from anton.duration import duration
 from anton.errors import BadOption, Discard, UnknownOption, WorldError
 from anton.handler import HandlerSpec
-from anton.ledger import budgets_of
+from anton.ledger import agree, budgets_of
 from anton.limit import Limit, limits_of
 from anton.price import Price, Prices
 from anton.secret import Env
@@ -110,6 +110,7 @@ class Embedding(Component):
         self._size = self._check_table(of)
         ttl = duration("30d" if isinstance(memo, bool) else memo, "memo", of)
         self._asker = Asker(self, budgets=budgets_of(budget, of), limits=limits_of(limit, of), ttl=ttl.total_seconds())
+        agree(self._asker.budgets, self._app.budgets, of, self.place)
         if any(one.unit == "usd" for one in self._asker.budgets) and self._price_now() is None:
             raise BadOption("budget", budget, of, f'dollars only for a model whose price is known. That of "{model}" '
                             'is not: price={"input": …} in dollars for a million tokens, or a budget in tokens')

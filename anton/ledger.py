@@ -69,6 +69,16 @@ def budgets_of(given: str | Sequence[str] | None, of: str) -> tuple[Budget, ...]
     return tuple(found)
 
 
+def agree(budgets: Sequence[Budget], known: dict[tuple[str, str], tuple[Any, str]], of: str, place: str) -> None:
+    """Raises BadOption where another component gives the whole app another amount. known: App.budgets."""
+    for one in budgets:
+        if one.scope == "app":
+            amount, who = known.setdefault((one.period, one.unit), (one.amount, f"{of} ({place})"))
+            if amount != one.amount:
+                raise BadOption("budget", f"{one.amount} per app", of, f"{amount}, as {who} says: an app has one "
+                                f"amount of {one.unit} for each period")
+
+
 class Begun(NamedTuple):
     """What begin_calls() says of one call. due, late: to be sent then, and not after; on the monotonic clock."""
 

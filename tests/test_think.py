@@ -340,6 +340,14 @@ def test_what_cannot_be_is_refused_when_it_is_declared(options, why, app, llm):
         openai(llm, **options)(Table("t"))
 
 
+def test_the_components_of_an_app_agree_on_its_budget(app):
+    with declaring(app.app):
+        OpenAiCompletion(Table("a"), model="m", price=PRICE, max_tokens=9, budget="5 USD/day per app")
+        OpenAiCompletion(Table("b"), model="m", price=PRICE, max_tokens=9, budget="$5/day per app")
+        with pytest.raises(BadOption, match=r"Allowed: 5, as OpenAiCompletion \(.*py:\d+\) says"):
+            OpenAiCompletion(Table("c"), model="m", price=PRICE, max_tokens=9, budget="6 USD/day per app")
+
+
 def test_an_unknown_option_says_what_was_meant(app):
     with declaring(app.app), pytest.raises(UnknownOption, match='Did you mean "temperature"'):
         OpenAiCompletion(Table("t"), temprature=1)  # type: ignore[call-arg]
