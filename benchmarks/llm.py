@@ -21,7 +21,7 @@ from benchmarks.server import Conn, connect
 from benchmarks.subject import ANTON, environment, migrate, number, wait_for, wait_idle
 
 APP = "app_llm"
-_ASK = "insert into bench_in (data) select jsonb_build_object('prompt', %s || n) from generate_series(1, %s::int) n"
+_ASK = "insert into bench_in (data) select jsonb_build_object('prompt', %s::text || n) from generate_series(1, %s::int) n"
 
 
 @contextmanager
@@ -175,7 +175,7 @@ def llm_memo(run: Run) -> Rows:
     """1,000 equal rows, two processes: calls."""
     with (_service(delay=0.5) as url, _asking(run, "llm_memo", url) as (conn, database), _worker(database),
           _worker(database)):
-        conn.execute(_ASK.replace("|| n", ""), ("what is it", 1_000))
+        conn.execute(_ASK.replace(" || n", ""), ("what is it", 1_000))
         wait_for(lambda: number(conn, "select count(*) from bench_out") == 1000, 120, "answers")
         wait_idle(conn)
         answered = sum(_counts(url)["answered"].values())
