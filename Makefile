@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test bench bench-peers chaos lint types lock schema clean
+.PHONY: demo test llama bench bench-peers chaos lint types lock schema components clean
 .DEFAULT_GOAL := demo
 
 $(READY): requirements.lock pyproject.toml .ci/venv
@@ -14,6 +14,10 @@ demo: $(READY)        ## watch the quick start work, from nothing to a captured 
 
 test: $(READY)        ## the whole suite, on the embedded Postgres and on the system's
 	@.ci/test $(BIN)/python $(ARGS)
+
+llama: $(READY)       ## builds llama.cpp's server into .llama, which takes minutes, and runs the tests that want it
+	@test -x .llama/bin/python || { $(BIN)/python -m venv .llama && .llama/bin/pip install --quiet "llama-cpp-python[server]" gguf; }
+	@$(BIN)/python -m pytest tests/test_llama.py
 
 bench: $(READY)       ## all benchmarks, or one: make bench BENCH=name
 	@.ci/postgres
@@ -42,6 +46,9 @@ schema: $(READY)      ## anton/autonomous.schema.json, from anton/config.py; the
 	@mv schema.tmp anton/autonomous.schema.json
 	@$(BIN)/python tests/test_docs_verify.py
 
+components: $(READY)  ## docs/components/, from the components' docstrings
+	@PYTHONPATH=components:tests $(BIN)/python tests/test_installed.py
+
 clean:                ## what make and the tools made; the embedded database in .anton stays
-	@rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@rm -rf $(VENV) .llama build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	@find . -name __pycache__ -prune -exec rm -rf {} +

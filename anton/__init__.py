@@ -21,6 +21,7 @@ from anton.secret import env
 from anton.sense import Request, Webhook, delete, get, patch, post, put
 from anton.signed import Hmac as Hmac
 from anton.table import Table
+from anton.vector import Vector as Vector
 from anton.write import transaction
 
 __all__ = ["Ctx", "DbtProject", "Discard", "Files", "Records", "Request", "Retry", "Table", "Webhook", "app", "cron",

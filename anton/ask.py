@@ -27,6 +27,7 @@ TRIES = 3  # of one model, when it is busy or down
 SHORT = 30.0  # seconds of a Retry-After that a call waits itself; longer ones the handler waits
 PATIENCE = 60.0  # seconds that a record waits for others, a limit or money that is on hold
 LONGEST = timedelta(minutes=30)  # that a handler waits before it looks whether a budget was raised
+_BETWEEN = (502, 504, 520, 524)  # of a gateway: the service behind it may have answered, and charge for it
 _OVERHEAD = 100  # tokens that a service adds to a question at most
 
 Mode = Literal["schema", "tool", "prompt"]
@@ -91,7 +92,7 @@ def status_error(status: int, said: str, headers: Mapping[str, str]) -> SendErro
     if status == 429:
         return SendError("busy", said, after=retry_after(headers), limits=learnt(headers))
     if status in (408, 409) or status >= 500:
-        return SendError("down", said, after=retry_after(headers))
+        return SendError("down", said, after=retry_after(headers), paid=status in _BETWEEN)
     return SendError("refused", said)
 
 
@@ -151,7 +152,7 @@ class Asker:
         """
         ledger = ledger_of(db)
         facts = await self._facts(ledger, question, about, price)
-        tries, ends = 0, time.monotonic() + PATIENCE
+        tries, ends = 0, time.monotonic() + (PATIENCE if last else 1.0)
         while True:
             begun = await self._begin(ledger, facts, ends)
             if begun.verdict == "answer":
@@ -173,7 +174,7 @@ class Asker:
                     world.after = None if error.after is None else timedelta(seconds=error.after)
                     raise world from error
                 await asyncio.sleep(wait)
-                ends = time.monotonic() + PATIENCE
+                ends = time.monotonic() + (PATIENCE if last else 1.0)
 
     async def forget(self, db: Database, answers: Sequence[Answer]) -> None:
         """These answers are of no use: the same question is asked again."""

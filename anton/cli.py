@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from decimal import Decimal
 from typing import Any, NoReturn
 
-from anton import verbs
+from anton import component_verbs, verbs
 from anton.app import while_loading
 from anton.dbt import verbs as dbt
 from anton.errors import (
@@ -106,6 +106,11 @@ def parser() -> argparse.ArgumentParser:
     one = _verb(noun, "run", verbs.models_run)
     one.add_argument("name")
     one.add_argument("--full", action="store_true", help="all rows, whatever has changed")
+    noun = _noun(every, "components", "what Tables can be wired to: models and services")
+    _verb(noun, "list", component_verbs.components_list)
+    one = _verb(noun, "show", component_verbs.components_show)
+    one.add_argument("name")
+    one.add_argument("--markdown", action="store_true", help="as a page of documentation")
     noun = _noun(every, "jobs", "what waits and what is being worked")
     _some(_verb(noun, "list", verbs.jobs_list), "--handler")
     _verb(noun, "show", verbs.jobs_show).add_argument("id", type=int)
@@ -149,6 +154,7 @@ def _dbt(noun: Any) -> None:
     one = _verb(noun, "changes", dbt.dbt_changes)
     one.add_argument("model")
     one.add_argument("--limit", type=_positive, default=20)
+    _verb(noun, "cancel", dbt.dbt_cancel).add_argument("ids", type=int, nargs="*", metavar="run")
     _verb(noun, "runs", dbt.dbt_runs).add_argument("--limit", type=_positive, default=20)
 
 

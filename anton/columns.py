@@ -7,7 +7,8 @@
     bool boolean · int bigint · float double precision · Decimal numeric, or numeric(p,s) when both are said
     str, URLs, paths text · bytes bytea · UUID uuid · date, time · timedelta interval · IP addresses inet
     datetime timestamptz (aware), NaiveDatetime timestamp · Enum and Literal text or bigint, with a CHECK
-    list, set, frozenset, tuple[X, ...] of these: arrays · all else jsonb: models, dicts, dataclasses, unions
+    list, set, frozenset, tuple[X, ...] of these: arrays · Annotated[list[float], Vector(3)] pgvector's vector(3)
+    all else jsonb: models, dicts, dataclasses, unions
 
 Annotated constraints become CHECKs where Postgres means the same by them: lengths, bounds, multiple_of, plain patterns.
 Pydantic checks the others. A constant default becomes the column's, so that psql gets it too. A validator that
@@ -39,6 +40,7 @@ from pydantic_core import PydanticUndefined, to_json, to_jsonable_python
 
 from anton.db import Json, literal, quote
 from anton.errors import BadOption, InvalidRecord, near, one_of
+from anton.vector import Vector, vector_text
 
 M = TypeVar("M", bound=BaseModel)
 Convert = Callable[[Any], Any]
@@ -175,7 +177,8 @@ def kind_of(annotation: Any, metadata: Sequence[Any] = ()) -> Kind:
     metadata = tuple(_flat(metadata))
     if origin in (Union, types.UnionType):
         return _union(annotation, metadata)
-    kind = _plain(annotation, origin)
+    vector = next((item for item in metadata if isinstance(item, Vector)), None)
+    kind = _plain(annotation, origin) if vector is None else Kind(f"vector({vector.dimensions})", vector_text)
     if kind.type == "numeric":
         digits, places = _said(metadata, "max_digits"), _said(metadata, "decimal_places")
         if digits is not None and places is not None:

@@ -9,17 +9,19 @@ What is the same for all services is here: prompts, context, structured answers,
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import asyncio
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import timedelta
-from typing import Any, ClassVar, TypedDict
+from typing import Annotated, Any, ClassVar, TypedDict
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel
 
 from anton import write
 from anton.action import effects
-from anton.app import current_app
+from anton.app import App, current_app
 from anton.ask import About, Answer, Asker, Mode, Question, Reply, SendError
 from anton.component import Component, names_of, stand_in
 from anton.context import Context, prompt_of
@@ -28,15 +30,17 @@ from anton.db import current_database
 from anton.duration import duration
 from anton.errors import BadOption, Discard, UnknownOption, WorldError, did_you_mean
 from anton.handler import HandlerSpec
-from anton.ledger import budgets_of
+from anton.ledger import agree, budgets_of
 from anton.limit import limits_of
 from anton.price import Price, Prices
 from anton.relation import describe
 from anton.secret import Env
 from anton.structured import Unfit, asked_for, example, parse, repair, schema_of
 from anton.table import Table
+from anton.tuning import meant, names_meant
 
 CONCURRENCY = 50
+MARGIN = 30.0  # seconds before the end of the handler's time that tries end; of a short one, half of it
 MODES: tuple[Mode, ...] = ("schema", "tool", "prompt")
 
 
@@ -57,23 +61,26 @@ class Options(TypedDict, total=False):
     base_url: str | None
     timeout: float
     map: Mapping[str, str] | None
+    allow_pii: bool
 
 
 class Completion(Component):
     """Asks a model with each record; `table` gets {"prompt", "completion", "model", "usage", "cost"}.
 
-    model: a name, or several: the next is asked when one is busy or down. prompt: a text with {fields}, or a file of
-    it; default the record's `prompt`. system: what the model is told before. context: {name: sql("…")}, rows for
-    {name} in the prompt. output: a Pydantic model; its fields go into the row. mode: how it is asked for, "schema",
-    "tool" or "prompt"; default the first that the server knows. max_tokens: of an answer. temperature: None, its own.
-    memo: how long an answer serves equal questions, or False: each record is asked for itself. budget: such as
-    "5 USD/day". limit: such as "600 requests/min"; default what the service says. price: US dollars for a million
-    tokens where the table has none, {"input": …, "output": …}. timeout: seconds for one answer. map: {"prompt":
-    "question"} when a field has another name. Where `table` has a model, its further fields are carried over.
-    usage: tokens {"input", "output"}. cost: US dollars; 0 from memo or an echo, None where the price is not known.
-    Raises BadOption.
+    model: a name, or several: the next is asked when one is busy or down; "alias:NAME" is what a FineTune made.
+    prompt: a text with {fields}, or a file of it; default the record's `prompt`. system: what the model is told
+    before. context: {name: sql("…")}, rows for {name} in the prompt. output: a Pydantic model; its fields go into
+    the row. mode: how it is asked for, "schema", "tool" or "prompt"; default the first that the server knows.
+    max_tokens: of an answer. temperature: None, its own. memo: how long an answer serves equal questions, or False:
+    each record is asked for itself. budget: such as "5 USD/day". limit: such as "600 requests/min"; default what
+    the service says. price: US dollars for a million tokens where the table has none, {"input": …, "output": …}.
+    base_url: another server. timeout: seconds for one answer. map: {"prompt": "question"} when a field has another
+    name. allow_pii: the model may see fields that are PII. Where `table` has a model, its further fields are carried
+    over. usage: tokens {"input", "output"}. cost: US dollars; 0 from memo or an echo, None where the price is not
+    known. Raises BadOption.
     """
 
+    carries = True
     prices: ClassVar[Prices] = Prices()
     home: ClassVar[str] = ""                                           # the service's own address
 
@@ -83,12 +90,15 @@ class Completion(Component):
                  temperature: float | None = None, memo: str | float | timedelta | bool = "30d",
                  budget: str | Sequence[str] | None = None, limit: str | None = None,
                  price: Mapping[str, Any] | None = None, base_url: str | None = None, timeout: float = 60.0,
-                 map: Mapping[str, str] | None = None, **unknown: Any) -> None:
+                 map: Mapping[str, str] | None = None, allow_pii: bool = False, **unknown: Any) -> None:
         super().__init__(secret=secret, map=map)
         of = self.name
         for name in unknown:
             raise UnknownOption(name, of, ("api_key", "model", *Options.__annotations__))
+        if not isinstance(allow_pii, bool):
+            raise BadOption("allow_pii", allow_pii, of, "True, when the model may see PII; default False")
         self.table = table
+        self.allow_pii = allow_pii
         self.models = (model,) if isinstance(model, str) else tuple(model)
         if not self.models or not all(isinstance(one, str) and one for one in self.models):
             raise BadOption("model", model, of, "a name, or several: the next is asked when one is busy or down")
@@ -110,6 +120,8 @@ class Completion(Component):
         self.context = Context(context, of)
         if context and self.prompt is None:
             raise BadOption("context", sorted(context), of, "context= with a prompt= that has its names in braces")
+        for one in self.models:
+            names_meant(self._app, one)
         self._shared = memo is not False
         ttl = duration("30d" if isinstance(memo, bool) else memo, "memo", of)
         self._price = None if price is None else Price.of(price, owner=of)
@@ -118,6 +130,7 @@ class Completion(Component):
         self._modes: dict[str, Mode] = {}
         self._asker = Asker(self, budgets=budgets_of(budget, of), limits=limits_of(limit, of),
                             ttl=ttl.total_seconds())
+        agree(self._asker.budgets, self._app.budgets, of, self.place)
         self._check_budget(budget)
 
     def _check_budget(self, budget: Any) -> None:
@@ -125,7 +138,8 @@ class Completion(Component):
             if self.max_tokens is None:
                 raise BadOption("budget", budget, self.name, "a budget with max_tokens=, so that what a call can cost "
                                 "at most is known before it is made")
-            unknown = next((model for model in self.models if self.price_of(model) is None), None)
+            names = [name for model in self.models for name in names_meant(self._app, model)]
+            unknown = next((name for name in names if self.price_of(name) is None), None)
             if one.unit == "usd" and unknown is not None:
                 raise BadOption("budget", budget, self.name, f'dollars only for a model whose price is known. That of '
                                 f'"{unknown}"{f" at {self.host}" if self.base_url else ""} is not: give it, price='
@@ -141,11 +155,31 @@ class Completion(Component):
     @property
     def host(self) -> str:
         """Where questions go."""
-        return urlsplit(self.base_url or self.home).netloc
+        return urlsplit(self.base_url or self.home).netloc.rpartition("@")[2]
 
     def price_of(self, model: str) -> Price | None:
         """A model's price; None when it is not known, as at another server than the service's own."""
         return self._price or (None if self.base_url else self.prices.find(model))
+
+    def inputs(self) -> Mapping[str, Any]:
+        """The prompt, where the record holds it."""
+        return {"prompt": str} if self.prompt is None else {}
+
+    def outputs(self) -> Mapping[str, Any]:
+        """What `table` gets: the fields of output=, and what there is without."""
+        made: dict[str, Any] = {"prompt": str, "completion": str, "model": str, "usage": dict, "cost": float}
+        fields = self.output.model_fields if self.output is not None else {}
+        return made | {name: Annotated[info.annotation, *info.metadata] if info.metadata else info.annotation
+                       for name, info in fields.items()}
+
+    def told(self) -> set[str]:
+        """What is in braces; without a prompt=, the record's own."""
+        names = {"prompt"} if self.prompt is None else self.prompt.names - self.context.queries.keys()
+        return names | (set() if self.system is None else self.system.names)
+
+    def queries(self) -> Mapping[str, str]:
+        """Those of context=."""
+        return {name: query.text for name, query in self.context.queries.items()}
 
     def bind(self, table: Table[Any]) -> HandlerSpec:
         """What handles the records of `table`. Raises BadOption for a name in braces that its model has not."""
@@ -166,16 +200,17 @@ class Completion(Component):
         prompt = messages[-1]["content"]
         if self.stands_in():
             return self._row(record, prompt, *self._stand_in(prompt), "echo", {"input": 0, "output": 0}, 0.0)
-        await self.prepare()
         change = ctx.change
         key = list(change.key) if isinstance(change.key, tuple) else [change.key]
         versions = [one.version for one in (self.system, self.prompt) if one is not None]
         handler = self._app.handlers.get(ctx.handler)
         about = About(self._app.name, ctx.handler, handler.table.name if handler else "", key, change.id, change.trace,
                       change.tenant, "+".join(versions) or None, None if self._shared else change.idempotency_key)
-        answers, parsed = await self._ask(messages, about)
+        async with patient(self._app, ctx, self.service):
+            await self.prepare()
+            answers, parsed = await self._ask(messages, about)
         last = answers[-1]
-        await _note(answers, about, origins)
+        await note(answers, about, origins)
         reply = last.reply
         usage = None if reply.tokens_in is None else {"input": reply.tokens_in, "output": reply.tokens_out or 0}
         if usage is not None and reply.cached:
@@ -195,7 +230,7 @@ class Completion(Component):
             text = str(self.read(record, "prompt"))
         values = self._values(record)
         if self.prompt is not None:
-            texts, origins = await self.context.fetch(_database(), values)
+            texts, origins = await self.context.fetch(database(), values)
             text = self.prompt.fill({**values, **texts})
         told = () if self.system is None else ({"role": "system", "content": self.system.fill(values)},)
         return (*told, {"role": "user", "content": text}), origins
@@ -232,10 +267,16 @@ class Completion(Component):
     async def _ask_model(self, model: str, messages: tuple[Mapping[str, str], ...], about: About,
                          last: bool) -> tuple[list[Answer], Any]:
         params = {} if self.temperature is None else {"temperature": self.temperature}
+        model = await meant(self._app, model)
         question = Question(model, messages, params, self.max_tokens, self._schema,
                             self.output.__name__ if self.output else "answer", timeout=self.timeout)
         first = await self._answer(question, about, last)
         if self.output is None:
+            try:
+                self._check_whole(first)
+            except Discard:
+                await self._asker.forget(database(), [first])
+                raise
             return [first], None
         try:
             return [first], self._parse(first)
@@ -247,21 +288,27 @@ class Completion(Component):
         try:
             return [first, second], self._parse(second)
         except Unfit as error:
-            await self._asker.forget(_database(), [first, second])
+            await self._asker.forget(database(), [first, second])
             raise Discard(f"{self.name}, {model}: {error.message}") from error
 
     def _parse(self, answer: Answer) -> BaseModel:
         assert self.output is not None
+        if answer.reply.finish == "refused":
+            self._check_whole(answer)
+        try:
+            return parse(self.output, answer.reply.text)
+        except Unfit:
+            self._check_whole(answer)                                  # asked again, it would be as long
+            raise
+
+    def _check_whole(self, answer: Answer) -> None:
+        """Raises Discard for an answer that is none, or only the beginning of one."""
         reply = answer.reply
         if reply.finish == "refused":
             raise Discard(f"{self.name}: {reply.model} refused to answer: {reply.text}")
-        try:
-            return parse(self.output, reply.text)
-        except Unfit as error:
-            if reply.finish == "length":                               # asked again, it would be as long
-                raise Discard(f"{self.name}: the answer of {reply.model} was cut off at max_tokens="
-                              f"{self.max_tokens}. It was: {reply.text}") from error
-            raise
+        if reply.finish == "length":
+            raise Discard(f"{self.name}: the answer of {reply.model} was cut off at max_tokens={self.max_tokens}. "
+                          f"It was: {reply.text}")
 
     async def _answer(self, question: Question, about: About, last: bool) -> Answer:
         """Asks in the mode that the server is known to take, and finds it out."""
@@ -272,7 +319,7 @@ class Completion(Component):
             if mode == "prompt" and question.schema is not None:
                 asked = replace(asked, messages=_told(question.messages, asked_for(question.schema)))
             try:
-                return await self._asker.ask(_database(), asked, about, price, last=last)
+                return await self._asker.ask(database(), asked, about, price, last=last)
             except SendError as error:
                 if self._mode is not None or mode == "prompt":
                     raise Discard(f"{self.name}: {error.message}") from error
@@ -300,12 +347,28 @@ def _told(messages: Sequence[Mapping[str, str]], more: str) -> tuple[Mapping[str
     return (*messages[:at], first, *messages[at + 1:])
 
 
-def _database() -> Any:
+@asynccontextmanager
+async def patient(app: App, ctx: Ctx, service: str) -> AsyncIterator[None]:
+    """Ends tries before the handler's time is up: that the world does not answer is no record's fault."""
+    handler = app.handlers.get(ctx.handler)
+    whole = handler.timeout.total_seconds() if handler else None
+    seconds = None if whole is None else max(whole / 2, whole - MARGIN)
+    try:
+        async with asyncio.timeout(seconds) as limit:
+            yield
+    except TimeoutError as error:
+        if limit.expired():
+            raise WorldError(f"{service}: no answer in {seconds:g} s of tries") from error
+        raise
+
+
+def database() -> Any:
+    """The scope's, else the process's."""
     current = write.scope.get()
     return current.db if current is not None else current_database()
 
 
-async def _note(answers: Sequence[Answer], about: About, origins: Mapping[str, Any]) -> None:
+async def note(answers: Sequence[Answer], about: About, origins: Mapping[str, Any]) -> None:
     """Which calls answered the record; commits with what its handler writes."""
     found = write.find_scope()
     assert found is not None

@@ -22,6 +22,7 @@ from anton.errors import ConfigError, Discard, did_you_mean
 from anton.secret import Env, env, mask, reveal
 
 _PLACEHOLDER = re.compile(r"\{([A-Za-z_]\w*)\}")
+_PASSWORD = re.compile(r"//[^/@'\"]*@")
 _ADDRESSED = re.compile(r"^\s*(?:<@\w+>|@\w+)[\s,:]*")
 
 StandIn = Callable[["Component", str], Any]
@@ -31,12 +32,15 @@ class Component:
     """Base of components.
 
     service: who it talks to. variable: the environment variable that usually holds its key. acts: it has effects out
-    there, which are captured unless the process is live; others only ask. place: "main.py:31".
+    there, which are captured unless the process is live; others only ask. carries: what it makes has further fields of
+    the record, by name. allow_pii: it may give PII to a model. place: "main.py:31".
     """
 
     service: ClassVar[str] = ""
     variable: ClassVar[str] = ""
     acts: ClassVar[bool] = False
+    carries: ClassVar[bool] = False
+    allow_pii = False
 
     def __init__(self, *, secret: Env | str | None = None, map: Mapping[str, str] | None = None) -> None:
         self._secret = secret
@@ -58,6 +62,22 @@ class Component:
             return None
         return self._secret.name if isinstance(self._secret, Env) else self.variable
 
+    def inputs(self) -> Mapping[str, Any]:
+        """The fields that it reads and their types, such as {"text": str}, before map=. migrate compares them."""
+        return {}
+
+    def outputs(self) -> Mapping[str, Any]:
+        """The fields of the rows that it makes, and their types."""
+        return {}
+
+    def told(self) -> set[str]:
+        """The fields that it gives to a model."""
+        return set()
+
+    def queries(self) -> Mapping[str, str]:
+        """The SQL whose rows it gives to a model, by name."""
+        return {}
+
     def read(self, record: Mapping[str, Any], field: str) -> Any:
         """The value of an input field, under the name that map= gives it. Raises Discard naming what there is."""
         name = self.map.get(field, field)
@@ -69,7 +89,7 @@ class Component:
         return value
 
     def __repr__(self) -> str:
-        shown = [f"{name}={value!r}" for name, value in vars(self).items()
+        shown = [f"{name}={_PASSWORD.sub('//…@', repr(value))}" for name, value in vars(self).items()
                  if not name.startswith("_") and name != "place" and value not in (None, {})]
         if self._secret is not None:
             shown.append(f"secret={mask(self._secret)}")
@@ -116,10 +136,18 @@ def names_of(record: Any) -> list[str]:
     return list(record) if isinstance(record, Mapping) else list(type(record).model_fields)
 
 
-def fill(template: str, record: Any) -> str:
-    """The template with every {name} replaced by the record's value. Raises Discard for a name it has not."""
+def placeholders(template: str) -> set[str]:
+    """The names in braces."""
+    return set(_PLACEHOLDER.findall(template))
+
+
+def fill(template: str, record: Any, map: Mapping[str, str] | None = None) -> str:
+    """The template with every {name} replaced by the record's value. Raises Discard for a name it has not.
+
+    map: the record's names for those of the template.
+    """
     def value(found: re.Match[str]) -> str:
-        name = found[1]
+        name = (map or {}).get(found[1], found[1])
         names = names_of(record)
         if name not in names:
             raise Discard(f'{{{name}}} in "{template}" is no value of this record.{did_you_mean(name, names)} '

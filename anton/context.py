@@ -21,7 +21,7 @@ from pydantic import BaseModel
 
 from anton.db import Database, literal, quote, to_json
 from anton.errors import AntonError, BadOption, Discard, QueryError, did_you_mean
-from anton.query import Sql, bind, placeholders
+from anton.query import Sql, bind, fetch_bound, placeholders
 from anton.relation import describe
 
 _NAME = re.compile(r"\{\{|\}\}|\{([A-Za-z_]\w*)\}")
@@ -133,7 +133,7 @@ class Context:
 
 async def _fetch(db: Database, text: str, values: Sequence[Any]) -> list[asyncpg.Record]:
     async with db.conn() as conn, conn.transaction(readonly=True):
-        return await conn.fetch(text, *values)
+        return await fetch_bound(conn, text, values)
 
 
 async def _traced(db: Database, text: str) -> str | None:

@@ -23,6 +23,7 @@ from anton.errors import near
 if TYPE_CHECKING:
     from anton.db import Conn
 
+VECTOR = "create extension if not exists vector"                        # pgvector
 SMALL = 8 << 20                                                        # bytes; built or scanned in well under 200 ms
 
 
@@ -56,6 +57,16 @@ class Spec:
         """Name to columns."""
         return {self._named(columns, "idx"): columns for columns in self.index}
 
+    @property
+    def vectors(self) -> list[str]:
+        """Its columns of pgvector's type."""
+        return [column.name for column in self.columns if column.type.startswith("vector(")]
+
+    def how(self, columns: Sequence[str]) -> str:
+        """What an index holds: of a vector by cosine, which is what `<=>` asks for."""
+        vector = len(columns) == 1 and columns[0] in self.vectors
+        return f"using hnsw ({_list(columns)} vector_cosine_ops)" if vector else f"({_list(columns)})"
+
     def _named(self, columns: Sequence[str], suffix: str) -> str:
         name = "_".join((self.name, *columns, suffix))
         if len(name.encode()) <= NAME_BYTES:
@@ -77,7 +88,7 @@ def create_sql(spec: Spec, *, temporary: bool = False) -> str:
     table = f"temporary table {quote(spec.name)}" if temporary else f"table {spec.sql}"
     made = [f"create {table} (\n  " + ",\n  ".join(lines) + "\n)"]
     on = quote(spec.name) if temporary else spec.sql
-    made += [f"create index {quote(name)} on {on} ({_list(columns)})" for name, columns in spec.indexes.items()]
+    made += [f"create index {quote(name)} on {on} {spec.how(columns)}" for name, columns in spec.indexes.items()]
     return ";\n".join(made)
 
 
@@ -155,6 +166,8 @@ async def as_declared(conn: Conn, spec: Spec) -> Found:
     undo = conn.transaction()
     await undo.start()
     try:
+        if spec.vectors:                                               # it may be a step of this migrate to make it
+            await conn.execute(VECTOR)
         await conn.execute(create_sql(spec, temporary=True))
         oid = await conn.fetchval("select to_regclass($1)::oid", f"pg_temp.{quote(spec.name)}")
         return await inspect(conn, oid)
@@ -332,7 +345,7 @@ def _compare_indexes(spec: Spec, want: Found, have: Found, before: Mapping[str, 
         if name in have.indexes:
             found.alters.append(f"drop index {quote(spec.schema)}.{quote(name)}")
         how = "concurrently " if have.bytes > SMALL else ""
-        found.alters.append(f"create index {how}{quote(name)} on {spec.sql} ({_list(columns)})")
+        found.alters.append(f"create index {how}{quote(name)} on {spec.sql} {spec.how(columns)}")
     for name in have.indexes:
         if name not in want.indexes and name in before.get("indexes", {}):
             found.alters.append(f"drop index {quote(spec.schema)}.{quote(name)}")

@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from anton import sqlcheck, sqlfile
+from anton import fits, sqlcheck, sqlfile
 from anton.columns import MODELLESS, Shape
 from anton.db import literal, quote, split_name
 from anton.dbt.manifest import Node
 from anton.dbt.project import DbtModel
-from anton.ddl import Difference, Found, Spec, check_adopted, compare, create_sql, inspect, key_advice
+from anton.ddl import VECTOR, Difference, Found, Spec, check_adopted, compare, create_sql, inspect, key_advice
 from anton.edges import read, writes
 from anton.errors import (
     AntonError,
@@ -29,6 +29,7 @@ from anton.errors import (
     KeyNeeded,
     ModelMismatch,
     NearName,
+    NoVectors,
     UnknownTable,
     distance,
     near,
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from anton.lineage import Tables
     from anton.table import Table
 
+HAS_VECTOR = "select exists (select from pg_available_extensions where name = 'vector')"
 LOCK = (f"lock_timeout = '{LOCK_TIMEOUT}'",)
 
 
@@ -94,6 +96,7 @@ class Declared:
         """All tables the app uses, compared with the database."""
         for project in self.app.projects.values():
             await project.examine(self.run.db, project.schema or self.app_schema)
+            self.plan.refused += project.unread(self.place)
         self._collect()
         rows = await self.conn.fetch(f"select name, app, model from {self.run.schema}.watched_tables()")
         watched = {row["name"]: row for row in rows}
@@ -114,6 +117,8 @@ class Declared:
                 definition["table"] = one.sql
         self.handlers = [d for d in self.handlers if d["table"] in wanted]
         self._check_into()
+        for handler in self.app.handlers.values():
+            self.plan.refused += fits.check(handler, self.app.tables)
         return list(wanted.values())
 
     def _collect(self) -> None:
@@ -177,6 +182,9 @@ class Declared:
         shape: Shape[Any] | None = table.shape
         spec = Spec(schema, name, shape.table_columns if shape else MODELLESS, shape.key if shape else ("id",),
                     table.unique, table.index, shape.model.__name__ if shape else "")
+        if spec.vectors and not await self.conn.fetchval(HAS_VECTOR):
+            self.plan.refused.append(NoVectors(table.name, table.place, spec.vectors[0]))
+            return None
         oid = await self._oid(schema, name)
         if oid is None:
             await self._check_new(table, schema, name)
@@ -246,6 +254,9 @@ class Declared:
 
     async def make_tables(self, wanted: Sequence[Wanted]) -> None:
         """Makes missing tables, alters those that are ours, watches the others."""
+        if any(one.spec is not None and one.spec.vectors for one in wanted):
+            await self.run.step(Step("extension vector", VECTOR), unless_same="select oid from pg_extension where "
+                                "extname = 'vector'")
         for one in wanted:
             if one.model is not None:
                 continue

@@ -336,10 +336,27 @@ class KeyNeeded(MigrationError):
                          table=table, handler=handler, sql=sql)
 
 
+class Miswired(MigrationError):
+    """A component and a table that do not fit: a field, its type, what it means. handler, component, place, why."""
+
+    def __init__(self, handler: str, component: str, place: str, why: str) -> None:
+        super().__init__(f'handler "{handler}" ({component}, {place}): {why}',
+                         handler=handler, component=component, place=place, why=why)
+
+
 class GateFailed(AntonError):
     """A test that gates a dbt model failed on what was built: nothing was published, the table is as it was."""
 
     sqlstate = "NT006"
+
+
+class NoVectors(MigrationError):
+    """A column of pgvector's on a server that does not have it. table, place, column."""
+
+    def __init__(self, table: str, place: str, column: str) -> None:
+        super().__init__(f'table "{table}" ({place}): "{column}" is a Vector, and this server has no pgvector. Install '
+                         "it there (Debian: postgresql-NN-pgvector), or leave Vector out: list[float] is an array, "
+                         "which <=> does not know", table=table, place=place, column=column)
 
 
 class LockNotGained(MigrationError):

@@ -69,6 +69,16 @@ def budgets_of(given: str | Sequence[str] | None, of: str) -> tuple[Budget, ...]
     return tuple(found)
 
 
+def agree(budgets: Sequence[Budget], known: dict[tuple[str, str], tuple[Any, str]], of: str, place: str) -> None:
+    """Raises BadOption where another component gives the whole app another amount. known: App.budgets."""
+    for one in budgets:
+        if one.scope == "app":
+            amount, who = known.setdefault((one.period, one.unit), (one.amount, f"{of} ({place})"))
+            if amount != one.amount:
+                raise BadOption("budget", f"{one.amount} per app", of, f"{amount}, as {who} says: an app has one "
+                                f"amount of {one.unit} for each period")
+
+
 class Begun(NamedTuple):
     """What begin_calls() says of one call. due, late: to be sent then, and not after; on the monotonic clock."""
 
@@ -95,7 +105,13 @@ class Ledger:
 
     async def begin(self, facts: Mapping[str, Any]) -> Begun:
         """Asks whether this call may be sent. Raises what the database raises."""
-        begun: Begun = await self._begins.add(facts)
+        future = self._begins.add(facts)
+        try:
+            begun: Begun = await future
+        except asyncio.CancelledError:
+            if future.done() and not future.cancelled() and future.exception() is None:
+                self._give_back(future.result())                       # it was told, and nobody heard
+            raise
         return begun
 
     async def end(self, facts: Mapping[str, Any]) -> None:
@@ -143,10 +159,15 @@ class Ledger:
             future = calls[row["n"]][1]
             if begun.verdict == "send" and begun.call_id is not None:
                 self._hold(begun.call_id)
-                if future.cancelled():                                 # who asked is gone: it is not sent
-                    self.end_later({"id": begun.call_id, "state": "unsent"})
+                if future.cancelled():
+                    self._give_back(begun)
             if not future.done():
                 future.set_result(begun)
+
+    def _give_back(self, begun: Begun) -> None:
+        """Who asked is gone: it is not sent."""
+        if begun.verdict == "send":
+            self.end_later({"id": begun.call_id, "state": "unsent"})
 
     async def _end(self, calls: Sequence[tuple[Any, asyncio.Future[Any]]]) -> None:
         try:

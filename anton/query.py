@@ -28,10 +28,12 @@ from anton.op import Form
 from anton.record import Document, Record, Row
 from anton.relation import Relation, columns_sql, describe, writable
 from anton.sink import encode, reasons
+from anton.vector import vector_text
 from anton.write import OnConflict, Scope, Step, commit, find_scope, in_loop, scope
 
 T = TypeVar("T")
 _PLACEHOLDER = re.compile(r"\{\{([A-Za-z_]\w*)\}\}|\{([A-Za-z_]\w*)\}")
+_NO_TEXT = re.compile(r"invalid input for query argument \$(\d+):.*expected str, got (?:list|tuple)", re.DOTALL)
 _FIRST_WORD = re.compile(r"(?:\s|\(|--[^\n]*\n|/\*.*?\*/)*(\w+)", re.DOTALL)
 
 
@@ -392,10 +394,25 @@ def _order(relation: Relation, name: str) -> str:
 
 async def _fetch(conn: Any, text: str, values: Sequence[Any], kind: type[Row]) -> list[Any]:
     try:
-        rows: list[Any] = await conn.fetch(text, *values, record_class=kind)
+        rows: list[Any] = await fetch_bound(conn, text, values, record_class=kind)
         return rows
     except (asyncpg.SyntaxOrAccessError, asyncpg.DataError, asyncpg.ReadOnlySQLTransactionError) as error:
         raise QueryError(f"{error}. It was: {text}", sql=text) from error
+
+
+async def fetch_bound(conn: Any, text: str, values: Sequence[Any], **how: Any) -> list[Any]:
+    """Rows of a query; a list that is bound where a vector belongs goes as the text that pgvector reads."""
+    given = list(values)
+    while True:
+        try:
+            rows: list[Any] = await conn.fetch(text, *given, **how)
+            return rows
+        except asyncpg.DataError as error:                             # asyncpg's own, nothing was sent
+            found = _NO_TEXT.search(str(error))
+            at = int(found[1]) - 1 if found else -1
+            if not (found and isinstance(given[at], (list, tuple))):
+                raise
+            given[at] = vector_text(given[at])
 
 
 def _database() -> Database:

@@ -134,10 +134,15 @@ async def reclaim(
     return _jobs(mine, await db.call(conn, "reclaim", worker, mine, handlers, lease, jobs))
 
 
-async def reclaim_together(db: Database, conn: Conn, worker: int, lease: timedelta, handlers: list[int]) -> list[Job]:
-    """Leases several suspects that have not been run as such yet, of one handler; else one that is to run alone."""
+async def reclaim_together(
+    db: Database, conn: Conn, worker: int, lease: timedelta, handlers: list[int], beside: bool = False
+) -> list[Job]:
+    """Leases several suspects that have not been run as such yet; else one that is to run alone.
+
+    beside: only what may run beside other suspects; none else.
+    """
     mine = token()
-    return _jobs(mine, await db.call(conn, "reclaim_together", worker, mine, handlers, lease))
+    return _jobs(mine, await db.call(conn, "reclaim_together", worker, mine, handlers, lease, beside))
 
 
 async def thaw(db: Database, conn: Conn, lease: timedelta) -> None:

@@ -24,33 +24,52 @@ async def work_suspects(settler: Settler, lease: timedelta, lanes: Mapping[int, 
     db, done, free = settler.db, 0, asyncio.Semaphore(slots)
 
     async def work(lane: Lane, jobs: list[Job]) -> None:
+        nonlocal done
+        left = sum(len(job.left) for job in jobs)
         runs = [Run(lane, Batch.of(some)) for like in _alike(jobs) for some in _batches(like, lane.batch)]
         for first in range(0, len(runs), lane.concurrency):
             await asyncio.gather(*map(one, runs[first:first + lane.concurrency]))
+        done += left - sum(len(job.left) for job in jobs)
 
     async def one(batch: Run) -> None:
         async with free:
             await run(batch)
 
-    while alive():
+    async def next_jobs() -> list[Job]:
+        """A handler that is done with its suspects waits for no other one, unless the next ones are to run apart."""
         async with db.conn() as conn:
-            jobs = await queue.reclaim_together(db, conn, settler.worker, lease, list(lanes))
-            if not jobs:                                               # or those there are cannot be had
+            others = [id for id in lanes if id not in busy]
+            jobs = await queue.reclaim_together(db, conn, settler.worker, lease, others, beside=bool(busy))
+            if not jobs and not busy:                                  # or those there are cannot be had
                 await queue.thaw(db, conn, lease)
-                break
-        job = jobs[0]
-        if job.crashes and len(job.left) > 1:
-            await settler.transact(partial(queue.split_crashed, db, job=job))
-        elif job.crashes >= lanes[job.handler_id].attempts:
-            await settler.bury(
-                Batch.of(jobs), "crashed", f"its process died {job.crashes} times while this record ran alone"
-            )
-        else:
-            left, by_lane = sum(len(job.left) for job in jobs), dict[int, list[Job]]()
-            for job in jobs:
-                by_lane.setdefault(job.handler_id, []).append(job)
-            await asyncio.gather(*(work(lanes[id], some) for id, some in by_lane.items()))
-            done += left - sum(len(job.left) for job in jobs)
+        return jobs
+
+    busy: dict[int, asyncio.Task[None]] = {}
+    try:
+        while alive():
+            jobs = await next_jobs()
+            if not jobs:
+                if not busy:
+                    break
+                await asyncio.wait(busy.values(), return_when=asyncio.FIRST_COMPLETED)
+            elif (job := jobs[0]).crashes and len(job.left) > 1:
+                await settler.transact(partial(queue.split_crashed, db, job=job))
+            elif job.crashes >= lanes[job.handler_id].attempts:
+                await settler.bury(
+                    Batch.of(jobs), "crashed", f"its process died {job.crashes} times while this record ran alone"
+                )
+            else:
+                by_lane = dict[int, list[Job]]()
+                for job in jobs:
+                    by_lane.setdefault(job.handler_id, []).append(job)
+                for id, some in by_lane.items():
+                    busy[id] = asyncio.create_task(work(lanes[id], some))
+                if len(jobs) == 1:                                     # alone: nothing beside it
+                    await asyncio.wait(busy.values())
+            for id in [id for id, task in busy.items() if task.done()]:
+                await busy.pop(id)
+    finally:
+        await asyncio.gather(*busy.values())
     return done
 
 

@@ -32,7 +32,7 @@ def dbt_builds(run: Run) -> Rows:
     took: dict[str, list[float]] = {"plain": [], "diff": [], "in_place": []}
     waits: list[float] = []
     with run.server.database("dbt") as url, connect(url) as conn, tempfile.TemporaryDirectory() as folder:
-        migrate(url, "app_sql")
+        migrate(url, "app_jobs")
         conn.execute(_SOURCE.replace("%s", str(rows)))
         child = Child(Path(folder) / "log")
         try:
@@ -53,6 +53,8 @@ def dbt_builds(run: Run) -> Rows:
             shop("run")
             for turn in range(1, run.times + 1):
                 _change(conn, rows, turn)
+                for name in ("diff", "in_place"):
+                    _keep(conn, name)
                 took["plain"].append(plain("run", "--select", "plain")["seconds"])
                 took["diff"].append(shop("run", "--select", "diff")["seconds"])
                 _exact(conn, "diff", rows)
@@ -87,6 +89,16 @@ def _change(conn: Conn, rows: int, turn: int) -> None:
     conn.execute("checkpoint")
 
 
+def _keep(conn: Conn, name: str) -> None:
+    """Which records are to be told of: those that differ from what they are made of now."""
+    conn.execute(f"drop table if exists of_{name}")
+    conn.execute(
+        f"create table of_{name} as select coalesce(o.id, n.id) as id, "
+        f"case when o.id is null then 'n' when n.id is null then 'd' else 'u' end as op from {name} o "
+        "full join src n on n.id = o.id where o is distinct from n"
+    )
+
+
 def _exact(conn: Conn, name: str, rows: int) -> None:
     """The records that were told of are those that were changed; then they are forgotten."""
     if number(
@@ -105,6 +117,15 @@ def _exact(conn: Conn, name: str, rows: int) -> None:
     ).fetchone()
     if found != told or not told or told[0] != rows // 1000:
         raise WrongResult(f"{name}: events of {found} new, updated and deleted records; the build says {told}")
+    events = (
+        "select x as id, j.op::text as op from anton.job j join anton.handler h on h.id = j.handler_id "
+        "left join anton.change c on j.ids is null and c.id = j.change_id cross join lateral "
+        f"unnest(coalesce(j.ids, c.ids[j.lo:j.hi])) x where h.name = 'of_{name}'"
+    )
+    wanted = f"select id, op from of_{name}"
+    differ = f"({events} except all {wanted}) union all ({wanted} except all {events})"
+    if wrong := conn.execute(f"select * from ({differ}) x limit 5").fetchall():
+        raise WrongResult(f"{name}: told of once too often, or not: {wrong}")
     conn.execute("delete from anton.job")
 
 

@@ -35,6 +35,11 @@ LINES = {
     "500,000 rows through Python, CSV and Parquet, against that; memory": [
         "csv_python_vs_copy", "parquet_vs_copy", "parquet_rss_mb"],
     "10,000 hostile requests: failures": ["hostile_failures"],
+    "10,000 completions, two processes, one killed twice: lost; doubled; paid again; the ledger's gap": [
+        "llm_lost", "llm_doubled", "llm_repaid_over_inflight", "llm_ledger_gap"],
+    "a limit of 50 requests/s: violations; used": ["llm_limit_violations", "llm_limit_used"],
+    "a budget of 1 USD, eight processes; 1,000 equal questions": ["budget_spent_usd", "memo_calls"],
+    "300 calls of 1 s in flight, against ideal; memory": ["llm_inflight_vs_ideal", "llm_rss_mb"],
     "400 days of schedules in 20 time zones: times missed; doubled": ["cron_missed", "cron_doubled"],
     "`import anton`; `anton dev` from cold to the first event": ["import_ms", "dev_cold_s"],
 }

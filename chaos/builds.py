@@ -96,15 +96,16 @@ def _ended(pg: Pg) -> None:
 def _compare(pg: Pg, listen: dict[str, int], mirrors: dict[str, dict[Any, Any]], tally: Tally, when: str) -> None:
     for how in HOW:
         handler = pg.value("select id from anton.handler where name = %s", f"of_{how}")
-        for event in pg.events(handler):
-            _apply(mirrors[how], event)
+        twice = [event.key for event in pg.events(handler) if not _apply(mirrors[how], event)]
         table = dict(pg.sql(f"select id, n from {how}"))
         lost = [key for key, value in table.items() if mirrors[how].get(key, value) != value or key not in mirrors[how]]
         phantom = [key for key in mirrors[how] if key not in table]
         tally.lost += len(lost)
-        tally.phantom += len(phantom)
-        if lost or phantom:
-            tally.wrong.append(f"{how}, {when}: no event for {lost[:5]}, events of nothing for {phantom[:5]}")
+        tally.phantom += len(phantom) + len(twice)
+        if lost or phantom or twice:
+            tally.wrong.append(
+                f"{how}, {when}: no event for {lost[:5]}, events of nothing for {phantom[:5]}, twice of {twice[:5]}"
+            )
             mirrors[how] = table
     told = sum(len(pg.events(one)) for one in listen.values())
     built = _builds(pg)
@@ -113,12 +114,13 @@ def _compare(pg: Pg, listen: dict[str, int], mirrors: dict[str, dict[Any, Any]],
     tally.told = built
 
 
-def _apply(mirror: dict[Any, Any], event: Event) -> None:
+def _apply(mirror: dict[Any, Any], event: Event) -> bool:
+    """Whether it changed anything: one that does not was told before, or never happened."""
     if event.op == "d":
-        mirror.pop(event.key, None)
-    else:
-        assert event.new is not None
-        mirror[event.key] = event.new["n"]
+        return mirror.pop(event.key, None) is not None
+    assert event.new is not None
+    before, mirror[event.key] = mirror.get(event.key), event.new["n"]
+    return bool((before is None) is (event.op == "n") and before != event.new["n"])
 
 
 @fault("B1", "kill -9 of dbt while it builds a table, an incremental model and one in place")

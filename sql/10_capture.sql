@@ -403,15 +403,20 @@ $$;
 
 -- capture_truncate(table) -> body of the TRUNCATE trigger: one event for the table, no keys
 -- Truncating a partitioned table fires it for each partition: once a statement is enough.
-create or replace function capture_truncate(p_table int) returns text language sql stable set search_path from current as $$
-  select case when count(*) = 0 then 'begin return null; end' else format($f$
+create or replace function capture_truncate(p_table int) returns text language plpgsql stable set search_path from current as $$ begin
+  return (select case when count(*) = 0 and not dbt_collects(p_table) then 'begin return null; end' else format($f$
 declare
-  v_now timestamptz := now(); v_change bigint := nextval('change_seq'); v_context text := current_setting('anton.context', true);
+  v_now timestamptz := now(); v_change bigint; v_context text := current_setting('anton.context', true);
   v_statement text := '%1$s at ' || extract(epoch from statement_timestamp());
 begin
-  if current_setting('anton.truncated', true) = v_statement or (current_setting('anton.collect', true) = '%1$s ' || pg_current_xact_id() and dbt_collecting() is not null) then
-    return null;                                           -- the second: dbt empties it to fill it again
+  if current_setting('anton.collect', true) = '%1$s ' || pg_current_xact_id() and dbt_collecting() is not null then
+    perform set_config('anton.emptied', current_setting('anton.collect'), true);
+    return null;                                           -- dbt empties it to fill it again
   end if;
+  if current_setting('anton.truncated', true) = v_statement or cardinality(%2$L::int[]) = 0 then
+    return null;
+  end if;
+  v_change := nextval('change_seq');
   perform set_config('anton.truncated', v_statement, true);
   insert into job (handler_id, change_id, at, cause, trace, lo, hi, depth, op, tenant)
   select h, v_change, v_now, nullif(split_part(v_context, ',', 1), '')::bigint, v_change, 1, 1,
@@ -419,6 +424,6 @@ begin
     from unnest(%2$L::int[]) h;
   perform ring();
   return null;
-end$f$, p_table, array_agg(id)) end
-    from handler where table_id = p_table and enabled and 'truncate' = any (ops)
-$$;
+end$f$, p_table, coalesce(array_agg(id), '{}')) end
+    from handler where table_id = p_table and enabled and 'truncate' = any (ops));
+end $$;

@@ -33,11 +33,13 @@ begin
   return query select * from leased(p_token);
 end $$;
 
--- reclaim_together(worker, token, handlers, lease) -> leased jobs
+-- reclaim_together(worker, token, handlers, lease, beside) -> leased jobs
 -- As reclaim(), but suspects whose worker died for the first time come together, as many of each handler as are its
 -- batch, or 100 records: most are innocent. When that run dies as well, a tenth of that, of one handler; then each is run
 -- alone. Without such, one that runs alone. lease.together counts these runs. Who calls at the same time gets others.
-create or replace function reclaim_together(p_worker int, p_token bigint, p_handlers int[], p_lease interval)
+--   beside  only what may run beside other suspects: those that died for the first time
+drop function if exists reclaim_together(int, bigint, int[], interval);
+create or replace function reclaim_together(p_worker int, p_token bigint, p_handlers int[], p_lease interval, p_beside boolean default false)
 returns table (
   handler_id int, id bigint, change_id bigint, at timestamptz, cause bigint, trace bigint, lo int, hi int,
   attempt smallint, crashes smallint, depth smallint, op "char", tenant text, origin text, settled int[],
@@ -54,7 +56,7 @@ begin
              sum(l.hi - l.lo + 1) over (partition by l.handler_id, l.together order by l.lease_until, l.id) as n
         from lease l join handler h on h.id = l.handler_id
        where l.lease_until < v_now and l.handler_id = any (p_handlers) and (l.lease_until = '-infinity' or v_now > v_back)
-         and l.together < 2 and not l.alone and l.crashes = 0 and not h.paused and h.failing_since is null
+         and l.together < case when p_beside then 1 else 2 end and not l.alone and l.crashes = 0 and not h.paused and h.failing_since is null
          and l.hi - l.lo < greatest(h.batch, 100) / 10 ^ l.together   -- a larger one is no reason to run those behind it apart
          and l.ctid <> all (v_seen)
     ), first as (
@@ -76,7 +78,7 @@ begin
   if v_rows <> '{}' then
     update lease set token = p_token, lease_until = v_until, worker_id = p_worker, together = together + 1 where ctid = any (v_rows);
     return query select * from leased(p_token);
-  else
+  elsif not p_beside then
     return query select * from reclaim(p_worker, p_token, p_handlers, p_lease, 1);
   end if;
 end $$;

@@ -249,7 +249,7 @@ begin
   with mine as materialized (
     select t.schedule_id, t.planned_at, t.change_id, h.id as handler_id
       from tick t join schedule s on s.id = t.schedule_id join handler h using (app, name)
-     where t.state = 'planned' order by t.schedule_id, t.planned_at for update of t skip locked
+     where t.state = 'planned' order by t.schedule_id, t.planned_at for update of t
   ), busy as materialized (
     select change_id from job where handler_id in (select handler_id from mine) union all
     select change_id from lease where handler_id in (select handler_id from mine) union all
@@ -261,7 +261,8 @@ begin
   update tick t set state = case when x.error is null then 'done' else 'failed' end, error = x.error
     from settled x where (t.schedule_id, t.planned_at) = (x.schedule_id, x.planned_at);
   for v_id in select id from schedule c where exists (select from tick where schedule_id = c.id and state = 'waiting')
-            order by id for update skip locked loop
+               and not exists (select from tick where schedule_id = c.id and state = 'planned')
+            order by id for update loop                    -- skipped, it would wait for a look that may be an hour away
     if not exists (select from tick where schedule_id = v_id and state = 'planned') then
       perform start_tick(v_id, min(planned_at)) from tick where schedule_id = v_id and state = 'waiting' having count(*) > 0;
       perform ring();

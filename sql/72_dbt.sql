@@ -131,10 +131,16 @@ begin
   if v_made is not null then
     execute format('drop table pg_temp.%I', v_made);
   end if;
-  insert into dbt_build (project, unique_id, relation, invocation_id, materialized, initial, changed, new_n, updated_n, deleted_n, schema_changed, columns, note, at, xid)
+  -- a model that is another role's table cannot be said to be built by who builds one of that name for himself
+  if exists (select from dbt_model m join pg_class c on c.oid = to_regclass(format('%I.%I', m.schema_name, m.table_name))
+              where m.project = p ->> 'project' and m.unique_id = p ->> 'unique_id' and (m.schema_name, m.table_name) <> (p ->> 'schema', p ->> 'name')
+                and not pg_has_role(session_user, c.relowner, 'member')) then
+    return;
+  end if;
+  insert into dbt_build (project, unique_id, relation, invocation_id, materialized, initial, changed, new_n, updated_n, deleted_n, schema_changed, columns, note, at, xid, snapshot)
   values (p ->> 'project', p ->> 'unique_id', v_path, p ->> 'invocation_id', p ->> 'materialized', (p_what ->> 'initial')::boolean, (p_what ->> 'changed')::boolean,
           (p_what ->> 'new')::bigint, (p_what ->> 'updated')::bigint, (p_what ->> 'deleted')::bigint, (p_what ->> 'schema_changed')::boolean, p_columns, p_note, now(),
-          pg_current_xact_id());
+          pg_current_xact_id(), coalesce(nullif(current_setting('anton.began', true), '')::pg_snapshot, pg_current_snapshot()));
   if p_print is not null then
     update dbt_model set fingerprint = p_print where project = p ->> 'project' and unique_id = p ->> 'unique_id' and fingerprint is distinct from p_print;
   end if;
@@ -257,7 +263,7 @@ begin
     end if;
   end if;
   if v_old is not null then
-    v_notes := v_notes || dbt_carry((select jsonb_agg(to_jsonb(b)) from dbt_belongings(v_old) b), v_rel) || dbt_repoint(v_old, v_rel, p -> 'views');
+    v_notes := v_notes || dbt_carry((select jsonb_agg(to_jsonb(b)) from dbt_belongings(v_old) b where b.kind not in ('constraint', 'foreign key') or not coalesce((p ->> 'contract')::boolean, false)), v_rel) || dbt_repoint(v_old, v_rel, p -> 'views');
   end if;
   if to_regclass('pg_temp.anton_belongings') is not null then
     v_notes := v_notes || dbt_carry((select jsonb_agg(to_jsonb(b)) from pg_temp.anton_belongings b), v_rel);
@@ -316,7 +322,11 @@ begin
                      (select string_agg(quote_ident(k), ', ') from unnest(v_key) k));
     end if;
     v_was := case when v_touched then 'pg_temp.anton_was' else 'pg_temp.anton_before' end;
-    if v_touched or dbt_unique(v_rel, v_key) and dbt_unique(v_was, v_key) then
+    if v_touched and current_setting('anton.emptied', true) = w.id || ' ' || pg_current_xact_id() then
+      v_changed := true;                                   -- what was in it nobody knows any more
+      v_blind := v_rows;
+      v_notes := v_notes || format('%s was emptied by TRUNCATE in its build: records were not compared. A DELETE is, as is --full-refresh', v_path);
+    elsif v_touched or dbt_unique(v_rel, v_key) and dbt_unique(v_was, v_key) then
       select d.new_n, d.updated_n, d.deleted_n into v_new, v_updated, v_deleted from dbt_diff(v_was, v_rel, v_key, v_touched) d;
       v_changed := v_new + v_updated + v_deleted > 0;
       if v_changed and v_rows then
@@ -500,93 +510,6 @@ begin
   drop table pg_temp.anton_carrier;
 end $$;
 
--- dbt_belongings(relation) -> what a table has that dbt does not put onto the one that takes its place; sql names that @table@
-create or replace function dbt_belongings(p_rel regclass) returns table (o int, kind text, name text, sql text) language sql stable set search_path from current as $$
-  with found as (
-    select 1 as o, 'key' as kind, conname::text as name, 'alter table @table@ add ' || pg_get_constraintdef(oid) as sql
-      from pg_constraint where conrelid = p_rel and contype in ('p', 'u')
-    union all
-    select 2, 'key', c.relname, replace(pg_get_indexdef(i.indexrelid), 'INDEX ' || quote_ident(c.relname) || ' ON ' || p_rel, 'INDEX ON @table@')
-      from pg_index i join pg_class c on c.oid = i.indexrelid
-     where i.indrelid = p_rel and i.indisunique and i.indisvalid and not exists (select from pg_constraint k where k.conindid = i.indexrelid and k.contype in ('p', 'u', 'x'))
-    union all
-    select 3, 'grant', x.privilege_type, format('grant %s on @table@ to %s%s', x.privilege_type, coalesce(quote_ident(r.rolname), 'public'), case when x.is_grantable then ' with grant option' else '' end)
-      from pg_class c cross join lateral aclexplode(c.relacl) x left join pg_roles r on r.oid = x.grantee where c.oid = p_rel and x.grantee <> c.relowner
-    union all
-    select 3, 'grant', x.privilege_type, format('grant %s (%I) on @table@ to %s%s', x.privilege_type, a.attname, coalesce(quote_ident(r.rolname), 'public'), case when x.is_grantable then ' with grant option' else '' end)
-      from pg_attribute a cross join lateral aclexplode(a.attacl) x left join pg_roles r on r.oid = x.grantee where a.attrelid = p_rel and not a.attisdropped
-    union all
-    select 4, 'policy', polname, format('create policy %I on @table@ as %s for %s to %s%s%s', polname, case when polpermissive then 'permissive' else 'restrictive' end,
-             case polcmd when 'r' then 'select' when 'a' then 'insert' when 'w' then 'update' when 'd' then 'delete' else 'all' end,
-             (select string_agg(coalesce(quote_ident(r.rolname), 'public'), ', ') from unnest(polroles) u left join pg_roles r on r.oid = u),
-             ' using (' || pg_get_expr(polqual, polrelid) || ')', ' with check (' || pg_get_expr(polwithcheck, polrelid) || ')')
-      from pg_policy where polrelid = p_rel
-    union all
-    select 5, 'policy', 'row level security', format('alter table @table@ %s row level security', v.verb)
-      from pg_class c cross join lateral (values ('enable', c.relrowsecurity), ('force', c.relforcerowsecurity)) v (verb, on_) where c.oid = p_rel and v.on_
-    union all
-    select 6, 'trigger', tgname, replace(pg_get_triggerdef(t.oid), ' ON ' || p_rel || ' ', ' ON @table@ ')
-      from pg_trigger t join pg_proc f on f.oid = t.tgfoid where t.tgrelid = p_rel and not t.tgisinternal and f.pronamespace <> quote_ident(current_schema())::regnamespace
-    union all
-    select 7, 'trigger', tgname, format('alter table @table@ %s trigger %I', case tgenabled when 'D' then 'disable' when 'R' then 'enable replica' else 'enable always' end, tgname)
-      from pg_trigger t join pg_proc f on f.oid = t.tgfoid where t.tgrelid = p_rel and not t.tgisinternal and f.pronamespace <> quote_ident(current_schema())::regnamespace and tgenabled <> 'O'
-    union all
-    select 8, 'publication', p.pubname, format('alter publication %I add table @table@', p.pubname)
-      from pg_publication_rel r join pg_publication p on p.oid = r.prpubid where r.prrelid = p_rel
-    union all
-    select 9, 'replica identity', 'full', 'alter table @table@ replica identity full' from pg_class where oid = p_rel and relreplident = 'f')
-  select f.o, f.kind, f.name, replace(f.sql, p_rel::text, '@table@') from found f
-$$;
-
--- dbt_carry(belongings, new) -> what could not be carried over
--- belongings: rows of dbt_belongings() as JSON. Policies must be: a table that more people can read than before is not published.
-create or replace function dbt_carry(p_belongings jsonb, p_new regclass) returns text[] language plpgsql volatile set search_path from current as $$
-declare b record; v_notes text[] := '{}'; v_has text[] := array(select lower(sql) from dbt_belongings(p_new)); v_pk boolean;
-begin
-  for b in select x.* from jsonb_to_recordset(coalesce(p_belongings, '[]')) x (o int, kind text, name text, sql text) order by x.o, x.name loop
-    continue when lower(b.sql) = any (v_has);
-    if b.sql like 'alter table @table@ add PRIMARY KEY%' then
-      select exists (select from pg_index where indrelid = p_new and indisprimary) into v_pk;
-      continue when v_pk;
-    end if;
-    begin
-      execute replace(b.sql, '@table@', p_new::text);
-    exception when others then
-      if b.kind = 'policy' then
-        raise exception using errcode = sqlstate, message = format('%s of %s cannot be put onto the new table: %s', b.name, p_new, sqlerrm),
-          hint = $h$the table is as it was before. Change the policy, or the model; to build without Anton: --vars 'anton_enabled: false'$h$;
-      end if;
-      v_notes := v_notes || format('%s %s was lost: %s', b.kind, b.name, sqlerrm);
-    end;
-  end loop;
-  return v_notes;
-end $$;
-
--- dbt_repoint(old, new, views) -> what goes with the old table
--- Views that others made on a table would be dropped with the old one: they read the new one from here on. dbt's own (views:
--- "schema.name" of the project's) are left to it, as it believes them dropped and makes them anew.
-create or replace function dbt_repoint(p_old regclass, p_new regclass, p_views jsonb) returns text[] language plpgsql volatile set search_path from current as $$
-declare
-  v record; v_notes text[] := '{}'; v_from text := (select quote_ident(relname) from pg_class where oid = p_old); v_to text := (select quote_ident(relname) from pg_class where oid = p_new);
-begin
-  for v in select distinct c.oid::regclass as view, c.relkind, array_to_string(c.reloptions, ', ') as options
-             from pg_depend d join pg_rewrite r on r.oid = d.objid join pg_class c on c.oid = r.ev_class join pg_namespace n on n.oid = c.relnamespace
-            where d.classid = 'pg_rewrite'::regclass and d.refclassid = 'pg_class'::regclass and d.refobjid = p_old and c.oid <> p_old and c.relkind in ('v', 'm')
-              and not coalesce(p_views, '[]') ? (n.nspname || '.' || c.relname)
-              and not dbt_built(format('%I.%I', n.nspname, c.relname)) loop
-    begin
-      if v.relkind = 'm' then
-        raise exception 'dbt drops it with the old table';
-      end if;
-      execute format('create or replace view %s%s as %s', v.view, ' with (' || v.options || ')', replace(pg_get_viewdef(v.view), v_from, v_to));
-    exception when others then
-      v_notes := v_notes || format('view %s is lost: %s', v.view, sqlerrm);
-    end;
-  end loop;
-  return v_notes || array(select format('foreign key %s of %s is lost: dbt drops it with the old table', quote_ident(conname), conrelid::regclass)
-                            from pg_constraint where contype = 'f' and confrelid = p_old and conrelid <> p_old order by 1);
-end $$;
-
 -- dbt_gate(build, tests): raises NT006 when a test that gates the model fails on what was built. Tests see names as dbt's session does.
 create or replace function dbt_gate(p jsonb, p_tests jsonb) returns void language plpgsql volatile set search_path from current as $$
 declare t dbt_test; v_n text; v_error boolean; v_warn boolean; v_path text := current_setting('search_path'); v_asked text := coalesce(p ->> 'gate', nullif(current_setting('anton.gate', true), ''));
@@ -596,8 +519,12 @@ begin
   end if;
   for t in select * from jsonb_populate_recordset(null::dbt_test, p_tests) x where x.always or v_asked in ('true', 'on') order by x.name loop
     perform set_config('search_path', coalesce(p ->> 'search_path', v_path), true);
-    execute format('select (%1$s)::text, coalesce(%1$s %2$s, false), coalesce(%1$s %3$s, false) from (%4$s) dbt_internal_test', t.fail_calc, t.error_if, t.warn_if,
-                   regexp_replace(t.sql, '[\s;]+$', '')) into v_n, v_error, v_warn;
+    begin
+      execute format(E'select (%1$s)::text, coalesce(%1$s %2$s, false), coalesce(%1$s %3$s, false) from (%4$s\n) dbt_internal_test', t.fail_calc, t.error_if, t.warn_if,
+                     regexp_replace(t.sql, '[\s;]+$', '')) into v_n, v_error, v_warn;
+    exception when others then
+      raise exception using errcode = sqlstate, message = format('test %s of %s cannot be run: %s', t.name, p ->> 'unique_id', sqlerrm);
+    end;
     perform set_config('search_path', v_path, true);
     if v_error and t.severity = 'error' then
       raise exception using errcode = 'NT006', message = format('test %s of %s failed: %s', t.name, p ->> 'unique_id', v_n),

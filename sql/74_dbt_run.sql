@@ -49,15 +49,18 @@ begin
   return q.id;
 end $$;
 
--- dbt_lock(name) -> whether this transaction may run the project now; it may until it ends. What is left of runs that died is ended.
-create or replace function dbt_lock(p_name text) returns boolean language plpgsql volatile set search_path from current as $$
+-- dbt_lock(name) -> the server's process when this transaction may run the project now, else null; it may until it ends. What is left of
+-- builds that died is ended, by the names of their sessions: name-build-…; those that only read (name-read-…) need no lock.
+drop function if exists dbt_lock(text);
+create or replace function dbt_lock(p_name text) returns int language plpgsql volatile set search_path from current as $$
 begin
   if not pg_try_advisory_xact_lock(1634628724, hashtext(p_name)) then
-    return false;
+    return null;
   end if;
   perform set_config('idle_in_transaction_session_timeout', '0', true);
-  perform dbt_end_sessions(p_name);
-  return true;
+  perform dbt_end_sessions(distinct_name) from (
+    select distinct application_name as distinct_name from pg_stat_activity where starts_with(application_name, p_name || '-build-') and datname = current_database()) x;
+  return pg_backend_pid();
 end $$;
 
 -- dbt_end_sessions(name) -> how many of dbt's sessions were ended
@@ -66,9 +69,10 @@ create or replace function dbt_end_sessions(p_name text) returns int language sq
    where a.application_name = p_name and a.datname = current_database() and a.pid <> pg_backend_pid()
 $$;
 
--- dbt_begin(app, project, requests) -> what to build: these, all that are due, and those of a run that died
--- Only with dbt_lock(): what still runs then has died. No request: there is nothing to do.
-create or replace function dbt_begin(p_app text, p_project text, p_ids bigint[]) returns setof dbt_request language plpgsql volatile set search_path from current as $$
+-- dbt_begin(app, project, requests, holder) -> what to build: these, all that are due, and those of a run that died
+-- Only with dbt_lock(), which says the holder: what still runs then has died. No request: there is nothing to do.
+drop function if exists dbt_begin(text, text, bigint[]);
+create or replace function dbt_begin(p_app text, p_project text, p_ids bigint[], p_holder int default null) returns setof dbt_request language plpgsql volatile set search_path from current as $$
 declare v_now timestamptz := now(); v_run bigint; v_ids bigint[];
 begin
   update dbt_run set state = 'died', finished_at = v_now where app = p_app and project = p_project and state = 'running';
@@ -77,9 +81,36 @@ begin
   if v_ids = '{}' then
     return;
   end if;
-  insert into dbt_run (app, project, started_at) values (p_app, p_project, v_now) returning id into v_run;
+  insert into dbt_run (app, project, started_at, holder) values (p_app, p_project, v_now, p_holder) returning id into v_run;
   return query update dbt_request set state = 'running', run_id = v_run where id = any (v_ids) and state in ('waiting', 'running') returning *;
 end $$;
+
+-- dbt_cancel(runs) -> those that were running: they and their requests are cancelled
+-- dbt_end_holders() ends them once this is committed. No runs: all that run.
+create or replace function dbt_cancel(p_runs bigint[]) returns table (id bigint, app text, project text) language plpgsql volatile set search_path from current as $$
+declare v_now timestamptz := now();
+begin
+  return query
+    with stopped as (
+      update dbt_run r set state = 'cancelled', error = 'cancelled', finished_at = v_now
+       where r.state = 'running' and (p_runs = '{}' or r.id = any (p_runs)) returning r.id, r.app, r.project
+    ), theirs as (
+      update dbt_request q set state = 'cancelled', error = 'cancelled' from stopped s where q.run_id = s.id and q.state = 'running'
+    )
+    select s.id, s.app, s.project from stopped s order by s.id;
+end $$;
+
+-- dbt_end_holders(runs): the worker of each learns by the loss of its lock that it was cancelled, and stops dbt
+create or replace function dbt_end_holders(p_runs bigint[]) returns int language sql volatile set search_path from current as $$
+  select count(*)::int from dbt_run r join pg_locks l on l.pid = r.holder and l.locktype = 'advisory' and l.classid = 1634628724
+    join pg_database d on d.oid = l.database and d.datname = current_database() cross join lateral pg_terminate_backend(r.holder, 1000)
+   where r.id = any (p_runs) and r.state = 'cancelled'
+$$;
+
+-- dbt_cancelled(run) -> whether it was, by who has committed that by now
+create or replace function dbt_cancelled(p_run bigint) returns boolean language sql volatile set search_path from current as $$
+  select state = 'cancelled' from dbt_run where id = p_run for share
+$$;
 
 -- dbt_finish(run, state, error, failed, results) -> whether it was still running: a run that was taken over says nothing more
 --   failed   ids of the requests that ended badly; results: [{"node", "status", "seconds", "message", "log"}, …]
@@ -134,14 +165,17 @@ language sql stable set search_path from current as $$
   select b.unique_id from dbt_build b where b.project = p_project and b.invocation_id = p_invocation and not b.changed
 $$;
 
--- dbt_behind(project, parents) -> the models that have not been built since one of what they read was, and changed
+-- dbt_behind(project, parents) -> the models that have not seen a build, which changed something, of what they read
 --   parents  {unique_id: [unique_id of what it reads, …], …}
+-- Seen is what had committed when the model's last build began to read: one that began before may have committed later.
 create or replace function dbt_behind(p_project text, p_parents jsonb) returns table (unique_id text)
 language sql stable set search_path from current as $$
   select e.key from jsonb_each(p_parents) e
-   where (select max(b.id) from jsonb_array_elements_text(e.value) p join dbt_build b on b.project = p_project and b.unique_id = p
-           where b.changed is distinct from false)
-       > coalesce((select max(b.id) from dbt_build b where b.project = p_project and b.unique_id = e.key), 0)
+    left join lateral (select b.id, b.snapshot from dbt_build b where b.project = p_project and b.unique_id = e.key order by b.id desc limit 1) l on true
+   where exists (
+     select from jsonb_array_elements_text(e.value) p join dbt_build b on b.project = p_project and b.unique_id = p
+      where b.changed is distinct from false
+        and case when l.snapshot is null then b.id > coalesce(l.id, 0) else not pg_visible_in_snapshot(b.xid, l.snapshot) end)
 $$;
 
 -- dbt_put_tests(project, models, tests): the compiled tests of these models (unique_ids), instead of those that there were
@@ -213,18 +247,24 @@ begin
     select 'dbt', format('%I.%I', m.schema_name, m.table_name), format('is a `table` with handlers of its records: dbt makes it anew at each build, and readers wait for the swap'),
            'materialized="anton_table" changes it in place'
       from dbt_model m cross join lateral (select * from dbt_build x where (x.project, x.unique_id) = (m.project, m.unique_id) order by x.id desc limit 1) b
-     where b.materialized = 'table' and b.new_n > 100000
+     where b.materialized = 'table' and (select c.reltuples from pg_class c where c.oid = to_regclass(format('%I.%I', m.schema_name, m.table_name))) > 100000
        and exists (select from handler h where h.table_id = m.table_id and h.enabled and h.ops && array['new', 'updated', 'deleted']);
   return query
-    select 'dbt', format('%I.%I', m.schema_name, m.table_name), format('outside view %s depends on this `table`: a rebuild by dbt drops it', v.name),
+    select 'dbt', format('%I.%I', m.schema_name, m.table_name), format('%s %s depends on this `table`: a rebuild by dbt drops it', v.what, v.name),
            'materialized="anton_table" keeps it; or make the view a model of the project'
       from dbt_model m cross join lateral (select * from dbt_build x where (x.project, x.unique_id) = (m.project, m.unique_id) order by x.id desc limit 1) b
      cross join lateral (
-       select distinct format('%I.%I', n.nspname, c.relname) as name from pg_depend d join pg_rewrite r on r.oid = d.objid join pg_class c on c.oid = r.ev_class
+       select distinct format('%I.%I', n.nspname, c.relname) as name, case c.relkind when 'm' then 'materialized view' else 'view' end as what from pg_depend d join pg_rewrite r on r.oid = d.objid join pg_class c on c.oid = r.ev_class
          join pg_namespace n on n.oid = c.relnamespace
         where d.refobjid = to_regclass(format('%I.%I', m.schema_name, m.table_name)) and d.classid = 'pg_rewrite'::regclass and c.oid <> d.refobjid
-          and not exists (select from dbt_build o where o.relation = format('%I.%I', n.nspname, c.relname))) v
+          and (b.invocation_id is null or c.relkind = 'm')                 -- Anton's hooks point other views to the new table
+          and not dbt_built(format('%I.%I', n.nspname, c.relname))) v
      where b.materialized = 'table';
+  return query
+    select 'dbt', format('%I.%I', m.schema_name, m.table_name), format('its last build, of %s: %s', to_char(b.at, 'YYYY-MM-DD HH24:MI'), b.note),
+           'put back what was lost; materialized="anton_table" changes the table in place, and loses nothing'
+      from dbt_model m cross join lateral (select * from dbt_build x where (x.project, x.unique_id) = (m.project, m.unique_id) order by x.id desc limit 1) b
+     where b.invocation_id is not null and b.note ~ ' (is|was) lost: ';
 end $$;
 
 -- list_dbt_runs(project, limit) -> the last runs, the newest first

@@ -164,6 +164,7 @@ create or replace function end_calls(p_calls jsonb) returns void language plpgsq
 declare v_now timestamptz := now(); c record; k call; v_ids bigint[];
 begin
   v_ids := array(select (x ->> 'id')::bigint from jsonb_array_elements(p_calls) x);
+  perform from quota where quota.name in (select distinct x ->> 'quota' from jsonb_array_elements(p_calls) x) order by quota.name, unit for update;
   insert into quota as q (name, unit, amount, window_seconds)
   select distinct on (1, 2) x ->> 'quota', l ->> 'unit', (l ->> 'amount')::numeric, (l ->> 'seconds')::double precision
     from jsonb_array_elements(p_calls) x, jsonb_array_elements(x -> 'limits') l order by 1, 2
@@ -174,7 +175,8 @@ begin
     from jsonb_array_elements(p_calls) x where (x ->> 'block')::double precision > 0 group by 1 order by 1
   on conflict (name, unit) do update set blocked_until = greatest(q.blocked_until, excluded.blocked_until);
   update quota q set next_at = q.next_at - make_interval(secs => x.over * q.window_seconds / (q.amount * 0.95)::double precision)
-    from (select x ->> 'quota' as name, sum((x ->> 'over')::bigint) as over from jsonb_array_elements(p_calls) x group by 1) x
+    from (select x ->> 'quota' as name, sum((x ->> 'over')::bigint) as over from jsonb_array_elements(p_calls) x
+           where exists (select from call where call.id = (x ->> 'id')::bigint and call.state = 'asking') group by 1) x   -- told twice, it counts once
    where q.name = x.name and q.unit = 'tokens' and q.amount is not null and x.over <> 0;
   perform lock_calls(v_ids);
   for c in
@@ -189,8 +191,10 @@ begin
     update call set tokens_in = c.tokens_in, tokens_cached = c.tokens_cached, tokens_out = c.tokens_out, answered_by = c.answered_by,
                     error = c.error, ms = c.ms where id = c.id;
     if c.state = 'done' then
-      update memo set answer = c.answer, call_id = c.id, at = v_now, expires_at = v_now + make_interval(secs => c.ttl)
-       where hash = k.input_hash and answer is null;
+      insert into memo as m (hash, call_id, answer, at, expires_at)    -- its lease may have lapsed: the answer is paid all the same
+      values (k.input_hash, c.id, c.answer, v_now, v_now + make_interval(secs => c.ttl))
+      on conflict (hash) do update set answer = excluded.answer, call_id = excluded.call_id, at = v_now, expires_at = excluded.expires_at
+       where m.answer is null;
     else
       delete from memo where hash = k.input_hash and call_id = c.id and answer is null;
     end if;
@@ -199,7 +203,8 @@ end $$;
 
 -- renew_calls(ids): they are still being asked
 create or replace function renew_calls(p_ids bigint[]) returns void language sql volatile set search_path from current as $$
-  update call set lease_until = now() + interval '15 seconds' where id = any (p_ids) and state = 'asking'
+  update call set lease_until = now() + interval '15 seconds'
+   where id in (select id from call where id = any (p_ids) and state = 'asking' order by id for update skip locked)
 $$;
 
 -- lapse_calls() -> how many calls were left by who made them: nobody knows what came of them, and they are charged at what they can cost at most

@@ -7,7 +7,9 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
+import struct
 import threading
 import time
 from collections import deque
@@ -47,7 +49,7 @@ class Llm:
         self._script: deque[Any] = deque()
 
     def script(self, *steps: Any) -> None:
-        """What comes next: "answer", "hang", a status, or (status, headers)."""
+        """What comes next: "answer", "hang", a status, (status, headers) or (status, headers, words)."""
         self._script.extend(steps)
 
     async def openai(self, request: Request) -> Response:
@@ -100,6 +102,32 @@ class Llm:
             "content": content, "stop_reason": "tool_use" if "tools" in body else "end_turn", "stop_sequence": None,
             "usage": {"input_tokens": tokens_in, "output_tokens": len(text.split())}}, headers=self.headers)
 
+    async def embeddings(self, request: Request) -> Response:
+        """A number for how often each letter comes, as base64 unless floats are asked for; "poison" is refused."""
+        body = json.loads(await request.body())
+        if request.headers.get("authorization") != f"Bearer {self.key}":
+            return JSONResponse({"error": {"message": "Incorrect API key provided", "code": "invalid_api_key"}}, 401)
+        texts = body.get("input")
+        if set(body) - {"model", "input", "dimensions", "encoding_format"} or not isinstance(texts, list) or not all(
+                isinstance(text, str) and text for text in texts) or len(texts) > 2048:
+            return JSONResponse({"error": {"message": "input is wrong", "param": "input"}}, 400)
+        if any("poison" in text for text in texts):
+            return JSONResponse({"error": {"message": "input is too long", "param": "input"}}, 400)
+        failed = await self._step({**body, "messages": [{"content": text} for text in texts]})
+        if failed is not None:
+            return failed
+        letters = "abcdefghijklmnopqrstuvwxyz"[:body.get("dimensions", 26)]
+        tokens = sum(len(text.split()) for text in texts)
+        self.billed += tokens
+        data = []
+        for at, text in enumerate(texts):
+            numbers = [float(text.count(letter)) for letter in letters]
+            packed = base64.b64encode(struct.pack(f"<{len(numbers)}f", *numbers)).decode()
+            data.append({"object": "embedding", "index": at,
+                         "embedding": packed if body.get("encoding_format") == "base64" else numbers})
+        return JSONResponse({"object": "list", "data": data[::-1], "model": body["model"] + "-v1",
+                             "usage": {"prompt_tokens": tokens, "total_tokens": tokens}}, headers=self.headers)
+
     async def _step(self, body: dict[str, Any]) -> Response | None:
         step = self._script.popleft() if self._script else "answer"
         self.asked.append(body)
@@ -108,8 +136,9 @@ class Llm:
             await self.ended.wait()
             return JSONResponse({}, 503)
         if step != "answer":
-            status, headers = step if isinstance(step, tuple) else (step, {})
-            return JSONResponse({"error": {"message": f"scripted {status}"}}, status, headers=headers)
+            status, headers, *words = step if isinstance(step, tuple) else (step, {})
+            said = words[0] if words else f"scripted {status}"
+            return JSONResponse({"error": {"message": said}}, status, headers=headers)
         self.arrived.append((time.monotonic(), _count(body["messages"])))
         self.inflight += 1
         self.most = max(self.most, self.inflight)
@@ -175,5 +204,6 @@ def _lax(schema: Any) -> str | None:
 def serving(llm: Llm) -> Iterator[Llm]:
     """The service, in a thread of its own."""
     with served(Route("/v1/chat/completions", llm.openai, methods=["POST"]),
-                Route("/v1/messages", llm.anthropic, methods=["POST"]), ending=llm.ended.set) as llm.url:
+                Route("/v1/messages", llm.anthropic, methods=["POST"]),
+                Route("/v1/embeddings", llm.embeddings, methods=["POST"]), ending=llm.ended.set) as llm.url:
         yield llm

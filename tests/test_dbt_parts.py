@@ -11,12 +11,14 @@ import pytest
 from pg import Pg
 
 from anton.cli import main
+from anton.dbt.gate import after, gates
 from anton.dbt.init import hooks_missing, init, macro_folder, stamp, with_hooks
 from anton.dbt.manifest import Manifest
 from anton.dbt.profile import outputs, write_profile
 from anton.dbt.project import name_of
 from anton.dbt.requests import wishes_of
 from anton.dbt.runner import check_version
+from anton.dbt.verbs import _absolute
 from anton.errors import ConfigError, DeclarationError
 
 
@@ -75,8 +77,32 @@ def test_requests_become_as_few_invocations_as_can_be(manifest: Manifest) -> Non
     assert list(refused) == [5] and "nowhere" in refused[5]
 
 
+def test_a_test_gates_the_last_of_its_models_or_waits_for_those_that_are_side_by_side(manifest: Manifest) -> None:
+    def id(name: str) -> str:
+        return f"model.shop.{name}"
+
+    reads = {"of_a": "a", "of_a_and_c": "ac", "of_a_and_b": "ab", "of_d_and_e": "de", "of_c_and_d": "cd"}
+    manifest.tests = {test: {"name": test, "parents": [*map(id, models)]} for test, models in reads.items()}
+    manifest.tests["of_clean"] = {"name": "of_clean", "parents": [id("clean"), id("b")]}
+    every = {id(name) for name in "abcde"}
+    gate, stale = gates(manifest, every)
+    assert stale == set() and {test: names([model])[0] if model else "" for test, model in gate.items()} == {
+        "of_a": "a", "of_a_and_c": "c", "of_a_and_b": "", "of_d_and_e": "e", "of_c_and_d": "", "of_clean": "b"}
+    assert after(manifest, gate, every, []) == ["of_a_and_b", "of_c_and_d"]
+    assert after(manifest, gate, every - {id("c")}, [id("c")]) == ["of_a_and_b"]
+    assert after(manifest, gate, {id("a")}, []) == ["of_a_and_b", "of_a_and_c"]   # nobody built c
+    gate, stale = gates(manifest, {id("a")})
+    assert gate == {"of_a": id("a"), "of_a_and_b": id("a")} and stale == {"of_a_and_c"}
+
+
+def test_folders_that_are_typed_are_those_of_who_typed_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert _absolute(["--select", "state:new", "--state", "old", "--defer-state=/x/y", "--vars", "--state"]) == [
+        "--select", "state:new", "--state", f"{tmp_path}/old", "--defer-state=/x/y", "--vars", "--state"]
+
+
 def test_a_profile_is_what_the_url_says_and_holds_no_password(tmp_path: Path) -> None:
-    output, password = outputs("postgresql://ann:s%40fe@db.example:5433/shop?sslmode=require", "marts", 4, "x")
+    output, password = outputs("postgresql://ann:s%40fe@db.example:5433/shop?sslmode=require", "marts", 4)
     write_profile(tmp_path, "prod", output)
     assert (output["host"], output["port"], output["user"], output["dbname"], output["sslmode"]) == (
         "db.example", 5433, "ann", "shop", "require")
@@ -85,11 +111,11 @@ def test_a_profile_is_what_the_url_says_and_holds_no_password(tmp_path: Path) ->
 
 
 def test_a_profile_finds_a_unix_socket(monkeypatch: pytest.MonkeyPatch) -> None:
-    output, _ = outputs("postgresql://ann@/shop?host=/run/pg&port=5439", "public", 1, "x")
+    output, _ = outputs("postgresql://ann@/shop?host=/run/pg&port=5439", "public", 1)
     assert (output["host"], output["port"], output["dbname"]) == ("/run/pg", 5439, "shop")
     monkeypatch.setenv("PGHOST", "/tmp/s")
     monkeypatch.setenv("PGUSER", "bob")
-    output, _ = outputs(None, "public", 1, "x")
+    output, _ = outputs(None, "public", 1)
     assert (output["host"], output["port"], output["user"], output["dbname"]) == ("/tmp/s", 5432, "bob", "bob")
 
 
@@ -207,6 +233,28 @@ def test_a_run_takes_what_is_due_and_what_a_dead_one_left_and_no_more(pg: Pg, as
     assert pg.value(begun, []) == [left, due]
     assert pg.value("select state from anton.dbt_run order by id limit 1") == "died"
     assert pg.value(begun, [later]) == [left, due, later]
+
+
+def test_a_model_is_behind_a_build_that_committed_after_it_began_to_read(pg: Pg) -> None:
+    def build(model: str, note: str = "null") -> None:
+        pg.sql("insert into anton.dbt_build (project, unique_id, relation, materialized, initial, changed, "
+               "schema_changed, at, xid, snapshot) values "
+               f"('shop', '{model}', '{model}', 'table', false, true, false, now(), pg_current_xact_id(), {note})")
+
+    def behind() -> list[Any]:
+        return [row[0] for row in pg.sql("select * from anton.dbt_behind('shop', '{\"child\": [\"parent\"]}')")]
+
+    assert behind() == []
+    build("parent")
+    assert behind() == ["child"]                                       # never built
+    build("child", "pg_current_snapshot()")
+    assert behind() == []
+    before = pg.value("select pg_current_snapshot()::text")
+    build("parent")
+    build("child", f"'{before}'")                                      # the later row, and it did not see the other
+    assert behind() == ["child"]
+    build("child", "pg_current_snapshot()")
+    assert behind() == []
 
 
 def test_a_run_that_was_taken_over_notes_nothing_more(pg: Pg, ask: Any) -> None:

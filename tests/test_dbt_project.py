@@ -20,8 +20,8 @@ from shop import Shop
 from anton.cli import main
 from anton.db import Portal, set_database
 from anton.dbt.project import DbtProject
-from anton.dbt.requests import alone
-from anton.errors import DeclarationError, WriteError
+from anton.dbt.requests import alone, wishes_of
+from anton.errors import ConfigError, DeclarationError, WriteError
 from anton.migrate import migrate
 from anton.rebuilt import Failed, Rebuilt
 from anton.table import Table
@@ -167,6 +167,98 @@ def test_a_failing_test_rolls_a_gated_build_back_and_the_old_table_stays(live: L
     assert live.last_run() == ("failed", {"revenue": "error"})
     live.revenue.run()
     assert ("new", "eve") in live.work()                               # without gate= nothing stands in its way
+
+
+def test_a_test_of_models_built_side_by_side_is_run_after_them_and_told(live: Live) -> None:
+    write = (live.folder / "models" / "side.sql").write_text
+    write("select customer from {{ source('app', 'orders') }} where total > {{ var('least', 0) }} group by 1")
+    (live.folder / "tests" / "both.sql").write_text(
+        "select customer from {{ ref('revenue') }} except select customer from {{ ref('side') }}")
+    live.shop.sql("select anton.pause('dbt:shop when orders')")
+    set_database(live.shop.db)
+    live.project.run("revenue", "side", gate=True)
+    live.work()
+    assert live.last_run() == ("done", {"revenue": "success", "side": "success", "both": "pass"})
+    live.shop.sql("insert into orders values (8, 'dan', 8)")
+    live.project.run("revenue", "side", gate=True)                     # inside of one of the builds it would fail
+    live.work()
+    assert live.last_run() == ("done", {"revenue": "success", "side": "success", "both": "pass"})
+    live.project.run("revenue", "side", gate=True, vars={"least": 100})
+    failed = [one for one in live.work() if isinstance(one, Failed)]
+    assert live.last_run() == ("failed", {"revenue": "success", "side": "success", "both": "fail"})
+    assert len(failed) == 1 and "test both failed after the build" in failed[0].error
+    live.revenue.run(gate=True)                                        # with one of them it stands in its way
+    live.shop.sql("insert into orders values (9, 'fay', 9)")
+    (refused,) = live.work()
+    live.shop.sql("select anton.resume('dbt:shop when orders')")
+    assert isinstance(refused, Failed) and "test both of model.shop.revenue failed" in refused.error
+
+
+def test_a_test_gates_with_the_vars_of_its_build(live: Live) -> None:
+    (live.folder / "tests" / "small.sql").write_text(
+        "select * from {{ ref('revenue') }} where revenue > {{ var('most', 1000000) }} -- a remark")
+    for most, state in ((10_000, "done"), (100, "failed"), (10_000, "done")):
+        live.project.run("revenue", gate=True, vars={"most": most})
+        live.work()
+        assert live.last_run()[0] == state
+
+
+def test_a_run_that_is_cancelled_ends_its_query_and_is_not_tried_again(live: Live, monkeypatch: pytest.MonkeyPatch,
+                                                                       capsys: pytest.CaptureFixture[str]) -> None:
+    (live.folder / "models" / "revenue_slow.sql").write_text(
+        "select r.customer from {{ ref('revenue') }} r, pg_sleep(300)")
+    sleeping = f"select count(*) from pg_stat_activity where query like '%{'pg_sleep'}(300)%' and state = 'active' " \
+               "and application_name like 'anton-dbt-%-build-%'"
+    monkeypatch.chdir(live.shop.folder)
+
+    async def cancel() -> int:
+        async with live.shop.db.conn() as look:
+            while not await look.fetchval(sleeping):
+                pass
+        return await asyncio.to_thread(main, ["--database", live.shop.url, "dbt", "cancel"])
+
+    live.project.run("revenue_slow")
+    live.project.run("revenue_slow", vars={"other": 1})
+    cancelling = asyncio.run_coroutine_threadsafe(cancel(), live.loop.loop)
+    live.work()
+    assert cancelling.result(60) == 0 and "is cancelled" in capsys.readouterr().out
+    set_database(live.shop.db)
+    assert live.last_run() == ("cancelled", {})
+    assert live.shop.sql(sleeping) == [(0,)]
+    assert live.shop.sql("select state, count(*) from anton.dbt_request where 'revenue_slow' = any (models) "
+                         "group by 1") == [("cancelled", 2)]
+    assert live.shop.sql("select (select count(*) from anton.job) + (select count(*) from anton.delayed) "
+                         "+ (select count(*) from anton.dead)") == [(0,)]
+    assert main(["--database", live.shop.url, "dbt", "cancel", "1"]) == 1
+    assert "run 1 is not running" in capsys.readouterr().out
+    set_database(live.shop.db)
+
+
+def test_what_only_reads_and_what_builds_do_not_end_each_other(live: Live) -> None:
+    (live.folder / "models" / "slow.sql").write_text("select 1 as id from pg_sleep(300)")
+    runner = live.project.work._runner
+    assert runner is not None
+    reading = "select count(*) from pg_stat_activity where query like '%pg_sleep(300)%' and state = 'active' " \
+              "and application_name like 'anton-dbt-%-read-%'"
+
+    async def both() -> Any:
+        other = live.project.runner(live.shop.db, runner.schema)       # anton dbt show, in another process
+        show = asyncio.ensure_future(other.invoke(["show", "--select", "slow"]))
+        async with live.shop.db.conn() as look:
+            while not await look.fetchval(reading) and not show.done():
+                pass
+            async with alone(live.shop.db, runner.application):        # which ends what is left of builds
+                pass
+            await runner.invoke(["build", "--select", "total"], seconds=0.0)   # cancelled at once
+            left = await look.fetchval(reading)
+        show.cancel()
+        await asyncio.wait({show})
+        async with live.shop.db.conn() as look:
+            gone = await look.fetchval(reading)
+        await other.close()
+        return left, gone
+
+    assert live.loop.run(both()) == (1, 0)
 
 
 def test_a_model_that_fails_is_told_and_leaves_the_others_alone(live: Live) -> None:
@@ -326,6 +418,41 @@ def test_a_name_that_is_no_model_is_refused_with_the_likely_one(live: Live) -> N
         shop.migrate()
 
 
+def test_a_table_that_the_project_does_not_read_is_refused_with_what_to_write(live: Live) -> None:
+    def declare() -> None:
+        Table("orders", Order)
+        DbtProject("dbt_project").run_when(Table("order_lines", Order))
+
+    shop = Shop(live.shop.url, live.shop.folder, "fourth").declare(declare)
+    with pytest.raises(ConfigError, match=r"does not read public\.order_lines: nothing would be built") as e:
+        live.loop.run(migrate(shop.db, shop.app))
+    assert "models/sources.yml: sources: [{name: app, schema: public, tables: [{name: order_lines}]}]" in str(e.value)
+    assert "Its sources are public.orders" in str(e.value)
+    assert shop.sql("select to_regclass('order_lines')") == [(None,)]
+
+
+def test_a_model_whose_build_changed_nothing_builds_nothing_that_waits_for_it(live: Live) -> None:
+    def wanted() -> set[str]:
+        row = {"id": 1, "models": [], "tables": ["public.revenue"], "gate": False, "full_refresh": False, "vars": {},
+               "upstream": False}
+        manifest = live.project.manifest
+        assert manifest is not None
+        (wish,), _ = wishes_of(manifest, [row])
+        return live.loop.run(live.project.work._due(live.shop.db, manifest, wish))
+
+    live.shop.sql("select anton.pause('dbt:shop when orders')")
+    live.project.run()
+    live.work()
+    live.revenue.run()
+    live.work()
+    assert wanted() == set()
+    live.shop.sql("insert into orders values (6, 'cleo', 1)")
+    live.revenue.run()
+    live.work()
+    assert {id.rpartition(".")[2] for id in wanted()} == {"big", "total"}
+    live.shop.sql("select anton.resume('dbt:shop when orders')")
+
+
 def test_what_is_downstream_of_a_model_can_wait_for_its_builds(live: Live) -> None:
     def declare() -> None:
         project = DbtProject("dbt_project")
@@ -355,6 +482,12 @@ def test_commands_that_build_nothing_answer_in_lines(live: Live) -> None:
     assert runner is not None
     done = live.loop.run(runner.invoke(["ls", "--resource-type", "source"]))
     assert (done.success, done.lines) == (True, ["source:shop.app.orders"])
+    (live.folder / "models" / "said.sql").write_text("select '{{ var('word', 'none') }}' as word")
+    for given in (["--vars", "word: yes it is"], ["--vars=word: yes it is"], ["--vars={}", "--vars={word: yes it is}"]):
+        done = live.loop.run(runner.invoke(["compile", "--select", "said", *given]))
+        assert [raw["code"] for raw in done.raw] == ["select 'yes it is' as word"]
+    done = live.loop.run(runner.invoke(["compile", "--vars=word"]))
+    assert not done.success and "--vars: 'word' is no mapping" in (done.error or "")
     done = live.loop.run(runner.invoke(["ls", "--wrong"]))
     assert not done.success and "--wrong" in (done.error or "")
 

@@ -72,6 +72,19 @@ def test_an_incremental_model_is_netted_by_key(dbt: Project, pg: Pg) -> None:
     assert [one.key["full"] for one in pg.events(rebuilt)] == [True, False, False, True]
 
 
+def test_an_incremental_model_that_is_emptied_by_truncate_says_that_it_was_not_compared(dbt: Project, pg: Pg) -> None:
+    dbt.model("hourly", "select * from src", materialized="incremental", unique_key="id",
+              pre_hook="{% if is_incremental() %}truncate {{ this }}{% endif %}")
+    register(pg, "hourly", "id")
+    heard = pg.listen("hourly", "new", "updated", "deleted", read="change")
+    rebuilt, failed = pg.listen("hourly", "rebuilt"), pg.listen("hourly", "failed")
+    dbt("run")
+    pg.events(rebuilt)
+    dbt("run")
+    assert pg.events(heard) == [] and pg.events(rebuilt)[0].key["changed"]
+    assert "emptied by TRUNCATE" in pg.events(failed)[0].key["error"]
+
+
 def test_batches_that_commit_one_by_one_lose_no_event(dbt: Project, pg: Pg) -> None:
     pg.sql(
         "alter table src add at timestamptz",
@@ -203,18 +216,50 @@ def test_a_rebuilt_table_keeps_what_dbt_would_drop(dbt: Project, pg: Pg) -> None
         "alter table daily disable trigger mine",
         "alter table daily add primary key (id)",
         "create unique index on daily (lower(name))",
+        "create index on daily (n) where n > 5",
+        "alter table daily add check (n > -1000), alter n set default 7, set (fillfactor = 90)",
+        "comment on table daily is 'of each day'; comment on column daily.n is 'a number'",
         "grant select (id, n) on daily to public",
         "create policy few on daily for select to public using (n > 20)",
         "alter table daily enable row level security, force row level security",
     )
-    had = pg.sql("select kind, name, sql from anton.dbt_belongings('daily') where kind <> 'key' order by 1, 2, 3")
+    found = (
+        "select kind, case when kind not in ('index', 'constraint') then name end, sql "
+        "from anton.dbt_belongings('daily') where kind <> 'key' order by 1, 2, 3"
+    )
+    had = pg.sql(found)
+    kinds = {"comment", "constraint", "default", "grant", "index", "policy", "setting", "trigger"}
+    assert {kind for kind, _, _ in had} == kinds
     for _ in range(2):
         dbt("run")
-        assert (
-            pg.sql("select kind, name, sql from anton.dbt_belongings('daily') where kind <> 'key' order by 1, 2, 3")
-            == had
-        )
+        assert pg.sql(found) == had
+        assert pg.value("select note from anton.dbt_build order by id desc limit 1") is None
         assert pg.value("select count(*) from pg_index where indrelid = 'daily'::regclass and indisunique") == 2
+
+
+def test_what_a_swap_cannot_keep_is_said_by_the_build_and_by_doctor(dbt: Project, pg: Pg) -> None:
+    dbt.model("daily", "select * from src", materialized="table")
+    register(pg, "daily", "id")
+    dbt("run")
+    pg.sql("create table other (id int primary key); insert into other select id from src",
+           "create view outside as select * from daily",
+           "alter table daily add constraint theirs foreign key (id) references other")
+    problems = "select problem from anton.dbt_findings() where subject = 'public.daily'"
+    assert pg.sql(problems) == []                                      # the view is kept
+    dbt("run")
+    ((problem,),) = pg.sql(problems)
+    assert "foreign key theirs was lost" in problem
+    pg.sql("create materialized view frozen as select * from daily")
+    dbt("run", "--vars", "anton_enabled: false")                       # what a project without the hooks does
+    pg.sql("select anton.dbt_watchdog()", "create view outside as select * from daily",
+           "create materialized view frozen as select * from daily")
+    said = sorted(problem.partition(" depends")[0] for (problem,) in pg.sql(problems))
+    unhooked = "built without Anton's hooks: records were not compared"
+    assert said == [unhooked, "materialized view public.frozen", "view public.outside"]
+    dbt("run")
+    pg.sql("create materialized view if not exists frozen as select * from daily")
+    assert any("frozen" in problem for (problem,) in pg.sql(problems))
+    assert not any("view public.outside" in problem for (problem,) in pg.sql(problems))
 
 
 def test_a_policy_that_does_not_fit_keeps_the_old_table(dbt: Project, pg: Pg) -> None:

@@ -215,6 +215,21 @@ async def test_ticks_at_once_never_start_two_that_may_not_overlap(clock: Clock) 
         await clock.finish(*await clock.begin())
 
 
+async def test_who_closes_a_firing_starts_the_next_though_another_looks_meanwhile(clock: Clock) -> None:
+    await (await clock.at("10:30")).put(misfire="all")
+    await (await clock.at("12:30")).look()
+    job = await clock.begin()
+    async with clock.db.tx() as other:
+        await other.execute("select anton.tick()")                     # sees that it runs; its transaction is open
+        await clock.finish(*job)
+        look = asyncio.create_task(clock.look())
+        waits = "select from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'"
+        while not await clock.run(waits):
+            assert not look.done()
+    await look
+    assert await clock.jobs() == ["12:00"]
+
+
 async def test_a_firing_that_waited_begins_as_soon_as_the_one_before_is_done(db: Database) -> None:
     free, ran, most = threading.Event(), [], [0]
 

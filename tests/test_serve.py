@@ -150,7 +150,7 @@ def test_sighup_replaces_the_workers_with_the_code_of_now(serve: Any) -> None:
         served.pids(lambda found: len(found - first) == 2)
         says = ""
         while says != "two":
-            with contextlib.suppress(httpx.RemoteProtocolError):       # taken by a worker that is about to end
+            with contextlib.suppress(httpx.RemoteProtocolError, httpx.ReadError):   # taken by a worker about to end
                 says = httpx.get(f"{served.url}/pid", timeout=PATIENCE).json()["says"]
 
 

@@ -184,7 +184,7 @@ def test_nothing_reaches_another_machine(app):
         pass
 
 
-@pytest.mark.parametrize("example", ["slack_ai_bot", "feed_reader", "github_hooks"])
+@pytest.mark.parametrize("example", ["slack_ai_bot", "feed_reader", "github_hooks", "ticket_triage"])
 def test_an_example_passes_its_own_tests(example, server):
     """As users run them: pytest in the app's folder, the fixture found by itself."""
     environment = {**os.environ, "ANTON_TEST_DATABASE": server.url()}

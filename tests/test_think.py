@@ -17,12 +17,16 @@ from anton_components.vendor.fake.cognition import FakeModel
 from anton_components.vendor.openai.cognition import OpenAiCompletion
 from llm import Llm, serving
 from pydantic import BaseModel
+from working import Bench, met
 
 from anton import Table, action, sql
 from anton.app import declaring
 from anton.cli import main
 from anton.errors import BadOption, UnknownOption
+from anton.ledger import ledger_of
 
+CALL = {"hash": "h", "ttl": 60, "quota": "q", "tokens": 1, "budgets": [], "app": "shop", "handler": "h",
+        "provider": "p", "model": "m"}
 PRICE = {"input": "1000", "output": "2000"}                            # for a million tokens: 0.001 and 0.002 each
 
 
@@ -125,6 +129,60 @@ def test_a_request_that_never_arrived_costs_nothing(live, llm):
     assert rows(live, "select distinct state, cost from anton.call") == [("failed", Decimal(0))]
     assert rows(live, "select settled, reserved from anton.spent") == [(Decimal(0), Decimal(0))]
     assert not live.dead
+
+
+@pytest.mark.parametrize("status, state", [(500, "failed"), (503, "failed"), (502, "unknown"), (504, "unknown")])
+def test_what_a_gateway_lost_may_have_been_paid(status, state, live, llm):
+    declare(live, openai(llm, max_tokens=10))
+    llm.script(status)
+    ask(live, "hi")
+    assert rows(live, "select state from anton.call order by id") == [(state,), ("done",)]
+
+
+def test_an_answer_after_its_call_lapsed_is_kept(live, llm):
+    declare(live, openai(llm))
+    def text(*facts: Any) -> str:
+        return json.dumps(facts).replace("{", "{{").replace("}", "}}")
+
+    call = text({"n": 0, **CALL})
+    begun = f"select verdict, call_id from anton.begin_calls('{call}', 'w') where n = 0"
+    [(verdict, id)] = rows(live, begun)
+    assert verdict == "send" and rows(live, begun) == [("wait", None)]
+    live.advance("1m")
+    assert rows(live, "select anton.lapse_calls()") == [(1,)]
+    assert rows(live, "select count(*) from anton.memo") == [(0,)]
+    ended = text({"id": id, "state": "done", "ttl": 60, "answer": {"text": "late"}, "quota": "q", "limits": []})
+    rows(live, f"select anton.end_calls('{ended}')")
+    assert rows(live, begun) == [("answer", id)]
+
+
+async def test_a_call_that_was_granted_when_its_asker_was_cancelled_is_given_back(db):
+    bench = await Bench.make(db, lambda: Table("a"))
+    ledger = ledger_of(db)
+    asking = asyncio.create_task(ledger.begin(CALL))
+    await asyncio.sleep(0)
+    [(_, granted)] = ledger._begins._waiting
+    await met(granted.done, pause=0)
+    assert granted.result().verdict == "send"
+    asking.cancel()                                                    # before it runs again
+    with pytest.raises(asyncio.CancelledError):
+        await asking
+    await bench.until("select not exists (select from anton.call)")
+
+
+def test_tries_end_before_the_handlers_time_and_blame_no_record(live, llm):
+    declare(live, openai(llm, timeout=60), timeout="4s", attempts=1)
+    llm.script("hang", "hang")
+    ask(live, "hi")
+    assert not live.dead
+    assert "no answer in 2 s of tries" in rows(live, "select failing_error from anton.handler")[0][0]
+    assert rows(live, "select distinct state from anton.call") == [("unknown",)]
+
+
+def test_a_password_in_an_address_is_shown_nowhere(app, llm):
+    with declaring(app.app):
+        made = openai(llm, base_url="https://me:hunter2@models.example/v1")(Table("answers"))
+    assert "hunter2" not in repr(made) and made.host == "models.example"
 
 
 # Memo
@@ -282,6 +340,14 @@ def test_what_cannot_be_is_refused_when_it_is_declared(options, why, app, llm):
         openai(llm, **options)(Table("t"))
 
 
+def test_the_components_of_an_app_agree_on_its_budget(app):
+    with declaring(app.app):
+        OpenAiCompletion(Table("a"), model="m", price=PRICE, max_tokens=9, budget="5 USD/day per app")
+        OpenAiCompletion(Table("b"), model="m", price=PRICE, max_tokens=9, budget="$5/day per app")
+        with pytest.raises(BadOption, match=r"Allowed: 5, as OpenAiCompletion \(.*py:\d+\) says"):
+            OpenAiCompletion(Table("c"), model="m", price=PRICE, max_tokens=9, budget="6 USD/day per app")
+
+
 def test_an_unknown_option_says_what_was_meant(app):
     with declaring(app.app), pytest.raises(UnknownOption, match='Did you mean "temperature"'):
         OpenAiCompletion(Table("t"), temprature=1)  # type: ignore[call-arg]
@@ -400,6 +466,13 @@ def test_one_that_was_cut_off_is_not_asked_for_again(live, llm):
     assert "cut off at max_tokens=3" in live.dead[0].error and len(llm.asked) == 1
 
 
+def test_a_plain_answer_that_was_cut_off_is_a_dead_letter_and_asked_again_when_replayed(live, llm):
+    declare(live, openai(llm, max_tokens=1))
+    ask(live, "hm")
+    assert "cut off at max_tokens=1. It was: re:" in live.dead[0].error and not live.records("answers")
+    assert rows(live, "select count(*) from anton.memo") == [(0,)]
+
+
 class Ticket(BaseModel):
     id: int | None = None
     prompt: str
@@ -449,6 +522,13 @@ def test_what_anthropic_answers_is_the_records_fault_or_the_worlds(status, dead,
     llm.script(*[status] * 3)
     ask(live, "hi")
     assert bool(live.dead) is dead and not live.records("answers")
+
+
+def test_an_empty_account_at_anthropic_blames_no_record(live, llm):
+    declare(live, anthropic(llm), attempts=1)
+    llm.script((400, {}, "Your credit balance is too low to access the Anthropic API."))
+    ask(live, "hi")
+    assert not live.dead and "credit balance" in rows(live, "select failing_error from anton.handler")[0][0]
 
 
 # FakeModel

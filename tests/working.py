@@ -118,12 +118,12 @@ def numbers(records: Any) -> list[int]:
     return [record["n"] for record in records]
 
 
-async def met(condition: Callable[[], bool], patience: float = PATIENCE) -> None:
+async def met(condition: Callable[[], bool], patience: float = PATIENCE, pause: float = 0.005) -> None:
     """Waits until something in this process holds."""
     end = time.monotonic() + patience
     while not condition():
         assert time.monotonic() < end
-        await asyncio.sleep(0.005)
+        await asyncio.sleep(pause)
 
 
 async def _id(worker: Worker) -> int:

@@ -1,6 +1,6 @@
 """Child: a process that keeps dbt and one project's manifest warm. JSON lines in, JSON lines out; one job at a time.
 
-    {"id": 1, "args": ["build", "--select", "revenue"], "flags": [], "parse_flags": []}
+    {"id": 1, "args": ["build", "--select", "revenue"], "flags": [], "parse_flags": [], "application": "…"}
     <- {"id": 1, "event": "NodeStart", "node": "model.shop.revenue", …}
     <- {"id": 1, "done": true, "success": true, "error": null, "kind": null, "results": […]}
 
@@ -82,12 +82,12 @@ class Child:
 
     def invoke(self, job: dict[str, Any]) -> dict[str, Any]:
         """One invocation of dbt, with what it brought as JSON."""
-        args: list[str] = job["args"]
-        vars = dict(self.vars)
-        if "--vars" in args:
-            at = args.index("--vars")
-            vars |= yaml.safe_load(" ".join(args[at + 1:at + 2])) or {}
-            args = args[:at] + args[at + 2:]
+        os.environ["PGAPPNAME"] = job["application"]                   # libpq's: the profile stays the same, as dbt
+        try:                                                           # reads a project anew when that differs
+            args, said = _without_vars(job["args"])
+        except (yaml.YAMLError, TypeError) as wrong:
+            return {"success": False, "error": f"--vars: {wrong}", "kind": "vars", "results": []}
+        vars = self.vars | said
         given = ["--vars", json.dumps(vars)] if vars else []
         if args[0] in RUNS or args[0] == "parse":
             failure = self._parse(given, vars != self.vars, job)
@@ -99,7 +99,7 @@ class Child:
             with self._settings(job.get("settings") or {}):
                 done = dbtRunner(self.manifest, [self._event]).invoke([*args, *given, *job["flags"]])
         else:
-            own = given if "--vars" in job["args"] else []             # not all of dbt's commands know them
+            own = given if args != job["args"] else []                 # not all of dbt's commands know them
             done = dbtRunner(callbacks=[self._event]).invoke([*args, *own, *job["flags"]])
         error = None if done.exception is None else str(done.exception).strip()
         kind = None if done.exception is None else type(done.exception).__name__
@@ -194,6 +194,23 @@ class Child:
         return {"project": manifest.metadata.project_name, "nodes": nodes, "sources": sources, "tests": tests,
                 "exposures": exposures, "macros": sorted(
                     macro.name for macro in manifest.macros.values() if macro.name.startswith("anton_"))}
+
+
+def _without_vars(args: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """The arguments without --vars, and what it says; the last one holds."""
+    kept: list[str] = []
+    vars: dict[str, Any] = {}
+    rest = iter(args)
+    for arg in rest:
+        if arg != "--vars" and not arg.startswith("--vars="):
+            kept.append(arg)
+            continue
+        text = next(rest, "") if arg == "--vars" else arg.removeprefix("--vars=")
+        said = yaml.safe_load(text) or {}
+        if not isinstance(said, dict):
+            raise TypeError(f"{text!r} is no mapping; write for example {{day: 2026-01-31}}")
+        vars = said
+    return kept, vars
 
 
 def _key(node: Any, meta: dict[str, Any]) -> list[str]:

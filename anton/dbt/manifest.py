@@ -111,6 +111,14 @@ class Manifest:
             found |= self.reads(parent) if node is not None and node.materialized == "ephemeral" else {parent}
         return found
 
+    def reads_of_test(self, id: str) -> set[str]:
+        """What a test reads, likewise."""
+        found: set[str] = set()
+        for parent in self.tests[id]["parents"]:
+            node = self.nodes.get(parent)
+            found |= self.reads(parent) if node is not None and node.materialized == "ephemeral" else {parent}
+        return found
+
     def _parents(self, id: str) -> tuple[str, ...]:
         node = self.nodes.get(id)
         return node.parents if node is not None else ()

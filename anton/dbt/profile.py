@@ -16,10 +16,10 @@ PASSWORD = "ANTON_DBT_PASSWORD"
 KEPT = ("sslmode", "sslcert", "sslkey", "sslrootcert")  # what dbt-postgres passes on as it is
 
 
-def outputs(dsn: str | None, schema: str, threads: int, application: str) -> tuple[dict[str, Any], str]:
+def outputs(dsn: str | None, schema: str, threads: int) -> tuple[dict[str, Any], str]:
     """dbt's output for a URL, PG* variables where it is silent, and the password.
 
-    schema: of the models. application: names dbt's sessions in pg_stat_activity, so that they can be ended.
+    schema: of the models. The name of dbt's sessions in pg_stat_activity is that of each command: child.py.
     """
     parts = urlsplit(dsn or "")
     query = {name: values[-1] for name, values in parse_qs(parts.query).items()}
@@ -36,7 +36,7 @@ def outputs(dsn: str | None, schema: str, threads: int, application: str) -> tup
         "user": user,
         "password": "{{ env_var('" + PASSWORD + "', '') }}",
         "dbname": first(unquote(parts.path.lstrip("/")), query.get("dbname"), env.get("PGDATABASE"), user),
-        "schema": schema, "threads": threads, "application_name": application, "connect_timeout": 10,
+        "schema": schema, "threads": threads, "application_name": "", "connect_timeout": 10,
         "keepalives_idle": 10,
     }
     for name in KEPT:

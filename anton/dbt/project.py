@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -33,7 +33,7 @@ from anton.dbt.manifest import Manifest, Node, fingerprint
 from anton.dbt.requests import Requests
 from anton.dbt.runner import Runner
 from anton.duration import duration
-from anton.errors import BadOption, ConfigError
+from anton.errors import AntonError, BadOption, ConfigError, did_you_mean
 from anton.graph import Part
 from anton.handler import Handler, interval
 from anton.op import Call
@@ -186,6 +186,22 @@ class DbtProject:
         assert self._manifest is not None
         self.settle(schema)
         return self._manifest
+
+    def unread(self, place: Callable[[str], tuple[str, str]]) -> list[AntonError]:
+        """What run_when() waits for in vain, as the project does not read it. place: schema and name of a table."""
+        assert self._manifest is not None
+        found: list[AntonError] = []
+        for when in self.whens:
+            schema, name = place(when.table.name)
+            if self._manifest.of_tables([(schema, name)]):
+                continue
+            known = sorted(f"{one['schema']}.{one['alias']}" for one in self._manifest.sources.values())
+            found.append(ConfigError(
+                f"{self!r}.run_when({when.table!r}): the project does not read {schema}.{name}: nothing would be built."
+                f"{did_you_mean(f'{schema}.{name}', known)} Write a source in models/sources.yml: "
+                f"sources: [{{name: app, schema: {schema}, tables: [{{name: {name}}}]}}], and read it by "
+                f"{{{{ source('app', '{name}') }}}}. Its sources are {', '.join(known) or 'none'}", place=when.place))
+        return found
 
     def keep(self, facts: Mapping[str, Any], schema: str) -> Manifest:
         """Notes what dbt said of the project, also for the next start."""

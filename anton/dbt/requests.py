@@ -2,9 +2,11 @@
 
     dbt_begin() takes the requests  ->  dbt builds, each model in its own transaction  ->  dbt_finish() with the ack
 
-One run of a project and target at a time, by a lock that ends with the connection. A worker that dies leaves
-its requests to the next one, which ends what is left of dbt's sessions and builds again. A model that fails is told by
-its on_failed; when dbt cannot read the project at all, the requests wait, and the handler tries again.
+Tests that gate are run inside of the builds (gate.py), the others after them. One run of a project and target at a
+time, by a lock that ends with the connection. A worker that dies leaves its requests to the next one, which ends what
+is left of dbt's sessions and builds again. `anton dbt cancel` ends the session that holds the lock: the worker stops
+dbt, and tries no more. A model that fails is told by its on_failed; when dbt cannot read the project at all, the
+requests wait, and the handler tries again.
 """
 
 from __future__ import annotations
@@ -13,13 +15,14 @@ import asyncio
 import json
 import logging
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Collection, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from anton.ctx import Ctx
 from anton.db import Conn, Database, split_name
+from anton.dbt.gate import after, compiled, gates
 from anton.dbt.manifest import Manifest
 from anton.dbt.runner import Done, Result, Runner
 from anton.errors import DbtFailed, DeclarationError, WorldError
@@ -62,7 +65,7 @@ class Requests:
         self._runner: Runner | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._guard: AsyncGenerator[None] | None = None
-        self._gated: tuple[Any, frozenset[str]] = None, frozenset()    # whose tests are in the database
+        self._built: set[str] = set()                                  # by the run that is going on
 
     async def __call__(self, records: Any, ctx: Ctx | None = None) -> None:
         """One batch of the handler."""
@@ -71,15 +74,21 @@ class Requests:
         db = current.db
         runner = await self.runner(db, await self.project.schema_in(db))
         ids = [record.id for record in records]
-        async with alone(db, runner.application) as lost:
+        async with alone(db, runner.application) as (lost, holder):
             async with db.tx() as conn:
-                rows = await db.call(conn, "dbt_begin", self.project.app.name, self.project.name, ids)
+                rows = await db.call(conn, "dbt_begin", self.project.app.name, self.project.name, ids, holder)
             if not rows:
                 return                                                 # another run built them
             work = asyncio.ensure_future(self._run(db, runner, rows))
             try:
                 await asyncio.wait({work, lost}, return_when=asyncio.FIRST_COMPLETED)
                 if not work.done():
+                    work.cancel()
+                    await asyncio.wait({work})
+                    async with db.tx() as conn:
+                        if await db.call_value(conn, "dbt_cancelled", rows[0]["run_id"]):
+                            await self._tell_cancelled(db, conn, rows)
+                            return
                     raise WorldError("the connection that held the lock of the dbt project broke; its run was ended")
                 finish = work.result()
             finally:
@@ -97,9 +106,18 @@ class Requests:
             await anext(self._guard)
         return self._runner
 
+    async def _tell_cancelled(self, db: Database, conn: Conn, rows: Sequence[Any]) -> None:
+        """on_failed, for the models that were asked for and not built by then."""
+        manifest = self.project.manifest
+        log.warning("dbt %s: run %s was cancelled", self.project.name, rows[0]["run_id"])
+        if manifest is not None:
+            for id in sorted({id for wish in wishes_of(manifest, rows)[0] for id in wish.nodes} - self._built):
+                await db.call(conn, "dbt_failed", self.project.name, id, "cancelled", "cancelled", None)
+
     async def _run(self, db: Database, runner: Runner, rows: Sequence[Any]) -> Any:
         """Builds what the requests want. Returns what notes it in the transaction of the ack."""
         run, project = rows[0]["run_id"], self.project
+        self._built.clear()
         try:
             manifest = await project.examine(db, runner.schema)
             wishes, refused = wishes_of(manifest, rows)
@@ -125,6 +143,11 @@ class Requests:
                  "log": "\n".join(logs.get(one.node, ())) or None} for one in results.values()]
         failed = [{"node": one.node, "status": one.status, "message": one.message or one.status}
                   for one in results.values() if not one.ok and one.node in manifest.nodes]
+        for one in results.values():                                   # of tests, on_failed of the models they read
+            if one.status in ("error", "fail") and one.node in manifest.tests:
+                failed += [{"node": id, "status": "test", "message": f"test {one.name} failed after the build, which "
+                            f"is served, as the test reads models that are built side by side: {one.message}"}
+                           for id in sorted(manifest.reads_of_test(one.node) & self._built)]
         summary = "; ".join(dict.fromkeys(errors.values())) or None
         if summary is not None:
             log.warning("dbt %s: %s", project.name, summary)
@@ -157,18 +180,19 @@ class Requests:
                                    for row in rows if row["id"] in wish.ids), default=TIMEOUT)
         settings = _settings(rows, wish)
 
-        built: set[str] = set()
+        built = set[str]()
 
         def heard(event: dict[str, Any]) -> None:
             if event.get("node") and event.get("text"):
                 logs.setdefault(event["node"], []).append(event["text"])
             if event["event"] == "NodeFinished" and event.get("status") == "success":
                 built.add(event["node"])
+                self._built.add(event["node"])
 
         async def build(ids: Collection[str]) -> Done:
             args = ["build", "--select", *sorted(_selector(manifest, id) for id in ids), *KINDS]
             args += ["--full-refresh"] if wish.full_refresh else []
-            args += ["--vars", _json(wish.vars)] if wish.vars else []
+            args += _given(wish)
             done = await runner.invoke(args, seconds=max(0.1, until - loop.time()), heard=heard, alone=len(ids) == 1,
                                        settings=settings)
             if done.error is None:
@@ -177,8 +201,43 @@ class Requests:
             broken = [_result(manifest, id, *(("success", "") if id in built else ("error", done.error))) for id in ids]
             return replace(done, results=broken)
 
-        if wish.gate:
-            await self._put_tests(db, runner, manifest, wish.nodes, until - loop.time())
+        wish = replace(wish, nodes=await self._due(db, manifest, wish))
+        if not wish.gate:
+            return await self._ordered(db, manifest, wish, build)
+        gate, stale = gates(manifest, wish.nodes)
+        await self._put_tests(db, runner, manifest, wish, gate, until - loop.time())
+        done = await self._ordered(db, manifest, wish, build)
+        skipped = [_test(manifest, id, "skipped", "it reads what is made of this, and not built by this run")
+                   for id in sorted(stale)]
+        done = replace(done, results=[*done.results, *skipped])
+        ok = {one.node for one in done.results if one.ok}
+        late = after(manifest, gate, ok, {one.node for one in done.results} - ok)
+        if done.error is not None or not late:
+            return done
+        tested = await runner.invoke(["test", *_chosen(manifest, late), *_given(wish)], heard=heard,
+                                     seconds=max(0.1, until - loop.time()))
+        results = tested.results or [_test(manifest, id, "error", tested.error or "dbt did not run it") for id in late]
+        return replace(done, success=done.success and tested.success, results=[*done.results, *results])
+
+    async def _due(self, db: Database, manifest: Manifest, wish: Wish) -> set[str]:
+        """What is to be built: of what run_when() of a model asks for, nothing that has seen all changes of that."""
+        models = wish.dirty & set(manifest.nodes)
+        if not models:
+            return wish.nodes
+        behind = await self._behind(db, manifest, wish.nodes)
+        first = {id for id in wish.nodes if id in behind or manifest.reads(id) & (wish.dirty - models)}
+        return wish.whole | first | manifest.downstream(first) & wish.nodes
+
+    async def _behind(self, db: Database, manifest: Manifest, ids: Collection[str]) -> set[str]:
+        """Those that have not seen all builds of what they read, views being looked through."""
+        async with db.conn() as conn:
+            rows = await db.call(conn, "dbt_behind", manifest.project, {id: sorted(manifest.reads(id)) for id in ids})
+        return {row["unique_id"] for row in rows}
+
+    async def _ordered(self, db: Database, manifest: Manifest, wish: Wish, build: Any) -> Done:
+        """Builds at once, or by levels where that pays."""
+        if not wish.nodes:
+            return Done(True)
         if not self._pays(manifest, wish):
             return await self._patiently(build, wish.nodes)
         return await self._by_levels(db, manifest, wish, build)
@@ -194,10 +253,7 @@ class Requests:
         """Level by level; a node is left out that has seen all changes of its parents, of this run and of others."""
         changed, results, success, invocation, error = set(wish.dirty), list[Result](), True, None, None
         failed: set[str] = set()
-        async with db.conn() as conn:
-            rows = await db.call(conn, "dbt_behind", manifest.project,
-                                 {id: sorted(manifest.reads(id)) for id in wish.nodes})
-        behind = {row["unique_id"] for row in rows}
+        behind = await self._behind(db, manifest, wish.nodes)
         for level in manifest.levels(wish.nodes):
             due = [id for id in level if id in wish.whole or id in behind or manifest.reads(id) & changed]
             stopped = [id for id in due if manifest.reads(id) & failed]
@@ -236,26 +292,22 @@ class Requests:
         ok = done.error is None and all(one.ok for one in results.values())
         return Done(ok, done.error, done.parse, done.cancelled, list(results.values()), invocation=done.invocation)
 
-    async def _put_tests(self, db: Database, runner: Runner, manifest: Manifest, ids: Collection[str],
+    async def _put_tests(self, db: Database, runner: Runner, manifest: Manifest, wish: Wish, gate: Mapping[str, str],
                          left: float) -> None:
-        """Puts the compiled tests of these models where their builds run them."""
-        stamp, known = self._gated
-        if stamp == manifest.facts["stamp"] and known >= set(ids):
-            return
-        tests = {id: test for id, test in manifest.tests.items()
-                 if any(parent in ids for parent in test["parents"])}
+        """Puts the tests that gate these models where their builds run them: compiled anew, for this run alone."""
+        tests = sorted(id for id, model in gate.items() if model)
         found: list[dict[str, Any]] = []
         if tests:
-            done = await runner.invoke(["compile", "--select", *sorted(test["name"] for test in tests.values())],
-                                       seconds=max(0.1, left), alone=True)
-            if done.error is not None:
-                raise DbtFailed(f"dbt cannot compile the tests of {self.project.name}: {done.error}",
+            done = await runner.invoke(["compile", *_chosen(manifest, tests), *_given(wish)], seconds=max(0.1, left),
+                                       alone=True)
+            found = compiled(gate, done.raw)
+            if not done.success or len(found) < len(tests):
+                lack = sorted({manifest.tests[id]["name"] for id in tests} - {test["name"] for test in found})
+                said = done.error or "; ".join(one.message for one in done.results if not one.ok) or ", ".join(lack)
+                raise DbtFailed(f"dbt cannot compile the tests of {self.project.name}: {said}",
                                 project=self.project.name)
-            found = [test for raw in done.raw for test in _test(manifest, raw)]
         async with db.tx() as conn:
-            await db.call(conn, "dbt_put_tests", manifest.project, sorted(ids), found)
-        same = stamp == manifest.facts["stamp"]
-        self._gated = manifest.facts["stamp"], frozenset(ids) | (known if same else frozenset())
+            await db.call(conn, "dbt_put_tests", manifest.project, sorted(wish.nodes), found)
 
 
 def wishes_of(manifest: Manifest, rows: Iterable[Any]) -> tuple[list[Wish], dict[int, str]]:
@@ -285,8 +337,8 @@ def wishes_of(manifest: Manifest, rows: Iterable[Any]) -> tuple[list[Wish], dict
 
 
 @asynccontextmanager
-async def alone(db: Database, name: str) -> AsyncIterator[asyncio.Future[None]]:
-    """Waits until nobody else runs this project. Yields what is done when the lock is lost.
+async def alone(db: Database, name: str) -> AsyncIterator[tuple[asyncio.Future[None], int]]:
+    """Waits until nobody else runs this project. Yields what is done when the lock is lost, and the server's process.
 
     A transaction's lock, so that it holds behind a pooler; the server lets go of it when this process dies.
     """
@@ -298,13 +350,14 @@ async def alone(db: Database, name: str) -> AsyncIterator[asyncio.Future[None]]:
         while True:                                                    # waiting inside the lock would hold a snapshot
             turn = conn.transaction(isolation="read_committed")
             await turn.start()
-            if await db.call_value(conn, "dbt_lock", name):
+            holder = await db.call_value(conn, "dbt_lock", name)
+            if holder is not None:
                 break
             await turn.rollback()
             await asyncio.sleep(pause)
             pause = min(1.0, pause * 1.5)
         await conn.execute("select")                                   # closes the portal, which holds a snapshot
-        yield lost
+        yield lost, holder
         if not conn.is_closed():
             await turn.rollback()
     finally:
@@ -332,7 +385,7 @@ def _settings(rows: Iterable[Any], wish: Wish) -> dict[str, str]:
 
 def _buildable(manifest: Manifest, id: str) -> bool:
     node = manifest.nodes.get(id)
-    return node is not None and node.materialized != "ephemeral" 
+    return node is not None and node.materialized != "ephemeral"
 
 
 def _result(manifest: Manifest, id: str, status: str, message: str) -> Result:
@@ -347,16 +400,17 @@ def _selector(manifest: Manifest, id: str) -> str:
     return node.name if len(same) == 1 else f"package:{id.split('.')[1]},{node.name}"
 
 
-def _test(manifest: Manifest, raw: dict[str, Any]) -> Iterable[dict[str, Any]]:
-    """A compiled test as its model's gate, when all else that it reads is there before the model is."""
-    parents = [id for id in raw["parents"] if id in manifest.nodes]
-    attached = raw["attached"] or (parents[0] if len(parents) == 1 else None)
-    if attached is None or raw["code"] is None or (set(parents) - {attached}) & manifest.downstream([attached]):
-        return
-    test = raw["test"] or {}
-    yield {"unique_id": attached, "name": raw["name"], "sql": raw["code"],
-           "severity": str(test.get("severity") or "error").lower(),
-           **{key: test[key] for key in ("fail_calc", "error_if", "warn_if") if test.get(key)}}
+def _test(manifest: Manifest, id: str, status: str, message: str) -> Result:
+    return Result(id, manifest.tests[id]["name"], "test", status, 0.0, message)
+
+
+def _chosen(manifest: Manifest, tests: Iterable[str]) -> list[str]:
+    """How --select names tests."""
+    return ["--select", *sorted(manifest.tests[id]["name"] for id in tests)]
+
+
+def _given(wish: Wish) -> list[str]:
+    return ["--vars", _json(wish.vars)] if wish.vars else []
 
 
 def _table(name: str) -> tuple[str, str]:

@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import signal
 import sys
@@ -36,6 +37,7 @@ GRACE = 2.0  # seconds between SIGINT and SIGKILL
 LINE = 1 << 27  # bytes: the longest line, which holds what is known of the manifest
 QUIET = ("--no-send-anonymous-usage-stats", "--no-version-check", "--no-use-colors", "--log-level", "none",
          "--log-level-file", "none")
+BUILDS = ("run", "build", "seed", "snapshot")
 ALONE = ("--no-populate-cache",)  # of one node; with several dbt has to know that a swapped table took its views along
 
 Heard = Callable[[dict[str, Any]], None]
@@ -102,10 +104,14 @@ class Runner:
         self._at: Path | None = None
         self._stderr: asyncio.Task[None] | None = None
         self._last: list[str] = []                                     # of what it printed
+        self._token = secrets.token_hex(4)
+        self._sessions = ""                                            # how those of the job are named
 
     @property
     def application(self) -> str:
-        """How its sessions are named in pg_stat_activity, the same for every process that runs this project."""
+        """The name of the lock for who builds this project, the same for every process. Its sessions in
+        pg_stat_activity are named so with -build-… or -read-…, each command's for itself.
+        """
         of = "\0".join((self.db.schema, self.name, self.target, self.schema))
         return "anton-dbt-" + hashlib.blake2b(of.encode(), digest_size=8).hexdigest()
 
@@ -141,6 +147,8 @@ class Runner:
                     return await self._invoke(list(args), seconds, heard, alone, keep, settings)
                 except Died as error:
                     await self._end()
+                    with contextlib.suppress(Exception):               # where the database is away it has ended them
+                        await self.end_sessions()
                     if attempt == 2:
                         raise DbtFailed(f"dbt's process died: {error}", project=self.name) from None
             raise AssertionError
@@ -154,8 +162,9 @@ class Runner:
         own = [*QUIET, "--project-dir", str(self.folder), "--profiles-dir", str(self._scratch), "--profile", "anton",
                "--target", self.target, "--target-path", str(self._at), "--log-path", str(self._at)]
         warm = (*(ALONE if alone else ()), *(() if keep else ("--no-write-json",))) if args[0] != "parse" else ()
+        self._sessions = f"{self.application}-{'build' if args[0] in BUILDS else 'read'}-{self._token}{self.started:x}"
         job = {"id": self._jobs, "args": args, "parse_flags": own, "flags": [*own, *warm],
-               "settings": dict(settings or {})}
+               "settings": dict(settings or {}), "application": self._sessions}
         assert child.stdin is not None
         with contextlib.suppress(ConnectionError):                     # its end is seen below
             child.stdin.write(json.dumps(job).encode() + b"\n")
@@ -207,11 +216,11 @@ class Runner:
             await self.end_sessions()
 
     async def end_sessions(self) -> int:
-        """Ends what dbt sessions of this project and target are left in the database. How many there were."""
-        if not self.migrated:
+        """Ends what sessions of its last job are left in the database, and nobody else's. How many there were."""
+        if not self.migrated or not self._sessions:
             return 0
         async with self.db.conn() as conn:
-            return int(await self.db.call_value(conn, "dbt_end_sessions", self.application) or 0)
+            return int(await self.db.call_value(conn, "dbt_end_sessions", self._sessions) or 0)
 
     async def _started(self) -> asyncio.subprocess.Process:
         if self._child is not None and self._child.returncode is None:
@@ -224,7 +233,7 @@ class Runner:
         if self._scratch is None:
             self._scratch = Path(tempfile.mkdtemp(prefix="anton-dbt-"))
             self._at = self._place()
-        output, password = outputs(self.db.dsn, self.schema, self.threads, self.application)
+        output, password = outputs(self.db.dsn, self.schema, self.threads)
         write_profile(self._scratch, self.target, output)
         paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
         env = {**os.environ, **self.env, PASSWORD: password, "PYTHONPATH": os.pathsep.join(filter(None, paths)),

@@ -17,14 +17,14 @@ from anton.dbt.lineage import relation
 from anton.dbt.manifest import Manifest
 from anton.dbt.project import DbtProject
 from anton.dbt.requests import alone
-from anton.dbt.runner import Done
+from anton.dbt.runner import BUILDS, Done
 from anton.errors import ConfigError, did_you_mean
 from anton.status import Row, ask, layout
 from anton.verbs import FOUND, OK, emit, open_app_database, query
 
 Args = argparse.Namespace
 
-BUILDS = ("run", "build", "seed", "snapshot")
+PATHS = ("--state", "--defer-state")  # options that name a folder, as seen from where the command is typed
 PASSED = {
     "run": "Build models, as dbt run: anton dbt run --select revenue+.",
     "build": "Build models, seeds and snapshots, and test them, as dbt build.",
@@ -98,6 +98,27 @@ def dbt_runs(args: Args) -> int:
     return OK
 
 
+def dbt_cancel(args: Args) -> int:
+    """End runs: their queries in Postgres, and dbt. No id: all that run. They are not tried again."""
+    db = open_app_database(args)
+
+    async def cancel() -> list[Row]:
+        try:
+            async with db.tx() as conn:
+                rows = await ask(db, conn, "dbt_cancel", args.ids)
+            async with db.conn() as conn:
+                await db.call_value(conn, "dbt_end_holders", [row["id"] for row in rows])
+            return rows
+        finally:
+            await db.close()
+
+    rows = asyncio.run(cancel())
+    lacking = sorted(set(args.ids) - {row["id"] for row in rows})
+    emit(args, rows, "\n".join([*(f"run {row['id']} of {row['app']}.{row['project']} is cancelled" for row in rows),
+                                *(f"run {id} is not running" for id in lacking)]) or "nothing runs")
+    return FOUND if lacking else OK
+
+
 def findings(module: str | None) -> list[Row]:
     """For anton doctor: projects whose macros are of another version, or whose hooks are not all there."""
     found = []
@@ -129,7 +150,7 @@ def _finding(subject: str, problem: str) -> Row:
 def _pass(verb: str, args: Args) -> int:
     project, db = _project(args), open_app_database(args)
     try:
-        done = asyncio.run(_run(project, db, [verb, *args.passed], quiet=args.json or verb == "ls"))
+        done = asyncio.run(_run(project, db, [verb, *_absolute(args.passed)], quiet=args.json or verb == "ls"))
     except KeyboardInterrupt:
         print("anton: cancelled", file=sys.stderr)
         return FOUND
@@ -175,6 +196,18 @@ async def _tell(db: Database, project: DbtProject, done: Done) -> None:
             if not one.ok and one.type in ("model", "seed", "snapshot"):
                 await db.call(conn, "dbt_failed", project.name, one.node, one.message or one.status, one.status,
                               done.invocation)
+
+
+def _absolute(words: Iterable[str]) -> list[str]:
+    """dbt's arguments; it runs in the project's folder, and who typed them is perhaps in another."""
+    found: list[str] = []
+    for word in words:
+        option, equals, path = word.partition("=")
+        if found and found[-1] in PATHS:
+            found.append(str(Path(word).resolve()))
+        else:
+            found.append(f"{option}={Path(path).resolve()}" if equals and option in PATHS else word)
+    return found
 
 
 @asynccontextmanager

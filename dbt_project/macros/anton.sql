@@ -9,6 +9,8 @@
     --vars 'anton_enabled: false'. Other vars: anton_schema (anton), anton_gate (true, false; else the tests that always gate). -#}
 
 {% macro anton_before() -%}
+  {#- what the build can have seen of others -#}
+  {%- if anton_active() %}select pg_catalog.set_config('anton.began', pg_catalog.pg_current_snapshot()::text, true);{% endif -%}
   {#- batches of microbatch commit one by one, and only the first is told: their events are those of their writes -#}
   {%- if anton_active() and config.get('materialized') not in ('table', 'view', 'materialized_view', 'anton_table')
          and config.get('incremental_strategy') != 'microbatch' -%}
@@ -40,7 +42,8 @@
     'backup': make_backup_relation(this.incorporate(type='table'), 'table').identifier,
     'materialized': config.get('materialized'), 'invocation_id': invocation_id,
     'incremental': is_incremental(), 'full_refresh': should_full_refresh(),
-    'key': [key] if key is string else key, 'gate': var('anton_gate', none), 'views': views
+    'key': [key] if key is string else key, 'gate': var('anton_gate', none), 'views': views,
+    'contract': (config.get('contract') or {}).enforced | default(false)
   }) }}
 {%- endmacro %}
 

@@ -64,11 +64,10 @@ class AnthropicCompletion(Completion):
             parsed = raw.parse()                                       # awaited since 2.0
             return _reply(raw.headers, await parsed if inspect.isawaitable(parsed) else parsed, question)
         except anthropic.APITimeoutError as error:
-            raise SendError("down", f"no answer in {question.timeout:g} s", paid=True) from error
+            raise SendError("down", f"no answer in {question.timeout:g} s", paid=not _never_arrived(error)) from error
         except anthropic.APIConnectionError as error:
-            cause = error.__cause__
-            early = type(cause).__name__ in ("ConnectError", "ConnectTimeout", "PoolTimeout")
-            raise SendError("down", f"cannot be reached: {cause or error}", paid=not early) from error
+            raise SendError("down", f"cannot be reached: {error.__cause__ or error}", paid=not _never_arrived(error)
+                            ) from error
         except anthropic.APIStatusError as error:
             raise _status_error(error, question) from error
         except anthropic.APIResponseValidationError as error:
@@ -108,7 +107,14 @@ def _status_error(error: Any, question: Question) -> SendError:
     if error.status_code == 400 and question.schema is not None and question.mode != "prompt" and any(
             word in error.message.lower() for word in _MODES):
         return SendError("mode", error.message)
+    if error.status_code == 400 and "credit balance" in error.message.lower():
+        return SendError("wrong", f"answered 400: {error.message}")    # the account's fault, not this question's
     return status_error(error.status_code, error.message, error.response.headers)
+
+
+def _never_arrived(error: BaseException) -> bool:
+    """Whether the request was not sent: nobody charges for it."""
+    return type(error.__cause__).__name__ in ("ConnectError", "ConnectTimeout", "PoolTimeout")
 
 
 def _package() -> Any:

@@ -9,7 +9,8 @@ that speaks the same protocol: vLLM, llama.cpp, Ollama.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -43,7 +44,7 @@ class OpenAiCompletion(Completion):
     def __init__(self, table: Table[Any], *, api_key: Env | str | None = None, model: str | Sequence[str] = MODEL,
                  **options: Unpack[Options]) -> None:
         super().__init__(table, model=model, secret=api_key, **options)
-        self._clients = Clients(lambda key: _package().AsyncOpenAI(
+        self._clients = Clients(lambda key: package(self.name).AsyncOpenAI(
             api_key=key, base_url=self.base_url or HOME, timeout=self.timeout, max_retries=0))
         self._plain: set[str] = set()                                  # models that know no temperature but their own
 
@@ -53,25 +54,17 @@ class OpenAiCompletion(Completion):
 
     async def send(self, question: Question) -> Reply:
         """One POST /chat/completions."""
-        openai = _package()
+        openai = package(self.name)
         client = await self._clients.get(self.credential() or "")
         while True:
-            try:
-                raw = await client.chat.completions.with_raw_response.create(**self._body(question))
-                return _reply(raw.headers, raw.parse(), question)
-            except openai.BadRequestError as error:
-                if error.param == "temperature" and "temperature" in self._params(question):
+            with answering(self.name, question.timeout, question):
+                try:
+                    raw = await client.chat.completions.with_raw_response.create(**self._body(question))
+                    return _reply(raw.headers, raw.parse(), question)
+                except openai.BadRequestError as error:
+                    if error.param != "temperature" or "temperature" not in self._params(question):
+                        raise
                     self._plain.add(question.model)
-                    continue
-                raise _status_error(error, question) from error
-            except openai.APITimeoutError as error:
-                raise SendError("down", f"no answer in {question.timeout:g} s", paid=True) from error
-            except openai.APIConnectionError as error:
-                raise SendError("down", f"cannot be reached: {_why(error)}", paid=not _never_arrived(error)) from error
-            except openai.APIStatusError as error:
-                raise _status_error(error, question) from error
-            except openai.APIResponseValidationError as error:
-                raise SendError("down", f"answered what is no answer: {error.message}", paid=True) from error
 
     def _params(self, question: Question) -> dict[str, Any]:
         return {name: value for name, value in question.params.items()
@@ -111,14 +104,30 @@ def _reply(headers: Mapping[str, str], reply: Any, question: Question) -> Reply:
                  limits=learnt(headers))
 
 
-def _status_error(error: Any, question: Question) -> SendError:
-    if error.status_code == 400 or error.status_code == 422:
+def _status_error(error: Any, question: Question | None = None) -> SendError:
+    if error.status_code in (400, 422, 500) and question is not None:  # 500: llama-cpp-python, of what it does not know
         text = f"{error.param or ''} {error.message}".lower()
         if question.schema is not None and question.mode != "prompt" and any(word in text for word in _MODES):
             return SendError("mode", error.message)
     if error.code == "insufficient_quota":                             # no money there: waiting a second is no use
         return SendError("wrong", f"answered {error.status_code}: {error.message}")
     return status_error(error.status_code, error.message, error.response.headers)
+
+
+@contextmanager
+def answering(of: str, timeout: float, question: Question | None = None) -> Iterator[None]:
+    """Raises the package's errors as SendError. timeout: seconds, for its words. question: of a completion."""
+    openai = package(of)
+    try:
+        yield
+    except openai.APITimeoutError as error:
+        raise SendError("down", f"no answer in {timeout:g} s", paid=not _never_arrived(error)) from error
+    except openai.APIConnectionError as error:
+        raise SendError("down", f"cannot be reached: {_why(error)}", paid=not _never_arrived(error)) from error
+    except openai.APIStatusError as error:
+        raise _status_error(error, question) from error
+    except openai.APIResponseValidationError as error:
+        raise SendError("down", f"answered what is no answer: {error.message}", paid=True) from error
 
 
 def _never_arrived(error: BaseException) -> bool:
@@ -130,8 +139,9 @@ def _why(error: BaseException) -> str:
     return str(error.__cause__ or error) or type(error).__name__
 
 
-def _package() -> Any:
+def package(of: str) -> Any:
+    """The package openai. Raises ConfigError without it."""
     try:
         return importlib.import_module("openai")
     except ImportError as error:
-        raise ConfigError("OpenAiCompletion needs the package openai: pip install 'anton-framework[llm]'") from error
+        raise ConfigError(f"{of} needs the package openai: pip install 'anton-framework[llm]'") from error

@@ -11,10 +11,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from anton.action import perform
-from anton.component import Clients, Component, fill
+from anton.component import Clients, Component, fill, placeholders
 from anton.ctx import Ctx
 from anton.errors import Discard, WorldError
 from anton.handler import HandlerSpec
+from anton.meaning import SlackChannel
 from anton.secret import Env
 from anton.table import Table
 
@@ -29,10 +30,11 @@ _UNWELL = {"ratelimited", "rate_limited", "internal_error", "fatal_error", "serv
 class SlackPostMessage(Component):
     """Posts a message for each record: where its trace began (the channel and thread of the event), else to `channel`.
 
-    oauth_token: a value or env(…); default SLACK_TOKEN. message_template: {name} is the record's value. channel: an
-    id or "#name", for records that did not begin in Slack. into: a Table that gets {"channel", "thread_ts", "ts",
-    "text", "record_id"} for each message; ts is what reactions and replies refer to. A record whose message cannot
-    be posted at all (no channel, unknown channel, too long) is a dead letter.
+    oauth_token: a value or env(…); default SLACK_TOKEN. message_template: {name} is the record's value. map: {"text":
+    "body"} when it has another name. channel: an id or "#name", for records that did not begin in Slack. into: a
+    Table that gets {"channel", "thread_ts", "ts", "text", "record_id"} for each message; ts is what reactions and
+    replies refer to. A record whose message cannot be posted at all (no channel, unknown channel, too long) is a dead
+    letter. api: where Slack is. timeout: seconds for one answer.
     """
 
     service = "Slack"
@@ -41,8 +43,8 @@ class SlackPostMessage(Component):
 
     def __init__(self, *, oauth_token: Env | str | None = None, message_template: str = "{text}",
                  channel: str | None = None, into: Table[Any] | None = None, api: str = API,
-                 timeout: float = 30.0) -> None:
-        super().__init__(secret=oauth_token)
+                 timeout: float = 30.0, map: Mapping[str, str] | None = None) -> None:
+        super().__init__(secret=oauth_token, map=map)
         self.message_template = message_template
         self.channel = channel
         self.into = into
@@ -51,13 +53,21 @@ class SlackPostMessage(Component):
         self._clients = Clients(lambda token: importlib.import_module("httpx").AsyncClient(
             timeout=timeout, headers={"Authorization": f"Bearer {token}"}))
 
+    def inputs(self) -> Mapping[str, Any]:
+        """What the template names; of any type, for it becomes text."""
+        return dict.fromkeys(placeholders(self.message_template), Any)
+
+    def outputs(self) -> Mapping[str, Any]:
+        """What `into` gets."""
+        return {"channel": SlackChannel, "thread_ts": str, "ts": str, "text": str}
+
     def bind(self, table: Table[Any]) -> HandlerSpec:
         """What handles the records of `table`."""
         return HandlerSpec(fn=self.post, name=self.name, each=True, into=self.into, options={"concurrency": 20})
 
     async def post(self, record: Any, ctx: Ctx) -> Any:
         """Posts the message of one record; returns what `into` gets."""
-        text = fill(self.message_template, record)
+        text = fill(self.message_template, record, self.map)
         channel, thread = self.channel, None
         began = await ctx.aorigin(record)
         if began.record is not None:

@@ -1,0 +1,86 @@
+"""Meaning: types that say what a text or a number is, and not only how it is kept.
+
+    class Customer(BaseModel):
+        id: int
+        email: PII[EmailAddress]
+        phone: PhoneNumber | None = None
+
+What is written to such a column is checked at append, and by the column's CHECK whoever writes. A component that needs
+one meaning is not wired to a field of another, and a PII field reaches no model: `anton migrate` refuses both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Annotated, Any, TypeVar, get_args
+
+from pydantic import BaseModel, Field
+from pydantic.types import StringConstraints
+
+T = TypeVar("T")
+
+_MOST = Decimal("999999999999999.9999")
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """What a value is. Made of your own: Annotated[str, StringConstraints(pattern=…), Meaning("Iban")].
+
+    name: as the type is called. personal: it is about a person, and must not reach a model.
+    """
+
+    name: str
+    personal: bool = False
+
+
+EmailAddress = Annotated[str, StringConstraints(
+    max_length=254, pattern=r"^[A-Za-z0-9.!#$%&'*+/=?{|}~_-]+@[A-Za-z0-9.-]+\.[A-Za-z]{2,63}$"),
+    Meaning("EmailAddress")]
+"""ann@example.com: one address in ASCII, without a name."""
+Url = Annotated[str, StringConstraints(
+    max_length=2048, pattern=r"^https?://[A-Za-z0-9_.:;,@#%&=!~/'+*?$(){}|-]+$"), Meaning("Url")]
+"""http:// or https://, in ASCII as it is sent."""
+PhoneNumber = Annotated[str, StringConstraints(pattern=r"^\+[1-9][0-9]{6,14}$"), Meaning("PhoneNumber")]
+"""E.164: + and 7 to 15 digits, as +493012345678."""
+Money = Annotated[Decimal, Field(ge=-_MOST, le=_MOST, decimal_places=4), Meaning("Money")]
+"""An amount in a currency said elsewhere: 15 digits, and 4 after the point."""
+Markdown = Annotated[str, Meaning("Markdown")]
+"""A text in Markdown."""
+PersonName = Annotated[str, StringConstraints(min_length=1, max_length=200), Meaning("PersonName")]
+"""What a person is called: 1 to 200 characters."""
+SlackChannel = Annotated[str, StringConstraints(
+    pattern=r"^(#[a-z0-9_-]{1,80}|[CDGU][A-Z0-9]{2,20})$"), Meaning("SlackChannel")]
+"""An id, or #name."""
+PII = Annotated[T, Meaning("PII", personal=True)]
+"""PII[str], PII[EmailAddress]: about a person; no component gives it to a model unless it says allow_pii=True."""
+
+
+def meanings(annotation: Any, metadata: tuple[Any, ...] = ()) -> frozenset[Meaning]:
+    """All that an annotation means, that of its parts too: EmailAddress | None, list[PII[str]], a nested model."""
+    return frozenset(_meanings(annotation, metadata, set()))
+
+
+def _meanings(annotation: Any, metadata: tuple[Any, ...], seen: set[Any]) -> Iterator[Meaning]:
+    for item in metadata:
+        if isinstance(item, Meaning):
+            yield item
+    if hasattr(annotation, "__value__") and not isinstance(annotation, type):      # type X = …
+        yield from _meanings(annotation.__value__, (), seen)
+    if hasattr(annotation, "__supertype__"):
+        yield from _meanings(annotation.__supertype__, (), seen)
+    for part in (*get_args(annotation), *getattr(annotation, "__metadata__", ())):
+        if isinstance(part, Meaning):
+            yield part
+        elif part is not annotation:
+            yield from _meanings(part, (), seen)
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel) and annotation not in seen:
+        seen.add(annotation)
+        for info in annotation.model_fields.values():
+            yield from (one for one in _meanings(info.annotation, tuple(info.metadata), seen) if one.personal)
+
+
+def of_model(model: type[BaseModel]) -> dict[str, frozenset[Meaning]]:
+    """What each field of a model means."""
+    return {name: meanings(info.annotation, tuple(info.metadata)) for name, info in model.model_fields.items()}

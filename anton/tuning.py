@@ -1,0 +1,240 @@
+"""Tuning: a model that learns from what was approved. Examples, the service's job, and the alias are rows.
+
+    replies = OpenAiFineTune("replies", examples=sql("select prompt, completion from … where rating > 0"))
+    prompts.on_new_records(OpenAiCompletion(completions, model="alias:replies"))
+    @cron.weekly
+    def rebuild_model(): replies.run()
+
+    run() -> new -> examples uploaded, job made -> running -> succeeded: the alias is its model; failed, cancelled
+
+The rows are the Table "tunings", so that handlers may listen to them: an alias means the model of its newest row in
+state succeeded, and the base model until there is one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from hashlib import sha256
+from typing import Any, ClassVar, Literal
+
+import orjson
+from pydantic import BaseModel
+
+from anton.action import effects
+from anton.app import App, current_app
+from anton.component import Component
+from anton.ctx import Ctx
+from anton.db import literal
+from anton.duration import duration
+from anton.errors import AntonError, BadOption, Retry, UnknownOption, did_you_mean
+from anton.handler import HandlerSpec
+from anton.query import Sql
+from anton.secret import Env
+from anton.table import Table
+
+TABLE = "tunings"
+FRESH = 5.0  # seconds that a process believes what an alias means
+LEAST = 10  # examples; OpenAI's
+OPTIONS = ("api_key", "model", "examples", "system", "least", "look", "base_url", "timeout",
+           "allow_pii")
+
+State = Literal["new", "running", "succeeded", "failed", "cancelled", "captured", "retired"]
+
+
+class Tuning(BaseModel):
+    """A row of "tunings": one run. state "captured": nothing was sent; "retired": by hand, so that its model is used no
+    more. examples, hash: of what was uploaded. file, job: their ids at the service. model: what came of it."""
+
+    id: int | None = None
+    alias: str
+    base: str
+    state: State = "new"
+    examples: int | None = None
+    hash: str | None = None
+    file: str | None = None
+    job: str | None = None
+    model: str | None = None
+    tokens: int | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a service says of a job. state: "running" while it is not over. model: once it succeeded."""
+
+    id: str
+    state: Literal["running", "succeeded", "failed", "cancelled"]
+    model: str | None = None
+    tokens: int | None = None
+    error: str | None = None
+
+
+class FineTune(Component):
+    """Tunes a model from examples, and gives what comes of it a name for completions: model="alias:NAME".
+
+    alias: the name. model: which is tuned. examples: sql() with prompt and completion, and perhaps system; or messages,
+    as the service takes them. system: for all of them. least: with fewer a run fails. look: how often a running job is
+    asked for. base_url: another server. timeout: seconds for one answer. allow_pii: the examples may hold PII. A run
+    sends its examples to the service, and costs there. Where effects are captured nothing is sent.
+    Raises BadOption.
+    """
+
+    acts = True
+    home: ClassVar[str] = ""
+
+    def __init__(self, alias: str, *, model: str, examples: Sql, secret: Env | str | None = None,
+                 system: str | None = None, least: int = LEAST, look: str | float | timedelta = "1m",
+                 base_url: str | None = None, timeout: float = 60.0, allow_pii: bool = False, **unknown: Any) -> None:
+        super().__init__(secret=secret)
+        for name in unknown:
+            raise UnknownOption(name, self.name, OPTIONS)
+        if not isinstance(alias, str) or not alias.replace("-", "").replace("_", "").isalnum():
+            raise BadOption("alias", alias, self.name, 'letters, digits, - and _, such as "replies"')
+        if not isinstance(model, str) or not model:
+            raise BadOption("model", model, self.name, "the name of a model that the service tunes")
+        if not isinstance(examples, Sql):
+            raise BadOption("examples", examples, self.name, 'sql("select prompt, completion from … where …")')
+        if type(least) is not int or least < 1:
+            raise BadOption("least", least, self.name, "a whole number from 1")
+        if not isinstance(allow_pii, bool):
+            raise BadOption("allow_pii", allow_pii, self.name, "True, when the service may see PII; default False")
+        self.allow_pii = allow_pii
+        self.alias = alias
+        self.model = model
+        self.examples = examples
+        self.system = system
+        self.least = least
+        self.base_url = base_url
+        self.timeout = timeout
+        self.every = duration(look, "look", self.name)
+        self._app = app = current_app()
+        self._known: tuple[float, str] | None = None
+        app.claim_name("alias", alias, self.place)
+        app.aliases[alias] = self
+        self.tunings: Table[Tuning] = app.tables.get(TABLE) or Table(TABLE, Tuning)
+        mine = f"alias = {literal(alias)} and state ="
+        self.tunings.on_new_records(self, where=f"{mine} 'new'", name=f"tune_{alias}")
+        self.tunings.on_updated_records(self.look, each=True, where=f"{mine} 'running'", columns=["job"], read="now",
+                                        name=f"look_at_{alias}", attempts=1000)
+
+    async def upload(self, lines: bytes) -> str:
+        """Sends examples, a JSON object a line; their id. Raises WorldError, or Refused for what is wrong with them."""
+        raise NotImplementedError
+
+    async def start(self, file: str, key: str) -> Job:
+        """Makes a job, or finds the one that was made with the same key. Raises WorldError, Refused."""
+        raise NotImplementedError
+
+    async def job(self, id: str) -> Job:
+        """How a job is. Raises WorldError, Refused."""
+        raise NotImplementedError
+
+    def run(self) -> None:
+        """Records a run; it is made by a worker, and commits with what surrounds it."""
+        self.tunings.append({"alias": self.alias, "base": self.model})
+
+    async def current(self) -> str:
+        """The model that the alias means now."""
+        if self._known is None or self._known[0] < time.monotonic():
+            done = await self.tunings.select(alias=self.alias, state="succeeded").order_by("-id").limit(1)
+            model = done[0].model if done else None
+            self._known = time.monotonic() + FRESH, model or self.model
+        return self._known[1]
+
+    def queries(self) -> Mapping[str, str]:
+        """The examples."""
+        return {"examples": self.examples.text}
+
+    def bind(self, table: Table[Any]) -> HandlerSpec:
+        """What handles new rows of "tunings"."""
+        return HandlerSpec(fn=self.begin, name=self.name, each=True,
+                           options={"concurrency": 1, "timeout": "10m"})
+
+    async def begin(self, row: Tuning, ctx: Ctx) -> None:
+        """Uploads the examples of a new run, and has the service begin."""
+        try:
+            lines, hash = await self._lines()
+        except Refused as error:
+            self._set(row, state="failed", error=error.message)
+            return
+        found: dict[str, Any] = {"examples": len(lines), "hash": hash}
+        if len(lines) < self.least:
+            self._set(row, state="failed", error=f"{len(lines)} examples, where at least {self.least} are needed",
+                      **found)
+        elif effects() != "live" or self.credential() is None:
+            self._set(row, state="captured", **found)
+        else:
+            try:
+                file = await self.upload(b"".join(line + b"\n" for line in lines))
+                job = await self.start(file, ctx.key)
+            except Refused as error:
+                self._set(row, state="failed", error=error.message, **found)
+            else:
+                self._set(row, file=file, **found, **_said(job))
+
+    async def look(self, row: Tuning) -> None:
+        """Asks for a job that runs, again and again until it is over."""
+        if row.state != "running" or row.job is None:                  # changed by hand meanwhile
+            return
+        if effects() != "live" or self.credential() is None:
+            raise Retry("not asked for where nothing may leave", after=self.every)
+        try:
+            job = await self.job(row.job)
+        except Refused as error:
+            self._set(row, state="failed", error=error.message)
+            return
+        if job.state == "running":
+            raise Retry(f"{job.id} is running", after=self.every)
+        self._set(row, **_said(job))
+
+    def _set(self, row: Tuning, **values: Any) -> None:
+        self.tunings.select(id=row.id).update(**values)
+
+    async def _lines(self) -> tuple[list[bytes], str]:
+        """The examples as the service takes them, and what they are."""
+        rows = await self.examples
+        lines = [orjson.dumps({"messages": self._messages(row)}) for row in rows]
+        return lines, sha256(b"\n".join(lines)).hexdigest()
+
+    def _messages(self, row: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+        if row.get("messages"):
+            given: Sequence[Mapping[str, Any]] = row["messages"]
+            return given
+        for name in ("prompt", "completion"):
+            if row.get(name) is None:
+                raise Refused(f'an example without {name}: {dict(row)!r}. Wanted: rows with prompt and completion, '
+                              "neither of them null, or with messages")
+        system = row.get("system") or self.system
+        told = [{"role": "system", "content": str(system)}] if system else []
+        return [*told, {"role": "user", "content": str(row["prompt"])},
+                {"role": "assistant", "content": str(row["completion"])}]
+
+
+class Refused(AntonError):
+    """The service does not take these examples, or this job: trying again is no use."""
+
+
+def names_meant(app: App, model: str) -> tuple[str, ...]:
+    """What a name may come to mean: itself; an alias: its base, and models tuned from that. Raises BadOption."""
+    if not model.startswith("alias:"):
+        return (model,)
+    tuned = app.aliases.get(model.removeprefix("alias:"))
+    if tuned is None:
+        raise BadOption("model", model, "a completion", 'the alias of a FineTune that is declared above it.'
+                        f"{did_you_mean(model.removeprefix('alias:'), app.aliases)}")
+    return (tuned.model, f"ft:{tuned.model}:")
+
+
+async def meant(app: App, model: str) -> str:
+    """The model that a name means now: "alias:replies" is looked up, all others are their own."""
+    if not model.startswith("alias:"):
+        return model
+    found: str = await app.aliases[model.removeprefix("alias:")].current()
+    return found
+
+
+def _said(job: Job) -> dict[str, Any]:
+    return {"job": job.id, "state": job.state, "model": job.model, "tokens": job.tokens, "error": job.error}

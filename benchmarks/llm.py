@@ -1,0 +1,182 @@
+"""LLM: completions of a local server that counts: what is lost, paid twice, over a limit or a budget."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+from benchmarks.harness import Row, Rows, Run, WrongResult, at_least, at_most, bench
+from benchmarks.proc import peak_rss
+from benchmarks.server import Conn, connect
+from benchmarks.subject import ANTON, environment, migrate, number, wait_for, wait_idle
+
+APP = "app_llm"
+_ASK = "insert into bench_in (data) select jsonb_build_object('prompt', %s || n) from generate_series(1, %s::int) n"
+
+
+@contextmanager
+def _service(**options: float) -> Iterator[str]:
+    """A server with these options; yields its address."""
+    process = subprocess.Popen([sys.executable, "-m", "benchmarks.llmserver", json.dumps(options)], env=environment(),
+                               stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        yield f"http://127.0.0.1:{int(process.stdout.readline())}"
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def _counts(url: str) -> dict[str, Any]:
+    with urllib.request.urlopen(f"{url}/counts") as answer:
+        found: dict[str, Any] = json.load(answer)
+    return found
+
+
+@contextmanager
+def _asking(run: Run, name: str, url: str, component: Mapping[str, Any] | None = None, **handler: Any) -> Iterator[
+        tuple[Conn, str]]:
+    """A migrated database of the app; this process's environment names the server meanwhile."""
+    os.environ["BENCH_LLM"] = json.dumps({"base_url": f"{url}/v1", "component": component or {}, "handler": handler})
+    try:
+        with run.server.database(name) as database, connect(database) as conn:
+            migrate(database, APP)
+            yield conn, database
+    finally:
+        del os.environ["BENCH_LLM"]
+
+
+@contextmanager
+def _worker(database: str) -> Iterator[subprocess.Popen[bytes]]:
+    """`anton work` in a process group of its own, which is ended whole."""
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen([*ANTON, "--database", database, "--app", f"benchmarks.{APP}", "work"],
+                                   env=environment(), stdout=log, stderr=log, start_new_session=True)
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+                try:
+                    process.wait(60)
+                except subprocess.TimeoutExpired:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@bench(at_most("llm_lost", 0, "records"), at_most("llm_doubled", 0, "records"),
+       at_most("llm_repaid_over_inflight", 0, "calls"), at_most("llm_ledger_gap", 0, "calls"))
+def llm_faults(run: Run) -> Rows:
+    """10,000 records, two processes of which one is killed twice; 429s, 500s and hangs. Paid again may only be what was
+    in flight at a kill, or answered in the second before it."""
+    size = run.size(10_000, 500)
+    with (_service(delay=0.2, faults=0.05) as url,
+          _asking(run, "llm_faults", url, {"timeout": 5}, concurrency=100) as (conn, database), ExitStack() as stack):
+        stack.enter_context(_worker(database))
+        conn.execute(_ASK, ("what is ", size))
+        excused: set[str] = set()
+        for share in (0.2, 0.5):
+            with _worker(database) as second:
+                enough = f"select greatest(0, count(*) - {int(share * size)}) from bench_out"
+                wait_for(partial(number, conn, enough), 300, "answers")
+                _kill(second)
+                counts = _counts(url)
+                excused |= {*counts["inflight"], *counts["recent"]}
+        end = time.monotonic() + 600
+        while number(conn, "select count(*) from anton.dead") + number(conn, "select count(*) from bench_out") < size:
+            if time.monotonic() > end:
+                raise WrongResult(f"{number(conn, 'select count(*) from bench_out')} of {size} were answered")
+            time.sleep(0.1)
+        wait_idle(conn, every=0.1)
+        asking = "select anton.lapse_calls() + (select count(*) from anton.call where state = 'asking')"
+        wait_for(lambda: not number(conn, asking), 60, "calls of the dead to lapse")
+        counts = _counts(url)
+        answered = sum(counts["answered"].values())
+        done = number(conn, "select count(*) from anton.call where state = 'done'")
+        unknown = number(conn, "select count(*) from anton.call where state = 'unknown'")
+        lost = size - number(conn, "select count(distinct data ->> 'prompt') from bench_out")
+        doubled = number(conn, "select count(*) - count(distinct data ->> 'prompt') from bench_out")
+    again = [prompt for prompt, times in counts["answered"].items() for _ in range(times - 1)]
+    repaid = [prompt for prompt in again if prompt not in excused]
+    detail = {"records": size, "answered": answered, "done": done, "unknown": unknown, "paid_again": len(again)}
+    return {"llm_lost": Row(lost, None, detail), "llm_doubled": Row(doubled),
+            "llm_repaid_over_inflight": Row(len(repaid)),
+            "llm_ledger_gap": Row(max(0, done - answered) + max(0, answered - done - unknown), None, detail)}
+
+
+@bench(at_most("llm_limit_violations", 0, "windows"), at_least("llm_limit_used", 0.9))
+def llm_limit(run: Run) -> Rows:
+    """A stated limit of 50 requests a second, two processes: seconds that held more, by the server's own clock."""
+    size, limit = run.size(1_500, 300), 50
+    with (_service() as url, _asking(run, "llm_limit", url, {"limit": f"{limit} requests/s"}, concurrency=100) as (
+            conn, database), _worker(database), _worker(database)):
+        wait_for(lambda: number(conn, "select count(*) from anton.worker") >= 2, 30, "two workers")
+        conn.execute(_ASK, ("what is ", size))
+        wait_idle(conn, every=0.1)
+        at = sorted(_counts(url)["at"])
+    over = sum(1 for n in range(limit, len(at)) if at[n] - at[n - limit] < 1.0)
+    used = (len(at) - 1) / (at[-1] - at[0]) / limit
+    return {"llm_limit_violations": Row(over, None, {"requests": len(at)}), "llm_limit_used": Row(used)}
+
+
+@bench(at_most("budget_spent_usd", 1.0, "USD"))
+def llm_budget(run: Run) -> Rows:
+    """A budget of one dollar, eight processes: what the server would bill. Less than 0.90 is wrong, too."""
+    processes = run.size(8, 2)
+    with (_service(delay=0.02) as url, _asking(run, "llm_budget", url, {"budget": "1 USD"}, concurrency=20) as (
+            conn, database), ExitStack() as stack):
+        for _ in range(processes):
+            stack.enter_context(_worker(database))
+        wait_for(lambda: number(conn, "select count(*) from anton.worker") >= processes, 60, "the workers")
+        conn.execute(_ASK, ("what is ", 3_000))
+        wait_for(lambda: number(conn, "select count(*) from anton.handler where failing_since is not null"), 120,
+                 "the budget to be reached")
+        wait_for(lambda: not number(conn, "select count(*) from anton.call where state = 'asking'"), 60, "calls to end")
+        counts = _counts(url)
+    spent = (counts["tokens_in"] * 100 + counts["tokens_out"] * 200) / 1_000_000
+    if spent < 0.9:
+        raise WrongResult(f"only {spent:.4f} USD were spent of 1.00")
+    return {"budget_spent_usd": Row(spent, None, {"calls": sum(counts["answered"].values())})}
+
+
+@bench(at_least("llm_inflight_vs_ideal", 0.85), at_most("llm_rss_mb", 200, "MB"))
+def llm_inflight(run: Run) -> Rows:
+    """300 calls of one second in flight in one process, from the first to the last answer, against no overhead."""
+    rounds, width = run.size(20, 3), 300
+    with (_service(delay=1.0) as url, _asking(run, "llm_inflight", url, concurrency=width) as (conn, database),
+          _worker(database) as process):
+        wait_for(lambda: number(conn, "select count(*) from anton.worker"), 30, "the worker")
+        with peak_rss(process.pid) as peak:
+            conn.execute(_ASK, ("what is ", rounds * width))
+            wait_idle(conn, every=0.05)
+        counts = _counts(url)
+    took = max(counts["at"]) + 1.0 - min(counts["at"])
+    return {"llm_inflight_vs_ideal": Row(rounds / took, None, {"most": counts["most"]}),
+            "llm_rss_mb": Row(peak[0] if peak else None)}
+
+
+@bench(at_most("memo_calls", 1, "calls"))
+def llm_memo(run: Run) -> Rows:
+    """1,000 equal rows, two processes: calls."""
+    with (_service(delay=0.5) as url, _asking(run, "llm_memo", url) as (conn, database), _worker(database),
+          _worker(database)):
+        conn.execute(_ASK.replace("|| n", ""), ("what is it", 1_000))
+        wait_for(lambda: number(conn, "select count(*) from bench_out") == 1000, 120, "answers")
+        wait_idle(conn)
+        answered = sum(_counts(url)["answered"].values())
+    return {"memo_calls": Row(answered)}

@@ -1,0 +1,173 @@
+"""Meaning: types that hold at append, in psql, and where a component is wired to a table."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from decimal import Decimal
+from typing import Any
+
+import psycopg
+import pytest
+from anton_components.vendor.fake.cognition import FakeModel
+from anton_components.vendor.slack.action import SlackPostMessage
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import BaseModel, TypeAdapter, ValidationError, create_model
+
+from anton import Table, sql
+from anton.app import declaring
+from anton.errors import BadOption, InvalidRecord, Miswired
+from anton.meaning import (
+    PII,
+    EmailAddress,
+    Markdown,
+    Money,
+    PersonName,
+    PhoneNumber,
+    SlackChannel,
+    Url,
+    meanings,
+)
+
+GOOD: list[tuple[Any, Any]] = [
+    (EmailAddress, "ann.o'neil+x@mail.example.com"), (Url, "https://example.com:8080/a?b=c#d"),
+    (PhoneNumber, "+493012345678"), (Money, Decimal("-12.3456")), (PersonName, "Ann"), (SlackChannel, "#general"),
+    (SlackChannel, "C0123ABCD"), (PII[EmailAddress], "ann@example.com"), (Markdown, "# one\n\ntwo")]
+BAD: list[tuple[Any, Any]] = [
+    (EmailAddress, "ann"), (EmailAddress, "Ann <ann@example.com>"), (EmailAddress, "ann@example.com\n"),
+    (EmailAddress, "a" * 250 + "@b.cd"), (Url, "ftp://example.com"), (Url, "https://a b"), (Url, "javascript:alert(1)"),
+    (PhoneNumber, "030 1234567"), (PhoneNumber, "+0123456789"), (Money, Decimal("0.00001")), (Money, Decimal("1e15")),
+    (PersonName, ""), (SlackChannel, "general"), (PII[EmailAddress], "ann")]
+
+
+class Question(BaseModel):
+    id: int
+    body: str
+    email: PII[EmailAddress] = "ann@example.com"
+    asked: int = 0
+
+
+class Answer(BaseModel):
+    id: int | None = None
+    completion: str
+
+
+def wired(shop: Any, component: Callable[[Table[Any], Table[Any]], Any], into: type[BaseModel] = Answer,
+          source: type[BaseModel] = Question) -> str:
+    """What migrate says of one component; "" when it fits."""
+    def code() -> None:
+        questions, answers = Table("questions", source), Table("answers", into)
+        questions.on_new_records(component(questions, answers))
+
+    try:
+        shop.declare(code).migrate()
+    except Miswired as error:
+        return error.message
+    return ""
+
+
+def test_what_a_type_means_is_kept_at_append_and_at_a_psql_insert(app):
+    with declaring(app.app):
+        tables = [Table(f"kept{i}", create_model(f"Kept{i}", id=(int, ...), value=(kind, ...)))
+                  for i, (kind, _) in enumerate(GOOD + BAD)]
+    app.migrate()
+    for number, (table, (_, value)) in enumerate(zip(tables, GOOD + BAD, strict=True)):
+        if number < len(GOOD):
+            table.append({"id": 1, "value": value})
+        else:
+            with pytest.raises(InvalidRecord):
+                table.append({"id": 1, "value": value})
+    with psycopg.connect(app.db.dsn, autocommit=True) as conn:
+        for number, (table, (_, value)) in enumerate(zip(tables, GOOD + BAD, strict=True)):
+            insert = f"insert into {table.name} values (2, %s)"
+            if number < len(GOOD):
+                conn.execute(insert, [value])
+            else:
+                with pytest.raises(psycopg.errors.CheckViolation):
+                    conn.execute(insert, [value])
+
+
+@given(st.text(st.sampled_from("aZ9.@-_+#/:\n é"), max_size=12), st.sampled_from([EmailAddress, Url, PhoneNumber]))
+def test_a_pattern_takes_no_line_break_and_no_blank(text, kind):
+    try:
+        TypeAdapter(kind).validate_python(text)
+    except ValidationError:
+        return
+    assert not re.search(r"\s", text)
+
+
+def test_a_field_means_what_its_parts_mean():
+    nested = create_model("Nested", at=(PII[str], ...), url=(Url, ...))
+    assert {one.name for one in meanings(PII[EmailAddress] | None)} == {"PII", "EmailAddress"}
+    assert {one.name for one in meanings(list[PII[str]])} == {"PII"}
+    assert {one.name for one in meanings(nested)} == {"PII"} and not meanings(str)
+
+
+def test_a_field_that_a_component_reads_and_the_table_has_not_is_refused_with_the_map_that_fits(shop):
+    assert ('it reads "prompt" (text), which Question of Table("questions") has not. Say map={"prompt": "body"}.'
+            in wired(shop, lambda _, into: FakeModel(into)))
+    assert not shop.sql("select 1 from anton.handler")
+    assert wired(shop, lambda _, into: FakeModel(into, map={"prompt": "body"})) == ""
+
+
+def test_a_map_to_a_field_that_is_not_there_is_refused(shop):
+    assert 'Did you mean "body"?' in wired(shop, lambda _, into: FakeModel(into, map={"prompt": "bdy"}))
+
+
+def test_a_field_of_another_type_is_refused(shop):
+    assert ('it reads "prompt" as text, and Question of Table("questions") has "asked" as bigint'
+            in wired(shop, lambda _, into: FakeModel(into, map={"prompt": "asked"})))
+
+
+def test_a_row_that_the_output_table_types_otherwise_is_refused(shop):
+    wrong = create_model("Wrong", id=(int | None, None), completion=(int, ...))
+    assert ('it makes "completion" as text, and Wrong of Table("answers") has it as bigint'
+            in wired(shop, lambda _, into: FakeModel(into, map={"prompt": "body"}), into=wrong))
+
+
+def test_one_meaning_is_not_wired_to_another(shop):
+    wrong = create_model("Wrong", id=(int | None, None), channel=(PhoneNumber, ...))
+    assert ('it makes "channel" as SlackChannel, and in Wrong of Table("answers") it is PhoneNumber'
+            in wired(shop, lambda _, into: SlackPostMessage(message_template="{body}", into=into), into=wrong))
+
+
+def test_a_template_is_compared_with_the_table(shop):
+    assert 'it reads "text" (any type)' in wired(shop, lambda _, into: SlackPostMessage())
+    assert wired(shop, lambda _, into: SlackPostMessage(map={"text": "body"})) == ""
+
+
+def test_pii_reaches_no_model_unless_it_is_allowed(shop):
+    def leaking(**options: Any) -> Any:
+        return lambda _, into: FakeModel(into, prompt="Answer {email}: {body}", **options)
+
+    assert 'it gives "email" of Table("questions") to a model, and that is PII' in wired(shop, leaking())
+    assert wired(shop, leaking(allow_pii=True)) == ""
+    assert "PII" in wired(shop, lambda _, into: FakeModel(into, prompt="Say {x}", map={"x": "email"}))
+    assert "PII" in wired(shop, lambda _, into: FakeModel(into, prompt="{body}", system="You talk to {email}"))
+
+
+@pytest.mark.parametrize(("query", "leaks"), [
+    ("select email from questions where id = {id}", True), ("select * from questions", True),
+    ("select q.* from public.questions q", True), ("SELECT EMAIL FROM Questions", True),
+    ("select to_jsonb(q) as q from questions as q", True), ("table questions", True),
+    ("select q.body from questions q where q.id = {id}", False), ("select count(*) from questions", False),
+    ("select body from questions where body <> 'email'", False), ("select 1 as email", False)])
+def test_pii_in_context_from_sql_is_seen_where_the_column_is_named(shop, query, leaks):
+    said = wired(shop, lambda _, into: FakeModel(into, prompt="{body} {more}", context={"more": sql(query)}))
+    assert ('context "more" reads "email" of Table("questions"), and that is PII' in said) is leaks
+
+
+def test_pii_that_is_carried_over_stays_pii(shop):
+    def carried(kind: Any) -> str:
+        into = create_model("Into", id=(int | None, None), completion=(str, ...), email=(kind, ...))
+        return wired(shop, lambda _, into: FakeModel(into, map={"prompt": "body"}), into=into)
+
+    assert '"email" is carried over: it is PII' in carried(str)
+    assert '"email" is carried over: it is EmailAddress' in carried(PII[Url])
+    assert carried(PII[EmailAddress]) == ""
+
+
+def test_allow_pii_is_a_plain_yes_or_no(shop):
+    with declaring(shop.app), pytest.raises(BadOption, match="allow_pii"):
+        FakeModel(Table("answers"), allow_pii="yes")  # type: ignore[arg-type]

@@ -1,0 +1,238 @@
+"""Tuning: runs as rows, against a service with files and jobs over a real socket, and what an alias then means."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from anton_components.vendor.openai.cognition import OpenAiCompletion
+from anton_components.vendor.openai.tuning import OpenAiFineTune
+from llm import Llm
+from peers import served
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from anton import Table, action, sql
+from anton import tuning as tunings
+from anton.app import declaring
+from anton.errors import BadOption, UnknownOption
+
+GOOD = sql("select data ->> 'prompt' as prompt, data ->> 'reply' as completion from rated "
+           "where (data ->> 'rating')::int > 0 order by id")
+
+
+class Service(Llm):
+    """Files and tuning jobs besides completions. jobs: as made. die: the connection breaks once a job was made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.files: dict[str, list[Any]] = {}
+        self.jobs: dict[str, dict[str, Any]] = {}
+        self.down = False
+        self._ids = itertools.count(1)
+
+    async def file(self, request: Request) -> Response:
+        if request.headers.get("authorization") != "Bearer sk-good":
+            return JSONResponse({"error": {"message": "Incorrect API key provided"}}, 401)
+        async with request.form() as form:
+            if set(form) != {"purpose", "file"} or form["purpose"] != "fine-tune" or not form["file"].filename.endswith(
+                    ".jsonl"):
+                return JSONResponse({"error": {"message": "wrong form"}}, 400)
+            lines = [json.loads(line) for line in (await form["file"].read()).splitlines()]
+        if any(line["messages"][-1]["role"] != "assistant" for line in lines):
+            return JSONResponse({"error": {"message": "the last message must be the assistant's"}}, 400)
+        id = f"file-{next(self._ids)}"
+        self.files[id] = lines
+        return JSONResponse({"id": id, "object": "file", "bytes": 1, "created_at": 1, "filename": "a.jsonl",
+                             "purpose": "fine-tune", "status": "processed"})
+
+    async def make(self, request: Request) -> Response:
+        body = await request.json()
+        if set(body) - {"training_file", "model", "suffix", "metadata"} or body["training_file"] not in self.files:
+            return JSONResponse({"error": {"message": "wrong job"}}, 400)
+        if body["model"] == "none":
+            return JSONResponse({"error": {"message": "model none cannot be tuned"}}, 400)
+        id = f"ftjob-{next(self._ids)}"
+        self.jobs[id] = {"id": id, "object": "fine_tuning.job", "created_at": 1, "status": "validating_files",
+                         "hyperparameters": {}, "organization_id": "o", "result_files": [], "seed": 1, **body}
+        if self.down:
+            return JSONResponse({"error": {"message": "gateway"}}, 502)
+        return JSONResponse(self.jobs[id])
+
+    async def list(self, request: Request) -> Response:
+        wanted = request.query_params.get("metadata[anton]")
+        found = [job for job in self.jobs.values() if job["metadata"]["anton"] == wanted]
+        return JSONResponse({"object": "list", "data": found, "has_more": False})
+
+    async def job(self, request: Request) -> Response:
+        if self.down:
+            return JSONResponse({"error": {"message": "down"}}, 503)
+        return JSONResponse(self.jobs[request.path_params["id"]])
+
+    def end(self, status: str, **more: Any) -> None:
+        """The newest job is over."""
+        self.jobs[list(self.jobs)[-1]] |= {"status": status, "trained_tokens": 99, **more}
+
+
+@pytest.fixture
+def service() -> Iterator[Service]:
+    service = Service()
+    jobs = "/v1/fine_tuning/jobs"
+    with served(Route("/v1/chat/completions", service.openai, methods=["POST"]),
+                Route("/v1/files", service.file, methods=["POST"]), Route(jobs, service.make, methods=["POST"]),
+                Route(jobs, service.list), Route(jobs + "/{id}", service.job),
+                ending=service.ended.set) as service.url:
+        yield service
+
+
+@pytest.fixture
+def live(app, monkeypatch):
+    """The fixture app as a live process."""
+    monkeypatch.delenv("ANTON_EFFECTS", raising=False)
+    monkeypatch.setattr(tunings, "FRESH", 0.0)
+    action.set_effects("live")
+    return app
+
+
+def declare(app: Any, service: Service, **options: Any) -> OpenAiFineTune:
+    there = {"api_key": "sk-good", "base_url": f"{service.url}/v1"}
+    with declaring(app.app):
+        Table("rated")
+        tune = OpenAiFineTune("replies", examples=GOOD, **{"model": "base", "least": 2, **there, **options})
+        Table("asked").on_new_records(OpenAiCompletion(Table("answers"), model="alias:replies", memo=False, **there))
+    app.migrate()
+    app.tables["rated"].extend([{"prompt": "hi", "reply": "hello!", "rating": 1}, {"prompt": "lunch?", "reply": "soup",
+                                "rating": 2}, {"prompt": "no", "reply": "bad", "rating": -1}])
+    return tune
+
+
+def run(app: Any, tune: OpenAiFineTune) -> None:
+    tune.run()
+    app.run()
+
+
+def asked_of(app: Any, service: Service) -> str:
+    """Which model answers now."""
+    app.tables["asked"].append({"prompt": "x"})
+    app.run()
+    model: str = service.asked[-1]["model"]
+    return model
+
+
+def last(app: Any) -> Any:
+    return app.records("tunings")[-1]
+
+
+def test_what_was_approved_is_learnt_and_the_alias_means_what_came_of_it(live, service):
+    tune = declare(live, service, system="Be brief.")
+    assert asked_of(live, service) == "base"
+    run(live, tune)
+    assert [line["messages"] for line in service.files["file-1"]] == [
+        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": prompt},
+         {"role": "assistant", "content": reply}] for prompt, reply in (("hi", "hello!"), ("lunch?", "soup"))]
+    row = last(live)
+    assert (row.state, row.examples, row.file, row.job, row.base) == ("running", 2, "file-1", "ftjob-2", "base")
+    live.advance("5m")
+    assert last(live).state == "running" and asked_of(live, service) == "base"
+    service.end("succeeded", fine_tuned_model="ft:base:o:replies:1")
+    live.advance("2m")
+    row = last(live)
+    assert (row.state, row.model, row.tokens) == ("succeeded", "ft:base:o:replies:1", 99)
+    assert asked_of(live, service) == "ft:base:o:replies:1" and not live.dead
+    live.tables["tunings"].select(id=row.id).update(state="retired")
+    assert asked_of(live, service) == "base"
+
+
+def test_a_newer_run_that_fails_leaves_the_alias_as_it_was(live, service):
+    tune = declare(live, service)
+    run(live, tune)
+    service.end("succeeded", fine_tuned_model="ft:1")
+    live.advance("2m")
+    run(live, tune)
+    service.end("failed", error={"code": "x", "message": "too alike", "param": None})
+    live.advance("2m")
+    assert (last(live).state, last(live).error) == ("failed", "too alike") and asked_of(live, service) == "ft:1"
+
+
+def test_a_job_whose_answer_was_lost_is_found_and_not_paid_for_twice(live, service):
+    tune = declare(live, service)
+    service.down = True
+    run(live, tune)
+    assert last(live).state == "new" and len(service.jobs) == 1
+    service.down = False
+    live.advance("2m")
+    assert last(live).state == "running" and len(service.jobs) == 1 and not live.dead
+
+
+def test_a_service_that_is_down_while_a_job_runs_is_asked_again(live, service):
+    tune = declare(live, service)
+    run(live, tune)
+    service.down = True
+    live.advance("10m")
+    assert last(live).state == "running" and not live.dead
+    service.down = False
+    service.end("succeeded", fine_tuned_model="ft:1")
+    live.advance("10m")
+    assert last(live).state == "succeeded" and not live.dead
+
+
+def test_a_job_may_run_for_days(live, service):
+    tune = declare(live, service, look="1h")
+    run(live, tune)
+    live.advance("2d")
+    service.end("succeeded", fine_tuned_model="ft:1")
+    live.advance("2h")
+    assert last(live).state == "succeeded" and not live.dead
+
+
+@pytest.mark.parametrize("options, error", [
+    ({"least": 3}, "2 examples, where at least 3 are needed"), ({"model": "none"}, "model none cannot be tuned"),
+    ({"examples": sql("select 'hi' as prompt, null as completion")}, "an example without completion")])
+def test_a_run_that_cannot_be_says_why_and_sends_no_job(options, error, live, service):
+    with declaring(live.app):
+        tune = OpenAiFineTune("replies", **{"examples": sql("select 'a' as prompt, 'b' as completion union all "
+                                                            "select 'c', 'd'"), "least": 2, "api_key": "sk-good",
+                                            "base_url": f"{service.url}/v1", **options})
+    live.migrate()
+    run(live, tune)
+    assert last(live).state == "failed" and error in last(live).error and not service.jobs and not live.dead
+
+
+def test_where_effects_are_captured_nothing_is_sent(app, service):
+    tune = declare(app, service)
+    run(app, tune)
+    assert (last(app).state, last(app).examples) == ("captured", 2) and not service.files
+
+
+def test_runs_of_one_app_are_told_apart_by_alias(live, service):
+    tune = declare(live, service)
+    with declaring(live.app):
+        other = OpenAiFineTune("others", examples=GOOD, least=2, api_key="sk-good", base_url=f"{service.url}/v1")
+    live.migrate()
+    run(live, other)
+    service.end("succeeded", fine_tuned_model="ft:other")
+    live.advance("2m")
+    assert asked_of(live, service) == "base"
+    run(live, tune)
+    assert [row.alias for row in live.records("tunings")] == ["others", "replies"] and len(service.jobs) == 2
+
+
+def test_what_cannot_be_is_refused_when_it_is_declared(app):
+    with declaring(app.app):
+        tuned = OpenAiFineTune("replies", examples=GOOD)
+        for alias in ("", "a b", "it's"):
+            with pytest.raises(BadOption, match="letters, digits"):
+                OpenAiFineTune(alias, examples=GOOD)
+        with pytest.raises(BadOption, match="select prompt, completion"):
+            OpenAiFineTune("x", examples="select 1")  # type: ignore[arg-type]
+        with pytest.raises(UnknownOption, match='Did you mean "system"'):
+            OpenAiFineTune("x", examples=GOOD, sistem="")
+        with pytest.raises(BadOption, match='declared above it. Did you mean "replies"'):
+            OpenAiCompletion(Table("t"), model="alias:replys")
+        with pytest.raises(BadOption, match='"ft:gpt-4.1-mini-2025-04-14:" is not'):
+            OpenAiCompletion(Table("u"), model="alias:replies", budget="1 USD/day", max_tokens=5)
+    assert "sk-" not in repr(tuned)
