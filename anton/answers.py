@@ -149,10 +149,10 @@ async def _invalid(request: Incoming, error: InvalidRecord) -> Response:
 
 async def _query(request: Incoming, error: QueryError) -> Response:
     """A value that cannot be looked for cannot be there; the reasons are the sender's, the SQL is not."""
-    if str(getattr(error.__cause__, "sqlstate", "")) not in _VALUE:
+    if not error.told and str(getattr(error.__cause__, "sqlstate", "")) not in _VALUE:
         raise error
     log.info("400 for %s %s: %s", request.method, request.scope["path"], error)
-    return JSONResponse({"detail": str(error.__cause__)}, 400)
+    return JSONResponse({"detail": error.told or str(error.__cause__)}, 400)
 
 
 async def _write_refused(request: Incoming, error: WriteRefused) -> Response:

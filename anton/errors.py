@@ -476,7 +476,12 @@ class PollFailed(WorldError):
 
 
 class QueryError(AntonError):
-    """A read that cannot be: a name or a value that does not fit, or SQL that Postgres refuses. sql: the text."""
+    """A read that cannot be: a name or a value that does not fit, or SQL that Postgres refuses. sql: the text.
+
+    told: what whoever sent the value may be told of it; "" where it is the code's doing.
+    """
+
+    told: str = ""
 
 
 class SyncInLoop(AntonError):

@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import inspect
 import logging
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from hashlib import blake2b
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar, overload, runtime_checkable
 from uuid import UUID
 
@@ -204,7 +206,8 @@ class Poll:
             raise
         except Exception as error:
             if not is_world(error):
-                log.warning("poll %s", self.name, exc_info=True)
+                log.warning("poll %s: %s (%s)", self.name, said(error), _raised_at(error, self.fn))
+                log.debug("poll %s", self.name, exc_info=True)         # it may fail each time: once is one line
             after = min(max(self.every, state.failing or timedelta(0)), max(self.every, LONGEST))
             after = max(after, getattr(error, "after", None) or timedelta(0))
             raise PollFailed(self.name, str(error) if isinstance(error, WorldError) else said(error), after) from error
@@ -273,6 +276,15 @@ class Poll:
         if not self.key or (relation.document and self.into.model is None):
             return ()
         return next((group for group in (relation.key, *self.into.unique) if set(group) == set(self.key)), ())
+
+
+def _raised_at(error: Exception, fn: Callable[..., Any]) -> str:
+    """The last line of the function's own file that was passed, "polls.py:12"; the last of all where there is none."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if frame.filename == inspect.unwrap(fn).__code__.co_filename] \
+        if inspect.isfunction(inspect.unwrap(fn)) else []
+    last = (own or frames)[-1]
+    return f"{Path(last.filename).name}:{last.lineno}"
 
 
 def _scope() -> Scope:

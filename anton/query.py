@@ -157,7 +157,8 @@ class Query(Generic[T]):
     def limit(self, count: int) -> Self:
         """At most so many rows."""
         if type(count) is not int or count < 0:
-            raise QueryError(f"limit({count!r}) is not possible. Allowed: 0 or more.")
+            wrong = f"limit({count!r}) is not possible. Allowed: 0 or more."
+            raise QueryError(wrong, told=wrong)
         other = copy(self)
         other._limit = count
         return other

@@ -17,7 +17,14 @@ import asyncpg
 from anton import sqlfile
 from anton.app import App
 from anton.db import Database, quote, translated
-from anton.errors import LockNotGained, MigrationFailed, MissingPrivilege, did_you_mean
+from anton.errors import (
+    DeclarationError,
+    LockNotGained,
+    MigrationFailed,
+    MissingPrivilege,
+    UnknownTable,
+    did_you_mean,
+)
 from anton.plan import LOCK_TIMEOUT, Plan, Step
 from anton.sqlfile import SqlFile
 
@@ -125,7 +132,8 @@ class Steps:
     async def _explained(self, error: asyncpg.PostgresError, step: Step, file: str) -> BaseException:
         mine = translated(error)
         known = (*BUSY, asyncpg.QueryCanceledError, *(NOT_YET if file == SQL_FOLDER and self.postpone else ()))
-        if mine is not None or isinstance(error, known):
+        asked = bool(file) and isinstance(mine, DeclarationError | UnknownTable)   # by a statement of the file
+        if mine is not None and not asked or isinstance(error, known):
             return mine or error
         if not file:
             return MigrationFailed(step.title, 1, step.body.strip().splitlines()[0], error)
@@ -136,7 +144,7 @@ class Steps:
             line -= 0 if self.dry else step.sql.partition("begin;\n")[0].count("\n") + 1 + len(step.settings)
         else:
             line = await self._find(step, error)
-        lines, reason = step.body.splitlines(), f"{error}{await self._meant(error)}"
+        lines, reason = step.body.splitlines(), f"{mine or error}{await self._meant(error)}"
         for number in range(line, -1, -1) if file == SQL_FOLDER else ():   # a folder: which of its files
             if lines[number].startswith("-- sql/"):
                 return MigrationFailed(lines[number][3:], line - number, lines[line].strip(), reason)

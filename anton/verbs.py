@@ -225,7 +225,12 @@ def schedules_list(args: Args) -> int:
 
 def schedules_show(args: Args) -> int:
     """Show a schedule and its last firings."""
-    return _show(args, "show_schedule", args.name, "")
+    row = query(args, lambda db, conn: db.call_value(conn, "show_schedule", args.name))
+    told = {name: value for name, value in row.items() if name not in ("ticks", "poll")}
+    told |= {f"poll_{name}": value for name, value in row.get("poll", {}).items()}
+    last = layout(row["ticks"], ("planned_at", "state", "fired_at", "error")) if row["ticks"] else "never fired"
+    emit(args, row, f"{layout_one(told)}\n\n{last}")
+    return OK
 
 
 def schedules_pause(args: Args) -> int:

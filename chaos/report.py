@@ -111,7 +111,7 @@ def values(results: dict[str, Result]) -> dict[str, float | None]:
     found: dict[str, float | None] = {}
 
     def take(fault: str, **names: Any) -> None:
-        if fault in results:
+        if fault in results and (results[fault].n or not results[fault].verdict.wrong):  # an exception measured nothing
             found.update({name: get(results[fault]) for name, get in names.items()})
 
     take(

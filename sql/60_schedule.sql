@@ -1,11 +1,46 @@
 -- Schedules: tick() fires what is due, whoever calls it (workers, pg_cron, psql). anton/schedule.py computes due times.
 
--- check_cron(text): raises NT004 for a text that cannot be a cron expression, before anyone waits for it
-create or replace function check_cron(p_cron text) returns void language plpgsql immutable set search_path from current as $$
+-- cron_fault(text) -> what is wrong with a cron expression, null for none. It knows what cronsim knows, but for days that never come.
+create or replace function cron_fault(p_cron text) returns text language plpgsql immutable set search_path from current as $$
+declare
+  v_fields text[] := regexp_split_to_array(btrim(upper(p_cron), E' \t\r\n'), '\s+');
+  v_names text[] := array['minute', 'hour', 'day', 'month', 'weekday'];
+  v_low int[] := array[0, 0, 1, 1, 0]; v_high int[] := array[59, 23, 31, 12, 7];
+  v_words text[]; v_part text; v_found text[]; v_from int; v_to int;
 begin
-  if not (p_cron ~* '^@(hourly|daily|midnight|weekly|monthly|yearly|annually)$' or p_cron ~ '^@every [1-9]\d*(\.\d{1,3})?$'
-          or p_cron ~* '^\s*[\d*/,-]+\s+[\d*/,-]+\s+[\dlw*/,-]+\s+[\da-z*/,-]+\s+[\da-z*/,#-]+\s*$') then
-    raise exception using errcode = 'NT004', message = format('"%s" is no cron expression', p_cron),
+  if p_cron ~* '^@(hourly|daily|midnight|weekly|monthly|yearly|annually)$' or p_cron ~ '^@every [1-9]\d*(\.\d{1,3})?$' then
+    return null;
+  elsif p_cron is null or cardinality(v_fields) <> 5 then
+    return 'not five fields';
+  end if;
+  for n in 1..5 loop
+    v_words := case n when 4 then array['JAN','FEB','MAR','APR','MAY','JUN','JUL','AUG','SEP','OCT','NOV','DEC']
+                      when 5 then array['SUN','MON','TUE','WED','THU','FRI','SAT'] else '{}' end;
+    foreach v_part in array regexp_split_to_array(v_fields[n], ',') loop
+      if n = 3 and v_part ~ '^LW?(/0*[1-9]\d*)?$' then continue; end if;
+      v_found := case when n = 5 and v_part ~ '^[0-7]L$' then array[left(v_part, 1), null, null]
+                      when n = 5 and v_part ~ '#' then regexp_match(v_part, '^(\w+)#0*[1-5]$') || array[null, null]
+                      else regexp_match(v_part, '^(?:\*|([0-9A-Z]+)(?:-([0-9A-Z]+))?)(?:/0*([1-9]\d*))?$') end;
+      if v_found is null or v_found = array[null, null] then
+        return format('%s is "%s"', v_names[n], v_part);
+      end if;
+      v_from := coalesce(array_position(v_words, v_found[1]) + v_low[n] - 1, substring(v_found[1] from '^0*(\d{1,4})$')::int);
+      v_to := coalesce(array_position(v_words, v_found[2]) + v_low[n] - 1, substring(v_found[2] from '^0*(\d{1,4})$')::int);
+      if v_found[1] is not null and coalesce(v_from not between v_low[n] and v_high[n], true)
+         or v_found[2] is not null and coalesce(v_to not between v_low[n] and v_high[n] or v_to < v_from, true) then
+        return format('%s is "%s", and goes from %s to %s', v_names[n], v_part, v_low[n], v_high[n]);
+      end if;
+    end loop;
+  end loop;
+  return null;
+end $$;
+
+-- check_cron(text): raises NT004 for a text that is no cron expression, before anyone waits for it
+create or replace function check_cron(p_cron text) returns void language plpgsql immutable set search_path from current as $$
+declare v_fault text := cron_fault(p_cron);
+begin
+  if v_fault is not null then
+    raise exception using errcode = 'NT004', message = format('"%s" is no cron expression: %s', p_cron, v_fault),
       hint = 'five fields "minute hour day month weekday", such as "0 3 * * *", or "@hourly", "@daily", "@every 30" (seconds)';
   end if;
 end $$;

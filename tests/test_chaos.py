@@ -18,9 +18,10 @@ from servers import NoServer
 from chaos.__main__ import catch, done
 from chaos.bugs import BUGS, Bug, planted
 from chaos.cell import cluster, make_template
+from chaos.faults import Result
 from chaos.history import Conn, History, attempt
 from chaos.page import faults, filled
-from chaos.report import bound
+from chaos.report import FULL, bound, rows, table
 
 SEED = 11
 SHORT = [  # fault, how often, seed; those that take long come first
@@ -141,3 +142,10 @@ def test_the_page_has_a_line_for_each_fault_that_was_done_and_names_the_others()
     assert "Not in here: A3" in text and " D2," not in text
     page = "before\n<!-- chaos: x -->\nold\n<!-- /chaos -->\nafter\n"
     assert filled(page, text) == f"before\n<!-- chaos: x -->\n{text}<!-- /chaos -->\nafter\n"
+
+
+def test_a_fault_that_raised_is_in_the_table_and_takes_no_bar_with_it() -> None:
+    raised = Result()
+    raised.verdict.wrong.append("KeyError: 'x'")
+    for name in FULL:
+        assert name in table({name: raised}, 1, "fsync=on") and rows({name: raised}) == []

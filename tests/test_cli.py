@@ -264,6 +264,8 @@ def test_schedules_are_paused_resumed_run_shown_and_foretold(broken: Shell) -> N
     assert broken("schedules", "run", "rebuild") == 0
     assert broken.sql("select count(*) from anton.tick") == [(1,)]
     assert len(broken.json("schedules", "show", "rebuild")["ticks"]) == 1
+    assert broken("schedules", "show", "rebuild") == 0
+    assert "{" not in broken.out and "planned at" in broken.out and max(map(len, broken.out.splitlines())) < 120
     due = broken.json("schedules", "next", "rebuild", "3")
     assert len({row["due"] for row in due}) == 3
     assert broken("schedules", "pause", "rebild") == 2
@@ -380,3 +382,9 @@ def test_dev_leaves_other_machines_alone_unless_told(anton: Shell, monkeypatch: 
     told = capfd.readouterr().err
     assert "unless you say so: --database URL" in told
     assert "s3cret" not in told
+
+
+def test_python_dash_m_is_the_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "anton", "--version"], cwd=REPO, capture_output=True, text=True,
+                          check=False)
+    assert done.returncode == 0 and done.stdout.strip()

@@ -38,6 +38,7 @@ LAYERS = [
     "verbs",
     "dbt.verbs component_verbs",
     "cli",
+    "__main__",
 ]
 LEVEL = {name: level for level, line in enumerate(LAYERS) for name in line.split()}
 

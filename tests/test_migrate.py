@@ -86,7 +86,8 @@ def test_the_sql_folder_runs_whole_again_when_a_file_changed(shop):
 def test_a_statement_that_fails_is_named_by_file_and_line_and_leaves_nothing(shop, path):
     shop.file("sql/a.sql", "select 1;\nselect 2;")
     for statement, says in (("select 'x'::int", "invalid input syntax"),
-                            ("insert into half values (1)", "duplicate key")):
+                            ("insert into half values (1)", "duplicate key"),
+                            ("select anton.schedule('n', '0 25 * * *', 'select 1')", 'hour is "25"')):
         shop.file(path, "create table half (n int primary key);\n\ninsert into half -- ;\n  values (1);\n"
                   f"do $do$ begin perform 1; end $do$;\n\n{statement};\n")
         for options in ({"plan": True}, {}):

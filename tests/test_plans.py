@@ -276,6 +276,7 @@ def looking(watched: Watched) -> None:
     watched.run("select * from anton.poll(1, $1)", args=(handlers,), but="lease")
     watched.run("select * from anton.reclaim(1, $1, $2, '30 s', 1)", args=(TOKEN, handlers), but="lease")
     watched.run("select * from anton.reclaim_together(1, $1, $2, '30 s')", args=(TOKEN, handlers), but="lease")
+    watched.run("select anton.thaw('30 s')", but="lease")
 
 
 CHECKS = (looking, capture, claim_leased_and_ack, fetch_of_rows_and_images, settling_by_record, sql_handlers, models,

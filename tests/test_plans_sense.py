@@ -111,6 +111,11 @@ def deliveries(sensed: Sensed) -> None:
                    "array_fill('{}'::text, array[100]), array_fill('x'::bytea, array[100])), $1::text",
                    args=(f"new {sensed.state} ",), but="quarantine")  # whether there is any
     sensed.run("select anton.delivered('app/hook', 'd7')")
+    sensed.run("select * from anton.answered('app/hook', 'd7')")
+    sensed.run("select * from anton.answered('app/hook', 'q9')")       # one that is in quarantine
+    for id in ("d7", f"kept {sensed.state}"):                          # known; new
+        sensed.run("select anton.keep_delivery('app/hook', $1, '{}', 'x', 200)", args=(id,))
+        sensed.run("select anton.keep_reply('app/hook', $1, 200, 'x', 'text/plain')", args=(id,))
     sensed.run("select anton.quarantine('app/hook', 'q7', '{}', 'x', 'x', 422)")
     sensed.run("select anton.forget_deliveries(anton.now())")
 

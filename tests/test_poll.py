@@ -229,6 +229,15 @@ async def test_a_poll_that_fails_waits_longer_each_time_and_keeps_its_cursor(db)
     assert service.asked == [None, 1, 1, 1, 1, 1]
 
 
+async def test_a_poll_that_fails_says_so_in_one_line_of_the_log(db, caplog):
+    service = Service([{"id": 1}])
+    service.errors = [KeyError("a bug")]
+    bench = await polling(db, service.aread)
+    await fire(bench)
+    [told] = [record for record in caplog.records if record.name == "anton.poll" and record.levelname == "WARNING"]
+    assert told.getMessage().startswith("poll new: KeyError: 'a bug' (test_poll.py:") and told.exc_info is None
+
+
 async def test_a_service_that_says_how_long_to_wait_is_left_alone_so_long(db):
     service = Service()
     service.errors = [WorldError("slow down", after=timedelta(hours=3))]

@@ -234,6 +234,21 @@ async def test_a_form_with_too_many_or_too_large_parts_gets_413(db):
         assert (await client.post("/fields", files={"b": (None, b"x" * 1_100_000)})).status_code == 413
 
 
+async def test_a_limit_that_cannot_be_is_the_senders_doing(db):
+    def declare(app: App) -> None:
+        orders = Table("orders", Order)
+
+        @get("/orders")
+        async def some(limit: int) -> list[Order]:
+            return await orders.select().limit(limit)
+
+    async with serving(db, declare) as client:
+        answer = await client.get("/orders?limit=-1")
+        assert (answer.status_code, answer.json()["detail"]) == (400, "limit(-1) is not possible. Allowed: 0 or more.")
+        assert (await client.get(f"/orders?limit={2**70}")).status_code == 400
+        assert (await client.get("/orders?limit=0")).json() == []
+
+
 async def test_a_body_beyond_the_limit_gets_413_also_without_a_length_and_a_route_may_set_its_own(db):
     def declare(app: App) -> None:
         for path, options in (("/small", {"max_body_size": 100}), ("/large", {"max_body_size": 20_000_000}), ("/", {})):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from datetime import UTC, datetime
 from zoneinfo import ZoneInfo
 
@@ -10,6 +11,7 @@ import pytest
 
 from anton.app import App, declaring
 from anton.db import Database
+from anton.due import normal
 from anton.errors import BadOption, BadSignature, DuplicateName, UnknownHandler, UnknownOption
 from anton.schedule import cron, fire
 
@@ -140,11 +142,41 @@ async def test_psql_can_schedule_and_every_needs_no_python(db):
 
 
 @pytest.mark.parametrize("cron, tz, what", [
-    ("0 3 * *", "UTC", "Five fields"), ("nightly", "UTC", "no cron"), ("0 3 * * *", "Mars/Base", "Mars/Base")])
+    ("0 3 * *", "UTC", "not five fields"), ("nightly", "UTC", "no cron"), ("0 25 * * *", "UTC", 'hour is "25"'),
+    ("0 3 * * *", "Mars/Base", "Mars/Base")])
 async def test_psql_is_told_what_is_wrong(db, cron, tz, what):
     with pytest.raises(BadOption, match=what):
         async with db.conn() as conn:
             await db.call(conn, "schedule", "nightly", cron, "select 1", tz)
+
+
+async def test_psql_takes_the_expressions_that_python_takes_and_no_others(db):
+    pick = random.Random(7)
+    words = ["*", "0", "05", "7", "8", "12", "13", "23", "24", "31", "32", "59", "60", "99999", "L", "LW", "5L", "8L",
+             "mon", "FRI", "jan", "Dec", "x", "", "-", "1#2", "mon#5", "1#6", "#1", "w"]
+    glue = ["", "", "", "-{}", "/{}", ",{}", "-{}/{}", "-{}-{}", "/{}/{}", ",,{}"]
+
+    def part() -> str:
+        tail = pick.choice(glue).replace("{}", pick.choice(words), 1)
+        return pick.choice(words) + tail.replace("{}", pick.choice(words))
+
+    texts = [" ".join("*" if pick.random() < 0.75 else part() for _ in range(5)) for _ in range(4000)]
+    texts += ["* * * *", "* * * * * *", "", "@Daily", "@never", "\t0 3 * * *\n", "@every 30"]
+    async with db.conn() as conn:
+        refused = [fault is not None for (fault,) in await conn.fetch(
+            "select anton.cron_fault(x) from unnest($1::text[]) with ordinality u (x, n) order by n", texts)]
+    never = {text for text in texts if fits(text) is None}             # days that no month has: told when it is planned
+    assert [text for text, wrong in zip(texts, refused, strict=True) if text not in never and wrong == fits(text)] == []
+    assert 500 < sum(refused) < 3800
+
+
+def fits(text: str) -> bool | None:
+    try:
+        normal(text)
+    except BadOption as error:
+        days = text.split()[2] if len(text.split()) == 5 else ""
+        return None if "bad day-of-month" in str(error) and days.isdigit() and 1 <= int(days) <= 31 else False
+    return True
 
 
 async def test_an_impossible_time_from_psql_is_disabled_and_not_retried(db):

@@ -1,0 +1,7 @@
+"""`python -m anton` is `anton`."""
+
+import sys
+
+from anton.cli import main
+
+sys.exit(main())
