@@ -21,7 +21,8 @@ from benchmarks.server import Conn, connect
 from benchmarks.subject import ANTON, environment, migrate, number, wait_for, wait_idle
 
 APP = "app_llm"
-_ASK = "insert into bench_in (data) select jsonb_build_object('prompt', %s::text || n) from generate_series(1, %s::int) n"
+_ASK = """insert into bench_in (data)
+select jsonb_build_object('prompt', %s::text || n) from generate_series(1, %s::int) n"""
 
 
 @contextmanager
