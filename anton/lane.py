@@ -157,10 +157,13 @@ class Lane:
         return max(self.batch, TOGETHER) if self.each else self.batch
 
     def free(self) -> bool:
-        """Another batch may start: a slot is free, or with each, pullers would soon have nothing."""
+        """Another batch may start: a slot is free, or with each, pullers would soon have nothing.
+
+        With one call at a time batches run one after the other: read at once, a later one could be ready first.
+        """
         if self.down is not None:
             return False
-        if self.each:
+        if self.each and self.concurrency > 1:
             return bool(self.waiting) and (not self.items or len(self.items) < self.concurrency)
         return bool(self.waiting) and self.calls < self.concurrency
 

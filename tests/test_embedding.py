@@ -210,8 +210,8 @@ def test_what_cannot_be_is_refused_when_it_is_declared(options, why, app, llm):
 
 def test_a_table_without_the_text_is_refused_at_migrate(live, llm):
     with declaring(live.app):
-        Table("passages", Passage).on_new_records(embedding(Table("other"), llm, map={"text": "body"}))
-    with pytest.raises(Miswired, match='Passage of Table\\("passages"\\) has no field "body"'):
+        Table("notes", Note).on_new_records(embedding(Table("other"), llm, map={"text": "body"}))
+    with pytest.raises(Miswired, match='Note of Table\\("notes"\\) has no field "body"'):
         live.migrate()
 
 
