@@ -239,7 +239,9 @@ class Asker:
             sent, started = True, time.perf_counter()
             async with asyncio.timeout(question.timeout):
                 reply = await self.provider.send(question)
-            reply = replace(reply, text=storable(reply.text))
+            reply = replace(reply, text=storable(reply.text), tokens_in=_tokens(reply.tokens_in),
+                            tokens_out=_tokens(reply.tokens_out), cached=_tokens(reply.cached) or 0,
+                            written=_tokens(reply.written) or 0)
         except TimeoutError:
             error = SendError("down", f"no answer in {question.timeout:g} s", paid=True)
             await ledger.end(ended | _failed(error, started))
@@ -264,6 +266,11 @@ class Asker:
             "limits": [limit.facts() for limit in reply.limits], "over": facts["tokens"] - used if used else 0,
             "ms": (time.perf_counter() - started) * 1000})
         return Answer(reply, begun.call_id or 0, cost, False, facts["hash"])
+
+
+def _tokens(said: Any) -> int | None:
+    """A number of tokens as it can be reckoned with; None for what is none: servers say odd things."""
+    return int(said) if isinstance(said, int | float) and 0 <= said < 1e15 and said == int(said) else None
 
 
 def _failed(error: SendError, started: float) -> dict[str, Any]:

@@ -270,29 +270,27 @@ class Completion(Component):
         model = await meant(self._app, model)
         question = Question(model, messages, params, self.max_tokens, self._schema,
                             self.output.__name__ if self.output else "answer", timeout=self.timeout)
-        first = await self._answer(question, about, last)
-        if self.output is None:
+        answers = [await self._answer(question, about, last)]
+        try:
             try:
-                self._check_whole(first)
-            except Discard:
-                await self._asker.forget(database(), [first])
-                raise
-            return [first], None
-        try:
-            return [first], self._parse(first)
-        except Unfit as error:
-            mended = replace(question, messages=(
-                *messages, {"role": "assistant", "content": first.reply.text},
-                {"role": "user", "content": repair(error)}))
-        second = await self._answer(mended, about, last)
-        try:
-            return [first, second], self._parse(second)
-        except Unfit as error:
-            await self._asker.forget(database(), [first, second])
-            raise Discard(f"{self.name}, {model}: {error.message}") from error
+                return answers, self._parse(answers[0])
+            except Unfit as error:
+                mended = replace(question, messages=(
+                    *messages, {"role": "assistant", "content": answers[0].reply.text},
+                    {"role": "user", "content": repair(error)}))
+            answers.append(await self._answer(mended, about, last))
+            try:
+                return answers, self._parse(answers[1])
+            except Unfit as error:
+                raise Discard(f"{self.name}, {model}: {error.message}") from error
+        except Discard:                                                # replayed, it is asked again
+            await self._asker.forget(database(), answers)
+            raise
 
-    def _parse(self, answer: Answer) -> BaseModel:
-        assert self.output is not None
+    def _parse(self, answer: Answer) -> BaseModel | None:
+        if self.output is None:
+            self._check_whole(answer)
+            return None
         if answer.reply.finish == "refused":
             self._check_whole(answer)
         try:

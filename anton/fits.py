@@ -125,7 +125,7 @@ def _tells(component: Component, table: Table[Any], tables: Mapping[str, Table[A
         words = set(re.findall(r"\w+", bare.lower()))                     # Postgres folds what is not quoted
         aliases = {found[1].lower(): found[2].lower() for found in _SOURCE.finditer(bare) if found[2]}
         rest = _SOURCE.sub(" from ", bare.lower())
-        everything = re.search(r"\*(?!\s*\))", bare) is not None
+        everything = re.search(r"(?<!count\()\*", re.sub(r"\(\s+", "(", bare.lower())) is not None
         for other in tables.values():
             if other.name.rpartition(".")[2].lower() not in words:
                 continue

@@ -42,6 +42,7 @@ class Llm:
         self.asked: list[dict[str, Any]] = []
         self.arrived: list[tuple[float, int]] = []
         self.billed = 0
+        self.usage: dict[str, Any] = {}                                # said instead of what was counted
         self.url = ""
         self.inflight = self.most = 0                                  # of those it answers; at once
         self.hung = threading.Event()
@@ -78,7 +79,7 @@ class Llm:
             "id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": body["model"] + "-2026-03-17",
             "choices": [{"index": 0, "finish_reason": "length" if cut else "stop", "message": message}],
             "usage": {"prompt_tokens": tokens_in, "completion_tokens": tokens_out,
-                      "total_tokens": tokens_in + tokens_out}}, headers=self.headers)
+                      "total_tokens": tokens_in + tokens_out, **self.usage}}, headers=self.headers)
 
     async def anthropic(self, request: Request) -> Response:
         body = json.loads(await request.body())

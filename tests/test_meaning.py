@@ -152,6 +152,7 @@ def test_pii_reaches_no_model_unless_it_is_allowed(shop):
     ("select q.* from public.questions q", True), ("SELECT EMAIL FROM Questions", True),
     ("select to_jsonb(q) as q from questions as q", True), ("table questions", True),
     ("select q.body from questions q where q.id = {id}", False), ("select count(*) from questions", False),
+    ("select count( * ) from questions", False), ("select json_agg(q.*) from questions q", True),
     ("select body from questions where body <> 'email'", False), ("select 1 as email", False)])
 def test_pii_in_context_from_sql_is_seen_where_the_column_is_named(shop, query, leaks):
     said = wired(shop, lambda _, into: FakeModel(into, prompt="{body} {more}", context={"more": sql(query)}))

@@ -7,6 +7,7 @@ import threading
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import asyncpg
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -349,10 +350,12 @@ async def test_psql_is_told_which_rule_is_wrong(db: Database, options: dict[str,
 
 
 async def test_an_expression_that_turns_out_to_be_none_is_disabled_and_says_why(clock: Clock) -> None:
-    await clock.run("select anton.schedule('never', '61 * * * *', 'select 1')")
+    with pytest.raises(asyncpg.PostgresError, match="minute is"):        # what cannot be read is refused at once
+        await clock.run("select anton.schedule('never', '61 * * * *', 'select 1')")
+    await clock.run("select anton.schedule('never', '0 0 31 2 *', 'select 1')")
     assert await clock.look() is None
     ((state, error),) = await clock.run("select state, error from anton.list_schedules()")
-    assert state == "disabled" and "minute" in error
+    assert state == "disabled" and "0 0 31 2 *" in error
 
 
 # Whatever happens

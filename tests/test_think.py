@@ -248,6 +248,17 @@ with declaring(App(name)) as app:
 """
 
 
+@pytest.mark.parametrize("odd", [12.5, -1, 10**30, True])
+def test_an_odd_count_of_tokens_is_not_known_and_charged_at_the_most(odd, live, llm):
+    declare(live, openai(llm, max_tokens=10, budget="1 USD/day"))
+    llm.usage = {"prompt_tokens": odd}
+    ask(live, "hi")
+    assert len(live.records("answers")) == 1 and not live.dead
+    state, cost, reserved = rows(live, "select state, cost, reserved from anton.call")[0]
+    held = rows(live, "select settled, reserved from anton.spent")
+    assert state == "done" and held == [(cost if odd is True else reserved, Decimal(0))]
+
+
 def test_a_call_in_flight_at_a_kill_is_unknown_and_what_was_answered_is_not_paid_again(live, llm):
     declare(live, openai(llm, max_tokens=10, budget="1 USD/day"))
     llm.script(*["answer"] * 3, "hang")
