@@ -26,9 +26,11 @@ from anton.price import Price
 TRIES = 3  # of one model, when it is busy or down
 SHORT = 30.0  # seconds of a Retry-After that a call waits itself; longer ones the handler waits
 PATIENCE = 60.0  # seconds that a record waits for others, a limit or money that is on hold
+MARGIN = 45.0  # seconds of a call's lease beyond its timeout: to be settled in while the database is away
 LONGEST = timedelta(minutes=30)  # that a handler waits before it looks whether a budget was raised
-_BETWEEN = (502, 504, 520, 524)  # of a gateway: the service behind it may have answered, and charge for it
-_OVERHEAD = 100  # tokens that a service adds to a question at most
+_BETWEEN = (408, 502, 504, 520, 524)  # of a gateway: the service behind it may have answered, and charge for it
+_OVERHEAD = 100  # tokens that a service adds to a question at most,
+_OF_TOOLS = 600  # and to one that is answered by calling a tool
 
 Mode = Literal["schema", "tool", "prompt"]
 
@@ -194,7 +196,8 @@ class Asker:
             await ledger.put("put_quota", quota, limit.unit, Decimal(limit.amount), limit.seconds)
         return {
             "hash": hash_of(*asked), "ttl": self.ttl, "quota": quota,
-            "tokens": most_in // 3 + (500 if out is None else out), "lease": question.timeout + MARGIN, "app": about.app, "handler": about.handler,
+            "tokens": most_in // 3 + (500 if out is None else out), "lease": question.timeout + MARGIN,
+            "app": about.app, "handler": about.handler,
             "key": about.key, "change_id": about.change_id, "trace": about.trace, "tenant": about.tenant,
             "provider": self.provider.service, "model": question.model, "prompt_version": about.prompt_version,
             "params": {**question.params, **({} if out is None else {"max_tokens": out})}, "budgets": ids,
@@ -283,7 +286,9 @@ def most_tokens(question: Question) -> int:
     """How many tokens a question has at most: a token is a byte at least."""
     texts = [text for message in question.messages for text in message.values()]
     size = sum(len(text.encode()) for text in texts) + 16 * len(question.messages) + _OVERHEAD
-    return size + (len(str(question.schema)) if question.schema is not None else 0)
+    if question.schema is None:
+        return size
+    return size + len(str(question.schema).encode()) + (_OF_TOOLS if question.mode == "tool" else 0)
 
 
 def with_mode(question: Question, mode: Mode) -> Question:
