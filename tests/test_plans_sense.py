@@ -31,7 +31,8 @@ insert into anton.load_reject (load_id, row_number, data, error)
 insert into anton.budget (app, scope, name, period, unit, amount)
   values ('app', 'handler', 'one', 'minute', 'usd', 1000), ('app', 'handler', 'two', 'hour', 'tokens', 1000000);
 insert into anton.spent (budget_id, period, settled)
-  select b.id, '2020-01-01'::timestamptz + g * interval '1 min', 1 from anton.budget b, generate_series(1, {depth} / 2) g;
+  select b.id, '2020-01-01'::timestamptz + g * interval '1 min', 1 from anton.budget b,
+         generate_series(1, {depth} / 2) g;
 insert into anton.call (at, app, handler, provider, model, input_hash, state, cost, budgets, periods)
   select anton.now() - ({depth} - g) * interval '1 min', 'app', 'one', 'p', 'm', md5(g::text), 'done', 0,
          array(select id from anton.budget order by id),
@@ -135,8 +136,8 @@ def deliveries(sensed: Sensed) -> None:
 
 def calls(sensed: Sensed) -> None:
     budgets = [id for (id,) in sensed.pg.sql("select id from anton.budget order by id")]
-    given = [{"n": n, "hash": f"{sensed.state} {n}", "ttl": 60, "quota": "q", "tokens": 9, "budgets": budgets, "app": "app",
-              "handler": "one", "provider": "p", "model": "m", "reserved": 0.01, "reserved_tokens": 9, "lease": 60}
+    given = [{"n": n, "hash": f"{sensed.state} {n}", "ttl": 60, "quota": "q", "tokens": 9, "budgets": budgets,
+              "app": "app", "handler": "one", "provider": "p", "model": "m", "reserved": 0.01, "reserved_tokens": 9, "lease": 60}
              for n in range(50)]
     begin = "select call_id from anton.begin_calls($1, 'w') where verdict = $2"
     begun = sensed.run(begin, args=(Jsonb(given), "send"))
