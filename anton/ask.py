@@ -26,7 +26,7 @@ from anton.price import Price
 TRIES = 3  # of one model, when it is busy or down
 SHORT = 30.0  # seconds of a Retry-After that a call waits itself; longer ones the handler waits
 PATIENCE = 60.0  # seconds that a record waits for others, a limit or money that is on hold
-MARGIN = 45.0  # seconds of a call's lease beyond its timeout: to be settled in while the database is away
+MARGIN = 15.0  # seconds of a call's lease beyond its timeout, to be settled in
 LONGEST = timedelta(minutes=30)  # that a handler waits before it looks whether a budget was raised
 _BETWEEN = (408, 502, 504, 520, 524)  # of a gateway: the service behind it may have answered, and charge for it
 _OVERHEAD = 100  # tokens that a service adds to a question at most,

@@ -137,8 +137,8 @@ def deliveries(sensed: Sensed) -> None:
 def calls(sensed: Sensed) -> None:
     budgets = [id for (id,) in sensed.pg.sql("select id from anton.budget order by id")]
     given = [{"n": n, "hash": f"{sensed.state} {n}", "ttl": 60, "quota": "q", "tokens": 9, "budgets": budgets,
-              "app": "app", "handler": "one", "provider": "p", "model": "m", "reserved": 0.01, "reserved_tokens": 9, "lease": 60}
-             for n in range(50)]
+              "app": "app", "handler": "one", "provider": "p", "model": "m", "reserved": 0.01, "reserved_tokens": 9,
+              "lease": 60} for n in range(50)]
     begin = "select call_id from anton.begin_calls($1, 'w') where verdict = $2"
     begun = sensed.run(begin, args=(Jsonb(given), "send"))
     assert len(begun) == 50 == len(sensed.run(begin, args=(Jsonb(given), "wait")))
