@@ -26,9 +26,11 @@ from anton.price import Price
 TRIES = 3  # of one model, when it is busy or down
 SHORT = 30.0  # seconds of a Retry-After that a call waits itself; longer ones the handler waits
 PATIENCE = 60.0  # seconds that a record waits for others, a limit or money that is on hold
+MARGIN = 15.0  # seconds of a call's lease beyond its timeout, to be settled in
 LONGEST = timedelta(minutes=30)  # that a handler waits before it looks whether a budget was raised
-_BETWEEN = (502, 504, 520, 524)  # of a gateway: the service behind it may have answered, and charge for it
-_OVERHEAD = 100  # tokens that a service adds to a question at most
+_BETWEEN = (408, 502, 504, 520, 524)  # of a gateway: the service behind it may have answered, and charge for it
+_OVERHEAD = 100  # tokens that a service adds to a question at most,
+_OF_TOOLS = 600  # and to one that is answered by calling a tool
 
 Mode = Literal["schema", "tool", "prompt"]
 
@@ -152,29 +154,29 @@ class Asker:
         """
         ledger = ledger_of(db)
         facts = await self._facts(ledger, question, about, price)
-        tries, ends = 0, time.monotonic() + (PATIENCE if last else 1.0)
-        while True:
-            begun = await self._begin(ledger, facts, ends)
-            if begun.verdict == "answer":
-                return Answer(Reply(**begun.answer), begun.call_id or 0, Decimal(0), True, facts["hash"])
-            try:
-                with asking(facts["hash"]):
+        begun = await self._begin(ledger, facts, last)
+        tries = 0
+        with asking(facts["hash"], last):
+            while True:
+                if begun.verdict == "answer":
+                    return Answer(Reply(**begun.answer), begun.call_id or 0, Decimal(0), True, facts["hash"])
+                try:
                     answer = await self._send(ledger, question, begun, facts, price)
-                if answer is not None:
-                    return answer
-            except SendError as error:
-                if error.kind == "mode":
-                    raise
-                if error.kind == "refused":
-                    raise ModelRefused(self.provider.service, question.model, error.message) from error
-                tries += 1
-                wait = error.after if error.after is not None else 0.25 * 2 ** tries * random.uniform(0.75, 1.25)
-                if error.kind == "wrong" or tries >= TRIES or wait > (SHORT if last else 1.0):
-                    world = WorldError(f"{self.provider.service} ({question.model}): {error.message}")
-                    world.after = None if error.after is None else timedelta(seconds=error.after)
-                    raise world from error
-                await asyncio.sleep(wait)
-                ends = time.monotonic() + (PATIENCE if last else 1.0)
+                    if answer is not None:
+                        return answer
+                except SendError as error:
+                    if error.kind == "mode":
+                        raise
+                    if error.kind == "refused":
+                        raise ModelRefused(self.provider.service, question.model, error.message) from error
+                    tries += 1
+                    wait = error.after if error.after is not None else 0.25 * 2 ** tries * random.uniform(0.75, 1.25)
+                    if error.kind == "wrong" or tries >= TRIES or wait > (SHORT if last else 1.0):
+                        world = WorldError(f"{self.provider.service} ({question.model}): {error.message}")
+                        world.after = None if error.after is None else timedelta(seconds=error.after)
+                        raise world from error
+                    await asyncio.sleep(wait)
+                begun = await self._begin(ledger, facts, last, first=False)
 
     async def forget(self, db: Database, answers: Sequence[Answer]) -> None:
         """These answers are of no use: the same question is asked again."""
@@ -194,7 +196,8 @@ class Asker:
             await ledger.put("put_quota", quota, limit.unit, Decimal(limit.amount), limit.seconds)
         return {
             "hash": hash_of(*asked), "ttl": self.ttl, "quota": quota,
-            "tokens": most_in // 3 + (500 if out is None else out), "app": about.app, "handler": about.handler,
+            "tokens": most_in // 3 + (500 if out is None else out), "lease": question.timeout + MARGIN,
+            "app": about.app, "handler": about.handler,
             "key": about.key, "change_id": about.change_id, "trace": about.trace, "tenant": about.tenant,
             "provider": self.provider.service, "model": question.model, "prompt_version": about.prompt_version,
             "params": {**question.params, **({} if out is None else {"max_tokens": out})}, "budgets": ids,
@@ -203,10 +206,11 @@ class Asker:
             "price_version": None if price is None else price.version,
         }
 
-    async def _begin(self, ledger: Ledger, facts: Mapping[str, Any], ends: float) -> Begun:
-        """Until it is answered, or may be sent."""
+    async def _begin(self, ledger: Ledger, facts: Mapping[str, Any], last: bool, *, first: bool = True) -> Begun:
+        """Until it is answered, or may be sent. first: this process may be asking the same."""
+        ends = time.monotonic() + (PATIENCE if last else 1.0)
         while True:
-            if await wait_for_other(facts["hash"], PATIENCE):
+            if first and await wait_for_other(facts["hash"], PATIENCE, last):
                 ends = max(ends, time.monotonic() + 1)
             begun = await ledger.begin(facts)
             if begun.verdict in ("answer", "send"):
@@ -282,7 +286,9 @@ def most_tokens(question: Question) -> int:
     """How many tokens a question has at most: a token is a byte at least."""
     texts = [text for message in question.messages for text in message.values()]
     size = sum(len(text.encode()) for text in texts) + 16 * len(question.messages) + _OVERHEAD
-    return size + (len(str(question.schema)) if question.schema is not None else 0)
+    if question.schema is None:
+        return size
+    return size + len(str(question.schema).encode()) + (_OF_TOOLS if question.mode == "tool" else 0)
 
 
 def with_mode(question: Question, mode: Mode) -> Question:

@@ -26,6 +26,7 @@ from anton.errors import (
     UnknownTable,
     did_you_mean,
 )
+from anton.secret import hush_clients
 from anton.share import version
 from anton.verbs import FOUND, USAGE, emit
 
@@ -216,7 +217,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
     args = parse(argv)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s  %(message)s", level=logging.INFO)
-    logging.getLogger("httpx").setLevel(logging.WARNING)               # it logs URLs, and a query may hold a secret
+    hush_clients()
     try:
         return int(args.verb(args))
     except AntonError as error:

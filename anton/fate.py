@@ -33,7 +33,8 @@ _GONE = (OSError, asyncpg.PostgresConnectionError, asyncpg.AdminShutdownError, a
 _NO_FIT = {"42501", "42P01", "42703", "42883", "42704", "42804", "42809", "42P10", "428C9", "3F000", "55000", "25006"}
 _NETWORK = {errno.ENETDOWN, errno.ENETUNREACH, errno.ENETRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ETIMEDOUT,
             errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED, errno.EPIPE}
-_CLIENTS = {"httpx": {"TransportError"}, "httpcore": {"NetworkError", "TimeoutException", "ProtocolError"},
+_CORE = {"NetworkError", "TimeoutException", "ProtocolError"}
+_CLIENTS = {"httpx": {"TransportError"}, "httpx2": {"TransportError"}, "httpcore": _CORE, "httpcore2": _CORE,
             "requests": {"ConnectionError", "Timeout", "ChunkedEncodingError"}, "aiohttp": {"ClientConnectionError"},
             "openai": {"APIConnectionError"}, "anthropic": {"APIConnectionError"}, "grpc": {"UnavailableError"}}
 

@@ -3,15 +3,15 @@
     begun = await ledger_of(db).begin(facts)           # send | answer | wait | later | refused, see sql/80_call.sql
     await ledger.end({"id": begun.call_id, "state": "done", …})
 
-Many calls share a statement: what is asked for while one runs goes with the next. What is open is kept alive; what a
-process leaves behind turns unknown, and is charged at what it can have cost at most.
+Many calls share a statement: what is asked for while one runs goes with the next. A call's lease is longer than its
+timeout, so that nothing has to renew it; what a process leaves behind turns unknown after it, and is charged at what it
+can have cost at most.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextvars
-import logging
 import math
 import os
 import re
@@ -27,10 +27,7 @@ import asyncpg
 from anton.db import Database, is_away
 from anton.errors import BadOption
 
-log = logging.getLogger("anton.think")
-
 MOST = 200  # calls of one statement
-RENEW = 5.0  # seconds; a call's lease is three times that
 TRIES = 60  # of an end, one a half second: an answer that was paid for is not given up when the database restarts
 
 Scope = Literal["handler", "table", "app"]
@@ -99,8 +96,6 @@ class Ledger:
         self._worker = f"{socket.gethostname()}:{os.getpid()}"
         self._begins = _Batches(self._begin)
         self._ends = _Batches(self._end)
-        self._open: set[int] = set()
-        self._renewing: asyncio.Task[None] | None = None
         self._known: dict[Any, int] = {}
 
     async def begin(self, facts: Mapping[str, Any]) -> Begun:
@@ -157,10 +152,8 @@ class Ledger:
             begun = Begun(row["verdict"], row["call_id"], row["wait"], row["answer"], row["reason"], second + wait,
                           math.inf if slack is None else first + wait + slack)
             future = calls[row["n"]][1]
-            if begun.verdict == "send" and begun.call_id is not None:
-                self._hold(begun.call_id)
-                if future.cancelled():
-                    self._give_back(begun)
+            if future.cancelled():
+                self._give_back(begun)
             if not future.done():
                 future.set_result(begun)
 
@@ -170,13 +163,7 @@ class Ledger:
             self.end_later({"id": begun.call_id, "state": "unsent"})
 
     async def _end(self, calls: Sequence[tuple[Any, asyncio.Future[Any]]]) -> None:
-        try:
-            await self._end_all([given for given, _ in calls])
-        finally:
-            self._open -= {given["id"] for given, _ in calls}
-            if not self._open and self._renewing is not None:
-                self._renewing.cancel()
-                self._renewing = None
+        await self._end_all([given for given, _ in calls])
         for _, future in calls:
             if not future.done():
                 future.set_result(None)
@@ -191,20 +178,6 @@ class Ledger:
                 if not left or not (is_away(error) or isinstance(error, asyncpg.TransactionRollbackError)):
                     raise
                 await asyncio.sleep(0.5)
-
-    def _hold(self, id: int) -> None:
-        self._open.add(id)
-        if self._renewing is None:
-            self._renewing = asyncio.create_task(self._renew(), context=contextvars.Context())
-
-    async def _renew(self) -> None:
-        while True:
-            await asyncio.sleep(RENEW)
-            try:
-                async with self.db.conn() as conn:
-                    await self.db.call(conn, "renew_calls", list(self._open))
-            except Exception as error:                                 # next time; until then the lease lasts
-                log.warning("calls in flight were not renewed: %s", error)
 
 
 def storable(value: Any) -> Any:

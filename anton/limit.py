@@ -25,7 +25,8 @@ LONGEST = 86400.0  # seconds of a Retry-After that is believed
 _SECONDS = {"s": 1.0, "sec": 1.0, "second": 1.0, "min": 60.0, "m": 60.0, "minute": 60.0, "h": 3600.0, "hour": 3600.0,
             "d": 86400.0, "day": 86400.0}
 _STATED = re.compile(r"\s*(\d[\d_]*)\s*(requests?|tokens?)\s*(?:/|per|a)\s*(\d+)?\s*([a-z]+)\s*")
-# OpenAI and what speaks its protocol; Anthropic; both name a minute's amount.
+_RESET = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
+# OpenAI and what speaks its protocol; Anthropic, whose windows are minutes.
 _NAMES: dict[str, Unit] = {"x-ratelimit-limit-requests": "requests", "x-ratelimit-limit-tokens": "tokens",
                            "anthropic-ratelimit-requests-limit": "requests",
                            "anthropic-ratelimit-tokens-limit": "tokens"}
@@ -62,9 +63,22 @@ def limits_of(text: str | None, of: str) -> tuple[Limit, ...]:
 
 
 def learnt(headers: Mapping[str, str]) -> tuple[Limit, ...]:
-    """The limits that an answer's headers name."""
+    """The limits that an answer's headers name. They are a minute's, but for some services that count days: those are
+    left to 429 and Retry-After, as a day's amount may be used up in a minute."""
     return tuple(Limit(unit, int(headers[name])) for name, unit in _NAMES.items()
-                 if str(headers.get(name, "")).isdigit() and int(headers[name]) > 0)
+                 if str(headers.get(name, "")).isdigit() and int(headers[name]) > 0 and not _of_a_day(headers, name))
+
+
+def _of_a_day(headers: Mapping[str, str], name: str) -> bool:
+    """Whether all of it takes more than ten minutes to come back, by what is missing and how long that takes."""
+    remaining = headers.get(name.replace("-limit-", "-remaining-"), "")
+    reset = headers.get(name.replace("-limit-", "-reset-"), "")
+    parts = _RESET.findall(reset)
+    if not remaining.isdigit() or not parts or "".join(map("".join, parts)) != reset:
+        return False
+    seconds = sum(float(n) * (0.001 if unit == "ms" else _SECONDS[unit]) for n, unit in parts)
+    limit = int(headers[name])
+    return seconds * limit > 600 * max(limit - int(remaining), 1)
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import logging
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -17,6 +18,12 @@ from dataclasses import dataclass
 from anton.errors import BadOption, did_you_mean
 
 _PLACEHOLDER = re.compile(r"[xX]{3,}|\*{3,}|<[^<>]*>|")
+
+
+def hush_clients() -> None:
+    """HTTP clients log the URL of each request, and its query or user may hold a secret: they only warn."""
+    for name in ("httpx", "httpx2"):
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 @dataclass(frozen=True, repr=False)

@@ -35,6 +35,7 @@ from anton.app import App, load_app, while_loading
 from anton.component import check_credentials
 from anton.db import Database, set_database
 from anton.errors import AntonError
+from anton.secret import hush_clients
 
 log = logging.getLogger("anton.serve")
 
@@ -95,6 +96,7 @@ def child() -> ASGIApp:
     """The app in a process of a parent's, which tells it by the environment what to load."""
     told = json.loads(os.environ[_TOLD])
     logging.basicConfig(format=LOG, level=logging.INFO)
+    hush_clients()
     web.own_lines()
     _end_with_parent()
     set_database(Database(told["url"], told["schema"], told["pooled"], source=told["source"]))

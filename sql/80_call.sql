@@ -40,7 +40,7 @@ $$;
 --   refused  a budget is used up; reason, and `wait` seconds until its next period (null: never)
 -- A service is sent at most 95 % of what it lets through, spaced evenly: what arrives up to `slack` seconds late (null: whenever) is no violation.
 -- What cannot be sent in time is given up (end_calls, state unsent). The last row, verdict clock, says when all this was reckoned: `wait` seconds
--- after the call came, `slack` seconds before its end.
+-- after the call came, `slack` seconds before its end. lease: seconds after which a call counts as left by who asked.
 create or replace function begin_calls(p_calls jsonb, p_worker text)
 returns table (n int, verdict text, call_id bigint, wait double precision, slack double precision, answer jsonb, reason text)
 language plpgsql volatile set search_path from current as $$
@@ -62,7 +62,7 @@ begin
     select * from jsonb_to_recordset(p_calls) x (
       n int, hash text, ttl double precision, quota text, tokens bigint, reserved numeric, reserved_tokens bigint, budgets int[], app text,
       handler text, key jsonb, change_id bigint, trace bigint, tenant text, provider text, model text, prompt_version text, params jsonb,
-      price_version text)
+      price_version text, lease double precision)
      order by x.hash, x.n
   loop
     n := c.n; verdict := 'send'; call_id := null; wait := 0; slack := null; answer := null; reason := null;
@@ -108,7 +108,7 @@ begin
     insert into call (at, app, handler, key, change_id, trace, tenant, provider, model, input_hash, prompt_version, params, reserved, reserved_tokens,
                       price_version, budgets, periods, worker, lease_until)
     values (v_now, c.app, c.handler, c.key, c.change_id, c.trace, c.tenant, c.provider, c.model, c.hash, c.prompt_version, coalesce(c.params, '{}'),
-            c.reserved, c.reserved_tokens, c.price_version, c.budgets, v_periods, p_worker, v_now + interval '15 seconds')
+            c.reserved, c.reserved_tokens, c.price_version, c.budgets, v_periods, p_worker, v_now + make_interval(secs => coalesce(c.lease, 15)))
     returning id into call_id;
     if v_known is null then
       insert into memo (hash, call_id, at) values (c.hash, begin_calls.call_id, v_now) on conflict do nothing;
@@ -201,11 +201,7 @@ begin
   end loop;
 end $$;
 
--- renew_calls(ids): they are still being asked
-create or replace function renew_calls(p_ids bigint[]) returns void language sql volatile set search_path from current as $$
-  update call set lease_until = now() + interval '15 seconds'
-   where id in (select id from call where id = any (p_ids) and state = 'asking' order by id for update skip locked)
-$$;
+drop function if exists renew_calls(bigint[]);
 
 -- lapse_calls() -> how many calls were left by who made them: nobody knows what came of them, and they are charged at what they can cost at most
 create or replace function lapse_calls() returns bigint language plpgsql volatile set search_path from current as $$
@@ -238,14 +234,14 @@ end $$;
 
 -- forget_memos(hashes): answers that turned out to be of no use
 create or replace function forget_memos(p_hashes text[]) returns void language sql volatile set search_path from current as $$
-  delete from memo where hash = any (p_hashes) and answer is not null
+  delete from memo where hash in (select hash from memo where hash = any (p_hashes) and answer is not null order by hash for update)
 $$;
 
 -- forget_answers(now, days) -> how many memos that expired, and answers of days that are not kept, were forgotten; at most 10,000 of each at a time
 create or replace function forget_answers(p_now timestamptz, p_keep int) returns bigint language plpgsql volatile set search_path from current as $$
 declare v_n bigint; v_more bigint;
 begin
-  delete from memo where ctid in (select ctid from memo where expires_at < p_now order by expires_at limit 10000);
+  delete from memo where hash in (select hash from memo where expires_at < p_now order by expires_at limit 10000 for update skip locked);
   get diagnostics v_n = row_count;
   delete from answer where ctid in (select ctid from answer where at < p_now - make_interval(days => p_keep) order by at limit 10000);
   get diagnostics v_more = row_count;

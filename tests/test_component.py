@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from working import met
 
 from anton import Table, action, env
 from anton.app import App, declaring
@@ -28,6 +29,7 @@ class Peer:
         self.got: list[dict[str, Any]] = []
         self.lose = False                                              # answers
         self.answers: list[tuple[int, Any]] = []
+        self.plain = 0                                                 # so many at once are told: no temperature
         self.url = ""
 
     async def completions(self, request: Request) -> Response:
@@ -38,6 +40,9 @@ class Peer:
             return JSONResponse({"error": {"message": "Incorrect API key provided", "code": "invalid_api_key"}}, 401)
         if not isinstance(body.get("model"), str) or not body.get("messages") or "role" not in body["messages"][0]:
             return JSONResponse({"error": {"message": "wrong request"}}, 400)
+        if self.plain and "temperature" in body:
+            await met(lambda: len(self.got) >= self.plain)
+            return JSONResponse({"error": {"message": "Unsupported value", "param": "temperature"}}, 400)
         if self.answers:
             status, answer = self.answers.pop(0)
             return JSONResponse(answer, status)
@@ -109,11 +114,21 @@ def test_a_completion_is_asked_for_and_written(live, peer):
         "cost": None}
 
 
-def test_a_model_that_knows_no_temperature_is_asked_without(live, peer):
+def test_a_model_that_knows_no_temperature_is_asked_without_and_it_is_said_once(live, peer, caplog):
     declare(live, lambda to: OpenAiCompletion(to, api_key="sk-good", temperature=0.8, base_url=f"{peer.url}/v1"))
     peer.answers = [(400, {"error": {"message": "Unsupported value", "param": "temperature"}})]
     ask(live, prompt="hi")
     assert ["temperature" in body for body in peer.got] == [True, False] and len(live.records("answers")) == 1
+    ask(live, prompt="ho")
+    assert caplog.text.count("temperature=0.8 is left out") == 1
+
+
+def test_requests_that_are_under_way_when_a_model_is_found_to_know_no_temperature_are_asked_again(live, peer):
+    declare(live, lambda to: OpenAiCompletion(to, api_key="sk-good", temperature=0.8, base_url=f"{peer.url}/v1"))
+    peer.plain = 3
+    live.tables["asked"].extend([{"prompt": f"q{n}"} for n in range(3)])
+    live.run()
+    assert len(live.records("answers")) == 3 and not live.dead
 
 
 @pytest.mark.parametrize("status", [401, 429, 500])

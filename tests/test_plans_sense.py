@@ -1,4 +1,4 @@
-"""Plans: how schedules, polls, files, loads and deliveries read what has piled up, 60,000 rows deep."""
+"""Plans: how schedules, polls, files, loads, deliveries and calls of models read what has piled up, 60,000 deep."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from collections.abc import Iterator
 
 import pytest
 from pg import Pg
+from psycopg.types.json import Jsonb
 from servers import Server
 from test_plans import Watched
 
-DEEP = ("tick", "poll_key", "delivery", "quarantine", "load", "load_reject", "lots")
+DEEP = ("tick", "poll_key", "delivery", "quarantine", "load", "load_reject", "lots", "call", "memo", "answer", "spent")
 DEPTH = 60_000
 FILL = """
 insert into anton.tick (schedule_id, planned_at, state, fired_at, change_id)
@@ -27,6 +28,19 @@ insert into anton.load (app, storage, path, version, table_name, state, started_
   select 'app', 'disk', 'lots/' || g, 'v', 'public.orders', 'done', anton.now() from generate_series(1, {depth}) g;
 insert into anton.load_reject (load_id, row_number, data, error)
   select id, 1, 'x', 'x' from anton.load where id % 3 = 0;
+insert into anton.budget (app, scope, name, period, unit, amount)
+  values ('app', 'handler', 'one', 'minute', 'usd', 1000), ('app', 'handler', 'two', 'hour', 'tokens', 1000000);
+insert into anton.spent (budget_id, period, settled)
+  select b.id, '2020-01-01'::timestamptz + g * interval '1 min', 1 from anton.budget b,
+         generate_series(1, {depth} / 2) g;
+insert into anton.call (at, app, handler, provider, model, input_hash, state, cost, budgets, periods)
+  select anton.now() - ({depth} - g) * interval '1 min', 'app', 'one', 'p', 'm', md5(g::text), 'done', 0,
+         array(select id from anton.budget order by id),
+         array_fill('2020-01-01'::timestamptz + g / 2 * interval '1 min', array[2])
+    from generate_series(1, {depth}) g;
+insert into anton.memo (hash, call_id, answer, at, expires_at)
+  select input_hash, id, '{{"text": "x", "model": "m"}}', at, at + interval '30 days' from anton.call;
+insert into anton.answer (call_id, key, memo, at) select id, '[1]', false, at from anton.call;
 insert into lots (path, size, etag, modified)
   select 'lots/' || g, 1, 'v', '2026-01-01' from generate_series(1, {depth}) g;
 """
@@ -120,7 +134,29 @@ def deliveries(sensed: Sensed) -> None:
     sensed.run("select anton.forget_deliveries(anton.now())")
 
 
-@pytest.mark.parametrize("check", [schedules, polls, scans, loads, deliveries])
+def calls(sensed: Sensed) -> None:
+    budgets = [id for (id,) in sensed.pg.sql("select id from anton.budget order by id")]
+    given = [{"n": n, "hash": f"{sensed.state} {n}", "ttl": 60, "quota": "q", "tokens": 9, "budgets": budgets,
+              "app": "app", "handler": "one", "provider": "p", "model": "m", "reserved": 0.01, "reserved_tokens": 9,
+              "lease": 60} for n in range(50)]
+    begin = "select call_id from anton.begin_calls($1, 'w') where verdict = $2"
+    begun = sensed.run(begin, args=(Jsonb(given), "send"))
+    assert len(begun) == 50 == len(sensed.run(begin, args=(Jsonb(given), "wait")))
+    sensed.run("select anton.lapse_calls()")
+    ended = [{"id": id, "state": "done" if id % 2 else "unknown", "quota": "q", "over": 3, "ttl": 60, "limits": [],
+              "answer": {"text": "x"}, "tokens_in": 1, "tokens_out": 1, "cost": 0.01} for (id,) in begun]
+    sensed.run("select anton.end_calls($1)", args=(Jsonb(ended),))
+    sensed.run("select anton.settle_call($1, 0)", args=(next(id for (id,) in begun if not id % 2),))
+    sensed.run("select anton.forget_memos(array(select md5(g::text) from generate_series(1, 100) g))")
+    sensed.run("select anton.forget_answers(anton.now(), 40)")
+    sensed.run("select * from anton.list_costs(1)")
+    sensed.run("select * from anton.list_budgets()")
+    sensed.run("select * from anton.list_calls('unknown', 20)")
+    sensed.run("select anton.show_call(7)")
+    sensed.run("select * from anton.thoughts(array[7::bigint, 8])")
+
+
+@pytest.mark.parametrize("check", [schedules, polls, scans, loads, deliveries, calls])
 def test_what_has_piled_up_is_not_read_from_end_to_end(sensed: Sensed, check: object) -> None:
     assert callable(check)
     for state in ("fresh", "analyzed"):

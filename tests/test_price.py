@@ -102,6 +102,16 @@ def test_limits_are_learnt_from_headers():
     assert learnt({"anthropic-ratelimit-tokens-limit": "80000"}) == (Limit("tokens", 80000),)
 
 
+@pytest.mark.parametrize("limit, remaining, reset, known", [
+    ("10000", "9999", "8.64s", False), ("14400", "14370", "2m59.56s", False), ("200", "0", "24h0m0s", False),
+    ("500", "499", "120ms", True), ("500", "0", "1m0s", True), ("500", "500", "0s", True), ("500", "499", "soon", True),
+    ("500", "", "8.64s", True)])
+def test_what_a_service_counts_by_the_day_is_no_limit_of_a_minute(limit, remaining, reset, known):
+    headers = {"x-ratelimit-limit-requests": limit, "x-ratelimit-remaining-requests": remaining,
+               "x-ratelimit-reset-requests": reset}
+    assert learnt(headers) == ((Limit("requests", int(limit)),) if known else ())
+
+
 def test_retry_after_is_seconds_or_a_date_and_nothing_else():
     assert retry_after({"retry-after": "2"}) == 2.0 and retry_after({"retry-after-ms": "250"}) == 0.25
     assert retry_after({"retry-after": "999999999"}) == 86400.0

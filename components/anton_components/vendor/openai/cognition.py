@@ -9,6 +9,7 @@ that speaks the same protocol: vLLM, llama.cpp, Ollama.
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,8 @@ from anton.table import Table
 MODEL = "gpt-5.4-mini"
 HOME = "https://api.openai.com/v1"
 _MODES = ("response_format", "json_schema", "tool_choice", "tools", "grammar")
+
+log = logging.getLogger("anton.think")
 
 
 class OpenAiCompletion(Completion):
@@ -57,14 +60,18 @@ class OpenAiCompletion(Completion):
         openai = package(self.name)
         client = await self._clients.get(self.credential() or "")
         while True:
+            body = self._body(question)
             with answering(self.name, question.timeout, question):
                 try:
-                    raw = await client.chat.completions.with_raw_response.create(**self._body(question))
+                    raw = await client.chat.completions.with_raw_response.create(**body)
                     return _reply(raw.headers, raw.parse(), question)
                 except openai.BadRequestError as error:
-                    if error.param != "temperature" or "temperature" not in self._params(question):
+                    if error.param != "temperature" or "temperature" not in body:
                         raise
-                    self._plain.add(question.model)
+            if question.model not in self._plain:
+                self._plain.add(question.model)
+                log.warning("%s: %s takes no temperature but its own: temperature=%s is left out", self.name,
+                            question.model, body["temperature"])
 
     def _params(self, question: Question) -> dict[str, Any]:
         return {name: value for name, value in question.params.items()
