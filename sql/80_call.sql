@@ -238,12 +238,13 @@ create or replace function forget_memos(p_hashes text[]) returns void language s
 $$;
 
 -- forget_answers(now, days) -> how many memos that expired, and answers of days that are not kept, were forgotten; at most 10,000 of each at a time
-create or replace function forget_answers(p_now timestamptz, p_keep int) returns bigint language plpgsql volatile set search_path from current as $$
+create or replace function forget_answers(p_now timestamptz, p_keep int) returns bigint language plpgsql volatile set search_path from current
+set enable_seqscan = off as $$
 declare v_n bigint; v_more bigint;
 begin
-  delete from memo where hash in (select hash from memo where expires_at < p_now order by expires_at limit 10000 for update skip locked);
+  delete from memo where ctid = any (array(select ctid from memo where expires_at < p_now order by expires_at limit 10000 for update skip locked));
   get diagnostics v_n = row_count;
-  delete from answer where ctid in (select ctid from answer where at < p_now - make_interval(days => p_keep) order by at limit 10000);
+  delete from answer where ctid = any (array(select ctid from answer where at < p_now - make_interval(days => p_keep) order by at limit 10000));
   get diagnostics v_more = row_count;
   return v_n + v_more;
 end $$;
@@ -255,24 +256,24 @@ end $$;
 create or replace function list_costs(p_days int) returns table (
   day date, app text, handler text, model text, calls bigint, failed bigint, unknown bigint, unpriced bigint, memo bigint, tokens_in numeric,
   tokens_cached numeric, tokens_out numeric, cost numeric)
-language sql volatile set search_path from current as $$
+language sql volatile set search_path from current set enable_seqscan = off as $$
   select lapse_calls();
   select (c.at at time zone 'UTC')::date, c.app, c.handler, c.model, count(*), count(*) filter (where c.state = 'failed'), count(*) filter (where c.state = 'unknown'),
          count(*) filter (where (c.state = 'done' and c.cost is null) or (c.state = 'unknown' and c.reserved is null)),
          coalesce(sum((select count(*) from answer a where a.call_id = c.id and a.memo)), 0)::bigint,
          sum(c.tokens_in), sum(c.tokens_cached), sum(c.tokens_out),
          coalesce(sum(case c.state when 'unknown' then c.reserved else c.cost end), case when bool_and(c.state = 'failed') then 0 end)
-    from call c where c.at > now() - make_interval(days => p_days) group by 1, 2, 3, 4 order by 1 desc, 2, 3, 4
+    from call c where c.at > (select now()) - make_interval(days => p_days) group by 1, 2, 3, 4 order by 1 desc, 2, 3, 4
 $$;
 
 -- list_budgets() -> each budget and what is spent of it in its period of now
 create or replace function list_budgets() returns table (
   app text, scope text, name text, amount numeric, unit text, period text, settled numeric, reserved numeric, share numeric, ends_at timestamptz)
-language sql volatile set search_path from current as $$
+language sql volatile set search_path from current set enable_seqscan = off as $$
   select lapse_calls();
   select b.app, b.scope, b.name, b.amount, b.unit, b.period, coalesce(s.settled, 0), coalesce(s.reserved, 0),
          round((coalesce(s.settled, 0) + coalesce(s.reserved, 0)) / nullif(b.amount, 0), 3), period_end(b.period, now())
-    from budget b left join spent s on s.budget_id = b.id and s.period = period_start(b.period, now()) order by 1, 2, 3, 6
+    from budget b left join spent s on s.budget_id = b.id and s.period = period_start(b.period, (select now())) order by 1, 2, 3, 6
 $$;
 
 -- list_calls(state, limit) -> calls, the newest first

@@ -518,7 +518,7 @@ def anthropic(llm: Llm, **options: Any) -> Callable[[Any], AnthropicCompletion]:
 def test_anthropic_is_asked_in_its_own_words(takes, live, llm):
     llm.takes = takes
     llm.answer = lambda prompt: '{"kind": "bug", "urgent": false}'
-    declare(live, anthropic(llm, output=Triage, system="Be brief, always.", budget="1 USD/day", max_tokens=50))
+    declare(live, anthropic(llm, output=Triage, system="Be brief, always.", budget="9 USD/day", max_tokens=50))
     ask(live, "it crashes")
     (answer,) = live.records("answers")
     assert (answer["kind"], answer["model"], answer["usage"]) == ("bug", "c-20260101", {"input": 5, "output": 4})
