@@ -35,19 +35,22 @@ async def work_suspects(settler: Settler, lease: timedelta, lanes: Mapping[int, 
         async with free:
             await run(batch)
 
-    async def next_jobs() -> list[Job]:
-        """A handler that is done with its suspects waits for no other one, unless the next ones are to run apart."""
+    async def next_jobs() -> tuple[list[Job], bool]:
+        """What may run beside what runs, or, when nothing runs, what is to run apart; whether it is the latter."""
         async with db.conn() as conn:
-            others = [id for id in lanes if id not in busy]
-            jobs = await queue.reclaim_together(db, conn, settler.worker, lease, others, beside=bool(busy))
-            if not jobs and not busy:                                  # or those there are cannot be had
+            reclaim = partial(queue.reclaim_together, db, conn, settler.worker, lease)
+            jobs = await reclaim([id for id in lanes if id not in busy], beside=True)
+            if jobs or busy:
+                return jobs, False
+            jobs = await reclaim(list(lanes))
+            if not jobs:                                               # or those there are cannot be had
                 await queue.thaw(db, conn, lease)
-        return jobs
+        return jobs, True
 
-    busy: dict[int, asyncio.Task[None]] = {}
+    busy: dict[int, asyncio.Task[None]] = {}                           # a handler that is done waits for no other
     try:
         while alive():
-            jobs = await next_jobs()
+            jobs, apart = await next_jobs()
             if not jobs:
                 if not busy:
                     break
@@ -62,14 +65,17 @@ async def work_suspects(settler: Settler, lease: timedelta, lanes: Mapping[int, 
                 by_lane = dict[int, list[Job]]()
                 for job in jobs:
                     by_lane.setdefault(job.handler_id, []).append(job)
-                for id, some in by_lane.items():
-                    busy[id] = asyncio.create_task(work(lanes[id], some))
-                if len(jobs) == 1:                                     # alone: nothing beside it
+                busy |= {id: asyncio.create_task(work(lanes[id], some)) for id, some in by_lane.items()}
+                if apart:
                     await asyncio.wait(busy.values())
             for id in [id for id, task in busy.items() if task.done()]:
                 await busy.pop(id)
-    finally:
         await asyncio.gather(*busy.values())
+    except BaseException:
+        for task in busy.values():
+            task.cancel()
+        await asyncio.gather(*busy.values(), return_exceptions=True)
+        raise
     return done
 
 

@@ -242,8 +242,10 @@ begin
 end $$;
 
 -- close_ticks(): firings whose job is settled are done, or failed with the error of their dead letter; what waited for them starts
+-- Waits a second at most for who does the same: whom it skipped would wait for the next look, which may be an hour away. Who holds them longer
+-- (an open transaction in psql) keeps no schedule from firing.
 create or replace function close_ticks() returns void language plpgsql volatile set search_path from current
-set enable_seqscan = off set jit = off as $$
+set enable_seqscan = off set jit = off set lock_timeout = '1s' as $$
 declare v_id int;
 begin
   with mine as materialized (
@@ -262,12 +264,14 @@ begin
     from settled x where (t.schedule_id, t.planned_at) = (x.schedule_id, x.planned_at);
   for v_id in select id from schedule c where exists (select from tick where schedule_id = c.id and state = 'waiting')
                and not exists (select from tick where schedule_id = c.id and state = 'planned')
-            order by id for update loop                    -- skipped, it would wait for a look that may be an hour away
+            order by id for update loop
     if not exists (select from tick where schedule_id = v_id and state = 'planned') then
       perform start_tick(v_id, min(planned_at)) from tick where schedule_id = v_id and state = 'waiting' having count(*) > 0;
       perform ring();
     end if;
   end loop;
+exception when lock_not_available or deadlock_detected then
+  null;                                                    -- the next look closes them
 end $$;
 
 -- tick() -> how many fired

@@ -231,6 +231,18 @@ async def test_who_closes_a_firing_starts_the_next_though_another_looks_meanwhil
     assert await clock.jobs() == ["12:00"]
 
 
+async def test_who_keeps_a_firing_locked_keeps_no_schedule_from_firing(clock: Clock) -> None:
+    await (await clock.at("10:30")).put()
+    await clock.at("11:00")
+    await clock.look()
+    await clock.begin()
+    async with clock.db.tx() as other:
+        await other.execute("select anton.tick()")                     # and stays open, as in psql
+        await clock.at("12:00")
+        await clock.look()
+        assert await clock.ticks() == {"11:00": "planned", "12:00": "waiting"}
+
+
 async def test_a_firing_that_waited_begins_as_soon_as_the_one_before_is_done(db: Database) -> None:
     free, ran, most = threading.Event(), [], [0]
 
