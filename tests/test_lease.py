@@ -437,6 +437,61 @@ async def test_a_lazy_claim_leaves_no_other_transaction_without_the_disk(db: Dat
             assert await conn.fetchval("show synchronous_commit") == "on"
 
 
+async def two_handlers(db: Database, slow: Any, quick: Any, jobs: int, records: int) -> Bench:
+    """Both have so many jobs whose worker died."""
+    def declare() -> None:
+        Table("a").on_new_records(slow, name="slow")
+        Table("c").on_new_records(quick, name="quick")
+
+    bench = await Bench.make(db, declare)
+    handlers = await bench.column("select id from anton.handler order by name desc")
+    for table in ("a", "c"):
+        for _ in range(jobs):
+            await bench.add(table, ({"n": n} for n in range(records)))
+    async with db.conn() as conn:
+        await queue.claim(db, conn, 1, timedelta(minutes=1), handlers, [9, 9], [999, 999], [0, 0])
+    await bench.sql("update anton.lease set lease_until = '-infinity'")
+    return bench
+
+
+async def test_suspects_of_a_quick_handler_wait_for_no_slow_one(db: Database):
+    go, done = asyncio.Event(), 0
+
+    async def slow(records: Records) -> None:
+        await go.wait()
+
+    async def quick(records: Records) -> None:
+        nonlocal done
+        done += len(records)
+
+    bench = await two_handlers(db, slow, quick, jobs=4, records=50)    # two groups of a hundred records each
+    suspects = asyncio.create_task(bench.worker().run_suspects())
+    await met(lambda: done == 200)
+    go.set()
+    assert await asyncio.wait_for(suspects, 20) == 400 and await bench.left() == {}
+
+
+async def test_suspects_that_died_in_a_group_have_the_process_to_themselves(db: Database):
+    inside: set[str] = set()
+    beside: list[set[str]] = []
+
+    def handler(name: str) -> Any:
+        async def handle(records: Records) -> None:
+            inside.add(name)
+            for _ in range(20):                                        # longer than it takes to claim the next ones
+                await bench.value("select 1")
+                beside.append(set(inside))
+            inside.remove(name)
+
+        return handle
+
+    bench = await two_handlers(db, handler("slow"), handler("quick"), jobs=2, records=2)
+    await bench.sql("update anton.lease l set together = 1 from anton.handler h "
+                    "where h.id = l.handler_id and h.name = 'slow'")
+    assert await asyncio.wait_for(bench.worker().run_suspects(), 20) == 8 and await bench.left() == {}
+    assert {frozenset(found) for found in beside} == {frozenset({"slow"}), frozenset({"quick"})}
+
+
 async def test_a_process_for_suspects_that_finds_no_database_ends_in_peace():
     away = Database(f"postgresql://postgres@127.0.0.1:{free_port()}/nowhere", source="test")
     assert await Worker(away, App("lease")).run_suspects() == 0
