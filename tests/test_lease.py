@@ -440,8 +440,8 @@ async def test_a_lazy_claim_leaves_no_other_transaction_without_the_disk(db: Dat
 async def two_handlers(db: Database, slow: Any, quick: Any, jobs: int, records: int) -> Bench:
     """Both have so many jobs whose worker died."""
     def declare() -> None:
-        Table("a").on_new_records(slow, name="slow")
-        Table("c").on_new_records(quick, name="quick")
+        Table("a").on_new_records(slow, name="slow", batch=100)
+        Table("c").on_new_records(quick, name="quick", batch=100)
 
     bench = await Bench.make(db, declare)
     handlers = await bench.column("select id from anton.handler order by name desc")
