@@ -44,16 +44,9 @@ MARGIN = 30.0  # seconds before the end of the handler's time that tries end; of
 MODES: tuple[Mode, ...] = ("schema", "tool", "prompt")
 
 
-class Options(TypedDict, total=False):
-    """What every completion takes besides its table, its key and its model."""
+class Asking(TypedDict, total=False):
+    """What every component takes that asks a model, besides its table, its key and its model."""
 
-    prompt: str | None
-    system: str | None
-    context: Mapping[str, Any] | None
-    output: type[BaseModel] | None
-    mode: Mode | None
-    max_tokens: int | None
-    temperature: float | None
     memo: str | float | timedelta | bool
     budget: str | Sequence[str] | None
     limit: str | None
@@ -62,6 +55,18 @@ class Options(TypedDict, total=False):
     timeout: float
     map: Mapping[str, str] | None
     allow_pii: bool
+
+
+class Options(Asking, total=False):
+    """What every completion takes, too."""
+
+    prompt: str | None
+    system: str | None
+    context: Mapping[str, Any] | None
+    output: type[BaseModel] | None
+    mode: Mode | None
+    max_tokens: int | None
+    temperature: float | None
 
 
 class Completion(Component):
@@ -91,14 +96,11 @@ class Completion(Component):
                  budget: str | Sequence[str] | None = None, limit: str | None = None,
                  price: Mapping[str, Any] | None = None, base_url: str | None = None, timeout: float = 60.0,
                  map: Mapping[str, str] | None = None, allow_pii: bool = False, **unknown: Any) -> None:
-        super().__init__(secret=secret, map=map)
+        super().__init__(secret=secret, map=map, allow_pii=allow_pii)
         of = self.name
         for name in unknown:
             raise UnknownOption(name, of, ("api_key", "model", *Options.__annotations__))
-        if not isinstance(allow_pii, bool):
-            raise BadOption("allow_pii", allow_pii, of, "True, when the model may see PII; default False")
         self.table = table
-        self.allow_pii = allow_pii
         self.models = (model,) if isinstance(model, str) else tuple(model)
         if not self.models or not all(isinstance(one, str) and one for one in self.models):
             raise BadOption("model", model, of, "a name, or several: the next is asked when one is busy or down")

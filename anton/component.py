@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 from anton.action import effects
 from anton.app import App, place_of_caller
-from anton.errors import ConfigError, Discard, did_you_mean
+from anton.errors import BadOption, ConfigError, Discard, did_you_mean
 from anton.secret import Env, env, mask, reveal
 
 _PLACEHOLDER = re.compile(r"\{([A-Za-z_]\w*)\}")
@@ -40,10 +40,13 @@ class Component:
     variable: ClassVar[str] = ""
     acts: ClassVar[bool] = False
     carries: ClassVar[bool] = False
-    allow_pii = False
 
-    def __init__(self, *, secret: Env | str | None = None, map: Mapping[str, str] | None = None) -> None:
+    def __init__(self, *, secret: Env | str | None = None, map: Mapping[str, str] | None = None,
+                 allow_pii: bool = False) -> None:
+        if not isinstance(allow_pii, bool):
+            raise BadOption("allow_pii", allow_pii, self.name, "True, when a model may see PII; default False")
         self._secret = secret
+        self.allow_pii = allow_pii
         self.map = dict(map or {})
         self.place = place_of_caller()
 

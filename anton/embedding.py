@@ -20,13 +20,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from hashlib import blake2b
-from typing import Any, ClassVar, TypedDict
+from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
 from anton.action import effects
 from anton.app import current_app
 from anton.ask import About, Asker, Question, Reply, SendError
-from anton.completion import database, note, patient
+from anton.completion import Asking, database, note, patient
 from anton.component import Component, names_of
 from anton.ctx import Ctx
 from anton.duration import duration
@@ -44,18 +44,10 @@ TEXTS, BYTES = 256, 300_000  # of one request; a token is a byte at least, and O
 GATHER = 0.005  # seconds that a request waits for others to go with it
 
 
-class Options(TypedDict, total=False):
-    """What every embedding takes besides its table, its key and its model."""
+class Options(Asking, total=False):
+    """What every embedding takes, too."""
 
     dimensions: int | None
-    memo: str | float | timedelta | bool
-    budget: str | Sequence[str] | None
-    limit: str | None
-    price: Mapping[str, Any] | None
-    base_url: str | None
-    timeout: float
-    map: Mapping[str, str] | None
-    allow_pii: bool
 
 
 @dataclass(frozen=True)
@@ -87,13 +79,10 @@ class Embedding(Component):
                  limit: str | None = None, price: Mapping[str, Any] | None = None, base_url: str | None = None,
                  timeout: float = 60.0, map: Mapping[str, str] | None = None, allow_pii: bool = False,
                  **unknown: Any) -> None:
-        super().__init__(secret=secret, map=map)
+        super().__init__(secret=secret, map=map, allow_pii=allow_pii)
         of = self.name
         for name in unknown:
             raise UnknownOption(name, of, ("api_key", "model", *Options.__annotations__))
-        if not isinstance(allow_pii, bool):
-            raise BadOption("allow_pii", allow_pii, of, "True, when the model may see PII; default False")
-        self.allow_pii = allow_pii
         if not isinstance(model, str) or not model:
             raise BadOption("model", model, of, "the name of a model: what two of them make is not to be compared")
         if dimensions is not None and (type(dimensions) is not int or not 1 <= dimensions <= MOST):

@@ -88,7 +88,7 @@ class FineTune(Component):
     def __init__(self, alias: str, *, model: str, examples: Sql, secret: Env | str | None = None,
                  system: str | None = None, least: int = LEAST, look: str | float | timedelta = "1m",
                  base_url: str | None = None, timeout: float = 60.0, allow_pii: bool = False, **unknown: Any) -> None:
-        super().__init__(secret=secret)
+        super().__init__(secret=secret, allow_pii=allow_pii)
         for name in unknown:
             raise UnknownOption(name, self.name, OPTIONS)
         if not isinstance(alias, str) or not alias.replace("-", "").replace("_", "").isalnum():
@@ -99,9 +99,6 @@ class FineTune(Component):
             raise BadOption("examples", examples, self.name, 'sql("select prompt, completion from … where …")')
         if type(least) is not int or least < 1:
             raise BadOption("least", least, self.name, "a whole number from 1")
-        if not isinstance(allow_pii, bool):
-            raise BadOption("allow_pii", allow_pii, self.name, "True, when the service may see PII; default False")
-        self.allow_pii = allow_pii
         self.alias = alias
         self.model = model
         self.examples = examples

@@ -5,6 +5,7 @@
     template   the name of a database with Anton's runtime in it, migrated once a session
     database   the URL of a database of the test's own, cloned from the template
     bare       the URL of an empty one
+    live       the fixture `app` as a live process, whose effects go out; llm: a service of models, see tests/llm.py
     shop       an app in a folder of its own on `database`, see tests/shop.py; fresh: the same on `bare`
     db         anton.db.Database on `database`, also the process's current one; ANTON_TEST_POOLED=1: behind a pooler
     t          tables to be written to, see tests/written.py
@@ -18,14 +19,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from llm import Llm, serving
 from pg import Pg
 from servers import NoServer, Server, migrate, running
 from shop import Shop
 from working import pooled
 from written import T
 
-from anton import write
+from anton import action, write
 from anton.db import Database, set_database
+from anton.testing import TestApp
 from chaos.dbts import Child
 
 KIND = os.environ.get("ANTON_TEST_SERVER", "embedded")
@@ -106,6 +109,20 @@ def shop(database: str, tmp_path: Path) -> Shop:
 @pytest.fixture
 def fresh(bare: str, tmp_path: Path) -> Shop:
     return Shop(bare, tmp_path)
+
+
+@pytest.fixture
+def live(app: TestApp, monkeypatch: pytest.MonkeyPatch) -> TestApp:
+    """The fixture app as a live process."""
+    monkeypatch.delenv("ANTON_EFFECTS", raising=False)
+    action.set_effects("live")
+    return app
+
+
+@pytest.fixture
+def llm() -> Iterator[Llm]:
+    with serving(Llm()) as llm:
+        yield llm
 
 
 @pytest.fixture(scope="session")

@@ -77,14 +77,6 @@ def peer() -> Iterator[Peer]:
         yield peer
 
 
-@pytest.fixture
-def live(app, monkeypatch):
-    """The fixture app as a live process."""
-    monkeypatch.delenv("ANTON_EFFECTS", raising=False)
-    action.set_effects("live")
-    return app
-
-
 def declare(app: Any, *components: Any, model: Any = None) -> None:
     """asked -> the first component -> answers -> the second."""
     with declaring(app.app):

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from decimal import Decimal
 from typing import Annotated, Any
 
 import pytest
 from anton_components.vendor.openai.cognition import OpenAiCompletion
 from anton_components.vendor.openai.embedding import OpenAiEmbedding
-from llm import Llm, serving
+from llm import Llm
 from pydantic import BaseModel, ValidationError
 
-from anton import Table, Vector, action, sql
+from anton import Table, Vector, sql
 from anton.app import declaring
 from anton.embedding import packed, unpacked, words_vector
 from anton.errors import BadOption, InvalidRecord, Miswired, NoVectors, UnknownOption
@@ -36,20 +35,6 @@ class Passage(BaseModel):
 class Plain(BaseModel):
     text: str
     embedding: list[float]
-
-
-@pytest.fixture
-def llm() -> Iterator[Llm]:
-    with serving(Llm()) as llm:
-        yield llm
-
-
-@pytest.fixture
-def live(app, monkeypatch):
-    """The fixture app as a live process."""
-    monkeypatch.delenv("ANTON_EFFECTS", raising=False)
-    action.set_effects("live")
-    return app
 
 
 @pytest.fixture

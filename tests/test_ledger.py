@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Iterator
 from datetime import timedelta
 from decimal import Decimal
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import asyncpg
 import pytest
 from anton_components.vendor.openai.cognition import OpenAiCompletion
-from llm import Llm, serving
+from llm import Llm
 from working import Bench, cutting, met
 
 from anton import Table
@@ -26,12 +25,6 @@ from anton.secret import hush_clients
 
 ABOUT = About("shop", "handler", "asked")
 PRICE = {"input": "1000", "output": "2000"}
-
-
-@pytest.fixture
-def llm() -> Iterator[Llm]:
-    with serving(Llm()) as llm:
-        yield llm
 
 
 def completion(llm: Llm, **options: Any) -> OpenAiCompletion:

@@ -19,7 +19,7 @@ from anton_components.vendor.openai.cognition import OpenAiCompletion
 from anton_components.vendor.openai.embedding import OpenAiEmbedding
 from pydantic import BaseModel
 
-from anton import Table, action
+from anton import Table
 from anton.app import declaring
 
 REPO = Path(__file__).parent.parent
@@ -57,14 +57,6 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     finally:
         server.kill()
         server.wait()
-
-
-@pytest.fixture
-def live(app, monkeypatch):
-    """The fixture app as a live process."""
-    monkeypatch.delenv("ANTON_EFFECTS", raising=False)
-    action.set_effects("live")
-    return app
 
 
 def ask(app: Any, llama: str, **options: Any) -> list[Any]:

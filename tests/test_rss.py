@@ -18,7 +18,7 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
-from anton import Table, action, poll
+from anton import Table, poll
 from anton.app import App, declaring
 from anton.errors import BadOption, DuplicateName, UnknownOption
 
@@ -87,14 +87,6 @@ def proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Peer]:
         monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
         peer.url = "http://93.184.215.14"                              # public, and not asked
         yield peer
-
-
-@pytest.fixture
-def live(app, monkeypatch):
-    """The fixture app as a live process."""
-    monkeypatch.delenv("ANTON_EFFECTS", raising=False)
-    action.set_effects("live")
-    return app
 
 
 def declare(app: Any, peer: Peer, path: str = "/feed.xml", model: Any = None, every: str = "24h",

@@ -6,7 +6,7 @@ import asyncio
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal
@@ -15,11 +15,11 @@ import pytest
 from anton_components.vendor.anthropic.cognition import AnthropicCompletion
 from anton_components.vendor.fake.cognition import FakeModel
 from anton_components.vendor.openai.cognition import OpenAiCompletion
-from llm import Llm, serving
+from llm import Llm
 from pydantic import BaseModel
 from working import Bench, met
 
-from anton import Table, action, sql
+from anton import Table, sql
 from anton.app import declaring
 from anton.cli import main
 from anton.errors import BadOption, UnknownOption
@@ -33,20 +33,6 @@ PRICE = {"input": "1000", "output": "2000"}                            # for a m
 class Triage(BaseModel):
     kind: Literal["bug", "question"]
     urgent: bool = False
-
-
-@pytest.fixture
-def llm() -> Iterator[Llm]:
-    with serving(Llm()) as llm:
-        yield llm
-
-
-@pytest.fixture
-def live(app, monkeypatch):
-    """The fixture app as a live process."""
-    monkeypatch.delenv("ANTON_EFFECTS", raising=False)
-    action.set_effects("live")
-    return app
 
 
 def openai(llm: Llm, **options: Any) -> Callable[[Any], OpenAiCompletion]:

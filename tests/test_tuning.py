@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from anton import Table, action, sql
+from anton import Table, sql
 from anton import tuning as tunings
 from anton.app import declaring
 from anton.errors import BadOption, UnknownOption
@@ -90,12 +90,9 @@ def service() -> Iterator[Service]:
 
 
 @pytest.fixture
-def live(app, monkeypatch):
-    """The fixture app as a live process."""
-    monkeypatch.delenv("ANTON_EFFECTS", raising=False)
-    monkeypatch.setattr(tunings, "FRESH", 0.0)
-    action.set_effects("live")
-    return app
+def live(live, monkeypatch):
+    monkeypatch.setattr(tunings, "FRESH", 0.0)                         # an alias is looked up each time
+    return live
 
 
 def declare(app: Any, service: Service, **options: Any) -> OpenAiFineTune:
