@@ -61,7 +61,7 @@ class App:
         self.actions: dict[str, Any] = {}
         self.projects: dict[str, DbtProject] = {}                      # of dbt, by the names of their handlers
         self.aliases: dict[str, Any] = {}                              # FineTunes, by what their models are called
-        self.budgets: dict[tuple[str, str], tuple[Any, str]] = {}      # of the whole app: amount and who says so
+        self.budgets: dict[tuple[str, str, str, str], tuple[Any, str]] = {}   # amounts and who says so: ledger.agree()
         self.graphed: list[Any] = []                                   # others with nodes of their own: see wiring.py
         self._places: dict[tuple[str, str], str] = {}
 

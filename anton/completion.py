@@ -132,7 +132,7 @@ class Completion(Component):
         self._modes: dict[str, Mode] = {}
         self._asker = Asker(self, budgets=budgets_of(budget, of), limits=limits_of(limit, of),
                             ttl=ttl.total_seconds())
-        agree(self._asker.budgets, self._app.budgets, of, self.place)
+        agree(self._asker.budgets, self._app.budgets, "app", self._app.name, of, self.place)
         self._check_budget(budget)
 
     def _check_budget(self, budget: Any) -> None:
@@ -193,6 +193,7 @@ class Completion(Component):
                 raise BadOption("prompt", f"{{{name}}}", self.name, f'fields of "{table.name}" and names of context=.'
                                 f"{did_you_mean(name, names)} They are: "
                                 f"{', '.join(sorted({*names, *self.context.queries}))}")
+        agree(self._asker.budgets, self._app.budgets, "table", table.name, self.name, self.place)
         return HandlerSpec(fn=self.complete, name=self.name, each=True, into=self.table,
                            options={"concurrency": CONCURRENCY})
 

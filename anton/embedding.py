@@ -99,7 +99,7 @@ class Embedding(Component):
         self._size = self._check_table(of)
         ttl = duration("30d" if isinstance(memo, bool) else memo, "memo", of)
         self._asker = Asker(self, budgets=budgets_of(budget, of), limits=limits_of(limit, of), ttl=ttl.total_seconds())
-        agree(self._asker.budgets, self._app.budgets, of, self.place)
+        agree(self._asker.budgets, self._app.budgets, "app", self._app.name, of, self.place)
         if any(one.unit == "usd" for one in self._asker.budgets) and self._price_now() is None:
             raise BadOption("budget", budget, of, f'dollars only for a model whose price is known. That of "{model}" '
                             'is not: price={"input": …} in dollars for a million tokens, or a budget in tokens')
@@ -153,6 +153,7 @@ class Embedding(Component):
 
     def bind(self, table: Table[Any]) -> HandlerSpec:
         """What handles the records of `table`."""
+        agree(self._asker.budgets, self._app.budgets, "table", table.name, self.name, self.place)
         return HandlerSpec(fn=self.complete, name=self.name, each=True, into=self.table,
                            options={"concurrency": CONCURRENCY})
 

@@ -63,17 +63,22 @@ def budgets_of(given: str | Sequence[str] | None, of: str) -> tuple[Budget, ...]
         tokens = (match[2] or "").lower().startswith("token")
         found.append(Budget(Decimal(match[1].replace("_", "")), "tokens" if tokens else "usd",
                             (match[3] or "total").lower(), (match[4] or "handler").lower()))  # type: ignore[arg-type]
+    if len({(one.scope, one.period, one.unit) for one in found}) < len(found):
+        raise BadOption("budget", given, of, "one amount of a unit for each period and scope")
     return tuple(found)
 
 
-def agree(budgets: Sequence[Budget], known: dict[tuple[str, str], tuple[Any, str]], of: str, place: str) -> None:
-    """Raises BadOption where another component gives the whole app another amount. known: App.budgets."""
+Amounts = dict[tuple[str, str, str, str], tuple[Decimal, str]]
+
+
+def agree(budgets: Sequence[Budget], known: Amounts, scope: Scope, name: str, of: str, place: str) -> None:
+    """Raises BadOption where another component gives the same app or table another amount. known: App.budgets."""
     for one in budgets:
-        if one.scope == "app":
-            amount, who = known.setdefault((one.period, one.unit), (one.amount, f"{of} ({place})"))
+        if one.scope == scope:
+            amount, who = known.setdefault((scope, name, one.period, one.unit), (one.amount, f"{of} ({place})"))
             if amount != one.amount:
-                raise BadOption("budget", f"{one.amount} per app", of, f"{amount}, as {who} says: an app has one "
-                                f"amount of {one.unit} for each period")
+                raise BadOption("budget", f"{one} per {scope}", of, f"{amount}, as {who} says: {scope} "
+                                f'"{name}" has one amount of {one.unit} for each period')
 
 
 class Begun(NamedTuple):

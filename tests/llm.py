@@ -50,7 +50,7 @@ class Llm:
         self._script: deque[Any] = deque()
 
     def script(self, *steps: Any) -> None:
-        """What comes next: "answer", "hang", a status, (status, headers) or (status, headers, words)."""
+        """What comes next: "answer", "hang", a status, (status, headers) or (status, headers, words, code)."""
         self._script.extend(steps)
 
     async def openai(self, request: Request) -> Response:
@@ -138,8 +138,8 @@ class Llm:
             return JSONResponse({}, 503)
         if step != "answer":
             status, headers, *words = step if isinstance(step, tuple) else (step, {})
-            said = words[0] if words else f"scripted {status}"
-            return JSONResponse({"error": {"message": said}}, status, headers=headers)
+            said, code = [*words, *(f"scripted {status}", None)[len(words):]]
+            return JSONResponse({"error": {"message": said, "code": code}}, status, headers=headers)
         self.arrived.append((time.monotonic(), _count(body["messages"])))
         self.inflight += 1
         self.most = max(self.most, self.inflight)

@@ -337,6 +337,30 @@ def test_what_cannot_be_is_refused_when_it_is_declared(options, why, app, llm):
         openai(llm, **options)(Table("t"))
 
 
+def test_the_components_of_a_table_agree_on_its_budget(app):
+    def one(amount: str) -> OpenAiCompletion:
+        return OpenAiCompletion(answers, model="m", price=PRICE, max_tokens=9, budget=amount)
+
+    with declaring(app.app):
+        asked, answers = Table("asked"), Table("answers")
+        asked.on_new_records(one("5 USD/day per table"), name="one")
+        Table("other").on_new_records(one("6 USD/day per table"))
+        with pytest.raises(BadOption, match=r'Allowed: 5, as .* table "asked" has one amount'):
+            asked.on_new_records(one("6 USD/day per table"), name="two")
+        with pytest.raises(BadOption, match="one amount of a unit"):
+            one(["5 USD/day", "3 USD/day"])  # type: ignore[arg-type]
+
+
+def test_a_record_that_is_too_long_takes_no_schema_from_the_others(live, llm):
+    llm.answer = lambda prompt: '{"kind": "bug"}'
+    declare(live, openai(llm, output=Triage), attempts=1)
+    llm.script((400, {}, "This model's maximum context length is 9 tokens: messages and response_format are too long.",
+                "context_length_exceeded"))
+    ask(live, "much")
+    ask(live, "hi")
+    assert len(live.dead) == 1 and all("response_format" in body for body in llm.asked)
+
+
 def test_the_components_of_an_app_agree_on_its_budget(app):
     with declaring(app.app):
         OpenAiCompletion(Table("a"), model="m", price=PRICE, max_tokens=9, budget="5 USD/day per app")

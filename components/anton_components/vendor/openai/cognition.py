@@ -112,6 +112,8 @@ def _reply(headers: Mapping[str, str], reply: Any, question: Question) -> Reply:
 
 
 def _status_error(error: Any, question: Question | None = None) -> SendError:
+    if error.code == "context_length_exceeded":                        # its words name the schema, too
+        return SendError("refused", f"answered {error.status_code}: {error.message}")
     if error.status_code in (400, 422, 500) and question is not None:  # 500: llama-cpp-python, of what it does not know
         text = f"{error.param or ''} {error.message}".lower()
         if question.schema is not None and question.mode != "prompt" and any(word in text for word in _MODES):
