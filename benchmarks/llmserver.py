@@ -4,7 +4,7 @@
 
 delay: seconds for an answer. faults: the share of requests that get 429, and that get 500; a tenth of it hangs.
 GET /counts: {"answered": {prompt: times}, "at": [when each came, monotonic], "tokens_in", "tokens_out", "most" at once,
-"inflight": [prompts], "recent": [prompts answered in the last second]}.
+"hung": requests, "inflight": [prompts], "recent": [prompts answered in the last second]}.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Service:
         self.at: list[float] = []
         self.ended: list[tuple[float, str]] = []
         self.inflight: Counter[str] = Counter()
-        self.most = self.tokens_in = self.tokens_out = 0
+        self.most = self.hung = self.tokens_in = self.tokens_out = 0
         self._dice = random.Random(7)
 
     async def complete(self, request: Request) -> Response:
@@ -49,6 +49,7 @@ class Service:
         if fate < 2 * self.faults:
             return JSONResponse({"error": {"message": "no luck"}}, 500)
         if fate < 2.1 * self.faults:
+            self.hung += 1
             await asyncio.sleep(HANG)
             return JSONResponse({"error": {"message": "too late"}}, 503)
         self.at.append(time.monotonic())
@@ -70,7 +71,7 @@ class Service:
         now = time.monotonic()
         return JSONResponse({
             "answered": self.answered, "at": self.at, "tokens_in": self.tokens_in, "tokens_out": self.tokens_out,
-            "most": self.most, "inflight": list(self.inflight),
+            "most": self.most, "hung": self.hung, "inflight": list(self.inflight),
             "recent": [prompt for at, prompt in self.ended if at > now - 1.0]})
 
 
