@@ -52,7 +52,9 @@ create or replace function dbt_belongings(p_rel regclass) returns table (o int, 
     select 7, 'trigger', tgname, format('alter table @table@ %s trigger %I', case tgenabled when 'D' then 'disable' when 'R' then 'enable replica' else 'enable always' end, tgname)
       from pg_trigger t join pg_proc f on f.oid = t.tgfoid where t.tgrelid = p_rel and not t.tgisinternal and f.pronamespace <> quote_ident(current_schema())::regnamespace and tgenabled <> 'O'
     union all
-    select 8, 'publication', p.pubname, format('alter publication %I add table @table@', p.pubname)
+    select 8, 'publication', p.pubname, format('alter publication %I add table @table@%s%s', p.pubname,   -- no more than was published before
+             (select ' (' || string_agg(quote_ident(a.attname), ', ' order by a.attnum) || ')' from pg_attribute a where a.attrelid = p_rel and a.attnum = any (r.prattrs)),
+             ' where (' || pg_get_expr(r.prqual, r.prrelid) || ')')
       from pg_publication_rel r join pg_publication p on p.oid = r.prpubid where r.prrelid = p_rel
     union all
     select 9, 'replica identity', 'full', 'alter table @table@ replica identity full' from pg_class where oid = p_rel and relreplident = 'f')
@@ -88,8 +90,8 @@ begin
 end $$;
 
 -- dbt_repoint(old, new, views) -> what goes with the old table
--- Views that others made on a table would be dropped with the old one: they read the new one from here on. dbt's own (views:
--- "schema.name" of the project's) are left to it, as it believes them dropped and makes them anew.
+-- Views on a table would be dropped with the old one: they read the new one from here on. Those that the same command builds (views:
+-- "schema.name") are left to dbt, as it believes them dropped and makes them anew.
 create or replace function dbt_repoint(p_old regclass, p_new regclass, p_views jsonb) returns text[] language plpgsql volatile set search_path from current as $$
 declare
   v record; v_notes text[] := '{}'; v_from text := (select quote_ident(relname) from pg_class where oid = p_old); v_to text := (select quote_ident(relname) from pg_class where oid = p_new);
@@ -97,8 +99,7 @@ begin
   for v in select distinct c.oid::regclass as view, c.relkind, array_to_string(c.reloptions, ', ') as options
              from pg_depend d join pg_rewrite r on r.oid = d.objid join pg_class c on c.oid = r.ev_class join pg_namespace n on n.oid = c.relnamespace
             where d.classid = 'pg_rewrite'::regclass and d.refclassid = 'pg_class'::regclass and d.refobjid = p_old and c.oid <> p_old and c.relkind in ('v', 'm')
-              and not coalesce(p_views, '[]') ? (n.nspname || '.' || c.relname)
-              and not dbt_built(format('%I.%I', n.nspname, c.relname)) loop
+              and not coalesce(p_views, '[]') ? (n.nspname || '.' || c.relname) loop
     begin
       if v.relkind = 'm' then
         raise exception 'dbt drops it with the old table';

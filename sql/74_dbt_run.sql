@@ -59,14 +59,14 @@ begin
   end if;
   perform set_config('idle_in_transaction_session_timeout', '0', true);
   perform dbt_end_sessions(distinct_name) from (
-    select distinct application_name as distinct_name from pg_stat_activity where starts_with(application_name, p_name || '-build-') and datname = current_database()) x;
+    select distinct application_name as distinct_name from pg_stat_activity where starts_with(application_name, p_name || '-build-') and datname = current_database() and usename = session_user) x;   -- another's are not ours to end
   return pg_backend_pid();
 end $$;
 
 -- dbt_end_sessions(name) -> how many of dbt's sessions were ended
 create or replace function dbt_end_sessions(p_name text) returns int language sql volatile set search_path from current as $$
   select count(*)::int from pg_stat_activity a cross join lateral pg_terminate_backend(a.pid, 1000)
-   where a.application_name = p_name and a.datname = current_database() and a.pid <> pg_backend_pid()
+   where a.application_name = p_name and a.datname = current_database() and a.usename = session_user and a.pid <> pg_backend_pid()
 $$;
 
 -- dbt_begin(app, project, requests, holder) -> what to build: these, all that are due, and those of a run that died

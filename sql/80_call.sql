@@ -239,7 +239,7 @@ $$;
 
 -- forget_answers(now, days) -> how many memos that expired, and answers of days that are not kept, were forgotten; at most 10,000 of each at a time
 create or replace function forget_answers(p_now timestamptz, p_keep int) returns bigint language plpgsql volatile set search_path from current
-set enable_seqscan = off as $$
+set enable_seqscan = off set jit = off as $$
 declare v_n bigint; v_more bigint;
 begin
   delete from memo where ctid = any (array(select ctid from memo where expires_at < p_now order by expires_at limit 10000 for update skip locked));
@@ -256,7 +256,7 @@ end $$;
 create or replace function list_costs(p_days int) returns table (
   day date, app text, handler text, model text, calls bigint, failed bigint, unknown bigint, unpriced bigint, memo bigint, tokens_in numeric,
   tokens_cached numeric, tokens_out numeric, cost numeric)
-language sql volatile set search_path from current set enable_seqscan = off as $$
+language sql volatile set search_path from current set enable_seqscan = off set jit = off as $$
   select lapse_calls();
   select (c.at at time zone 'UTC')::date, c.app, c.handler, c.model, count(*), count(*) filter (where c.state = 'failed'), count(*) filter (where c.state = 'unknown'),
          count(*) filter (where (c.state = 'done' and c.cost is null) or (c.state = 'unknown' and c.reserved is null)),
@@ -269,7 +269,7 @@ $$;
 -- list_budgets() -> each budget and what is spent of it in its period of now
 create or replace function list_budgets() returns table (
   app text, scope text, name text, amount numeric, unit text, period text, settled numeric, reserved numeric, share numeric, ends_at timestamptz)
-language sql volatile set search_path from current set enable_seqscan = off as $$
+language sql volatile set search_path from current set enable_seqscan = off set jit = off as $$
   select lapse_calls();
   select b.app, b.scope, b.name, b.amount, b.unit, b.period, coalesce(s.settled, 0), coalesce(s.reserved, 0),
          round((coalesce(s.settled, 0) + coalesce(s.reserved, 0)) / nullif(b.amount, 0), 3), period_end(b.period, now())

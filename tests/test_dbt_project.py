@@ -7,6 +7,7 @@ import hashlib
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable, Iterator
 from decimal import Decimal
 from pathlib import Path
@@ -203,6 +204,20 @@ def test_a_test_gates_with_the_vars_of_its_build(live: Live) -> None:
         assert live.last_run()[0] == state
 
 
+def test_a_gate_that_cannot_be_compiled_keeps_back_what_it_gates_and_nothing_else(live: Live) -> None:
+    broken = live.folder / "tests" / "broken.sql"
+    broken.write_text("{% if execute %}{{ exceptions.raise_compiler_error('no such thing') }}{% endif %}"
+                      "select * from {{ ref('revenue') }}")
+    live.project.run("revenue", gate=True)
+    live.project.run("total")
+    failed = [one for one in live.work() if isinstance(one, Failed)]
+    assert live.last_run() == ("failed", {"revenue": "error", "total": "success"})
+    assert len(failed) == 1 and "no such thing" in failed[0].error
+    assert live.shop.sql("select (select count(*) from anton.job) + (select count(*) from anton.delayed) "
+                         "+ (select count(*) from anton.dbt_request where state not in ('done', 'failed'))") == [(0,)]
+    broken.unlink()
+
+
 def test_a_run_that_is_cancelled_ends_its_query_and_is_not_tried_again(live: Live, monkeypatch: pytest.MonkeyPatch,
                                                                        capsys: pytest.CaptureFixture[str]) -> None:
     (live.folder / "models" / "revenue_slow.sql").write_text(
@@ -213,8 +228,7 @@ def test_a_run_that_is_cancelled_ends_its_query_and_is_not_tried_again(live: Liv
 
     async def cancel() -> int:
         async with live.shop.db.conn() as look:
-            while not await look.fetchval(sleeping):
-                pass
+            await seen(look, sleeping)
         return await asyncio.to_thread(main, ["--database", live.shop.url, "dbt", "cancel"])
 
     live.project.run("revenue_slow")
@@ -245,8 +259,7 @@ def test_what_only_reads_and_what_builds_do_not_end_each_other(live: Live) -> No
         other = live.project.runner(live.shop.db, runner.schema)       # anton dbt show, in another process
         show = asyncio.ensure_future(other.invoke(["show", "--select", "slow"]))
         async with live.shop.db.conn() as look:
-            while not await look.fetchval(reading) and not show.done():
-                pass
+            await seen(look, reading)
             async with alone(live.shop.db, runner.application):        # which ends what is left of builds
                 pass
             await runner.invoke(["build", "--select", "total"], seconds=0.0)   # cancelled at once
@@ -343,6 +356,13 @@ def test_a_child_that_is_killed_in_a_build_is_replaced_and_nothing_fires_twice(l
     assert live.shop.sql("select count(*) from revenue where customer = 'cleo'") == [(1,)]
 
 
+async def seen(look: Any, query: str) -> None:
+    """Waits until the query's value is true."""
+    end = time.monotonic() + 60
+    while not await look.fetchval(query):
+        assert time.monotonic() < end, query
+
+
 WAITING = "select count(*) from pg_stat_activity where application_name like 'anton-dbt-%' and wait_event_type = 'Lock'"
 
 
@@ -352,8 +372,7 @@ async def hold(live: Live) -> int:
     async with conn.transaction():
         await conn.execute("lock table revenue in access exclusive mode")
         async with live.shop.db.conn() as look:                        # in no transaction, which would see what it saw
-            while not await look.fetchval(WAITING):
-                pass
+            await seen(look, WAITING)
         child = live.child
         os.kill(child, signal.SIGKILL)
     await conn.close()

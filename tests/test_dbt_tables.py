@@ -262,6 +262,19 @@ def test_what_a_swap_cannot_keep_is_said_by_the_build_and_by_doctor(dbt: Project
     assert not any("view public.outside" in problem for (problem,) in pg.sql(problems))
 
 
+def test_a_swap_publishes_no_more_than_was_published(dbt: Project, pg: Pg) -> None:
+    dbt.model("daily", "select * from src", materialized="table")
+    dbt("run")
+    pg.sql("create publication part for table daily (id, n) where (n > 20)")
+    published = "select attnames::text, rowfilter from pg_publication_tables where pubname = 'part'"
+    before = pg.sql(published)
+    try:
+        dbt("run")
+        assert pg.sql(published) == before and before[0][0] == "{id,n}"
+    finally:
+        pg.sql("drop publication part")
+
+
 def test_a_policy_that_does_not_fit_keeps_the_old_table(dbt: Project, pg: Pg) -> None:
     dbt.model("daily", "select * from src", materialized="table")
     dbt("run")
@@ -336,6 +349,11 @@ def test_views_that_others_made_read_the_new_table(dbt: Project, pg: Pg) -> None
     )
     assert pg.value("select reloptions from pg_class where relname = 'outside'") == ["security_barrier=true"]
     assert pg.value("select has_table_privilege('public', 'outside', 'select')")
+    pg.sql("insert into src select 77, 77")
+    dbt("run", "--select", "daily")    # which takes dbt's own view along, as dbt believes
+    assert pg.value("select count(*) from of_dbt where id = 77") == 1
+    dbt("run")
+    assert pg.value("select count(*) from of_dbt where id = 77") == 1
     pg.sql("create materialized view kept as select * from daily")
     dbt("run")
     assert "kept is lost" in pg.value(

@@ -205,7 +205,9 @@ class Requests:
         if not wish.gate:
             return await self._ordered(db, manifest, wish, build)
         gate, stale = gates(manifest, wish.nodes)
-        await self._put_tests(db, runner, manifest, wish, gate, until - loop.time())
+        wrong = await self._put_tests(db, runner, manifest, wish, gate, until - loop.time())
+        if wrong is not None:                                          # of this wish alone: others are built
+            return Done(False, wrong, results=[_result(manifest, id, "error", wrong) for id in sorted(wish.nodes)])
         done = await self._ordered(db, manifest, wish, build)
         skipped = [_test(manifest, id, "skipped", "it reads what is made of this, and not built by this run")
                    for id in sorted(stale)]
@@ -293,8 +295,11 @@ class Requests:
         return Done(ok, done.error, done.parse, done.cancelled, list(results.values()), invocation=done.invocation)
 
     async def _put_tests(self, db: Database, runner: Runner, manifest: Manifest, wish: Wish, gate: Mapping[str, str],
-                         left: float) -> None:
-        """Puts the tests that gate these models where their builds run them: compiled anew, for this run alone."""
+                         left: float) -> str | None:
+        """Puts the tests that gate these models where their builds run them: compiled anew, for this run alone.
+
+        Returns what is wrong with them, so that nothing may be built that they gate.
+        """
         tests = sorted(id for id, model in gate.items() if model)
         found: list[dict[str, Any]] = []
         if tests:
@@ -304,10 +309,13 @@ class Requests:
             if not done.success or len(found) < len(tests):
                 lack = sorted({manifest.tests[id]["name"] for id in tests} - {test["name"] for test in found})
                 said = done.error or "; ".join(one.message for one in done.results if not one.ok) or ", ".join(lack)
-                raise DbtFailed(f"dbt cannot compile the tests of {self.project.name}: {said}",
-                                project=self.project.name)
+                wrong = f"dbt cannot compile the tests of {self.project.name}: {said}"
+                if PASSING.search(said):
+                    raise DbtFailed(wrong, project=self.project.name)
+                return wrong
         async with db.tx() as conn:
             await db.call(conn, "dbt_put_tests", manifest.project, sorted(wish.nodes), found)
+        return None
 
 
 def wishes_of(manifest: Manifest, rows: Iterable[Any]) -> tuple[list[Wish], dict[int, str]]:

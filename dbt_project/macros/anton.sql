@@ -1,4 +1,4 @@
-{#- Anton's dbt macros, version 1. `anton dbt init` puts them into a project and `anton doctor` compares the version; change nothing here.
+{#- Anton's dbt macros, version 2. `anton dbt init` puts them into a project and `anton doctor` compares the version; change nothing here.
 
     Two lines of dbt_project.yml, under models:, seeds: and snapshots: each, make builds fire events:
 
@@ -35,8 +35,9 @@
   {%- set meta = config.get('meta') or {} -%}
   {%- set key = meta.get('anton_key') or ((config.get('snapshot_table_column_names') or get_snapshot_table_column_names()).dbt_scd_id if model.resource_type == 'snapshot'
                 else (model.get('primary_key') or config.get('unique_key'))) or [] -%}
+  {#- views that this command builds: dbt drops them with the table that they read, and makes them anew -#}
   {%- set views = [] -%}
-  {%- for node in graph.nodes.values() if node.config.materialized in ('view', 'materialized_view') -%}{%- do views.append(node.schema ~ '.' ~ node.alias) -%}{%- endfor -%}
+  {%- for node in graph.nodes.values() if node.config.materialized in ('view', 'materialized_view') and node.unique_id in selected_resources -%}{%- do views.append(node.schema ~ '.' ~ node.alias) -%}{%- endfor -%}
   {{ return({
     'project': model.package_name, 'unique_id': model.unique_id, 'schema': this.schema, 'name': this.identifier,
     'backup': make_backup_relation(this.incorporate(type='table'), 'table').identifier,

@@ -1,4 +1,4 @@
-{#- Anton's dbt macros, version 1. A table whose rows change in place: only those that differ are written, so its triggers, grants,
+{#- Anton's dbt macros, version 2. A table whose rows change in place: only those that differ are written, so its triggers, grants,
     policies, keys, readers and outside views stay as they are, and each change is an event.
 
         {{ config(materialized='anton_table', unique_key='id') }}          one column, or a list of them
