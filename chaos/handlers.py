@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any, Self
 
 import psycopg
+import servers
 
 from benchmarks.proc import rss_mb
 from chaos.cell import Cell
 from chaos.faults import PATIENCE, Result, fault, percentile, under_load
 
 BLOCK = 2.5  # seconds that the app's handler `block` keeps the event loop, and so its worker
+CUT = "due to idle-in-transaction timeout"  # Postgres ended a session that was silent in its transaction
 FROM = 10_000_000  # keys of what is written beside a fault
 
 
@@ -118,18 +120,23 @@ def hanging(cell: Cell, n: int) -> Result:
 
 @fault("P7", "a handler that blocks the event loop for two and a half leases")
 def blocking(cell: Cell, n: int) -> Result:
-    """The heartbeat's thread keeps the leases: no run is doubled, no lease is taken. What neighbours wait is told."""
+    """The heartbeat keeps the leases: no run is doubled, and none is taken but of an ack that was open meanwhile.
+
+    That one holds its rows, so that no heartbeat reaches them, and the server ends its session as it would a frozen
+    worker's. What neighbours wait is told.
+    """
     result, ids = Result(n), itertools.count(1)
+    before = servers.log(cell.server).count(CUT)
     cell.start(2)
     with under_load(cell, result), Neighbour(cell) as near:  # it has ended when that checks
         for _ in range(n):
             among(cell, "slow", None, "block", ids)
             time.sleep(cell.random.uniform(0.5, 1.5) * BLOCK)
-    stolen = said(cell, "lease was lost")
-    result.verdict.require(stolen == 0, f"{stolen} leases were taken from a worker that lived")
+    stolen, cut = said(cell, "lease was lost"), servers.log(cell.server).count(CUT) - before
+    result.verdict.require(stolen <= cut, f"{stolen} leases were taken from a worker that lived, {cut} acks were open")
     slowest = max(near.seconds)
     result.verdict.require(slowest < 3 * BLOCK + 1, f"a neighbour waited {slowest:.1f} s")
-    result.more |= {**near.more, "stolen": stolen}
+    result.more |= {**near.more, "stolen": stolen, "cut": cut}
     return result
 
 

@@ -138,6 +138,11 @@ def start(server: Server) -> None:
     _pg_ctl(server.bin, _data(server.folder), "start")
 
 
+def log(server: Server) -> str:
+    """What the system's server has logged."""
+    return (_data(server.folder) / "server.log").read_text(errors="replace")
+
+
 def system_bin() -> Path:
     """The newest Postgres of the system that is 15 or more. Raises NoServer."""
     places = [*Path("/usr/lib/postgresql").glob("*/bin"), *Path("/opt/homebrew/opt").glob("postgresql@*/bin")]
