@@ -12,8 +12,13 @@ processes a stand-in that sends nothing. "xxxx" is not set. A live process refus
 from __future__ import annotations
 
 import asyncio
+import importlib
 import re
+import ssl
 from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import cache
 from typing import Any, ClassVar
 
 from anton.action import effects
@@ -21,6 +26,7 @@ from anton.app import App, place_of_caller
 from anton.errors import BadOption, ConfigError, Discard, did_you_mean
 from anton.secret import Env, env, mask, reveal
 
+CALLS = 16  # of one client at a time: its pool looks at all its connections for each
 _PLACEHOLDER = re.compile(r"\{([A-Za-z_]\w*)\}")
 _PASSWORD = re.compile(r"//[^/@'\"]*@")
 _ADDRESSED = re.compile(r"^\s*(?:<@\w+>|@\w+)[\s,:]*")
@@ -100,30 +106,66 @@ class Component:
 
 
 class Clients:
-    """One client of a service for each event loop, made anew when the credential changed, closed when its loop ends.
+    """Clients of a service for each event loop, made anew when the credential changed, closed when their loop ends.
 
-    make: takes the credential and returns the client, which has `aclose` or an async `close`.
+    make: takes the credential and returns a client, which has `aclose` or an async `close`.
     """
 
     def __init__(self, make: Callable[[str], Any]) -> None:
         self._make = make
-        self._known: dict[asyncio.AbstractEventLoop, tuple[str, Any, AsyncGenerator[None]]] = {}
+        self._known: dict[asyncio.AbstractEventLoop, tuple[str, list[_Lent]]] = {}
 
     async def get(self, credential: str) -> Any:
-        """The client of the running loop."""
+        """The first client of the running loop, for a call now and then."""
+        return (await self._all(credential))[0].client
+
+    @asynccontextmanager
+    async def lend(self, credential: str) -> AsyncGenerator[Any]:
+        """A client of the running loop that has less than CALLS calls, for many calls at a time."""
+        known = await self._all(credential)
+        lent = next((one for one in known if one.calls < CALLS), None)
+        if lent is None:
+            lent = await _Lent.of(self._make(credential))
+            known.append(lent)
+        lent.calls += 1
+        try:
+            yield lent.client
+        finally:
+            lent.calls -= 1
+
+    async def _all(self, credential: str) -> list[_Lent]:
         loop = asyncio.get_running_loop()
         known = self._known.get(loop)
         if known is None or known[0] != credential:
             for ended in [other for other in self._known if other.is_closed()]:
                 del self._known[ended]
-            client = self._make(credential)
-            guard = _close_with_loop(client)
-            await anext(guard)
-            known, before = (credential, client, guard), known
+            before, known = known, (credential, [await _Lent.of(self._make(credential))])
             self._known[loop] = known
-            if before is not None:
-                await before[2].aclose()
+            for lent in before[1] if before is not None else ():
+                await lent.guard.aclose()
         return known[1]
+
+
+@dataclass
+class _Lent:
+    """A client and how many calls it has."""
+
+    client: Any
+    guard: AsyncGenerator[None]
+    calls: int = 0
+
+    @classmethod
+    async def of(cls, client: Any) -> _Lent:
+        guard = _close_with_loop(client)
+        await anext(guard)
+        return cls(client, guard)
+
+
+@cache
+def tls() -> ssl.SSLContext:
+    """What clients of httpx2 know of certificates; made once, for it takes 30 ms."""
+    made: ssl.SSLContext = importlib.import_module("httpx2").create_ssl_context()
+    return made
 
 
 async def _close_with_loop(client: Any) -> AsyncGenerator[None]:

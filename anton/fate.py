@@ -46,6 +46,11 @@ def disconnected(error: BaseException) -> bool:
     return isinstance(error, _GONE)
 
 
+def starved(error: BaseException | None) -> bool:
+    """True when there is no memory. Said of what is not a handler's, it means that the process is of no more use."""
+    return any(isinstance(one, MemoryError) for one in _causes(error))
+
+
 def no_fit(error: BaseException | None) -> asyncpg.PostgresError | None:
     """The error by which Postgres says that a right or an object is missing, and not that it refuses this row."""
     for one in _causes(error):

@@ -176,7 +176,8 @@ class Lane:
         have = self.waiting_records + len(self.items)
         if self.each:
             free = self.concurrency - self.running
-            ahead = min(8192, max(self.batch, int(self.rate / 8))) if self.rate * FAST > self.concurrency else 0
+            soon = int(self.rate * FAST)                               # slow records: no more than half a second's
+            ahead = min(8192, max(self.batch, int(self.rate / 8))) if soon > self.concurrency else soon
             return max(0, free + ahead - have) if have <= ahead // 2 or have < free else 0
         free = self.concurrency - self.calls
         ahead = AHEAD if self.seconds < FAST / 5 else 1 if self.seconds < FAST else 0
@@ -311,7 +312,7 @@ class Lane:
         """A call ended well."""
         self.seconds += (seconds - self.seconds) * (0.3 if self.seconds < 1 or seconds > self.seconds else 0.6)
         now_rate = records / max(seconds, 1e-6)
-        self.rate += (now_rate - self.rate) * 0.3
+        self.rate += (now_rate - self.rate) * (0.3 if self.rate else 1.0)
 
 
 def lane_of(row: Any, handler: Any) -> Lane:

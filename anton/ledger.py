@@ -27,7 +27,7 @@ import asyncpg
 from anton.db import Database, is_away
 from anton.errors import BadOption
 
-MOST = 200  # calls of one statement
+MOST = 24  # calls of one statement; with more of them, calls that began together stay together, and wait for each other
 TRIES = 60  # of an end, one a half second: an answer that was paid for is not given up when the database restarts
 
 Scope = Literal["handler", "table", "app"]
@@ -188,7 +188,7 @@ class Ledger:
 def storable(value: Any) -> Any:
     """The same, with U+FFFD for what Postgres stores in no text: U+0000, and halves of surrogate pairs.
 
-    A service's text goes with up to 200 calls in one statement: an odd character of one must not cost all of them.
+    A service's text goes with other calls in one statement: an odd character of one must not cost all of them.
     """
     match value:
         case str():

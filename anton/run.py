@@ -34,7 +34,7 @@ from anton.read import Inputs, Reader
 from anton.relation import forget
 from anton.rights import explain
 from anton.settle import Doing, Settler
-from anton.threads import Threads
+from anton.threads import NoThread, Threads
 from anton.write import WHOLE, Op, pick
 
 log = logging.getLogger("anton.worker")
@@ -61,12 +61,14 @@ class Run:
 class Runner:
     """Runs batches for one worker.
 
-    wrote: told the tables of a commit; stuck: told of a thread that was given up; back: told that a probe went well.
+    wrote: told the tables of a commit; stuck: told of a thread that was given up; back: told that a probe went well;
+    failed: told what is neither a record's fault nor the world's.
     """
 
     def __init__(self, db: Database, app: App, threads: Threads, *,
                  wrote: Callable[[set[int] | None], None] = lambda tables: None,
                  stuck: Callable[[], None] = lambda: None, back: Callable[[], None] = lambda: None,
+                 failed: Callable[[BaseException], None] = lambda error: None,
                  alive: Callable[[], bool] = lambda: True) -> None:
         self.db = db
         self.caller = Caller(db, app, threads)
@@ -74,6 +76,7 @@ class Runner:
         self.reader = Reader(db)
         self.stuck = stuck
         self.back = back
+        self.failed = failed
         self.pullers = Pullers(threads, stuck)
         self.depth_limit = 32
 
@@ -101,8 +104,11 @@ class Runner:
             reason = error.error if isinstance(error, World) else error
             if not isinstance(error, World) and not is_world(error):   # ours, not the handler's: keep the jobs
                 log.exception("worker: %s", lane.name)
+                self.failed(error)
             else:
                 reason = await self._explained(reason)
+                if isinstance(reason, NoThread):
+                    self.stuck()                                       # a process that starts anew can
                 if lane.down is None:
                     log.warning("worker: %s waits: %s", lane.name, say(reason))
             lane.down = reason
@@ -272,6 +278,8 @@ class Runner:
                 self.pullers.pull(lane)
                 await each.wait(SLOW if lane.items and not lane.handler.is_async else quiet)
                 self.pullers.more(lane)
+                if lane.ready and lane.wants():                        # before pullers find nothing
+                    self.back()
                 if each.world is not None:
                     each.drop()
                 if each.gather(self.pullers.open_chunks):

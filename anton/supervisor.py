@@ -35,6 +35,7 @@ from anton.app import App, load_app
 from anton.component import check_credentials
 from anton.db import Database, set_database
 from anton.errors import AntonError, NotMigrated
+from anton.fate import starved
 from anton.worker import GRACE, SLOTS, Worker
 
 log = logging.getLogger("anton.supervisor")
@@ -258,7 +259,8 @@ class Supervisor:
                 os.write(mouth, word)
 
         worker = Worker(self.db, self.app, slots=self.slots, lease=self.lease, on_stuck=lambda: say(REPLACE),
-                        on_suspects=lambda: say(SUSPECTS), started=lambda id: say(f"w{id}\n".encode()))
+                        on_error=_end_starved, on_suspects=lambda: say(SUSPECTS),
+                        started=lambda id: say(f"w{id}\n".encode()))
         gc.collect()
         gc.freeze()
         gc.set_threshold(100_000, 50, 100)                             # rows come and go in batches, without cycles
@@ -273,8 +275,24 @@ async def _told(worker: Worker, work: Coroutine[Any, Any, Any]) -> None:
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, worker.drain)
     loop.add_signal_handler(signal.SIGINT, worker.stop)
+    loop.set_exception_handler(_failed)
     await work
     await worker.db.close()
+
+
+def _failed(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """What a callback raised, which nobody waits for."""
+    _end_starved(context.get("exception"))
+    loop.default_exception_handler(context)
+
+
+def _end_starved(error: BaseException | None) -> None:
+    """Ends a process that has no memory left for its own work: its leases are free, and its successor starts empty."""
+    if starved(error):
+        try:
+            log.error("worker: this process has no memory left, and ends")
+        finally:
+            os._exit(1)
 
 
 def _pulse(life: int, mouth: int) -> None:

@@ -17,6 +17,10 @@ from anton.errors import WorldError
 IDLE = 30.0  # seconds after which a thread without work ends
 
 
+class NoThread(WorldError):
+    """This process can make no more threads."""
+
+
 class Threads:
     """Runs functions in threads for one event loop. Makes a thread when none is free: callers bound their number."""
 
@@ -29,7 +33,7 @@ class Threads:
     def submit(self, fn: Callable[[], Any]) -> asyncio.Future[Any]:
         """Starts fn in a thread. Cancelling the future gives the thread up; what fn then returns is dropped.
 
-        Raises WorldError when no thread can be made.
+        Raises NoThread when none can be made.
         """
         future = asyncio.get_running_loop().create_future()
         with self._lock:
@@ -40,7 +44,7 @@ class Threads:
                 threading.Thread(target=self._work, name=self._name, daemon=True).start()
             except (RuntimeError, MemoryError) as error:               # no memory for its stack, or too many
                 future.cancel()
-                raise WorldError(f"no thread for a handler: {error}. Give the process more memory, or lower "
+                raise NoThread(f"no thread for a handler: {error}. Give the process more memory, or lower "
                                  "concurrency= and --slots.") from error
         return future
 

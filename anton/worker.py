@@ -72,6 +72,7 @@ class Worker:
         grace: float = GRACE,
         on_suspects: Callable[[], None] | None = None,
         on_stuck: Callable[[], None] | None = None,
+        on_error: Callable[[BaseException], None] = lambda error: None,
         started: Callable[[int], None] | None = None,
     ) -> None:
         self.db = db
@@ -82,6 +83,7 @@ class Worker:
         self._lease = lease
         self._grace = grace
         self._on_suspects = on_suspects
+        self._on_error = on_error
         self._started = started
         self._lanes: dict[int, Lane] = {}
         self._order: deque[Lane] = deque()
@@ -103,7 +105,7 @@ class Worker:
         self._errand = asyncio.Event()
         self._bell = Doorbell(db, self._ring)
         self._runner = Runner(db, app, Threads(), wrote=self._wrote, stuck=on_stuck or (lambda: None),
-                              back=self._wake.set, alive=lambda: not self.draining or self._grace > 0)
+                              back=self._wake.set, failed=on_error, alive=lambda: not self.draining or self._grace > 0)
         if capture:
             action.set_effects("capture")
 
@@ -130,6 +132,7 @@ class Worker:
                         log.warning("worker: %s; trying again", error)
                     else:
                         log.exception("worker: trying again")
+                        self._on_error(error)
                     await self._nap(self._pace.failed())
         finally:
             chores.cancel()
@@ -507,6 +510,7 @@ class Worker:
             except Exception as error:
                 if not disconnected(error):
                     log.exception("worker: chores")
+                    self._on_error(error)
                 pause = 5.0
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._errand.wait(), max(0.02, pause))

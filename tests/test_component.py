@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import AsyncExitStack
 from typing import Any
 
 import pytest
@@ -18,7 +20,7 @@ from working import met
 
 from anton import Table, action, env
 from anton.app import App, declaring
-from anton.component import check_credentials, components_of, echo, fill
+from anton.component import CALLS, Clients, check_credentials, components_of, echo, fill
 from anton.errors import ConfigError, Discard
 
 
@@ -252,6 +254,26 @@ def test_a_message_that_arrived_and_whose_answer_was_lost_is_not_posted_twice(li
 
 
 # All of them
+
+
+async def test_many_calls_at_a_time_share_several_clients_which_are_closed_when_the_key_changes():
+    closed = []
+
+    class Client:
+        def __init__(self, key: str) -> None:
+            self.key = key
+
+        async def aclose(self) -> None:
+            closed.append(self.key)
+
+    clients = Clients(Client)
+    async with AsyncExitStack() as stack:
+        lent = [await stack.enter_async_context(clients.lend("old")) for _ in range(2 * CALLS + 1)]
+        assert list(Counter(map(id, lent)).values()) == [CALLS, CALLS, 1]
+    assert await clients.get("old") is lent[0]
+    async with clients.lend("old") as again:
+        assert again is lent[0]
+    assert (await clients.get("new")).key == "new" and closed == ["old"] * 3
 
 
 def test_a_secret_is_never_shown(monkeypatch):

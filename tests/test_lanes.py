@@ -8,11 +8,13 @@ from collections import Counter
 from datetime import timedelta
 from typing import Any
 
+import pytest
 from working import PATIENCE, Bench, one_handler
 
 from anton import Records, Table
 from anton.db import Database
 from anton.errors import WorldError
+from anton.lane import Lane
 
 
 async def test_a_worker_claims_only_what_it_has_code_for(db: Database):
@@ -222,3 +224,16 @@ async def test_after_a_probe_that_went_well_the_other_calls_do_not_wait_for_the_
     await bench.advance(timedelta(seconds=2))
     await bench.work()
     assert await bench.left() == {}
+
+
+@pytest.mark.parametrize(("concurrency", "rate", "ahead"), [
+    (300, 300.0, 150),                                                 # a second each: pullers never find nothing
+    (20, 0.1, 0),                                                      # minutes each: others may have them
+    (20, 10_000.0, 1250),                                              # quick: an eighth of a second's
+])
+def test_what_half_a_second_takes_is_claimed_ahead(concurrency: int, rate: float, ahead: int) -> None:
+    lane = Lane(1, "h", None, "python", True, "now", False, 100, timedelta(0), concurrency, timedelta(minutes=5), 5,
+                timedelta(seconds=1), 1, "public.t", ("id",), "int", None, rate=rate, running=concurrency)
+    assert lane.wants() == ahead
+    lane.items.extend(range(ahead // 2 + 1))
+    assert lane.wants() == 0                                           # half of it is left: not yet

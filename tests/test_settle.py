@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import threading
 from collections import Counter
 from datetime import timedelta
@@ -15,7 +17,7 @@ from working import Bench, met, numbers, one_handler
 from anton import Ctx, Discard, Records, Retry, Table, settle
 from anton.db import Conn, Database
 from anton.errors import WorldError
-from anton.fate import World, is_world
+from anton.fate import World, is_world, starved
 
 
 class Refused(Exception):
@@ -654,3 +656,22 @@ async def test_a_transaction_that_is_cut_off_again_and_again_is_the_world_s_fail
     with pytest.raises(World):
         await settle.Settler(db).transact(work)
     assert tried == 3
+
+
+def test_that_there_is_no_memory_is_seen_behind_what_the_driver_says_of_it() -> None:
+    def encode() -> None:
+        try:
+            raise MemoryError
+        except MemoryError as error:
+            raise asyncpg.DataError("invalid input for query argument $8: True ()") from error
+
+    with pytest.raises(asyncpg.DataError) as raised:
+        encode()
+    assert starved(raised.value) and not starved(asyncpg.DataError("invalid input")) and not starved(None)
+
+
+def test_a_worker_process_without_memory_for_its_own_work_ends_and_says_so() -> None:
+    code = ("import logging; logging.basicConfig(); from anton.supervisor import _end_starved; "
+            "_end_starved(ValueError()); print('lives', flush=True); _end_starved(MemoryError()); print('lives on')")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "lives\n") and "no memory left" in done.stderr

@@ -15,7 +15,7 @@ from typing import Any, Unpack
 
 from anton.ask import Question, Reply, SendError, status_error
 from anton.completion import Completion, Options
-from anton.component import Clients
+from anton.component import Clients, tls
 from anton.db import to_json
 from anton.errors import ConfigError
 from anton.limit import learnt
@@ -49,7 +49,8 @@ class AnthropicCompletion(Completion):
             options["max_tokens"] = MAX_TOKENS
         super().__init__(table, model=model, secret=api_key, **options)
         self._clients = Clients(lambda key: _package().AsyncAnthropic(
-            api_key=key, base_url=self.base_url or HOME, timeout=self.timeout, max_retries=0))
+            api_key=key, base_url=self.base_url or HOME, timeout=self.timeout, max_retries=0,
+            http_client=_package().DefaultAsyncHttpxClient(verify=tls())))
 
     async def prepare(self) -> None:
         """The package, and a client."""
@@ -58,9 +59,9 @@ class AnthropicCompletion(Completion):
     async def send(self, question: Question) -> Reply:
         """One POST /v1/messages."""
         anthropic = _package()
-        client = await self._clients.get(self.credential() or "")
         try:
-            raw = await client.messages.with_raw_response.create(**_body(question))
+            async with self._clients.lend(self.credential() or "") as client:
+                raw = await client.messages.with_raw_response.create(**_body(question))
             parsed = raw.parse()                                       # awaited since 2.0
             return _reply(raw.headers, await parsed if inspect.isawaitable(parsed) else parsed, question)
         except anthropic.APITimeoutError as error:

@@ -17,7 +17,7 @@ from typing import Any, Unpack
 
 from anton.ask import Question, Reply, SendError, status_error
 from anton.completion import Completion, Options
-from anton.component import Clients
+from anton.component import Clients, tls
 from anton.errors import ConfigError
 from anton.limit import learnt
 from anton.price import Prices
@@ -47,8 +47,7 @@ class OpenAiCompletion(Completion):
     def __init__(self, table: Table[Any], *, api_key: Env | str | None = None, model: str | Sequence[str] = MODEL,
                  **options: Unpack[Options]) -> None:
         super().__init__(table, model=model, secret=api_key, **options)
-        self._clients = Clients(lambda key: package(self.name).AsyncOpenAI(
-            api_key=key, base_url=self.base_url or HOME, timeout=self.timeout, max_retries=0))
+        self._clients = Clients(lambda key: client(self.name, key, self.base_url, self.timeout))
         self._plain: set[str] = set()                                  # models that know no temperature but their own
 
     async def prepare(self) -> None:
@@ -58,12 +57,12 @@ class OpenAiCompletion(Completion):
     async def send(self, question: Question) -> Reply:
         """One POST /chat/completions."""
         openai = package(self.name)
-        client = await self._clients.get(self.credential() or "")
         while True:
             body = self._body(question)
             with answering(self.name, question.timeout, question):
                 try:
-                    raw = await client.chat.completions.with_raw_response.create(**body)
+                    async with self._clients.lend(self.credential() or "") as lent:
+                        raw = await lent.chat.completions.with_raw_response.create(**body)
                     return _reply(raw.headers, raw.parse(), question)
                 except openai.BadRequestError as error:
                     if error.param != "temperature" or "temperature" not in body:
@@ -146,6 +145,13 @@ def _never_arrived(error: BaseException) -> bool:
 
 def _why(error: BaseException) -> str:
     return str(error.__cause__ or error) or type(error).__name__
+
+
+def client(of: str, key: str, base_url: str | None, timeout: float) -> Any:
+    """A client of the package. key: of the API. timeout: seconds for one answer."""
+    openai = package(of)
+    return openai.AsyncOpenAI(api_key=key, base_url=base_url or HOME, timeout=timeout, max_retries=0,
+                              http_client=openai.DefaultAsyncHttpxClient(verify=tls()))
 
 
 def package(of: str) -> Any:

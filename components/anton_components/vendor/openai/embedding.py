@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
-from anton_components.vendor.openai.cognition import HOME, answering, package
+from anton_components.vendor.openai.cognition import HOME, answering, client
 
 from anton.ask import SendError
 from anton.component import Clients
@@ -42,8 +42,7 @@ class OpenAiEmbedding(Embedding):
     def __init__(self, table: Table[Any], *, api_key: Env | str | None = None, model: str = MODEL,
                  **options: Unpack[Options]) -> None:
         super().__init__(table, model=model, secret=api_key, **options)
-        self._clients = Clients(lambda key: package(self.name).AsyncOpenAI(
-            api_key=key, base_url=self.base_url or HOME, timeout=self.timeout, max_retries=0))
+        self._clients = Clients(lambda key: client(self.name, key, self.base_url, self.timeout))
 
     async def prepare(self) -> None:
         """The package, and a client."""
@@ -51,10 +50,10 @@ class OpenAiEmbedding(Embedding):
 
     async def embed(self, model: str, texts: Sequence[str], dimensions: int | None) -> Embedded:
         """One POST /embeddings."""
-        client = await self._clients.get(self.credential() or "")
         more = {} if dimensions is None else {"dimensions": dimensions}
         with answering(self.name, self.timeout):
-            raw = await client.embeddings.with_raw_response.create(model=model, input=list(texts), **more)
+            async with self._clients.lend(self.credential() or "") as lent:
+                raw = await lent.embeddings.with_raw_response.create(model=model, input=list(texts), **more)
             reply = raw.parse()
         data = sorted(getattr(reply, "data", None) or (), key=lambda one: one.index)
         if not data:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from anton_components.vendor.openai.cognition import HOME, answering, package
+from anton_components.vendor.openai.cognition import HOME, answering, client
 
 from anton.ask import SendError
 from anton.component import Clients
@@ -40,8 +40,7 @@ class OpenAiFineTune(FineTune):
     def __init__(self, alias: str, *, examples: Sql, api_key: Env | str | None = None, model: str = MODEL,
                  **options: Any) -> None:
         super().__init__(alias, model=model, examples=examples, secret=api_key, **options)
-        self._clients = Clients(lambda key: package(self.name).AsyncOpenAI(
-            api_key=key, base_url=self.base_url or HOME, timeout=self.timeout, max_retries=0))
+        self._clients = Clients(lambda key: client(self.name, key, self.base_url, self.timeout))
 
     async def upload(self, lines: bytes) -> str:
         """One POST /files, purpose fine-tune."""
