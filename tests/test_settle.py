@@ -10,6 +10,7 @@ from collections import Counter
 from datetime import timedelta
 from typing import Any
 
+import asyncpg
 import pytest
 from pydantic import BaseModel
 from working import Bench, met, numbers, one_handler
