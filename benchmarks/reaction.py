@@ -90,7 +90,7 @@ def dbt_reaction(run: Run) -> Rows:
 
 def _dbt(folder: Path, url: str) -> float:
     """Seconds of `dbt run` of the model, by the command."""
-    output, password = outputs(url, "public", 4, "dbt")
+    output, password = outputs(url, "public", 4)
     write_profile(folder, "dev", output)
     began = time.perf_counter()
     subprocess.run([*DBT, "run", "--select", "revenue", "--profiles-dir", str(folder)], cwd=folder / "dbt_project",
