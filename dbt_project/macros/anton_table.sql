@@ -39,7 +39,6 @@
     {%- for name in want if name not in have -%}
       {% do run_query('alter table ' ~ target_relation ~ ' add column ' ~ adapter.quote(name) ~ ' ' ~ want[name]) %}
     {%- endfor -%}
-    {% do run_query('analyze ' ~ temp) %}
     {% do run_query(anton_table_key_sql(target_relation, key)) %}
     {% do run_query(anton_table_diff_sql(target_relation, temp, key, want)) %}
     {% call statement('main') %}
