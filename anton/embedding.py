@@ -26,6 +26,7 @@ from urllib.parse import urlsplit
 from anton.action import effects
 from anton.app import current_app
 from anton.ask import About, Asker, Question, Reply, SendError
+from anton.columns import kind_of
 from anton.completion import Asking, database, note, patient
 from anton.component import Component, names_of
 from anton.ctx import Ctx
@@ -37,7 +38,7 @@ from anton.limit import Limit, limits_of
 from anton.price import Price, Prices
 from anton.secret import Env
 from anton.table import Table
-from anton.vector import MOST, Vector
+from anton.vector import MOST
 
 CONCURRENCY = 200
 TEXTS, BYTES = 256, 300_000  # of one request; a token is a byte at least, and OpenAI takes 300,000 of them
@@ -116,7 +117,8 @@ class Embedding(Component):
             raise BadOption("table", self.table.name, of, f'a Table whose model has the field "{self._field}": '
                             f'Annotated[list[float], Vector(1536)]. It has: {", ".join(shape.model.model_fields)}. '
                             'map={"embedding": …} names another')
-        size = next((item.dimensions for item in field.metadata if isinstance(item, Vector)), None)
+        kind = kind_of(field.annotation, field.metadata).type          # also behind | None
+        size = int(kind[len("vector("):-1]) if kind.startswith("vector(") else None
         made = self.dimensions or (None if self.base_url else self.sizes.get(self.model))
         if size is not None and made is not None and size != made:
             raise BadOption("dimensions", self.dimensions, of, f'{size}: "{self._field}" of "{self.table.name}" is '

@@ -38,6 +38,7 @@ from anton.table import Table
 TABLE = "tunings"
 FRESH = 5.0  # seconds that a process believes what an alias means
 LEAST = 10  # examples; OpenAI's
+LOOKS = 1000  # at a job, 60 of them as often as is said, the next 60 half as often, and so on to a tenth
 OPTIONS = ("api_key", "model", "examples", "system", "least", "look", "base_url", "timeout",
            "allow_pii")
 
@@ -45,10 +46,14 @@ State = Literal["new", "running", "succeeded", "failed", "cancelled", "captured"
 
 
 class Tuning(BaseModel):
-    """A row of "tunings": one run. state "captured": nothing was sent; "retired": by hand, so that its model is used no
-    more. examples, hash: of what was uploaded. file, job: their ids at the service. model: what came of it."""
+    """A row of "tunings": one run. app: whose alias.
+
+    state "captured": nothing was sent; "retired": by hand, so that its model is used no more. examples, hash: of what was
+    uploaded. file, job: their ids at the service. model: what came of it.
+    """
 
     id: int | None = None
+    app: str
     alias: str
     base: str
     state: State = "new"
@@ -77,8 +82,9 @@ class FineTune(Component):
 
     alias: the name. model: which is tuned. examples: sql() with prompt and completion, and perhaps system; or messages,
     as the service takes them. system: for all of them. least: with fewer a run fails. look: how often a running job is
-    asked for. base_url: another server. timeout: seconds for one answer. allow_pii: the examples may hold PII. A run
-    sends its examples to the service, and costs there. Where effects are captured nothing is sent.
+    asked for; a tenth as often the longer it runs, for five days at "1m", and after that its look is a dead letter.
+    base_url: another server. timeout: seconds for one answer. allow_pii: the examples may hold PII. A run sends its
+    examples to the service, and costs there. Where effects are captured nothing is sent.
     Raises BadOption.
     """
 
@@ -111,11 +117,11 @@ class FineTune(Component):
         self._known: tuple[float, str] | None = None
         app.claim_name("alias", alias, self.place)
         app.aliases[alias] = self
-        self.tunings: Table[Tuning] = app.tables.get(TABLE) or Table(TABLE, Tuning)
-        mine = f"alias = {literal(alias)} and state ="
+        self.tunings: Table[Tuning] = app.tables.get(TABLE) or Table(TABLE, Tuning, index=[("app", "alias", "state")])
+        mine = f"app = {literal(app.name)} and alias = {literal(alias)} and state ="
         self.tunings.on_new_records(self, where=f"{mine} 'new'", name=f"tune_{alias}")
         self.tunings.on_updated_records(self.look, each=True, where=f"{mine} 'running'", columns=["job"], read="now",
-                                        name=f"look_at_{alias}", attempts=1000)
+                                        name=f"look_at_{alias}", attempts=LOOKS)
 
     async def upload(self, lines: bytes) -> str:
         """Sends examples, a JSON object a line; their id. Raises WorldError, or Refused for what is wrong with them."""
@@ -131,12 +137,13 @@ class FineTune(Component):
 
     def run(self) -> None:
         """Records a run; it is made by a worker, and commits with what surrounds it."""
-        self.tunings.append({"alias": self.alias, "base": self.model})
+        self.tunings.append({"app": self._app.name, "alias": self.alias, "base": self.model})
 
     async def current(self) -> str:
         """The model that the alias means now."""
         if self._known is None or self._known[0] < time.monotonic():
-            done = await self.tunings.select(alias=self.alias, state="succeeded").order_by("-id").limit(1)
+            mine = self.tunings.select(app=self._app.name, alias=self.alias, state="succeeded")
+            done = await mine.order_by("-id").limit(1)
             model = done[0].model if done else None
             self._known = time.monotonic() + FRESH, model or self.model
         return self._known[1]
@@ -172,7 +179,7 @@ class FineTune(Component):
             else:
                 self._set(row, file=file, **found, **_said(job))
 
-    async def look(self, row: Tuning) -> None:
+    async def look(self, row: Tuning, ctx: Ctx) -> None:
         """Asks for a job that runs, again and again until it is over."""
         if row.state != "running" or row.job is None:                  # changed by hand meanwhile
             return
@@ -184,7 +191,7 @@ class FineTune(Component):
             self._set(row, state="failed", error=error.message)
             return
         if job.state == "running":
-            raise Retry(f"{job.id} is running", after=self.every)
+            raise Retry(f"{job.id} is running", after=self.every * min(10, 1 + ctx.change.attempt // 60))
         self._set(row, **_said(job))
 
     def _set(self, row: Tuning, **values: Any) -> None:
@@ -202,8 +209,8 @@ class FineTune(Component):
             return given
         for name in ("prompt", "completion"):
             if row.get(name) is None:
-                raise Refused(f'an example without {name}: {dict(row)!r}. Wanted: rows with prompt and completion, '
-                              "neither of them null, or with messages")
+                raise Refused(f"an example without {name}: a row of {', '.join(row)}. Wanted: rows with prompt and "
+                              "completion, neither of them null, or with messages")
         system = row.get("system") or self.system
         told = [{"role": "system", "content": str(system)}] if system else []
         return [*told, {"role": "user", "content": str(row["prompt"])},

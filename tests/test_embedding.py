@@ -193,6 +193,15 @@ def test_what_cannot_be_is_refused_when_it_is_declared(options, why, app, llm):
         embedding(Table("passages", Passage), llm, **options)
 
 
+def test_a_vector_that_may_be_missing_has_a_size_all_the_same(app, llm):
+    class Maybe(BaseModel):
+        text: str
+        embedding: Annotated[list[float], Vector(26)] | None = None
+
+    with declaring(app.app), pytest.raises(BadOption, match=r"Vector\(26\)"):
+        embedding(Table("passages", Maybe), llm, dimensions=25)
+
+
 def test_a_table_without_the_text_is_refused_at_migrate(live, llm):
     with declaring(live.app):
         Table("notes", Note).on_new_records(embedding(Table("other"), llm, map={"text": "body"}))

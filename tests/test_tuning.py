@@ -33,6 +33,7 @@ class Service(Llm):
         self.files: dict[str, list[Any]] = {}
         self.jobs: dict[str, dict[str, Any]] = {}
         self.down = False
+        self.looks = 0
         self._ids = itertools.count(1)
 
     async def file(self, request: Request) -> Response:
@@ -69,6 +70,7 @@ class Service(Llm):
         return JSONResponse({"object": "list", "data": found, "has_more": False})
 
     async def job(self, request: Request) -> Response:
+        self.looks += 1
         if self.down:
             return JSONResponse({"error": {"message": "down"}}, 503)
         return JSONResponse(self.jobs[request.path_params["id"]])
@@ -216,6 +218,27 @@ def test_runs_of_one_app_are_told_apart_by_alias(live, service):
     assert asked_of(live, service) == "base"
     run(live, tune)
     assert [row.alias for row in live.records("tunings")] == ["others", "replies"] and len(service.jobs) == 2
+
+
+def test_an_alias_of_another_app_in_the_same_database_is_another(live, service):
+    declare(live, service)
+    live.tables["tunings"].append({"app": "another", "alias": "replies", "base": "base"})
+    live.tables["tunings"].append({"app": "another", "alias": "replies", "base": "base", "state": "succeeded",
+                                    "model": "ft:theirs"})
+    live.run()
+    assert not service.jobs and asked_of(live, service) == "base"
+    assert live.records("tunings")[0].state == "new"                  # for the workers of that app
+
+
+def test_a_job_that_takes_long_is_asked_for_less_often(live, service):
+    run(live, declare(live, service))
+    live.advance("1h")
+    often = service.looks
+    live.advance("1h")
+    assert (often, service.looks - often) == (60, 30)
+    service.end("succeeded", fine_tuned_model="ft:slow")
+    live.advance("2m")
+    assert last(live).model == "ft:slow"
 
 
 def test_what_cannot_be_is_refused_when_it_is_declared(app):
