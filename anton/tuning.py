@@ -48,8 +48,8 @@ State = Literal["new", "running", "succeeded", "failed", "cancelled", "captured"
 class Tuning(BaseModel):
     """A row of "tunings": one run. app: whose alias.
 
-    state "captured": nothing was sent; "retired": by hand, so that its model is used no more. examples, hash: of what was
-    uploaded. file, job: their ids at the service. model: what came of it.
+    state "captured": nothing was sent; "retired": by hand, so that its model is used no more. examples, hash: of what
+    was uploaded. file, job: their ids at the service. model: what came of it.
     """
 
     id: int | None = None
