@@ -449,16 +449,19 @@ begin
      from schedule s where s.id = find_schedule(p_name));
 end $$;
 
--- list_actions(name or null, limit) -> effects in outside systems, newest first
-create or replace function list_actions(p_name text default null, p_limit int default 50) returns table (
-  id bigint, name text, app text, state text, args jsonb, at timestamptz)
+-- list_actions(name or null, limit, state or null) -> calls of actions, newest first
+drop function if exists list_actions(text, int);
+create or replace function list_actions(p_name text default null, p_limit int default 50, p_state text default null) returns table (
+  id bigint, name text, app text, state text, args jsonb, at timestamptz, error text)
 language sql stable set search_path from current as $$
-  select id, name, app, state, args, at from action where p_name is null or name = p_name order by id desc limit p_limit
+  select id, name, app, state, args, at, error from action
+   where (p_name is null or name = p_name) and (p_state is null or state = p_state) order by id desc limit p_limit
 $$;
 
--- show_action(id) -> the effect and what came back, as JSON
+-- show_action(id) -> the call, what came back, and its approvals, as JSON
 create or replace function show_action(p_action bigint) returns jsonb language sql stable set search_path from current as $$
-  select to_jsonb(a) from action a where id = p_action
+  select to_jsonb(a) || jsonb_build_object('approvals', (select coalesce(jsonb_agg(to_jsonb(p) order by p.id), '[]') from approval p where p.action_id = a.id))
+    from action a where id = p_action
 $$;
 
 -- flow_from() -> the numbers to begin flow() with, to see only what happens from now on
