@@ -95,7 +95,7 @@ begin
     v_why := 'its arguments change by an edit in its approval only';
   elsif new.state = old.state and new.state <> 'sending' and new.token is not distinct from old.token then
     null;
-  elsif not case old.state
+  elsif not (case old.state
       when 'new' then new.state in ('waiting', 'sending', 'captured', 'refused', 'failed')
       when 'waiting' then new.state in ('ready', 'rejected', 'expired', 'superseded')
       when 'ready' then new.state in ('waiting', 'sending', 'captured', 'refused', 'failed')
@@ -103,7 +103,7 @@ begin
       when 'sending' then new.state in ('sending', 'sent', 'failed', 'unknown', 'retrying')
       when 'failed' then new.state in ('ready', 'waiting', 'sending')
       when 'unknown' then new.state in ('ready', 'sent', 'failed')
-      else false end then
+      else false end) then
     v_why := format('it is %s, which does not become %s', old.state, new.state);
   elsif new.state = 'sending' then
     select * into v_rule from action_rule where app = new.app and name = new.name and missing_at is null;
