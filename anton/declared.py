@@ -296,6 +296,7 @@ class Declared:
         tables = {one.sql: one for one in wanted}
         await self._make_models(tables)
         wrong = await self._check(wanted) | self._unmade()
+        await self._put_actions()
         for definition in self.handlers:
             one = tables[definition["table"]]
             if one.can_work and definition["name"] not in wrong:
@@ -314,6 +315,19 @@ class Declared:
                 await self._sync(row["name"], row["partitioned"], tables.get(row["name"]))
         for model in self.models.all:
             await self.models.build(model, partial(self._sync, model.sql, False, tables[model.sql]))
+
+    async def _put_actions(self) -> None:
+        """What the database has to know of actions to hold calls back, and where records come from outside."""
+        app = self.app.name
+        for action in self.app.actions.values():
+            same = f"select {self.run.schema}.action_state({literal(app)}, {literal(action.name)})"
+            await self.run.step(Step(f"action {action.name}", self._call("put_action", action.definition())),
+                                unless_same=same)
+        names = f"array[{', '.join(literal(name) for name in sorted(self.app.actions))}]::text[]"
+        gone = await self.conn.fetch(f"select {self.run.schema}.vanished_actions({literal(app)}, {names})")
+        if gone and app != "sql":
+            await self.run.step(Step("retire actions " + ", ".join(row[0] for row in gone),
+                                     f"select {self.run.schema}.retire_actions({literal(app)}, {names})"))
 
     async def _make_models(self, tables: Mapping[str, Wanted]) -> None:
         await self.models.make()

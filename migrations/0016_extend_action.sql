@@ -43,6 +43,7 @@ alter table action
   add column sending_at timestamptz,
   add column sent_at timestamptz,
   add column changed_at timestamptz,
+  add column settled_at timestamptz,              -- what it gives into= is written
   add column resolved_by text,                    -- the person who said what became of it
   add column depth int not null default coalesce(nullif(split_part(current_setting('anton.context', true), ',', 2), '')::int, 0);
 create unique index action_key on action (app, name, idempotency_key);

@@ -283,3 +283,10 @@ end $$;
 create or replace function open_calls(p_app text, p_name text) returns table (state text, n bigint) language sql stable set search_path from current as $$
   select state, count(*) from action where app = p_app and name = p_name and state in ('new', 'waiting', 'ready', 'sending', 'retrying', 'unknown', 'failed') group by 1 order by 1
 $$;
+
+-- settle_call(action) -> whether it is the first to: what a call gives into= is written once, whichever job comes to it
+create or replace function settle_call(p_action bigint) returns boolean language plpgsql volatile set search_path from current as $$
+begin
+  update action set settled_at = now() where id = p_action and settled_at is null;
+  return found;
+end $$;

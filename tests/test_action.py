@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from anton import Table, action, transaction
+from anton import Table, transaction
+from anton.action import effects, perform, set_effects
 from anton.app import declaring
 from anton.errors import ConfigError
 
@@ -15,14 +16,14 @@ from anton.errors import ConfigError
 @pytest.fixture(autouse=True)
 def as_before(monkeypatch):
     monkeypatch.delenv("ANTON_EFFECTS", raising=False)
-    before = action.effects()
+    before = effects()
     yield
     monkeypatch.undo()
-    action.set_effects(before)
+    set_effects(before)
 
 
 def test_nothing_is_sent_until_someone_says_so():
-    words = [sys.executable, "-c", "from anton import action; print(action.effects())"]
+    words = [sys.executable, "-c", "from anton.action import effects; print(effects())"]
     assert subprocess.run(words, capture_output=True, text=True, check=True).stdout == "capture\n"
 
 
@@ -32,15 +33,15 @@ def test_nothing_is_sent_until_someone_says_so():
 def test_the_environment_holds_back_and_never_lets_loose(limit, wanted, is_, monkeypatch):
     if limit:
         monkeypatch.setenv("ANTON_EFFECTS", limit)
-    assert action.set_effects(wanted) == action.effects() == is_
+    assert set_effects(wanted) == effects() == is_
 
 
 def test_a_mistyped_limit_is_an_error_and_sends_nothing(monkeypatch):
-    action.set_effects("capture")
+    set_effects("capture")
     monkeypatch.setenv("ANTON_EFFECTS", "caputre")
     with pytest.raises(ConfigError, match='"live", "capture" or "offline"'):
-        action.set_effects("live")
-    assert action.effects() == "capture"
+        set_effects("live")
+    assert effects() == "capture"
 
 
 @pytest.fixture
@@ -56,7 +57,7 @@ def things(app):
                     raise ValueError("refused")
                 return {"number": thing["n"]}
 
-            await action.perform("number", {"n": thing["n"]}, ctx.key, send)
+            await perform("number", {"n": thing["n"]}, ctx.key, send)
 
     app.migrate()
     return app
@@ -71,7 +72,7 @@ def test_a_captured_effect_is_a_row_and_its_sender_is_never_called(things):
 
 
 def test_a_live_effect_leaves_what_came_back_and_a_refused_one_nothing(things):
-    action.set_effects("live")
+    set_effects("live")
     things.tables["things"].extend({"n": n} for n in (1, -1))
     things.run()
     for _ in range(5):
