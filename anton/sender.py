@@ -1,8 +1,8 @@
 """Sender: carries calls out. The engine's queue brings it each call that may be sent; its body runs nowhere else.
 
-    begin_call   the intent, committed              the database says: send, ask, stopped, capped, over, uncertain
+    begin_action   the intent, committed              the database says: send, ask, stopped, capped, over, uncertain
     the body     with no transaction open
-    end_call     what came of it, committed at once; what goes into= is written with the ack
+    end_action     what came of it, committed at once; what goes into= is written with the ack
 
 A sender that finds a call begun by another one which did not come back does not send it again, unless the action is
 "idempotent": it asks probe=, and what nobody can tell is unknown.
@@ -53,7 +53,7 @@ class Sender:
         assert current is not None
         db = current.db
         if call.state in ("sent", "captured"):
-            self._into(db, call, call.result)                          # its sender ended between end_call and the ack
+            self._into(db, call, call.result)                          # its sender ended between end_action and the ack
             return
         verdict = await self._judge(db, call) if call.state in ("new", "ready", "retrying", "failed") else None
         if effects() != "live":
@@ -61,7 +61,7 @@ class Sender:
             return
         again, token = None, random.getrandbits(63)
         while True:
-            row = (await _call(db, "begin_call", call.id, token, verdict, again))[0]
+            row = (await _call(db, "begin_action", call.id, token, verdict, again))[0]
             if row["verdict"] == "over":
                 if row["state"] in ("sent", "captured"):
                     self._into(db, call, row["result"])
@@ -107,7 +107,7 @@ class Sender:
 
     async def _end(self, db: Database, call: Call, token: int, state: str, result: Any, error: str | None) -> bool:
         async with db.tx() as conn:
-            return bool(await db.call_value(conn, "end_call", call.id, token, state, result, error))
+            return bool(await db.call_value(conn, "end_action", call.id, token, state, result, error))
 
     async def _probe(self, db: Database, call: Call, token: int) -> bool | None:
         """Asks whether it happened. True: it did, and is settled; False: it did not; None: nobody can tell."""
@@ -131,7 +131,7 @@ class Sender:
         return True
 
     async def _judge(self, db: Database, call: Call) -> dict[str, Any] | None:
-        """What policy= and when= say of a call, as begin_call() takes it."""
+        """What policy= and when= say of a call, as begin_action() takes it."""
         action = self.action
         try:
             args = action.model.model_validate(call.args)
@@ -169,7 +169,7 @@ class Sender:
         what = await _value(db, "note_verdict", call.id, verdict)
         if what == "ask":
             await self._ask(db, call, (verdict or {}).get("why"))
-        elif what == "capture" and await _value(db, "capture_call", call.id):
+        elif what == "capture" and await _value(db, "capture_action", call.id):
             self._into(db, call, None, captured=True)
 
     def _into(self, db: Database, call: Call, returned: Any, captured: bool = False) -> None:
@@ -181,7 +181,7 @@ class Sender:
         assert current is not None
 
         async def settle(conn: Any) -> bool:
-            return bool(await db.call_value(conn, "settle_call", call.id))
+            return bool(await db.call_value(conn, "settle_action", call.id))
 
         current.add(Step(f"call {call.id}", settle, owner.get()))
         self.action.emit(rows)

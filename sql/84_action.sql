@@ -1,4 +1,4 @@
--- Actions: the outbox. A call is a row of action; a sender carries it out between begin_call() and end_call(), with no transaction
+-- Actions: the outbox. A call is a row of action; a sender carries it out between begin_action() and end_action(), with no transaction
 -- open. guard_action() lets nobody make what only that way may make: it holds for psql, replay and retry alike.
 --
 --   new -> waiting -> ready -> sending -> sent | failed | unknown | retrying (-> sending)
@@ -71,7 +71,7 @@ $$;
 -- A verdict that nobody needs to be asked counts for the arguments it was given for.
 create or replace function unapproved(a action, r action_rule) returns boolean language sql stable set search_path from current as $$
   select not exists (select from approval p where p.id = a.approval_id and p.action_id = a.id and p.state = 'approved' and p.args_sha256 = args_hash(a.args))
-     and (a.gate is not null or r.gate = 'always' or a.verdict ->> 'verdict' = 'ask'
+     and (a.gate is not null or r.gate = 'always' or coalesce(a.verdict ->> 'verdict', '') = 'ask'
           or ((r.gate = 'when' or r.policy) and (a.verdict ->> 'verdict' = 'pass' and a.verdict ->> 'args_sha256' = args_hash(a.args)) is not true))
 $$;
 
@@ -109,7 +109,7 @@ begin
     select * into v_rule from action_rule where app = new.app and name = new.name and missing_at is null;
     v_why := case when v_rule.name is null then 'its app does not declare it (any more)'
                   when setting('actions') = 'stopped' then 'actions are stopped'
-                  when new.token is null or new.token = old.token then 'begin_call() makes it'
+                  when new.token is null or new.token = old.token then 'begin_action() makes it'
                   when new.verdict ->> 'verdict' = 'refuse' then 'a policy refuses it'
                   when unapproved(new, v_rule) then 'nobody has approved it with these arguments'
                   else forbidden(new) end;
@@ -136,14 +136,14 @@ language sql stable set search_path from current as $$
     from jsonb_to_recordset(r.caps) x (amount numeric, "of" text, period text) order by coalesce(x."of", ''), x.period
 $$;
 
--- begin_call(action, token, verdict, again) -> what its sender has to do; the intent is committed with it
+-- begin_action(action, token, verdict, again) -> what its sender has to do; the intent is committed with it
 --   send       state is sending, under this token
---   uncertain  another sender began it and did not come back, and it may have happened: probe, then again = that sender's token, or end_call(unknown)
+--   uncertain  another sender began it and did not come back, and it may have happened: probe, then again = that sender's token, or end_action(unknown)
 --   ask        a person has to approve it: ask_approval()
 --   stopped    by anton actions stop;  capped: a cap is used up, for `after`
 --   over       nothing to do: `state` says what became of it
 -- verdict: what policy and when= said of these arguments: {"verdict": pass | ask | refuse, "by", "why"}
-create or replace function begin_call(p_action bigint, p_token bigint, p_verdict jsonb default null, p_again bigint default null)
+create or replace function begin_action(p_action bigint, p_token bigint, p_verdict jsonb default null, p_again bigint default null)
 returns table (verdict text, state text, args jsonb, idempotency_key text, attempt int, held bigint, result jsonb, reason text, after interval)
 language plpgsql volatile set search_path from current as $$
 #variable_conflict use_column
@@ -200,10 +200,10 @@ begin
   return next;
 end $$;
 
--- end_call(action, token, state, result, error) -> whether it is this sender's: what became of it
+-- end_action(action, token, state, result, error) -> whether it is this sender's: what became of it
 --   sent | failed | unknown | retrying (it did not happen, and is tried again)
 -- A sender that is late, and was given up as unknown, may still say that it was sent.
-create or replace function end_call(p_action bigint, p_token bigint, p_state text, p_result jsonb default null, p_error text default null) returns boolean
+create or replace function end_action(p_action bigint, p_token bigint, p_state text, p_result jsonb default null, p_error text default null) returns boolean
 language plpgsql volatile set search_path from current as $$
 declare a action;
 begin
@@ -218,8 +218,8 @@ begin
   return true;
 end $$;
 
--- capture_call(action) -> whether it is captured now: it counts as done, and nothing leaves
-create or replace function capture_call(p_action bigint) returns boolean language plpgsql volatile set search_path from current as $$
+-- capture_action(action) -> whether it is captured now: it counts as done, and nothing leaves
+create or replace function capture_action(p_action bigint) returns boolean language plpgsql volatile set search_path from current as $$
 begin
   update action a set state = 'captured' from action_rule r
    where a.id = p_action and a.state in ('new', 'ready', 'retrying') and r.app = a.app and r.name = a.name and not unapproved(a, r);
@@ -243,8 +243,8 @@ begin
   return case when v_why is not null then 'refused' when unapproved(a, r) then 'ask' else 'capture' end;
 end $$;
 
--- retry_call(action, person) -> its state: a call that failed, or that is unknown and did not happen, is sent again; what guards it holds as before
-create or replace function retry_call(p_action bigint, p_person text default null) returns text language plpgsql volatile set search_path from current as $$
+-- retry_action(action, person) -> its state: a call that failed, or that is unknown and did not happen, is sent again; what guards it holds as before
+create or replace function retry_action(p_action bigint, p_person text default null) returns text language plpgsql volatile set search_path from current as $$
 begin
   update action set state = 'ready', resolved_by = p_person, error = null where id = p_action and state in ('failed', 'unknown');
   if not found then
@@ -255,8 +255,8 @@ begin
   return 'ready';
 end $$;
 
--- resolve_call(action, state, person, result) -> its state: a person says what became of a call that is unknown
-create or replace function resolve_call(p_action bigint, p_state text, p_person text default null, p_result jsonb default null) returns text
+-- resolve_action(action, state, person, result) -> its state: a person says what became of a call that is unknown
+create or replace function resolve_action(p_action bigint, p_state text, p_person text default null, p_result jsonb default null) returns text
 language plpgsql volatile set search_path from current as $$
 begin
   update action set state = p_state, resolved_by = p_person, result = coalesce(p_result, result), sent_at = case when p_state = 'sent' then coalesce(sending_at, now()) end
@@ -279,13 +279,8 @@ begin
   perform ring();
 end $$;
 
--- open_calls(app, name) -> calls by state, of those that are not at their end
-create or replace function open_calls(p_app text, p_name text) returns table (state text, n bigint) language sql stable set search_path from current as $$
-  select state, count(*) from action where app = p_app and name = p_name and state in ('new', 'waiting', 'ready', 'sending', 'retrying', 'unknown', 'failed') group by 1 order by 1
-$$;
-
--- settle_call(action) -> whether it is the first to: what a call gives into= is written once, whichever job comes to it
-create or replace function settle_call(p_action bigint) returns boolean language plpgsql volatile set search_path from current as $$
+-- settle_action(action) -> whether it is the first to: what a call gives into= is written once, whichever job comes to it
+create or replace function settle_action(p_action bigint) returns boolean language plpgsql volatile set search_path from current as $$
 begin
   update action set settled_at = now() where id = p_action and settled_at is null;
   return found;

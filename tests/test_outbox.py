@@ -164,7 +164,7 @@ def test_a_refusal_is_failed_and_a_dead_letter_and_a_person_may_send_it_again(li
     live.tables["complaints"].append({"order": 7, "total": 5})
     live.run()
     assert states(live) == ["failed"] and [dead.error for dead in live.dead] == ["no such order"]
-    call_sql(live, "retry_call", 1)
+    call_sql(live, "retry_action", 1)
     live.run()
     assert states(live) == ["sent"]
 
