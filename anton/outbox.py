@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from anton.app import current_app, place_of_caller
 from anton.approval import Approval
-from anton.calls import Calls, outbox_name, subject_of
+from anton.calls import Call, Calls, outbox_name, subject_of
 from anton.component import Component, names_of
 from anton.ctx import Ctx
 from anton.db import Database
@@ -83,20 +83,20 @@ class Action:
         self.calls = Calls(app, self.name, self.place)
         self._rows = rows
         ready = f"{self.calls.condition} and state in ('new', 'ready')"
-        self._handler = Event(self.calls, "changes", ("new", "updated"))._declare(
+        self.sender = Event(self.calls, "changes", ("new", "updated"))._declare(
             Sender(self), f"send_{self.name}",
             {**options, "each": True, "read": "now", "where": ready, "into": into})
-        self._handler.place = self.place
+        self.sender.place = self.place
 
     @property
     def into(self) -> tuple[Table[Any], ...]:
         """Where what it returns goes."""
-        return self._handler.into
+        return self.sender.into
 
     @property
     def attempts(self) -> int:
         """How often a call that did not happen is tried."""
-        return self._handler.attempts
+        return self.sender.attempts
 
     def definition(self) -> dict[str, Any]:
         """What put_action() takes."""
@@ -106,7 +106,7 @@ class Action:
         return {"app": self.app.name, "name": self.name, "effect": self.effect, "gate": gate,
                 "policy": self.policy is not None, "probe": self.probe is not None, "allow": self.allow,
                 "approval": self.approve.definition() if self.approve else {}, "caps": self.caps,
-                "handler": self._handler.name}
+                "handler": self.sender.name}
 
     def send(self, *args: Any, approve: Approval | None = None, key: str | None = None, by: str | None = None,
              **named: Any) -> Any:
@@ -171,7 +171,7 @@ class Action:
 
     def emit(self, rows: Any) -> None:
         """Records rows for into=."""
-        self._handler.emit(rows)
+        self.sender.emit(rows)
 
     def bind(self, table: Table[Any]) -> HandlerSpec:
         """One call for each record of a table, its fields as arguments."""
@@ -226,7 +226,7 @@ class ActionComponent(Component):
     """Base of built-in actions: a component whose calls leave through the outbox.
 
     A subclass says args(record, ctx) -> what it is called with, send(args, key) -> what came back as JSON, and, for
-    into=, row(args, key, result) -> its row; result is None where it was captured.
+    into=, row(call, result) -> its row; result is None where it was captured.
     """
 
     acts = True
@@ -245,7 +245,7 @@ class ActionComponent(Component):
         """Does it. args: a dict. Raises WorldError before it left, Discard for a refusal."""
         raise NotImplementedError
 
-    def row(self, args: Mapping[str, Any], key: str, result: Any) -> Any:
+    def row(self, call: Call, result: Any) -> Any:
         """What into= gets."""
         return result
 
@@ -282,7 +282,7 @@ class _Built(Action):
             return await component.send(values, key)
 
         super().__init__(body, name=name, into=getattr(component, "into", None), concurrency=20, **component.options(),
-                         rows=lambda call, result, captured: component.row(call.args, call.idempotency_key, result))
+                         rows=lambda call, result, captured: component.row(call, result))
         self.place = component.place
 
 

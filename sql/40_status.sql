@@ -480,10 +480,12 @@ language sql stable set search_path from current as $$
                   from output o, generate_series(1, 3) k
                  where o.receipt_id = r.id and k <= greatest(cardinality(o.ids), jsonb_array_length(o.keys)) limit 3),
           (select sum(cardinality(o.owners)) from output o where o.receipt_id = r.id), r.ms, case when r.gone > 0 then r.gone || ' gone' end
-     from receipt r join handler h on h.id = r.handler_id where r.id > p_after order by r.id limit p_limit)
+     from receipt r join handler h on h.id = r.handler_id
+    where r.id > p_after and not exists (select from action_rule x where x.app = h.app and x.handler = h.name) order by r.id limit p_limit)
   union all
   (select d.id, 'dead', d.died_at, h.name, record_name(h.table_id, d.key), 1, '{}', 0, null, d.error
      from dead d join handler h on h.id = d.handler_id where d.id > p_after order by d.id limit p_limit)
   union all
-  (select a.id, 'act', a.at, a.name, null, 1, array[a.state], 0, null, a.args::text from action a where a.id > p_after_action order by a.id limit p_limit)
+  (select a.id, 'act', a.at, a.name, null, 1, array[a.state], 0, null, a.args::text from action a
+    where a.id > p_after_action and a.state not in ('new', 'ready', 'sending', 'retrying') order by a.id limit p_limit)
 $$;

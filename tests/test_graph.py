@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from shop import Order, Shop
 
 from anton import cli
-from anton.action import perform
+
 from anton.errors import UnknownNode, UnknownTable
 from anton.files import Files
 from anton.graph import Graph, Node
@@ -115,6 +115,9 @@ def declare() -> None:
     orders, praise, events = Table("orders", Order), Table("praise"), Table("events")
     loose = Table("loose")
 
+    @action
+    async def note() -> None: ...
+
     @post("/orders", verify=False)
     def create(order: Order) -> Order:
         praise.get(1)
@@ -139,7 +142,7 @@ def declare() -> None:
 
     @praise.on_new_records
     async def send(records: object) -> None:
-        await perform("send", {}, "k", lambda: None)  # type: ignore[arg-type, return-value]
+        note.send()
 
 
 def loose_of(table: Table[object]) -> None:

@@ -39,7 +39,7 @@ LAYERS = [
     "migrate supervisor files",
     "dev serve testing wiring",
     "verbs",
-    "dbt.verbs component_verbs",
+    "dbt.verbs component_verbs action_verbs",
     "cli",
     "__main__",
 ]

@@ -14,6 +14,7 @@ from anton.component import Clients, fill, placeholders
 from anton.ctx import Ctx
 from anton.errors import Discard, WorldError
 from anton.approval import Approval
+from anton.calls import Call
 from anton.meaning import SlackChannel
 from anton.outbox import ActionComponent
 from anton.secret import Env
@@ -82,10 +83,11 @@ class SlackPostMessage(ActionComponent):
             message["thread_ts"] = thread
         return message
 
-    def row(self, args: Mapping[str, Any], key: str, result: Any) -> Any:
+    def row(self, call: Call, result: Any) -> Any:
         """What `into` gets; a message that was captured has a ts of its own."""
-        posted = {"ts": f"captured-{key}"} if result is None else {"ts": result["ts"], "channel": result["channel"]}
-        return {"thread_ts": None, **args, **posted}
+        posted = {"ts": f"captured-{call.idempotency_key}"} if result is None else result
+        key = call.subject[1] if call.subject else [None]
+        return {"thread_ts": None, **call.args, **posted, "record_id": key[0] if len(key) == 1 else None}
 
     async def send(self, args: Mapping[str, Any], key: str) -> dict[str, Any]:
         """One chat.postMessage."""
