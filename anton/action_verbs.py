@@ -64,12 +64,12 @@ def actions_start(args: Args) -> int:
 # --- approvals
 
 
-def approvalslist_rows(args: Args) -> int:
+def approvals_list(args: Args) -> int:
     """List approvals that wait, or those of --state, the newest first."""
     return list_rows(args, "list_approvals", (None if args.state == "all" else args.state, args.limit), _APPROVALS)
 
 
-def approvalsshow_row(args: Args) -> int:
+def approvals_show(args: Args) -> int:
     """Show an approval: the arguments, the records it rests on, its history, and who may decide it."""
     return show_row(args, "show_approval", args.id, f"no approval {args.id}; anton approvals list --state all")
 

@@ -17,6 +17,7 @@ from anton import cli
 from anton.errors import UnknownNode, UnknownTable
 from anton.files import Files
 from anton.graph import Graph, Node
+from anton.outbox import action
 from anton.poll import poll
 from anton.query import sql
 from anton.schedule import cron
