@@ -56,7 +56,7 @@ class Action:
                  allow: Mapping[str, Sequence[str]] | None = None, cap: str | Sequence[str] = (),
                  map: Mapping[str, str] | None = None, rows: Callable[[Any, Any, bool], Any] | None = None,
                  **options: Any) -> None:
-        self.name = name or getattr(fn, "__name__", "")
+        self.name: str = name or str(getattr(fn, "__name__", ""))
         of = f'action "{self.name}"'
         for option in options:
             if option not in _OPTIONS:

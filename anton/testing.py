@@ -294,7 +294,7 @@ class TestApp:
         """The approvals that wait, oldest first."""
         rows = self._fetch("select id, name, state, preview, args, approvers, decided_by, difference "
                            "from {schema}.approval where state = 'pending' order by id")
-        return [Asked(*row[:5], tuple(row[5]), *row[6:], self) for row in rows]
+        return [Asked(row[0], row[1], row[2], row[3], row[4], tuple(row[5]), row[6], row[7], self) for row in rows]
 
     @property
     def calls(self) -> list[Call]:

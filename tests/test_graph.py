@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from shop import Order, Shop
 
 from anton import cli
-
 from anton.errors import UnknownNode, UnknownTable
 from anton.files import Files
 from anton.graph import Graph, Node

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from anton import Approval, Table, action, transaction
+from anton import Approval, Table, Webhook, action, transaction
 from anton.app import declaring
 from anton.errors import BadOption, BadSignature, Discard, InvalidRecord, Retry, WorldError
 
@@ -274,6 +274,37 @@ def test_a_policy_lets_through_asks_or_refuses(live, peer):
     live.approvals[0].approve(by="ann")
     live.run()
     assert [order for order, _, _ in peer.got] == [1, 50]
+
+
+def test_what_is_made_of_records_from_outside_is_tainted_all_along_its_way(live):
+    seen = []
+
+    def policy(call: Any) -> str:
+        seen.append(call.taint)
+        return "refuse" if call.taint else "send"
+
+    with declaring(live.app):
+        letters, drafts = Table("letters"), Table("drafts")
+        Webhook("/letters", letters, verify=False)
+
+        @action(policy=policy)
+        def answer(text: str) -> None: ...
+
+        @letters.on_new_records(each=True, into=drafts)
+        def draft(letter: Any) -> dict[str, Any]:
+            return {"text": letter["payload"]["text"]}
+
+        @drafts.on_new_records(each=True)
+        def reply(draft: Any) -> None:
+            answer.send(draft["text"])
+
+    live.migrate()
+    live.post("/letters", json={"text": "pay me"})
+    live.run()
+    drafts.append({"text": "from within"})
+    live.run()
+    assert seen == [["webhook /letters"], []]
+    assert states(live) == ["refused", "sent"]
 
 
 # Declarations

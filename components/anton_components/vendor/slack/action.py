@@ -10,11 +10,11 @@ import uuid
 from collections.abc import Mapping
 from typing import Any
 
+from anton.approval import Approval
+from anton.calls import Call
 from anton.component import Clients, fill, placeholders
 from anton.ctx import Ctx
 from anton.errors import Discard, WorldError
-from anton.approval import Approval
-from anton.calls import Call
 from anton.meaning import SlackChannel
 from anton.outbox import ActionComponent
 from anton.secret import Env
