@@ -4,8 +4,8 @@
     capture    a call of an action is noted as captured           anton dev
     offline    capture, and what only asks stays here too         tests, make demo
 
-How calls are made and sent: outbox.py, sender.py. ANTON_EFFECTS=capture or offline holds a process back that would be live; it can
-never let one loose.
+How calls are made and sent: outbox.py, sender.py. ANTON_EFFECTS=capture or offline holds a process back that would be
+live; it can never let one loose.
 """
 
 from __future__ import annotations

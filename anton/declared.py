@@ -345,8 +345,8 @@ class Declared:
             f"select format('%I.%I', schema_name, table_name) as name, taint from {self.run.schema}.watched")}
         for name in self.app.tables:
             sql, what = ".".join(map(quote, self.place(name))), outside.get(name)
+            text = "null" if what is None else literal(what)
             if sql in known and known[sql] != what:
-                text = "null" if what is None else literal(what)
                 await self.run.step(Step(f"where records of {name} come from",
                                          f"select {self.run.schema}.put_taint({literal(sql)}, {text})"))
 

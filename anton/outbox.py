@@ -267,8 +267,7 @@ class ActionComponent(Component):
             name = f"{self.name}_{n}"
         if name in app.actions:
             return cast(Action, app.actions[name])
-        made = _Built(self, name)
-        return made
+        return _Built(self, name)
 
 
 class _Built(Action):
@@ -322,8 +321,9 @@ def _cap(text: str, of: str, model: type[BaseModel]) -> dict[str, Any]:
     return {"amount": number, "of": argument or None, "period": period}
 
 
-async def decide(db: Database, app: Any, approval: int, person: str, decision: Literal["approve", "reject"], via: str, *,
-                 edit: Mapping[str, Any] | None = None, why: str | None = None, sha256: str | None = None) -> Any:
+async def decide(db: Database, app: Any, approval: int, person: str, decision: Literal["approve", "reject"],
+                 via: str, *, edit: Mapping[str, Any] | None = None, why: str | None = None,
+                 sha256: str | None = None) -> Any:
     """A person's decision, from whichever channel; the row of decide(): won, state, decided_by, decided_via, next.
 
     edit: the arguments that change, checked by the action's model. sha256: of the arguments they were shown; None:

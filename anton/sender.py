@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("anton.worker")
 
-_NEVER_LEFT = {"ConnectError", "ConnectTimeout", "PoolTimeout", "UnsupportedProtocol", "InvalidURL", "LocalProtocolError",
-               "ClientConnectorError", "SMTPConnectError", "SMTPAuthenticationError"}
+_NEVER_LEFT = {"ConnectError", "ConnectTimeout", "PoolTimeout", "UnsupportedProtocol", "InvalidURL",
+               "LocalProtocolError", "ClientConnectorError", "SMTPConnectError", "SMTPAuthenticationError"}
 
 
 class Sender:
@@ -204,9 +204,10 @@ def did_not_happen(error: BaseException) -> bool:
 
 async def _run(fn: Callable[..., Any], *args: Any) -> Any:
     """The answer of a def, from a thread, or of an async def."""
-    if inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(getattr(fn, "__call__", None)):
+    if inspect.iscoroutinefunction(fn):
         return await fn(*args)
-    return await asyncio.to_thread(fn, *args)
+    answer = await asyncio.to_thread(fn, *args)
+    return await answer if inspect.isawaitable(answer) else answer
 
 
 async def _call(db: Database, function: str, *args: Any) -> list[Any]:

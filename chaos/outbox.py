@@ -5,8 +5,8 @@
     before intent, after intent, before request, request sent, after reply, in settle
 
 Each call's sender is killed (SIGKILL) once, at its point; another process then works until nothing is left. The
-service keeps the truth. wrong: a call whose effect was not there exactly once (with keys, or with probe=). doubled: more
-than once. unlisted: a call that is neither settled as it truly was, nor unknown.
+service keeps the truth. wrong: a call whose effect was not there exactly once (with keys, or with probe=). doubled:
+more than once. unlisted: a call that is neither settled as it truly was, nor unknown.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ def work(url: str, folder: str, port: int, kind: str, point: str) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def sql(server: Any, url: str, text: str) -> list[Any]:
+def sql(url: str, text: str) -> list[Any]:
     """Rows."""
     async def fetch() -> list[Any]:
         db = Database(url, source="the bench")
@@ -176,25 +176,25 @@ def sql(server: Any, url: str, text: str) -> list[Any]:
     return asyncio.run(fetch())
 
 
-def measure(server: Any, url: str, folder: str, port: int, kind: str, point: str, calls: int, first: int) -> Counter[str]:
+def measure(url: str, folder: str, port: int, kind: str, point: str, calls: int, first: int) -> Counter[str]:
     """Kills one sender for each call."""
     found: Counter[str] = Counter()
     killed = 0
     for order in range(first, first + calls):
-        sql(server, url, f"insert into anton.action (app, name, args) values ('outbox', 'pay', '{{\"order\": {order}}}')")
+        sql(url, "insert into anton.action (app, name, args) "
+                 f"values ('outbox', 'pay', '{{\"order\": {order}}}')")
         killed += work(url, folder, port, kind, point) == -signal.SIGKILL
-        sql(server, url, "select anton.worker_died(id) from anton.worker where stopped_at is null")
+        sql(url, "select anton.worker_died(id) from anton.worker where stopped_at is null")
         assert work(url, folder, port, kind, "") == 0, "the second worker ended badly"
-    states = {row["n"]: row["state"] for row in sql(
-        server, url, f"select (args ->> 'order')::int as n, state from anton.action where (args ->> 'order')::int >= {first}")}
-    written = Counter(row["n"] for row in sql(
-        server, url, f"select (data ->> 'order')::int as n from paid where (data ->> 'order')::int >= {first}"))
+    rows = sql(url, "select (args ->> 'order')::int as n, state from anton.action")
+    states = {row["n"]: row["state"] for row in rows if row["n"] >= first}
+    written = Counter(row["n"] for row in sql(url, "select (data ->> 'order')::int as n from paid"))
     for order, state in states.items():
         times = ask(port, "GET", f"/paid/{order}")["times"]
         found[state] += 1
         found["doubled"] += times > 1
         found["wrong"] += times != 1 if kind != "unsafe" else False
-        found["unlisted"] += not (state == "unknown" or (state == "sent" and times == 1) or (state == "failed" and not times))
+        found["unlisted"] += state != "unknown" and (state, min(times, 1)) not in (("sent", 1), ("failed", 0))
         found["into wrong"] += written[order] != (1 if state == "sent" else 0)
     assert killed == calls, f"{killed} of {calls} senders were killed at {point}"
     return found
@@ -213,7 +213,8 @@ def main() -> int:
     service.server_close()
     total: Counter[str] = Counter()
     try:
-        with servers.running("system" if given.system else "embedded") as server, tempfile.TemporaryDirectory() as folder:
+        kept = tempfile.TemporaryDirectory()
+        with servers.running("system" if given.system else "embedded") as server, kept as folder:
             first = 1
             for kind in KINDS:
                 server.sql(f"create database outbox_{kind}")
@@ -222,7 +223,7 @@ def main() -> int:
                 declare(app, port, kind, "")
                 asyncio.run(migrate(Database(url, source="the bench"), app))
                 for point in POINTS:
-                    found = measure(server, url, folder, port, kind, point, given.calls, first)
+                    found = measure(url, folder, port, kind, point, given.calls, first)
                     first += given.calls
                     total.update(found)
                     print(f"{kind:8}{point:16}", {name: n for name, n in sorted(found.items()) if n}, flush=True)
@@ -230,7 +231,8 @@ def main() -> int:
         os.kill(apart, signal.SIGKILL)
         os.waitpid(apart, 0)
     bad = {name: total[name] for name in ("wrong", "doubled", "unlisted", "into wrong")}
-    print(f"outbox_wrong_effects {bad['wrong'] + bad['doubled'] + bad['into wrong']}, outbox_unlisted {bad['unlisted']}")
+    wrong = bad["wrong"] + bad["doubled"] + bad["into wrong"]
+    print(f"outbox_wrong_effects {wrong}, outbox_unlisted {bad['unlisted']}")
     return 1 if any(bad.values()) else 0
 
 

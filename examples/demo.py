@@ -46,6 +46,7 @@ CHANNEL = "#lunch"
 FROM_SQL = "hello from SQL"
 LEASE = "1 s"
 AT_ONCE = 16                                                           # requests under way, when there are many
+ACTED = "from {anton}.action where id > $1 and state in ('captured', 'sent')"
 PATIENCE = 45.0                                                        # seconds for anything to happen
 LIVE = "select count(*) from {anton}.workers() where state = 'live' and app = $1 and started_at > $2"
 
@@ -210,11 +211,11 @@ class Demo:
         print(f"1. Someone mentions the bot{'':<35}POST {self.entry.path}  \"@anton {MENTION}\"", flush=True)
         sent = time.time()
         took = await self.mention(MENTION, "1515449522.000016")
-        trace = await self.until("select trace from {anton}.action where id > $1 and state in ('captured', 'sent')", self.actions, what="reply")
+        trace = await self.until(f"select trace {ACTED}", self.actions, what="reply")
         self.first = await self.follow(trace, sent, took)
         sent = time.time()
         await self.mention(MENTION, "1515449523.000016")
-        await self.until("select count(*) = 2 from {anton}.action where id > $1 and state in ('captured', 'sent')", self.actions, what="second reply")
+        await self.until(f"select count(*) = 2 {ACTED}", self.actions, what="second reply")
         again: datetime = await self.one("select max(changed_at) from {anton}.action")
         all_ms = (again.timestamp() - sent) * 1000
         print(f"   {'':<6} {'and once more, now that all is warm':<67} {all_ms:8.1f} ms in all", flush=True)
@@ -230,7 +231,7 @@ class Demo:
         print(f"   $ anton psql -c {json.dumps(insert)}", flush=True)
         last = await self.one("select max(id) from {anton}.action")
         self.processes.anton(BOT, "psql", "-c", insert)
-        trace = await self.until("select trace from {anton}.action where id > $1 and state in ('captured', 'sent')", last, what="reply")
+        trace = await self.until(f"select trace {ACTED}", last, what="reply")
         hops = await self.hops(trace, None)
         reply = next(hop for hop in hops if hop.part == "act")
         reply.ms = sum(hop.ms for hop in hops)

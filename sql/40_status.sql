@@ -452,9 +452,9 @@ end $$;
 -- list_actions(name or null, limit, state or null) -> calls of actions, newest first
 drop function if exists list_actions(text, int);
 create or replace function list_actions(p_name text default null, p_limit int default 50, p_state text default null) returns table (
-  id bigint, name text, app text, state text, args jsonb, at timestamptz, error text)
+  id bigint, name text, app text, state text, args jsonb, at timestamptz)
 language sql stable set search_path from current as $$
-  select id, name, app, state, args, at, error from action
+  select id, name, app, state, args, at from action
    where (p_name is null or name = p_name) and (p_state is null or state = p_state) order by id desc limit p_limit
 $$;
 

@@ -12,8 +12,8 @@ from anton import Table
 from anton.app import App, declaring
 from anton.query import Query
 
-NAMES = ["Approval", "action", "Ctx", "Discard", "Records", "Request", "Retry", "Table", "Webhook", "app", "cron", "delete", "env", "get",
-         "patch", "poll", "post", "put", "sql", "transaction"]
+NAMES = ["Approval", "action", "Ctx", "Discard", "Records", "Request", "Retry", "Table", "Webhook", "app",
+         "cron", "delete", "env", "get", "patch", "poll", "post", "put", "sql", "transaction"]
 LATER = ["DbtProject", "Files"]  # issues of their own
 
 

@@ -266,8 +266,9 @@ def test_an_action_that_its_app_gave_up_sends_nothing_more(live, sent):
     assert sent == [] and live.calls[0].state == "refused"
 
 
-@pytest.mark.parametrize("statement", ["update anton.approval_event set person = 'x'", "delete from anton.approval_event",
-                                       "truncate anton.approval_event", "truncate anton.approval cascade"])
+@pytest.mark.parametrize("statement", [
+    "update anton.approval_event set person = 'x'", "delete from anton.approval_event",
+    "truncate anton.approval_event", "truncate anton.approval cascade"])
 def test_what_happened_to_approvals_stays(statement, live, sent):
     asked(live, sent)
     with pytest.raises(Exception, match="append-only"):

@@ -171,7 +171,7 @@ def test_the_code_alone_says_what_leads_to_what(wired: Wiring) -> None:
         ("table:s3_fs_in_csv", "handler:load_orders", "new updated"), ("handler:load_orders", "table:orders", "new"),
         ("table:orders", "handler:thank", "new"), ("handler:thank", "table:praise", "new"),
         ("table:big", "handler:thank", "reads"), ("table:loose", "handler:thank", "uses"),
-        ("table:praise", "handler:send", "new"),
+        ("table:praise", "handler:send", "new"), ("handler:send", "action:note", ""),
         ("table:orders", "view:paid", "reads"), ("function:tidy", "table:praise", "deleted"),
         ("table:orders", "model:revenue", "deleted new updated"), ("view:paid", "model:revenue", "reads"),
         ("model:revenue", "table:revenue", "deleted new updated"),
