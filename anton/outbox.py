@@ -82,7 +82,7 @@ class Action:
         app.actions[self.name] = self
         self.calls = Calls(app, self.name, self.place)
         self._rows = rows
-        ready = f"{self.calls.condition} and state in ('new', 'ready')"
+        ready = f"{self.calls.condition} and state in ('new', 'ready') and old.state is distinct from new.state"
         self.sender = Event(self.calls, "changes", ("new", "updated"))._declare(
             Sender(self), f"send_{self.name}",
             {**options, "each": True, "read": "now", "where": ready, "into": into})

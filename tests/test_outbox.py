@@ -65,6 +65,14 @@ def test_a_call_is_captured_with_its_arguments_and_the_body_never_runs(app, peer
     assert peer.got == [] and app.records("refunds") == [] and not app.dead
 
 
+def test_a_call_is_one_job_of_its_sender(app, peer):
+    refund = declare(app, peer, policy=lambda call: "send")
+    refund.send(7, 5)
+    app.run()
+    assert sql(app, "select sum(r.n)::int as n from anton.receipt r join anton.handler h on h.id = r.handler_id "
+                    "where h.name = 'send_refund'")[0]["n"] == 1
+
+
 def test_a_live_call_is_sent_by_the_sender_and_what_came_back_is_written(live, peer):
     declare(live, peer)
     live.tables["complaints"].append({"order": 7, "total": 5})
