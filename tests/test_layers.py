@@ -16,7 +16,7 @@ PACKAGE = REPO / "anton"
 
 LAYERS = [
     "errors groups share sent",
-    "secret db deadline duration embedded limit meaning price template plan threads rebuilt vector",
+    "secret reach db deadline duration embedded limit meaning price template plan threads rebuilt vector",
     "dbt.manifest dbt.profile dbt.init",
     "dbt.gate handshake config columns relation queue doorbell status due chunk parquet ledger memo",
     "scheme op sqlfile lineage graph",
