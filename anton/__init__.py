@@ -6,10 +6,12 @@ Everything users type is here; the modules behind it say more: table.py, handler
 """
 
 from anton.app import app
+from anton.approval import Approval
 from anton.ctx import Ctx
 from anton.dbt.project import DbtProject
 from anton.errors import Discard, Retry
 from anton.files import Files
+from anton.outbox import action
 from anton.poll import poll
 from anton.query import sql
 from anton.rebuilt import Failed as Failed
@@ -24,5 +26,5 @@ from anton.table import Table
 from anton.vector import Vector as Vector
 from anton.write import transaction
 
-__all__ = ["Ctx", "DbtProject", "Discard", "Files", "Records", "Request", "Retry", "Table", "Webhook", "app", "cron",
-           "delete", "env", "get", "patch", "poll", "post", "put", "sql", "transaction"]
+__all__ = ["Approval", "Ctx", "DbtProject", "Discard", "Files", "Records", "Request", "Retry", "Table", "Webhook",
+           "action", "app", "cron", "delete", "env", "get", "patch", "poll", "post", "put", "sql", "transaction"]

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from decimal import Decimal
 from typing import Any, NoReturn
 
-from anton import component_verbs, verbs
+from anton import action_verbs, component_verbs, verbs
 from anton.app import while_loading
 from anton.dbt import verbs as dbt
 from anton.errors import (
@@ -46,6 +46,10 @@ class Parser(argparse.ArgumentParser):
             known = [word for action in self._actions for word in action.option_strings]
             message += did_you_mean(unknown[1].partition("=")[0], known)
         self.exit(USAGE, f"{self.prog}: {message}\n")
+
+
+STATES = ("new", "waiting", "ready", "sending", "retrying", "sent", "failed", "unknown", "captured", "refused",
+          "rejected", "expired", "superseded")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -123,9 +127,36 @@ def parser() -> argparse.ArgumentParser:
         one = _verb(noun, verb, fn)
         one.add_argument("which", nargs="+", metavar="ID|HANDLER")
         one.add_argument("--error", default="", metavar="TEXT", help="of a handler: only those whose error holds this")
-    noun = _noun(every, "actions", "effects in outside systems")
-    _some(_verb(noun, "list", verbs.actions_list), "--name")
-    _verb(noun, "show", verbs.actions_show).add_argument("id", type=int)
+    noun = _noun(every, "actions", "calls of actions: what leaves the building")
+    one = _verb(noun, "list", action_verbs.actions_list)
+    _some(one, "--name")
+    one.add_argument("--state", choices=STATES, help="only of this state")
+    _verb(noun, "show", action_verbs.actions_show).add_argument("id", type=int)
+    one = _verb(noun, "retry", action_verbs.actions_retry)
+    one.add_argument("ids", type=int, nargs="+", metavar="id")
+    one.add_argument("--by", metavar="PERSON", help="who says so")
+    one = _verb(noun, "resolve", action_verbs.actions_resolve)
+    one.add_argument("ids", type=int, nargs="+", metavar="id")
+    what = one.add_mutually_exclusive_group(required=True)
+    what.add_argument("--sent", action="store_true", help="they happened")
+    what.add_argument("--failed", action="store_true", help="they did not")
+    one.add_argument("--by", metavar="PERSON", help="who says so")
+    _verb(noun, "stop", action_verbs.actions_stop)
+    _verb(noun, "start", action_verbs.actions_start)
+    noun = _noun(every, "approvals", "what people are asked before a call is sent")
+    one = _verb(noun, "list", action_verbs.approvals_list)
+    one.add_argument("--state", choices=("pending", "approved", "rejected", "expired", "superseded", "all"),
+                     default="pending", help="default pending")
+    one.add_argument("--limit", type=_positive, default=50)
+    _verb(noun, "show", action_verbs.approvals_show).add_argument("id", type=int)
+    one = _verb(noun, "approve", action_verbs.approvals_approve)
+    one.add_argument("id", type=int)
+    one.add_argument("--by", metavar="PERSON", required=True, help="who decides")
+    one.add_argument("--set", metavar="NAME=VALUE", action="append", help="an argument as it is to be")
+    one = _verb(noun, "reject", action_verbs.approvals_reject)
+    one.add_argument("id", type=int)
+    one.add_argument("--by", metavar="PERSON", required=True, help="who decides")
+    one.add_argument("--why", help="told to whoever asked")
     noun = _noun(every, "costs", "what models were asked, and what it cost")
     _verb(noun, "list", verbs.costs_list).add_argument("--days", type=_positive, default=30)
     one = _verb(noun, "calls", verbs.costs_calls)

@@ -20,7 +20,7 @@ from anton.db import literal, quote, split_name
 from anton.dbt.manifest import Node
 from anton.dbt.project import DbtModel
 from anton.ddl import VECTOR, Difference, Found, Spec, check_adopted, compare, create_sql, inspect, key_advice
-from anton.edges import read, writes
+from anton.edges import of_code, read, writes
 from anton.errors import (
     AntonError,
     BadOption,
@@ -37,6 +37,7 @@ from anton.errors import (
 from anton.graph import cycles
 from anton.model import Model, Models
 from anton.plan import LOCK_TIMEOUT, Step
+from anton.poll import Poll
 from anton.sqlcheck import SqlStep
 from anton.steps import Steps
 
@@ -296,6 +297,8 @@ class Declared:
         tables = {one.sql: one for one in wanted}
         await self._make_models(tables)
         wrong = await self._check(wanted) | self._unmade()
+        await self._put_actions()
+        await self._put_taints()
         for definition in self.handlers:
             one = tables[definition["table"]]
             if one.can_work and definition["name"] not in wrong:
@@ -314,6 +317,38 @@ class Declared:
                 await self._sync(row["name"], row["partitioned"], tables.get(row["name"]))
         for model in self.models.all:
             await self.models.build(model, partial(self._sync, model.sql, False, tables[model.sql]))
+
+    async def _put_actions(self) -> None:
+        """What the database has to know of actions to hold calls back, and where records come from outside."""
+        app = self.app.name
+        for action in self.app.actions.values():
+            same = f"select {self.run.schema}.action_state({literal(app)}, {literal(action.name)})"
+            await self.run.step(Step(f"action {action.name}", self._call("put_action", action.definition())),
+                                unless_same=same)
+        names = f"array[{', '.join(literal(name) for name in sorted(self.app.actions))}]::text[]"
+        gone = await self.conn.fetch(f"select {self.run.schema}.vanished_actions({literal(app)}, {names})")
+        if gone and app != "sql":
+            await self.run.step(Step("retire actions " + ", ".join(row[0] for row in gone),
+                                     f"select {self.run.schema}.retire_actions({literal(app)}, {names})"))
+
+    async def _put_taints(self) -> None:
+        """Where records come from outside: what is made of them is to be looked at before it leaves."""
+        outside = {hook.table.name: f"webhook {hook.path}" for hook in self.app.webhooks}
+        for route in self.app.routes:
+            outside |= {name: f"route {route.method} {route.path}" for name, _ in of_code(route.fn).writes}
+        for schedule in self.app.schedules.values():
+            poll = getattr(schedule.fn, "__self__", None)
+            if isinstance(poll, Poll):
+                outside[poll.into.name] = f"poll {schedule.name}"
+        outside |= {name: "files" for name, table in self.app.tables.items() if hasattr(table, "storage_name")}
+        known = {row["name"]: row["taint"] for row in await self.conn.fetch(
+            f"select format('%I.%I', schema_name, table_name) as name, taint from {self.run.schema}.watched")}
+        for name in self.app.tables:
+            sql, what = ".".join(map(quote, self.place(name))), outside.get(name)
+            text = "null" if what is None else literal(what)
+            if sql in known and known[sql] != what:
+                await self.run.step(Step(f"where records of {name} come from",
+                                         f"select {self.run.schema}.put_taint({literal(sql)}, {text})"))
 
     async def _make_models(self, tables: Mapping[str, Wanted]) -> None:
         await self.models.make()

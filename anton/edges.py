@@ -81,6 +81,18 @@ def of_code(fn: Callable[..., Any] | None, tables: Tables | None = None) -> Uses
     return found
 
 
+def named(fn: Any, kind: type) -> list[str]:
+    """The names of things of a kind, such as actions, that a function names."""
+    inner = getattr(fn, "__wrapped__", fn)
+    code = getattr(inner, "__code__", None)
+    if code is None:
+        return []
+    closed = zip(code.co_freevars, inner.__closure__ or (), strict=False)
+    known = {**inner.__globals__, **{name: cell.cell_contents for name, cell in closed if _filled(cell)}}
+    used = dict.fromkeys((*code.co_names, *code.co_freevars))
+    return [known[name].name for name in used if isinstance(known.get(name), kind)]
+
+
 def _of_function(fn: Any) -> Iterator[tuple[str, str]]:
     inner = getattr(fn, "__wrapped__", fn)
     inner = getattr(inner, "__func__", inner)

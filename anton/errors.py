@@ -13,6 +13,7 @@
       WriteError            a write that was not, or could not be, made
         InvalidRecord WriteRefused RowChanged NoScope ScopeClosed ValueWithoutInto
       QueryError SyncInLoop LeaseLost HandlerTimeout WorldError PollFailed DbtFailed BudgetReached ModelRefused
+      CapReached CallRefused DecisionRefused
     Outcome                 what a handler raises to settle its record; not errors
       Retry Discard
 
@@ -188,6 +189,25 @@ class BudgetReached(WorldError):
     def __init__(self, reason: str, after: timedelta | None = None) -> None:
         super().__init__(f"{reason}. It waits; raise budget= to go on now, then: anton handlers resume NAME. What was "
                          "paid: anton costs list", reason=reason, after=after)
+
+
+class CapReached(WorldError):
+    """An action's cap is used up: its calls wait for the next period, or a larger cap=. reason."""
+
+    def __init__(self, reason: str, after: timedelta | None = None) -> None:
+        super().__init__(f"{reason}. Its calls wait; raise cap= to go on now", reason=reason, after=after)
+
+
+class CallRefused(AntonError):
+    """What may not become of a call of an action, whoever asks."""
+
+    sqlstate = "NT008"
+
+
+class DecisionRefused(AntonError):
+    """Who may not decide an approval, or not so."""
+
+    sqlstate = "NT009"
 
 
 class ModelRefused(AntonError):

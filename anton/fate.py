@@ -130,10 +130,11 @@ def _is_world(error: BaseException) -> bool:
     for cls in type(error).__mro__:
         if cls.__name__ in _CLIENTS.get(cls.__module__.partition(".")[0], ()):
             return True
-    return _status(error) in (408, 429) or 500 <= _status(error) <= 599
+    return status_of(error) in (408, 429) or 500 <= status_of(error) <= 599
 
 
-def _status(error: BaseException) -> int:
+def status_of(error: BaseException) -> int:
+    """The HTTP status that an error carries, 0 where it has none."""
     response = getattr(error, "response", None)
     for holder, name in (
         (error, "status_code"),

@@ -30,7 +30,8 @@ def check(handler: Handler, tables: Mapping[str, Table[Any]]) -> list[Miswired]:
     if not isinstance(component, Component):
         return []
     wrong = [*_reads(component, handler.table)]
-    for table in handler.into:
+    into = getattr(component, "into", None) if component.acts else None  # its sender writes there
+    for table in handler.into or ([into] if into is not None else []):
         wrong += _makes(component, handler.table, table)
     if not component.allow_pii:
         wrong += _tells(component, handler.table, tables)

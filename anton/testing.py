@@ -22,18 +22,20 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit, urlunsplit
 
 import pytest
 
-from anton import action, component, embedded, schedule
+from anton import component, embedded, schedule
+from anton.action import effects, set_effects
 from anton.app import App, load_app
 from anton.config import is_loopback
 from anton.db import Database, Portal, quote, set_database
 from anton.duration import duration
 from anton.errors import AntonError, BadOption
 from anton.migrate import migrate
+from anton.outbox import decide
 from anton.relation import describe
 from anton.secret import Env, VerifyToken
 from anton.verify import SCHEMES, Verifier
@@ -65,12 +67,54 @@ class Call:
     state: str
     result: Any
     at: datetime
+    error: str | None = None
 
     def __getattr__(self, name: str) -> Any:
         try:
             return self.args[name]
         except KeyError:
             raise AttributeError(f"{self.name} was called without {name}; with: {', '.join(self.args)}") from None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """An approval. Its arguments are attributes: approval.amount. preview: what people read."""
+
+    id: int
+    name: str
+    state: str
+    preview: str
+    args: Mapping[str, Any]
+    approvers: tuple[str, ...]
+    decided_by: str | None
+    difference: Any
+    _test: TestApp = field(repr=False)
+
+    def approve(self, by: str = "you", edit: Mapping[str, Any] | None = None, via: str = "test") -> Any:
+        """This person approves it; one that is not known yet is made, in the groups that are asked."""
+        return self._decide(by, "approve", edit, None, via)
+
+    def reject(self, by: str = "you", why: str | None = None, via: str = "test") -> Any:
+        """This person rejects it."""
+        return self._decide(by, "reject", None, why, via)
+
+    def _decide(self, by: str, what: Literal["approve", "reject"], edit: Any, why: str | None, via: str) -> Any:
+        test = self._test
+
+        async def work() -> Any:
+            async with test.db.tx() as conn:
+                if not await conn.fetchval(f"select 1 from {quote(test.db.schema)}.person where name = $1", by):
+                    groups = [one[1:] for one in self.approvers if one.startswith("@")]
+                    await test.db.call_value(conn, "put_person", by, None, None, groups)
+            return await decide(test.db, test.app, self.id, by, what, via, edit=edit, why=why)
+
+        return test._loop.run(work())
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self.__dict__["args"][name]
+        except KeyError:
+            raise AttributeError(f"{self.__dict__.get('name')} is called without {name}") from None
 
 
 @dataclass(frozen=True)
@@ -242,8 +286,24 @@ class TestApp:
 
     @property
     def outbox(self) -> list[Call]:
-        """The effects, oldest first."""
-        rows = self._fetch("select name, args, idempotency_key, state, result, at from {schema}.action order by id")
+        """The effects, oldest first: what was captured, or sent."""
+        return self._calls("state in ('captured', 'sent')")
+
+    @property
+    def approvals(self) -> list[Asked]:
+        """The approvals that wait, oldest first."""
+        rows = self._fetch("select id, name, state, preview, args, approvers, decided_by, difference "
+                           "from {schema}.approval where state = 'pending' order by id")
+        return [Asked(row[0], row[1], row[2], row[3], row[4], tuple(row[5]), row[6], row[7], self) for row in rows]
+
+    @property
+    def calls(self) -> list[Call]:
+        """All calls of actions, whatever became of them, oldest first."""
+        return self._calls("true")
+
+    def _calls(self, where: str) -> list[Call]:
+        rows = self._fetch("select name, args, idempotency_key, state, result, at, error from {schema}.action "
+                           f"where {where} order by id")
         return [Call(*row) for row in rows]
 
     @property
@@ -297,9 +357,9 @@ def app(request: pytest.FixtureRequest, anton_templates: _Templates,
     name = anton_templates.clone(loaded, folder)
     db = Database(anton_templates.url(folder, name), source="the fixture app")
     set_secrets(loaded, monkeypatch.setenv)
-    before = action.effects()
+    before = effects()
     set_database(db)
-    action.set_effects("offline")
+    set_effects("offline")
     test = TestApp(loaded, db, loop)
     component.set_stand_in(test.model.answer)
     try:
@@ -307,7 +367,7 @@ def app(request: pytest.FixtureRequest, anton_templates: _Templates,
             yield test
     finally:
         component.set_stand_in(None)
-        action.set_effects(before)
+        set_effects(before)
         loop.run(db.close())
         db.run(db.close())
         loop.stop()

@@ -44,7 +44,6 @@ _COSTS = ("day", "app", "handler", "model", "calls", "failed", "unknown", "unpri
           "cost")
 _CALLS = ("id", "at", "handler", "model", "state", "tokens_in", "tokens_out", "cost", "reserved", "error")
 _BUDGETS = ("app", "scope", "name", "amount", "unit", "period", "settled", "reserved", "share", "ends_at")
-_ACTIONS = ("id", "name", "app", "state", "args", "at")
 
 
 # --- an app
@@ -186,7 +185,7 @@ def handlers_list(args: Args) -> int:
 
 def handlers_show(args: Args) -> int:
     """Show all that is known of a handler."""
-    return _show(args, "show_handler", args.name, "")
+    return show_row(args, "show_handler", args.name, "")
 
 
 def handlers_pause(args: Args) -> int:
@@ -220,7 +219,7 @@ def _change_handler(args: Args, function: str) -> int:
 
 def schedules_list(args: Args) -> int:
     """List schedules by what is due next."""
-    return _list(args, "list_schedules", (), _SCHEDULES)
+    return list_rows(args, "list_schedules", (), _SCHEDULES)
 
 
 def schedules_show(args: Args) -> int:
@@ -281,7 +280,7 @@ def schedules_next(args: Args) -> int:
 
 def models_list(args: Args) -> int:
     """List Tables that are kept by a SELECT, and their last refresh."""
-    return _list(args, "models", (), _MODELS)
+    return list_rows(args, "models", (), _MODELS)
 
 
 def models_show(args: Args) -> int:
@@ -329,17 +328,17 @@ def graph(args: Args) -> int:
     return OK
 
 
-# --- jobs, dead letters, actions
+# --- jobs, dead letters
 
 
 def jobs_list(args: Args) -> int:
     """List jobs that are not done, the oldest first."""
-    return _list(args, "list_jobs", (args.handler, args.limit), _JOBS)
+    return list_rows(args, "list_jobs", (args.handler, args.limit), _JOBS)
 
 
 def jobs_show(args: Args) -> int:
     """Show a job with the keys of its records."""
-    return _show(args, "show_job", args.id, f"no job {args.id}: it is done, was cancelled, or never was")
+    return show_row(args, "show_job", args.id, f"no job {args.id}: it is done, was cancelled, or never was")
 
 
 def jobs_cancel(args: Args) -> int:
@@ -349,12 +348,12 @@ def jobs_cancel(args: Args) -> int:
 
 def dead_list(args: Args) -> int:
     """List dead letters, the newest first."""
-    return _list(args, "list_dead", (args.handler, args.limit), _DEAD)
+    return list_rows(args, "list_dead", (args.handler, args.limit), _DEAD)
 
 
 def dead_show(args: Args) -> int:
     """Show a dead letter with its record's image and the traceback."""
-    return _show(args, "show_dead", args.id, f"no dead letter {args.id}; anton dead list")
+    return show_row(args, "show_dead", args.id, f"no dead letter {args.id}; anton dead list")
 
 
 def dead_replay(args: Args) -> int:
@@ -381,37 +380,27 @@ def _each_dead(args: Args, function: str, done: str) -> int:
     return OK if ids else FOUND
 
 
-def actions_list(args: Args) -> int:
-    """List effects in outside systems, the newest first."""
-    return _list(args, "list_actions", (args.name, args.limit), _ACTIONS)
-
-
-def actions_show(args: Args) -> int:
-    """Show an effect and what came back."""
-    return _show(args, "show_action", args.id, f"no action {args.id}; anton actions list")
-
-
 # --- costs
 
 
 def costs_list(args: Args) -> int:
     """Show what models were asked and what it cost, by day, handler and model."""
-    return _list(args, "list_costs", (args.days,), _COSTS)
+    return list_rows(args, "list_costs", (args.days,), _COSTS)
 
 
 def costs_calls(args: Args) -> int:
     """List calls of models, the newest first."""
-    return _list(args, "list_calls", (args.state, args.limit), _CALLS)
+    return list_rows(args, "list_calls", (args.state, args.limit), _CALLS)
 
 
 def costs_show(args: Args) -> int:
     """Show a call with the records that it answered."""
-    return _show(args, "show_call", args.id, f"no call {args.id}; anton costs calls")
+    return show_row(args, "show_call", args.id, f"no call {args.id}; anton costs calls")
 
 
 def costs_budgets(args: Args) -> int:
     """Show each budget, and what is spent and held of it in its period of now."""
-    return _list(args, "list_budgets", (), _BUDGETS)
+    return list_rows(args, "list_budgets", (), _BUDGETS)
 
 
 def costs_settle(args: Args) -> int:
@@ -463,13 +452,13 @@ def open_app_database(args: Args) -> Database:
     return db
 
 
-def _list(args: Args, function: str, given: Sequence[Any], columns: Sequence[str]) -> int:
+def list_rows(args: Args, function: str, given: Sequence[Any], columns: Sequence[str]) -> int:
     rows = query(args, lambda db, conn: ask(db, conn, function, *given))
     emit(args, rows, layout(rows, columns) if rows else "none")
     return OK
 
 
-def _show(args: Args, function: str, given: Any, missing: str) -> int:
+def show_row(args: Args, function: str, given: Any, missing: str) -> int:
     async def one(db: Database, conn: Conn) -> Row | None:
         row: Row | None = await db.call_value(conn, function, given)
         return row

@@ -10,21 +10,23 @@ An object in app.graphed adds its own nodes, edges and columns: it has graph() -
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import asyncpg
 
 from anton import sqlfile
 from anton.app import App
+from anton.calls import Calls
 from anton.columns import MODELLESS
 from anton.component import Component
 from anton.db import Conn, Database, quote, split_name
-from anton.edges import Uses, of_code, read, sqlread, uses
+from anton.edges import Uses, named, of_code, read, sqlread, uses
 from anton.errors import NotMigrated, UnknownTable
 from anton.files import Files
 from anton.graph import Graph, Node, Part
+from anton.outbox import Action
 from anton.poll import Poll
 from anton.sqlfile import SqlFile
 from anton.status import Row
@@ -71,6 +73,7 @@ class Wiring:
         self.columns: dict[Column, dict[str, set[Column]]] = {}
         self.files = sqlfile.read(app.folder / "sql")
         self.tables = self._tables()
+        self.senders = {action.sender.name for action in app.actions.values()}
 
     # Names
 
@@ -112,33 +115,56 @@ class Wiring:
 
     def build(self) -> None:
         for table in self.app.tables.values():
+            if isinstance(table, Calls):
+                continue
             self.graph.add(Node("table", self.shown(table.name), self.app.name, table.place))
         for file in self.files:
             if not file.kind:
                 self._plain(file)
         self._views()
         self._comes_in()
+        for action in self.app.actions.values():
+            node = Node("action", action.name, self.app.name, action.place)
+            self._uses(node, Uses({(table.name, "new") for table in action.into}))
         for handler in self.app.handlers.values():
+            if handler.name in self.senders:                                # it is the action
+                continue
             node = Node("handler", handler.name, self.app.name, handler.place)
             self._listens(node, handler.table.name, handler.ops)
             self._uses(node, uses(handler, self.tables))
             if handler.body is not None:
                 self._reading(node, read(handler.body, self.tables, self.sql_name(handler.table.name)))
-            if isinstance(handler.component, Component) and handler.component.acts:
-                action = Node("action", handler.component.name, self.app.name, about=handler.component.service)
-                self.graph.add(action)
-                self.graph.join(node.id, action.id)
+            if isinstance(handler.component, Component | Action):
+                self._acts(node, handler.component)
+            elif handler.fn is not None:
+                self._sends(node, handler.fn)
         for file in self.files:
             self._file(file)
         self._told()
         for one in self.app.graphed:
             self._part(one.graph())
 
+    def _acts(self, node: Node, by: Component | Action) -> None:
+        """A component that acts, or an action on a table."""
+        if isinstance(by, Component) and not by.acts:
+            return
+        made = next((one for one in self.app.actions.values() if by in (one, one.component)), None)
+        about = by.service if isinstance(by, Component) else ""
+        action = Node("action", made.name if made else by.name, self.app.name, about=about)
+        self.graph.add(action)
+        self.graph.join(node.id, action.id)
+
+    def _sends(self, node: Node, fn: Callable[..., Any]) -> None:
+        """Actions that a function names."""
+        for name in named(fn, Action):
+            self.graph.join(node.id, f"action:{name}")
+
     def _comes_in(self) -> None:
         """Routes, webhooks, schedules, polls, files."""
         for route in self.app.routes:
-            self._uses(Node("route", f"{route.method} {route.path}", self.app.name, route.place),
-                       of_code(route.fn, self.tables))
+            node = Node("route", f"{route.method} {route.path}", self.app.name, route.place)
+            self._uses(node, of_code(route.fn, self.tables))
+            self._sends(node, route.fn)
         for hook in self.app.webhooks:
             self._uses(Node("webhook", hook.path, self.app.name, hook.place), Uses({(hook.table.name, "new")}))
         scans = set()
@@ -155,8 +181,9 @@ class Wiring:
                 self._uses(Node("poll", schedule.name, self.app.name, schedule.place, schedule.title),
                            Uses({(poll.into.name, "new")}))
             else:
-                self._uses(Node("schedule", schedule.name, self.app.name, schedule.place, schedule.title),
-                           of_code(schedule.fn, self.tables))
+                node = Node("schedule", schedule.name, self.app.name, schedule.place, schedule.title)
+                self._uses(node, of_code(schedule.fn, self.tables))
+                self._sends(node, schedule.fn)
 
     def _listens(self, node: Node, table: str, ops: Iterable[str]) -> None:
         self.graph.add(node)
@@ -268,6 +295,8 @@ class Wiring:
                 continue
             ids = [id for kind in ("handler", "schedule", "poll", "model")
                    if (id := f"{kind}:{name}") in self.graph.nodes]
+            if own and row["name"] in self.senders:
+                continue
             names[row["app"], row["name"]] = ids[0] if ids else f"{'schedule' if row['cron'] else 'handler'}:{name}"
             if not ids and not (own and name.startswith("scan_")):
                 self._listener(row, name)

@@ -20,7 +20,8 @@ from collections.abc import Callable, Coroutine, Sequence
 from datetime import timedelta
 from typing import Any
 
-from anton import action, queue, schedule
+from anton import queue, schedule
+from anton.action import set_effects
 from anton.app import App
 from anton.catalogue import feed, read_lanes
 from anton.db import Database
@@ -107,7 +108,7 @@ class Worker:
         self._runner = Runner(db, app, Threads(), wrote=self._wrote, stuck=on_stuck or (lambda: None),
                               back=self._wake.set, failed=on_error, alive=lambda: not self.draining or self._grace > 0)
         if capture:
-            action.set_effects("capture")
+            set_effects("capture")
 
     async def run(self) -> None:
         """Works until drain() or stop(); then what runs is finished within the grace, and the rest given back."""

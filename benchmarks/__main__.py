@@ -12,7 +12,8 @@ from benchmarks.harness import RESULTS, Run, benches, choose, measure, save, tab
 from benchmarks.server import server
 
 for _module in ("throughput", "against_graphile", "writes", "pickup", "backlog", "loads", "footprint", "clocks",
-                "webhook", "hostile", "lineage", "models", "builds", "reaction", "llm"):
+                "webhook", "hostile", "lineage", "models", "builds", "reaction", "llm",
+                "approve"):
     importlib.import_module(f"benchmarks.{_module}")  # registers its benches, in the order of the report
 
 

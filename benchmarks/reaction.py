@@ -67,7 +67,7 @@ def dbt_reaction(run: Run) -> Rows:
         subprocess.run([*words, "migrate"], cwd=folder, env=environment(), check=True, capture_output=True)
         conn.execute("insert into orders select n, 'customer ' || n % 1000, 1 from generate_series(1, 10000) n")
         taken = []
-        with _working(folder, url, conn):
+        with working(folder, url, conn):
             wait_for(lambda: number(conn, "select count(*) from anton.dbt_build") == 1, 120, "the first build")
             wait_idle(conn)
             for turn in range(run.size(20, 2) + 1):
@@ -99,7 +99,7 @@ def _dbt(folder: Path, url: str) -> float:
 
 
 @contextmanager
-def _working(folder: Path, url: str, conn: Conn) -> Iterator[None]:
+def working(folder: Path, url: str, conn: Conn) -> Iterator[None]:
     """A running `anton work` in the app's folder, once it has registered."""
     process = subprocess.Popen([*ANTON, "--database", url, "work"], env=environment(), cwd=folder)
     try:

@@ -449,16 +449,19 @@ begin
      from schedule s where s.id = find_schedule(p_name));
 end $$;
 
--- list_actions(name or null, limit) -> effects in outside systems, newest first
-create or replace function list_actions(p_name text default null, p_limit int default 50) returns table (
+-- list_actions(name or null, limit, state or null) -> calls of actions, newest first
+drop function if exists list_actions(text, int);
+create or replace function list_actions(p_name text default null, p_limit int default 50, p_state text default null) returns table (
   id bigint, name text, app text, state text, args jsonb, at timestamptz)
 language sql stable set search_path from current as $$
-  select id, name, app, state, args, at from action where p_name is null or name = p_name order by id desc limit p_limit
+  select id, name, app, state, args, at from action
+   where (p_name is null or name = p_name) and (p_state is null or state = p_state) order by id desc limit p_limit
 $$;
 
--- show_action(id) -> the effect and what came back, as JSON
+-- show_action(id) -> the call, what came back, and its approvals, as JSON
 create or replace function show_action(p_action bigint) returns jsonb language sql stable set search_path from current as $$
-  select to_jsonb(a) from action a where id = p_action
+  select to_jsonb(a) || jsonb_build_object('approvals', (select coalesce(jsonb_agg(to_jsonb(p) order by p.id), '[]') from approval p where p.action_id = a.id))
+    from action a where id = p_action
 $$;
 
 -- flow_from() -> the numbers to begin flow() with, to see only what happens from now on
@@ -477,10 +480,12 @@ language sql stable set search_path from current as $$
                   from output o, generate_series(1, 3) k
                  where o.receipt_id = r.id and k <= greatest(cardinality(o.ids), jsonb_array_length(o.keys)) limit 3),
           (select sum(cardinality(o.owners)) from output o where o.receipt_id = r.id), r.ms, case when r.gone > 0 then r.gone || ' gone' end
-     from receipt r join handler h on h.id = r.handler_id where r.id > p_after order by r.id limit p_limit)
+     from receipt r join handler h on h.id = r.handler_id
+    where r.id > p_after and not exists (select from action_rule x where x.app = h.app and x.handler = h.name) order by r.id limit p_limit)
   union all
   (select d.id, 'dead', d.died_at, h.name, record_name(h.table_id, d.key), 1, '{}', 0, null, d.error
      from dead d join handler h on h.id = d.handler_id where d.id > p_after order by d.id limit p_limit)
   union all
-  (select a.id, 'act', a.at, a.name, null, 1, array[a.state], 0, null, a.args::text from action a where a.id > p_after_action order by a.id limit p_limit)
+  (select a.id, 'act', a.at, a.name, null, 1, array[a.state], 0, null, a.args::text from action a
+    where a.id > p_after_action and a.state not in ('new', 'ready', 'sending', 'retrying') order by a.id limit p_limit)
 $$;

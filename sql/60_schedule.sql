@@ -281,6 +281,7 @@ create or replace function tick() returns int language plpgsql volatile set sear
 declare s schedule; v_now timestamptz := now(); v_n int := 0; v_every numeric; v_times timestamptz[]; v_due timestamptz[]; v_last timestamptz;
 begin
   perform close_ticks();
+  v_n := work_approvals();
   for s in select * from schedule where enabled and next_at <= v_now order by next_at, id for update skip locked loop
     v_every := every_seconds(s.cron);
     v_times := s.next_at || s.ahead;
@@ -333,7 +334,8 @@ $$;
 create or replace function next_tick() returns timestamptz language plpgsql volatile set search_path from current as $$
 declare v_now timestamptz := now();
 begin
-  return (select min(coalesce(jittered(id, next_at, jitter), v_now)) from schedule where enabled and (next_at is not null or planned_to < 'infinity'));
+  return least(next_approval(), (select min(coalesce(jittered(id, next_at, jitter), v_now)) from schedule
+                                  where enabled and (next_at is not null or planned_to < 'infinity')));
 end $$;
 
 -- pause_schedule(name), resume_schedule(name): while paused its times pass without firing

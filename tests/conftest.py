@@ -26,7 +26,8 @@ from shop import Shop
 from working import pooled
 from written import T
 
-from anton import action, write
+from anton import write
+from anton.action import set_effects
 from anton.db import Database, set_database
 from anton.testing import TestApp
 from chaos.dbts import Child
@@ -115,7 +116,7 @@ def fresh(bare: str, tmp_path: Path) -> Shop:
 def live(app: TestApp, monkeypatch: pytest.MonkeyPatch) -> TestApp:
     """The fixture app as a live process."""
     monkeypatch.delenv("ANTON_EFFECTS", raising=False)
-    action.set_effects("live")
+    set_effects("live")
     return app
 
 

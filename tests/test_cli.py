@@ -314,6 +314,58 @@ def test_actions_are_listed_and_shown(migrated: Shell) -> None:
     assert migrated("actions", "show", "999") == 1
 
 
+def call_in(shell: Shell, state: str) -> int:
+    """A call of an action in this state; its number."""
+    [(id,)] = shell.sql("insert into anton.action (app, name, args) values ('my-bot', 'Post', '{\"to\": \"ann\"}') "
+                        "returning id")
+    shell.sql("insert into anton.action_rule (app, name) values ('my-bot', 'Post') on conflict do nothing")
+    shell.sql(f"select anton.begin_action({id}, 5)")
+    shell.sql(f"select anton.end_action({id}, 5, '{state}')")
+    return int(id)
+
+
+def test_a_call_that_is_unknown_is_listed_and_a_person_says_what_became_of_it(migrated: Shell) -> None:
+    first, second, third = (call_in(migrated, "unknown") for _ in range(3))
+    assert {row["id"] for row in migrated.json("actions", "list", "--state", "unknown")} == {first, second, third}
+    assert migrated("actions", "resolve", str(first), "--sent", "--by", "ann") == 0
+    assert migrated("actions", "resolve", str(second), "--failed") == 0
+    assert migrated("actions", "retry", str(third)) == 0
+    assert migrated.sql("select state, resolved_by from anton.action order by id") == [
+        ("sent", "ann"), ("failed", None), ("ready", None)]
+    assert migrated("actions", "resolve", str(first), "--failed") == 1
+    assert migrated("actions", "retry", str(first)) == 1
+
+
+def test_actions_are_stopped_and_started(migrated: Shell) -> None:
+    assert migrated("actions", "stop") == 0
+    assert migrated.sql("select value from anton.setting where name = 'actions'") == [("stopped",)]
+    assert migrated("actions", "start") == 0
+    assert migrated.sql("select value from anton.setting where name = 'actions'") == []
+
+
+def asked(shell: Shell) -> int:
+    """An approval that waits for ann or bob; its number."""
+    [(id,)] = shell.sql("insert into anton.action (app, name, args) values ('my-bot', 'Post', '{\"to\": \"ann\"}') "
+                        "returning id")
+    shell.sql("select anton.put_person('ann'), anton.put_person('bob'), anton.put_person('eve')")
+    [(approval,)] = shell.sql(f"select anton.ask_approval({id}, '{{\"approvers\": [\"ann\", \"bob\"]}}', 'post it')")
+    return int(approval)
+
+
+def test_approvals_are_listed_shown_and_decided(migrated: Shell) -> None:
+    first, second = asked(migrated), asked(migrated)
+    assert [row["id"] for row in migrated.json("approvals", "list")] == [second, first]
+    assert migrated.json("approvals", "show", str(first))["people"] == ["ann", "bob"]
+    assert migrated("approvals", "approve", str(first), "--by", "eve") == 1
+    assert migrated("approvals", "approve", str(first), "--by", "ann", "--set", "to=bob") == 0
+    assert migrated("approvals", "reject", str(second), "--by", "bob", "--why", "too late") == 0
+    assert migrated.sql("select state, decided_by, why, args ->> 'to' from anton.approval order by id") == [
+        ("approved", "ann", None, "bob"), ("rejected", "bob", "too late", "ann")]
+    assert migrated.sql("select state from anton.action order by id") == [("ready",), ("rejected",)]
+    assert migrated("approvals", "approve", str(second), "--by", "ann") == 1
+    assert migrated.json("approvals", "list") == []
+
+
 def run(words: list[str], folder: Path, url: str) -> subprocess.Popen[str]:
     env = {**os.environ, "PYTHONPATH": f"{REPO}:{REPO / 'components'}", "PYTHONUNBUFFERED": "1"}
     code = "import sys; from anton.cli import main; sys.exit(main())"

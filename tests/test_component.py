@@ -18,7 +18,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from working import met
 
-from anton import Table, action, env
+from anton import Table, env
+from anton.action import set_effects
 from anton.app import App, declaring
 from anton.component import CALLS, Clients, check_credentials, components_of, echo, fill
 from anton.errors import ConfigError, Discard
@@ -154,7 +155,7 @@ def test_a_prompt_that_openai_refuses_is_a_dead_letter_of_its_own(live, peer):
 
 def test_without_a_key_an_echo_answers_and_nobody_is_asked(app, peer, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    action.set_effects("capture")
+    set_effects("capture")
     declare(app, lambda to: OpenAiCompletion(to, api_key="xxxx", base_url=f"{peer.url}/v1"))
     ask(app, prompt="Reply: hi")
     (answer,) = app.records("answers")
@@ -306,7 +307,7 @@ def test_a_live_process_refuses_to_start_without_credentials(monkeypatch, app):
     declare(app, OpenAiCompletion, lambda to: SlackPostMessage(oauth_token=env("MY_TOKEN"), channel="#c"))
     assert set(components_of(app.app)) == {"OpenAiCompletion", "SlackPostMessage"}
     check_credentials(app.app)
-    action.set_effects("live")
+    set_effects("live")
     with pytest.raises(ConfigError, match=r"OpenAiCompletion \(tests/test_component.py:\d+\) needs OPENAI_API_KEY; "
                                           r"SlackPostMessage .* needs MY_TOKEN.*anton dev"):
         check_credentials(app.app)

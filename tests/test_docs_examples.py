@@ -29,7 +29,8 @@ from typing import Any
 import pytest
 from servers import Server
 
-from anton import action, cli, component, config, relation
+from anton import cli, component, config, relation
+from anton.action import effects, set_effects
 from anton.app import app as declared
 from anton.db import Database, Portal, set_database
 from anton.migrate import migrate
@@ -228,11 +229,11 @@ def open_session(server: Server, template: str, tmp_path: Path,
         current.append((session, name))
         return current[0][0]
 
-    before = action.effects()
-    action.set_effects("offline")
+    before = effects()
+    set_effects("offline")
     yield start
     end()
-    action.set_effects(before)
+    set_effects(before)
 
 
 def with_clock(server: Server, name: str) -> None:

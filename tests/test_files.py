@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 from stores import Store, client, s3_server
 
-from anton import Records, action
+from anton import Records
+from anton.action import effects, set_effects
 from anton.app import App, declaring
 from anton.db import Database
 from anton.errors import BadOption, ConfigError, DuplicateName, FileChanged, FileGone, NoScope, StorageError, SyncInLoop
@@ -291,15 +292,15 @@ def test_elsewhere_is_captured_unless_live_and_never_reached_from_tests(store: S
     with transaction():
         files.delete("a.txt")
     assert store.sql("select name from anton.action order by id desc limit 1") == [("files.delete",)]
-    before = action.effects()
+    before = effects()
     try:
-        action.set_effects("offline")
+        set_effects("offline")
         with pytest.raises(StorageError, match="this process stays on this machine"):
             files.scan()
-        action.set_effects("live")
+        set_effects("live")
         files.write("a.txt", "12345")
     finally:
-        action.set_effects(before)
+        set_effects(before)
     assert files.scan() == 1
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from anton_components.vendor.anthropic.cognition import AnthropicCompletion
 from anton_components.vendor.fake.cognition import FakeModel
+from anton_components.vendor.http.action import HttpRequest
 from anton_components.vendor.openai.cognition import OpenAiCompletion
 from anton_components.vendor.openai.embedding import OpenAiEmbedding
 from anton_components.vendor.openai.tuning import OpenAiFineTune
@@ -33,6 +34,7 @@ SECRET = "sk-never-to-be-seen"
 MADE: dict[str, Callable[[Table[Any]], Component]] = {                 # one of each, with its secret
     "AnthropicCompletion": lambda table: AnthropicCompletion(table, api_key=SECRET),
     "FakeModel": lambda table: FakeModel(table),
+    "HttpRequest": lambda table: HttpRequest("https://example.com/x", secret=SECRET, into=table),
     "OpenAiCompletion": lambda table: OpenAiCompletion(table, api_key=SECRET),
     "OpenAiEmbedding": lambda table: OpenAiEmbedding(table, api_key=SECRET),
     "OpenAiFineTune": lambda table: OpenAiFineTune("replies", api_key=SECRET, examples=sql("select * from made")),

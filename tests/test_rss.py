@@ -21,6 +21,7 @@ from starlette.routing import Route
 from anton import Table, poll
 from anton.app import App, declaring
 from anton.errors import BadOption, DuplicateName, UnknownOption
+from anton.reach import is_public
 
 ATOM = """<?xml version="1.0" encoding="utf-8"?>
 <feed xmlns="http://www.w3.org/2005/Atom"><title>Café</title><updated>2026-11-01T00:00:00Z</updated>
@@ -203,8 +204,8 @@ def test_a_redirect_into_a_private_network_is_not_followed(private, live, proxy)
     "10.0.0.1", "169.254.169.254", "0.0.0.0", "100.64.0.1", "224.0.0.1", "240.0.0.1", "::1", "fe80::1",
     "fd00::1", "ff0e::1", "::ffff:127.0.0.1", "64:ff9b::a00:1", "2002:7f00:1::"])
 def test_an_address_that_not_all_may_ask_is_private_however_it_is_written(address):
-    assert not rss._public(ip_address(address))
-    assert all(rss._public(ip_address(one)) for one in ("8.8.8.8", "2600::1", "::ffff:8.8.8.8", "64:ff9b::808:808"))
+    assert not is_public(ip_address(address))
+    assert all(is_public(ip_address(one)) for one in ("8.8.8.8", "2600::1", "::ffff:8.8.8.8", "64:ff9b::808:808"))
 
 
 def test_a_redirect_into_a_private_network_is_followed_where_that_is_allowed(live, peer, proxy):

@@ -217,7 +217,8 @@ def test_another_model_parameter_or_output_is_another_question(other, live, llm)
 KILLED = """
 import asyncio, sys
 sys.path[:0] = ["tests", "components"]
-from anton import Table, action
+from anton import Table
+from anton.action import set_effects
 from anton.app import App, declaring
 from anton.db import Database, set_database
 from anton.worker import Worker
@@ -225,7 +226,7 @@ from anton_components.vendor.openai.cognition import OpenAiCompletion
 dsn, name, url = sys.argv[1:]
 db = Database(dsn)
 set_database(db)
-action.set_effects("live")
+set_effects("live")
 with declaring(App(name)) as app:
     Table("asked").on_new_records(OpenAiCompletion(
         Table("answers"), api_key="sk-good", model="m", base_url=url, max_tokens=10, budget="1 USD/day",

@@ -7,7 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from anton import action
+from anton.action import set_effects
 
 # customer, what they write, the team, whether it is urgent
 TICKETS = [
@@ -77,7 +77,7 @@ def model(monkeypatch):
 @pytest.fixture
 def asking(model, app):
     """The app, which asks the model and captures all that would leave."""
-    action.set_effects("capture")
+    set_effects("capture")
     return app
 
 

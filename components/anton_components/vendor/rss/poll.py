@@ -10,18 +10,17 @@ from __future__ import annotations
 import asyncio
 import importlib
 import io
-import socket
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
-from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 from anton.action import effects
 from anton.component import Clients, Component
 from anton.errors import BadOption, ConfigError, WorldError
+from anton.reach import addresses, is_public
 from anton.table import Table
 
 MOST = 10_000_000  # bytes of a feed
@@ -124,10 +123,10 @@ class Rss(Component):
 
     async def _checked(self, home: Any, url: Any) -> str | None:
         """The address to connect to for a redirect's host; None: as it comes. Raises WorldError for a private one."""
-        addresses = await _addresses(url)
-        if all(map(_public, addresses)):
-            return str(addresses[0])
-        if not all(map(_public, await _addresses(home))):
+        found = await addresses(url.host, _port(url))
+        if all(map(is_public, found)):
+            return str(found[0])
+        if not all(map(is_public, await addresses(home.host, _port(home)))):
             return None
         raise WorldError(f"{self.feed} redirects to {_origin(url)}, which is in a private network. To allow that: "
                          "Rss(…, private=True)")
@@ -152,28 +151,6 @@ def _port(url: Any) -> int:
 
 def _origin(url: Any) -> str:
     return f"{url.scheme}://{url.host}:{_port(url)}"
-
-
-async def _addresses(url: Any) -> list[IPv4Address | IPv6Address]:
-    """Where a URL's host is. Raises WorldError."""
-    with suppress(ValueError):
-        return [ip_address(url.host)]
-    try:
-        found = await asyncio.get_running_loop().getaddrinfo(url.host, _port(url), type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError) as error:
-        raise WorldError(f"the host {url.host!r} is not known: {error}") from error
-    return [ip_address(one[4][0].partition("%")[0]) for one in found]
-
-
-def _public(address: IPv4Address | IPv6Address) -> bool:
-    """Whether the whole Internet may ask it. An IPv4 address inside of an IPv6 one counts as itself."""
-    if isinstance(address, IPv6Address):
-        inner = address.ipv4_mapped or address.sixtofour or (address.teredo and address.teredo[1])
-        if inner is None and address.packed[:12] == b"\0\x64\xff\x9b" + bytes(8):  # NAT64
-            inner = IPv4Address(address.packed[12:])
-        if inner is not None:
-            return _public(inner)
-    return address.is_global and not address.is_multicast and not address.is_reserved
 
 
 def _parse(body: bytes, kind: str) -> tuple[Any, bool]:

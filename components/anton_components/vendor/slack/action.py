@@ -10,12 +10,13 @@ import uuid
 from collections.abc import Mapping
 from typing import Any
 
-from anton.action import perform
-from anton.component import Clients, Component, fill, placeholders
+from anton.approval import Approval
+from anton.calls import Call
+from anton.component import Clients, fill, placeholders
 from anton.ctx import Ctx
 from anton.errors import Discard, WorldError
-from anton.handler import HandlerSpec
 from anton.meaning import SlackChannel
+from anton.outbox import ActionComponent
 from anton.secret import Env
 from anton.table import Table
 
@@ -27,27 +28,30 @@ _UNWELL = {"ratelimited", "rate_limited", "internal_error", "fatal_error", "serv
            "org_login_required", "ekm_access_denied", "team_access_not_granted"}
 
 
-class SlackPostMessage(Component):
+class SlackPostMessage(ActionComponent):
     """Posts a message for each record: where its trace began (the channel and thread of the event), else to `channel`.
 
     oauth_token: a value or env(…); default SLACK_TOKEN. message_template: {name} is the record's value. map: {"text":
     "body"} when it has another name. channel: an id or "#name", for records that did not begin in Slack. into: a
     Table that gets {"channel", "thread_ts", "ts", "text", "record_id"} for each message; ts is what reactions and
     replies refer to. A record whose message cannot be posted at all (no channel, unknown channel, too long) is a dead
-    letter. api: where Slack is. timeout: seconds for one answer.
+    letter. approve: whom to ask before it is posted. api: where Slack is. timeout: seconds for one answer. Slack drops
+    a second message with the same client_msg_id, so a call whose outcome is not known is made again with the same.
     """
 
     service = "Slack"
     variable = "SLACK_TOKEN"
-    acts = True
+    effect = "idempotent"
 
     def __init__(self, *, oauth_token: Env | str | None = None, message_template: str = "{text}",
                  channel: str | None = None, into: Table[Any] | None = None, api: str = API,
-                 timeout: float = 30.0, map: Mapping[str, str] | None = None) -> None:
+                 timeout: float = 30.0, map: Mapping[str, str] | None = None,
+                 approve: Approval | None = None) -> None:
         super().__init__(secret=oauth_token, map=map)
         self.message_template = message_template
         self.channel = channel
         self.into = into
+        self.approve = approve
         self.api = api.rstrip("/")
         self.timeout = timeout
         self._clients = Clients(lambda token: importlib.import_module("httpx").AsyncClient(
@@ -61,12 +65,12 @@ class SlackPostMessage(Component):
         """What `into` gets."""
         return {"channel": SlackChannel, "thread_ts": str, "ts": str, "text": str}
 
-    def bind(self, table: Table[Any]) -> HandlerSpec:
-        """What handles the records of `table`."""
-        return HandlerSpec(fn=self.post, name=self.name, each=True, into=self.into, options={"concurrency": 20})
+    def options(self) -> dict[str, Any]:
+        """Options of its Action."""
+        return {**super().options(), "approve": self.approve}
 
-    async def post(self, record: Any, ctx: Ctx) -> Any:
-        """Posts the message of one record; returns what `into` gets."""
+    async def args(self, record: Any, ctx: Ctx) -> dict[str, Any]:
+        """The message for one record, and the record's id."""
         text = fill(self.message_template, record, self.map)
         channel, thread = self.channel, None
         began = await ctx.aorigin(record)
@@ -77,15 +81,17 @@ class SlackPostMessage(Component):
         message: dict[str, Any] = {"channel": channel, "text": text}
         if thread is not None:
             message["thread_ts"] = thread
-        reply = await perform(self.name, message, ctx.key, lambda: self._send(message, ctx.key))
-        if self.into is None:
-            return None
-        posted = {"ts": f"captured-{ctx.key}"} if reply is None else {"ts": reply["ts"], "channel": reply["channel"]}
-        return message | {"thread_ts": thread} | posted | {"record_id": getattr(record, "id", None)}
+        return message
 
-    async def _send(self, message: Mapping[str, Any], key: str) -> dict[str, Any]:
-        """One chat.postMessage. Slack drops a second one with the same client_msg_id."""
-        body = {**message, "client_msg_id": str(uuid.uuid5(_NAMESPACE, key))}
+    def row(self, call: Call, result: Any) -> Any:
+        """What `into` gets; a message that was captured has a ts of its own."""
+        posted = {"ts": f"captured-{call.idempotency_key}"} if result is None else result
+        key = call.subject[1] if call.subject else [None]
+        return {"thread_ts": None, **call.args, **posted, "record_id": key[0] if len(key) == 1 else None}
+
+    async def send(self, args: Mapping[str, Any], key: str) -> dict[str, Any]:
+        """One chat.postMessage."""
+        body = {**args, "client_msg_id": str(uuid.uuid5(_NAMESPACE, key))}
         client = await self._clients.get(self.credential() or "")
         response = await client.post(f"{self.api}/chat.postMessage", json=body)
         response.raise_for_status()
@@ -95,7 +101,7 @@ class SlackPostMessage(Component):
         error = str(reply.get("error"))
         if error in _UNWELL:
             raise WorldError(f"Slack answered {error}")
-        raise Discard(f"Slack refused the message to {message['channel']}: {error}")
+        raise Discard(f"Slack refused the message to {args['channel']}: {error}")
 
 
 def _place(record: Any) -> tuple[str, str | None] | None:

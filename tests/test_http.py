@@ -1,0 +1,113 @@
+"""HttpRequest on the wire: what is sent, what comes back, and where it does not go."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from anton_components.vendor.http.action import HttpRequest
+from peers import served
+from starlette.requests import Request
+from starlette.responses import JSONResponse, RedirectResponse, Response
+from starlette.routing import Route
+
+from anton import Table
+from anton.app import declaring
+from anton.errors import BadOption
+from anton.reach import addresses, is_public
+from anton.verify import Verifier
+
+SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
+
+
+class Peer:
+    def __init__(self) -> None:
+        self.got: list[tuple[str, str, dict[str, str], bytes]] = []
+        self.answers: list[Response] = []
+        self.url = ""
+
+    async def take(self, request: Request) -> Response:
+        """Refuses what has no key; else notes the request."""
+        body = await request.body()
+        if not request.headers.get("idempotency-key"):
+            return JSONResponse({"error": "no key"}, 400)
+        answer = self.answers.pop(0) if self.answers else JSONResponse({"id": 9})
+        self.got.append((request.method, request.url.path, dict(request.headers), body))
+        return answer
+
+
+@pytest.fixture
+def peer() -> Iterator[Peer]:
+    made = Peer()
+    with served(Route("/{path:path}", made.take, methods=["GET", "POST", "PUT"])) as url:
+        made.url = url
+        yield made
+
+
+def ask(app: Any, *records: dict[str, Any], **options: Any) -> None:
+    with declaring(app.app):
+        orders, answers = Table("orders"), Table("answers")
+        path = options.pop("url")
+        orders.on_new_records(HttpRequest(path, into=answers, **options))
+    app.migrate()
+    orders.extend(records)
+    app.run()
+
+
+def test_a_request_is_made_of_the_record_and_what_comes_back_is_written(live, peer):
+    ask(live, {"number": "a/b", "total": 5}, url=f"{peer.url}/orders/{{number}}", private=True, secret="tok",
+        json={"sum": "{total}", "text": "total {total}"}, headers={"X-Shop": "1"})
+    ((method, path, headers, body),) = peer.got
+    assert (method, path, body) == ("POST", "/orders/a/b", b'{"sum":5,"text":"total 5"}')
+    assert (headers["authorization"], headers["x-shop"]) == ("Bearer tok", "1")
+    (call,) = live.outbox
+    assert call.key == headers["idempotency-key"] and "tok" not in str(call.args)
+    (answer,) = live.records("answers")
+    assert (answer["status"], answer["body"]) == (200, {"id": 9}) and answer["record_id"] is not None
+
+
+def test_a_signed_one_is_a_standard_webhook(live, peer):
+    ask(live, {"total": 5}, url=f"{peer.url}/hook", private=True, secret=SECRET, sign="standard_webhooks")
+    ((_, _, headers, body),) = peer.got
+    pairs = [(name.encode(), value.encode()) for name, value in headers.items()]
+    assert Verifier("standard_webhooks", SECRET).check(body, pairs, now=time.time()) is None
+    assert headers["webhook-id"] == live.outbox[0].key
+
+
+@pytest.mark.parametrize("status, state, dead", [(404, "failed", 1), (500, "unknown", 0), (429, "retrying", 0)])
+def test_an_answer_says_what_became_of_the_call(status, state, dead, live, peer):
+    peer.answers = [JSONResponse({}, status)]
+    ask(live, {"total": 5}, url=f"{peer.url}/x", private=True)
+    assert ([call.state for call in live.calls], len(live.dead)) == ([state], dead)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]", "169.254.169.254", "10.0.0.7", "[::ffff:10.0.0.7]",
+                                  "0.0.0.0"])
+def test_nothing_goes_into_a_private_network(host, live, peer):
+    port = peer.url.rpartition(":")[2]
+    ask(live, {"total": 5}, url=f"http://{host}:{port}/x")
+    assert peer.got == [] and [call.state for call in live.calls] == ["failed"]
+
+
+def test_a_secret_stays_with_its_origin_when_another_is_redirected_to(live, peer):
+    other = peer.url.replace("127.0.0.1", "localhost")
+    peer.answers = [RedirectResponse(f"{other}/there", 307)]
+    ask(live, {"total": 5}, url=f"{peer.url}/x", private=True, secret="tok", headers={"X-Shop": "1"})
+    (_, _, first, _), (method, path, second, _) = peer.got
+    assert first["authorization"] == "Bearer tok" and "authorization" not in second and "x-shop" not in second
+    assert (method, path) == ("POST", "/there")
+
+
+def test_what_cannot_be_is_refused_where_it_is_declared():
+    with pytest.raises(BadOption, match="host is fixed"):
+        HttpRequest("https://{host}/x")
+    with pytest.raises(BadOption, match="POST"):
+        HttpRequest("https://a.example.com", method="TRACE")
+
+
+async def test_an_address_inside_of_another_counts_as_itself():
+    for text in ("::ffff:10.0.0.1", "64:ff9b::a00:1", "2002:a00:1::"):
+        assert not is_public((await addresses(text, 80))[0])
+    assert is_public((await addresses("1.1.1.1", 80))[0])
