@@ -167,15 +167,16 @@ $$;
 
 -- dbt_behind(project, parents) -> the models that have not seen a build, which changed something, of what they read
 --   parents  {unique_id: [unique_id of what it reads, …], …}
--- Seen is what had committed when the model's last build began to read: one that began before may have committed later.
+-- Seen is what had committed when the model's last build began to read: one that began before may have committed later. Where that is
+-- not known, as its hook before the build did not run, it is what the same invocation had built by then, and nothing else.
 create or replace function dbt_behind(p_project text, p_parents jsonb) returns table (unique_id text)
 language sql stable set search_path from current as $$
   select e.key from jsonb_each(p_parents) e
-    left join lateral (select b.id, b.snapshot from dbt_build b where b.project = p_project and b.unique_id = e.key order by b.id desc limit 1) l on true
+    left join lateral (select b.id, b.snapshot, b.invocation_id from dbt_build b where b.project = p_project and b.unique_id = e.key order by b.id desc limit 1) l on true
    where exists (
      select from jsonb_array_elements_text(e.value) p join dbt_build b on b.project = p_project and b.unique_id = p
       where b.changed is distinct from false
-        and case when l.snapshot is null then b.id > coalesce(l.id, 0) else not pg_visible_in_snapshot(b.xid, l.snapshot) end)
+        and case when l.snapshot is null then (b.id < l.id and b.invocation_id = l.invocation_id) is not true else not pg_visible_in_snapshot(b.xid, l.snapshot) end)
 $$;
 
 -- dbt_put_tests(project, models, tests): the compiled tests of these models (unique_ids), instead of those that there were
