@@ -26,7 +26,9 @@
 
   {%- if place.in_place -%}
     {#- two builds at once: the second waits before it reads anything; readers do not -#}
-    {% do run_query('lock table ' ~ target_relation ~ ' in share row exclusive mode') %}
+    {% call statement('anton_lock') %}
+      lock table {{ target_relation }} in share row exclusive mode
+    {% endcall %}
     {#- not temporary, as those are not read in parallel; it goes with the transaction in any case -#}
     {%- set temp = intermediate -%}
     {% call statement('anton_fill') %}
@@ -83,7 +85,9 @@
 
 {#- columns that the model has and its table lacks are added and committed, before the long part -#}
 {% macro anton_table_widen(relation, sql) -%}
-  {% do run_query('create temp table anton_table_shape on commit drop as (' ~ anton_table_select(sql) ~ ') with no data') %}
+  {% call statement('anton_shape') %}
+    create temp table anton_table_shape on commit drop as ({{ anton_table_select(sql) }}) with no data
+  {% endcall %}
   {%- set have, want = anton_columns(relation.include(database=false)), anton_columns('pg_temp.anton_table_shape') -%}
   {%- set added = [] -%}
   {%- for name in want if name not in have -%}
@@ -94,7 +98,7 @@
   {%- if added and same | length == have | length -%}
     {% do run_query('alter table ' ~ relation ~ ' ' ~ added | join(', ')) %}
   {%- endif -%}
-  {% do run_query('commit') %}
+  {% do adapter.commit() %}
 {%- endmacro %}
 
 {#- the SELECT, with the types of its contract where it has one -#}
