@@ -26,7 +26,7 @@ from typing import Any
 
 from pg import Event, Pg
 
-from chaos.cell import LEASE, ROOT
+from chaos.cell import LEASE, ROOT, Cell
 from chaos.dbts import Child, Project
 from chaos.faults import Result, fault
 

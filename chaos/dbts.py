@@ -55,7 +55,7 @@ for line in sys.stdin:
     project, args, again, mortal = json.loads(line)
     if not mortal:
         answer = run(project, args, again)
-    else:                                                              # a child of its own, which is killed when we are told
+    else:                                                              # a child of its own, killed when we are told
         pid = os.fork()
         if pid == 0:
             run(project, args, again)

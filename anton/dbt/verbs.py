@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
-from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -207,8 +206,9 @@ async def _build(project: DbtProject, db: Database, runner: Runner, words: list[
         async with db.tx() as conn:
             run = await db.call_value(conn, "dbt_open", project.app.name, project.name, holder, runner.application)
         work = asyncio.ensure_future(runner.invoke(words, heard=heard, keep=True))
+        either: set[asyncio.Future[Any]] = {work, lost}
         try:
-            await asyncio.wait({work, lost}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         finally:
             if not work.done():                                        # the lock was lost, or we are to end
                 work.cancel()
