@@ -99,6 +99,8 @@
     {% do run_query('alter table ' ~ relation ~ ' ' ~ added | join(', ')) %}
   {%- endif -%}
   {% do adapter.commit() %}
+  {#- psycopg2 began the first one, and believes it open: it begins no other by itself -#}
+  {% do run_query('begin') %}
 {%- endmacro %}
 
 {#- the SELECT, with the types of its contract where it has one -#}
