@@ -127,7 +127,6 @@ create or replace function dbt_close(p jsonb, p_what jsonb, p_note text, p_colum
 language plpgsql volatile security definer set search_path from current as $$
 declare
   v_path text := format('%I.%I', p ->> 'schema', p ->> 'name'); v_id int; v_kind text; v_made text := dbt_collecting(); v_elsewhere text;
-  v_batches text[] := string_to_array(current_setting('anton.batches', true), ' ');
 begin
   perform dbt_may(to_regclass(v_path));
   if v_made is not null then
@@ -141,11 +140,11 @@ begin
     raise warning 'anton: this build of % as % is not noted as one of the model, which is %', p ->> 'unique_id', v_path, v_elsewhere
       using hint = 'anton migrate notes where the project builds it now';
   else
-    -- what it saw is known from its hook before; of batches, from that before the first. Not known: see dbt_behind()
+    -- what it saw is known from its hook before, in this transaction; when it is not: see dbt_behind()
     insert into dbt_build (project, unique_id, relation, invocation_id, materialized, initial, changed, new_n, updated_n, deleted_n, schema_changed, columns, note, at, xid, snapshot, grants)
     values (p ->> 'project', p ->> 'unique_id', v_path, p ->> 'invocation_id', p ->> 'materialized', (p_what ->> 'initial')::boolean, (p_what ->> 'changed')::boolean,
             (p_what ->> 'new')::bigint, (p_what ->> 'updated')::bigint, (p_what ->> 'deleted')::bigint, (p_what ->> 'schema_changed')::boolean, p_columns, p_note, now(),
-            pg_current_xact_id(), coalesce(nullif(current_setting('anton.began', true), ''), case when v_batches[1:2] = array[p ->> 'invocation_id', p ->> 'unique_id'] then v_batches[3] end)::pg_snapshot,
+            pg_current_xact_id(), nullif(current_setting('anton.began', true), '')::pg_snapshot,
             p -> 'grants');
   end if;
   if p_print is not null and v_elsewhere is null then

@@ -9,12 +9,8 @@
     --vars 'anton_enabled: false'. Other vars: anton_schema (anton), anton_gate (true, false; else the tests that always gate). -#}
 
 {% macro anton_before() -%}
-  {#- what the build can have seen of others; batches of microbatch commit one by one: it is that of the first, while its session lasts -#}
-  {%- if anton_active() and config.get('incremental_strategy') == 'microbatch' -%}
-    select pg_catalog.set_config('anton.batches', '{{ invocation_id }} {{ model.unique_id }} ' || pg_catalog.pg_current_snapshot()::text, false);
-  {%- elif anton_active() -%}
-    select pg_catalog.set_config('anton.began', pg_catalog.pg_current_snapshot()::text, true);
-  {%- endif -%}
+  {#- what the build can have seen of others; of several batches, each in a transaction of its own, nobody knows it -#}
+  {%- if anton_active() %}select pg_catalog.set_config('anton.began', pg_catalog.pg_current_snapshot()::text, true);{% endif -%}
   {#- batches of microbatch commit one by one, and only the first is told: their events are those of their writes -#}
   {%- if anton_active() and config.get('materialized') not in ('table', 'view', 'materialized_view', 'anton_table')
          and config.get('incremental_strategy') != 'microbatch' -%}
