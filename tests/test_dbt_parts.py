@@ -261,23 +261,24 @@ def test_a_model_is_behind_a_build_that_committed_after_it_began_to_read(pg: Pg)
 
 def test_a_build_whose_hook_before_did_not_run_has_seen_what_its_invocation_built_and_no_more(pg: Pg) -> None:
     def build(model: str, invocation: str) -> None:
-        pg.sql("insert into anton.dbt_build (project, unique_id, relation, invocation_id, materialized, initial, changed, "
-               f"schema_changed, at, xid) values ('shop', '{model}', '{model}', '{invocation}', 'table', false, true, "
-               "false, now(), pg_current_xact_id())")
+        pg.sql("insert into anton.dbt_build (project, unique_id, relation, invocation_id, materialized, initial, "
+               "changed, schema_changed, at, xid) values "
+               f"('shop', '{model}', '{model}', '{invocation}', 'table', false, true, false, now(), pg_current_xact_id())")
 
     behind = "select count(*) from anton.dbt_behind('shop', '{\"child\": [\"parent\"]}')"
     build("parent", "one")
     build("child", "one")
     assert pg.value(behind) == 0
-    build("child", "two")                                              # while it was built the parent's may have committed
+    build("child", "two")                                              # the parent's may have committed meanwhile
     assert pg.value(behind) == 1
 
 
 @pytest.fixture
 def holder(pg: Pg) -> Iterator[psycopg.Connection[Any]]:
     """A session that has the lock of a project, as a worker has."""
-    with psycopg.connect(pg.url) as conn:
-        yield conn
+    conn = psycopg.connect(pg.url)
+    yield conn
+    conn.close()
 
 
 def held(conn: psycopg.Connection[Any], name: str = "anton-dbt-x") -> int:
@@ -317,7 +318,8 @@ def test_a_run_that_cannot_be_ended_is_not_said_to_be_cancelled(
     try:
         ((id, problem),) = pg.sql("select id, problem from anton.dbt_cancel('{}')")
     finally:
-        pg.sql("reset role", "revoke all on all tables in schema anton from passer", "revoke all on schema anton from passer")
+        pg.sql("reset role", "revoke all on all tables in schema anton from passer",
+               "revoke all on schema anton from passer")
     assert id == run and "passer" in problem and "may not end sessions" in problem
     assert pg.sql("select state from anton.dbt_request") == [("running",)]
 

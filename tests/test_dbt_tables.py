@@ -159,8 +159,8 @@ def test_readers_do_not_wait_while_a_new_column_is_filled(dbt: Project, pg: Pg) 
         pg.sql("select pg_advisory_lock(4711)")
         building = pool.submit(dbt, "run")
         try:
-            waiting = ("select exists (select from pg_locks where locktype = 'advisory' and objid = 4711 and not granted "
-                       "and database = (select oid from pg_database where datname = current_database()))")
+            waiting = ("select exists (select from pg_locks where locktype = 'advisory' and objid = 4711 "
+                       "and not granted and database = (select oid from pg_database where datname = current_database()))")
             while not reader.value(waiting):
                 assert not building.done(), building.result()
             assert reader.sql("select id, name, n from daily where id = 1") == [(1, "c1", None)]
@@ -537,7 +537,7 @@ def test_a_build_of_a_name_that_is_another_table_is_no_build_of_the_model(dbt: P
     pg.sql("delete from src where id = 1")
     dbt("run")
     assert pg.value("select count(*) from anton.dbt_build") == 0 and pg.events(rebuilt) == []
-    assert sorted(event.op for event in pg.events(here)) == ["d", "r"]  # its own table's handlers hear of it all the same
+    assert sorted(event.op for event in pg.events(here)) == ["d", "r"]  # who listens to that table hears of it
 
 
 def test_the_demo_project_builds_and_its_tests_pass(pg: Pg, dbt_child: Child, tmp_path: Path) -> None:
