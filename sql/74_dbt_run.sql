@@ -212,7 +212,7 @@ language sql stable set search_path from current as $$
     left join lateral (select b.id, b.snapshot, b.invocation_id from dbt_build b where b.project = p_project and b.unique_id = e.key order by b.id desc limit 1) l on true
    where exists (
      select from jsonb_array_elements_text(e.value) p join dbt_build b on b.project = p_project and b.unique_id = p
-      where b.changed is distinct from false
+      where b.changed is distinct from false and b.xid >= coalesce(pg_snapshot_xmin(l.snapshot), '0')
         and case when l.snapshot is null then (b.id < l.id and b.invocation_id = l.invocation_id) is not true else not pg_visible_in_snapshot(b.xid, l.snapshot) end)
 $$;
 

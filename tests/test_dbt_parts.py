@@ -263,7 +263,8 @@ def test_a_build_whose_hook_before_did_not_run_has_seen_what_its_invocation_buil
     def build(model: str, invocation: str) -> None:
         pg.sql("insert into anton.dbt_build (project, unique_id, relation, invocation_id, materialized, initial, "
                "changed, schema_changed, at, xid) values "
-               f"('shop', '{model}', '{model}', '{invocation}', 'table', false, true, false, now(), pg_current_xact_id())")
+               f"('shop', '{model}', '{model}', '{invocation}', 'table', false, true, false, now(), "
+               "pg_current_xact_id())")
 
     behind = "select count(*) from anton.dbt_behind('shop', '{\"child\": [\"parent\"]}')"
     build("parent", "one")

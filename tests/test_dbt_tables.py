@@ -159,8 +159,8 @@ def test_readers_do_not_wait_while_a_new_column_is_filled(dbt: Project, pg: Pg) 
         pg.sql("select pg_advisory_lock(4711)")
         building = pool.submit(dbt, "run")
         try:
-            waiting = ("select exists (select from pg_locks where locktype = 'advisory' and objid = 4711 "
-                       "and not granted and database = (select oid from pg_database where datname = current_database()))")
+            waiting = ("select exists (select from pg_locks where locktype = 'advisory' and objid = 4711 and "
+                       "not granted and database = (select oid from pg_database where datname = current_database()))")
             while not reader.value(waiting):
                 assert not building.done(), building.result()
             assert reader.sql("select id, name, n from daily where id = 1") == [(1, "c1", None)]
