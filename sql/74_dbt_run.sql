@@ -141,7 +141,8 @@ $$;
 -- dbt_end_holders(runs) -> those that were ended: who ran each learns by the loss of its lock that it was cancelled, and stops dbt
 drop function if exists dbt_end_holders(bigint[]);
 create or replace function dbt_end_holders(p_runs bigint[]) returns setof bigint language sql volatile set search_path from current as $$
-  select r.id from dbt_run r where r.id = any (p_runs) and r.state = 'cancelled' and dbt_holds(r) and pg_terminate_backend(r.holder, 1000)
+  select r.id from dbt_run r where r.id = any (p_runs) and r.state = 'cancelled'
+     and case when dbt_holds(r) then pg_terminate_backend(r.holder, 1000) end   -- in this order, which AND does not promise
 $$;
 
 -- dbt_cancelled(run) -> whether it was, by who has committed that by now

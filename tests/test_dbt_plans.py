@@ -11,10 +11,10 @@ from servers import Server
 KEPT = 50_000  # builds, runs and requests
 FEW = 50  # rows of each table that one statement may read
 FILL = f"""
-insert into anton.dbt_build (project, unique_id, relation, invocation_id, materialized, initial, changed, schema_changed,
-                             at, xid, snapshot)
-  select 'shop', 'model.shop.m' || g % 10, 'public.m' || g % 10, 'run ' || g / 10, 'table', false, true, false,
-         anton.now(), pg_current_xact_id(), pg_current_snapshot() from generate_series(1, {KEPT}) g;
+insert into anton.dbt_build (project, unique_id, relation, invocation_id, materialized, initial, changed,
+                             schema_changed, at, xid, snapshot)
+  select 'shop', 'model.shop.m' || g % 10, 'public.m' || g % 10, 'run ' || g / 10, 'table', false, true,
+         false, anton.now(), pg_current_xact_id(), pg_current_snapshot() from generate_series(1, {KEPT}) g;
 insert into anton.dbt_run (app, project, state, started_at, finished_at)
   select 'shop', 'shop', 'done', anton.now(), anton.now() from generate_series(1, {KEPT}) g;
 insert into anton.dbt_request (app, project, models, state, first_at, due_at, run_id)
@@ -44,7 +44,8 @@ def full(server: Server, template: str) -> Iterator[Pg]:
     pg.sql("select anton.put_dbt_project('{\"app\": \"shop\", \"name\": \"dbt:shop\"}')", *FILL.split(";\n"))
     for model in range(10):                                            # each has seen all of it
         pg.sql("insert into anton.dbt_build (project, unique_id, relation, invocation_id, materialized, initial, "
-               f"changed, schema_changed, at, xid, snapshot) select 'shop', 'model.shop.m{model}', 'm', 'last', 'table', false, "
+               f"changed, schema_changed, at, xid, snapshot) select 'shop', 'model.shop.m{model}', 'm', 'last', "
+               "'table', false, "
                "false, false, anton.now(), pg_current_xact_id(), pg_current_snapshot()")
     pg.sql("vacuum analyze")
     yield pg
