@@ -186,7 +186,9 @@ def _dbt(noun: Any) -> None:
     one = _verb(noun, "changes", dbt.dbt_changes)
     one.add_argument("model")
     one.add_argument("--limit", type=_positive, default=20)
-    _verb(noun, "cancel", dbt.dbt_cancel).add_argument("ids", type=int, nargs="*", metavar="run")
+    one = _verb(noun, "cancel", dbt.dbt_cancel)
+    one.add_argument("ids", type=int, nargs="*", metavar="run")
+    one.add_argument("--waiting", action="store_true", help="also what is asked for and does not run yet")
     _verb(noun, "runs", dbt.dbt_runs).add_argument("--limit", type=_positive, default=20)
 
 

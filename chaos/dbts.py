@@ -9,6 +9,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,16 +52,16 @@ def run(project, args, again):
             "seconds": time.perf_counter() - began}
 
 for line in sys.stdin:
-    project, args, again, kill_after = json.loads(line)
-    if kill_after is None:
+    project, args, again, mortal = json.loads(line)
+    if not mortal:
         answer = run(project, args, again)
-    else:                                                              # a child of its own, which is killed
+    else:                                                              # a child of its own, killed when we are told
         pid = os.fork()
         if pid == 0:
             run(project, args, again)
             os._exit(0)
-        time.sleep(kill_after)
-        os.kill(pid, signal.SIGKILL)
+        sys.stdin.readline()
+        os.kill(pid, signal.SIGKILL)                                   # not waited for yet, so the pid is still its own
         answer = {"ok": True, "error": "", "nodes": {}, "killed": os.WIFSIGNALED(os.waitpid(pid, 0)[1])}
     print(json.dumps(answer), file=answers, flush=True)
 """
@@ -85,10 +86,17 @@ class Child:
             env=env,
         )
 
-    def run(self, project: Path, *args: str, again: bool = False, kill_after: float | None = None) -> dict[str, Any]:
-        """What dbt made of these arguments: ok, error, nodes, seconds. kill_after: seconds until kill -9."""
+    def run(
+        self, project: Path, *args: str, again: bool = False, until: Callable[[], object] | None = None
+    ) -> dict[str, Any]:
+        """What dbt made of these arguments: ok, error, nodes, seconds. until: when that returns, it is killed -9."""
         assert self.process.stdin and self.process.stdout
-        print(json.dumps([str(project), list(args), again, kill_after]), file=self.process.stdin, flush=True)
+        print(json.dumps([str(project), list(args), again, until is not None]), file=self.process.stdin, flush=True)
+        if until is not None:
+            try:
+                until()
+            finally:
+                print("kill", file=self.process.stdin, flush=True)
         line = self.process.stdout.readline()
         assert line, f"dbt ended: {Path(self.log.name).read_text()[-2000:]}"
         answer: dict[str, Any] = json.loads(line)
@@ -144,11 +152,11 @@ class Project:
         shown = ", ".join(f"{key}={value!r}" for key, value in config.items())
         self.file(f"models/{name}.sql", f"{{{{ config({shown}) }}}}\n{sql}\n")
 
-    def __call__(self, command: str, *args: str, kill_after: float | None = None) -> dict[str, Any]:
-        """Runs it; what it came to. Raises Failed."""
+    def __call__(self, command: str, *args: str, until: Callable[[], object] | None = None) -> dict[str, Any]:
+        """Runs it; what it came to. until: when that returns, it is killed -9. Raises Failed."""
         again, self.changed = self.changed, False
         where = ("--project-dir", str(self.folder), "--profiles-dir", str(self.folder))
-        answer = self.child.run(self.folder, *FLAGS, command, *args, *where, again=again, kill_after=kill_after)
+        answer = self.child.run(self.folder, *FLAGS, command, *args, *where, again=again, until=until)
         if not answer["ok"]:
             raise Failed(answer["error"])
         return answer

@@ -102,6 +102,10 @@ BARS = (
     Bar("webhook_kills", "kills of each", 100, most=False),
     Bar("webhook_2xx_missing", "deliveries", 0),
     Bar("webhook_doubled", "deliveries", 0),
+    Bar("build_kills", "kills", 50, most=False),
+    Bar("build_lost", "records", 0),
+    Bar("build_phantom", "records", 0),
+    Bar("build_orphans", "left behind", 0),
     Bar("planted_caught", "bugs", 12, most=False),
 )
 
@@ -146,6 +150,13 @@ def values(results: dict[str, Result]) -> dict[str, float | None]:
         webhook_kills=lambda r: r.n,
         webhook_2xx_missing=lambda r: r.verdict.lost,
         webhook_doubled=lambda r: r.verdict.doubled,
+    )
+    take(
+        "B1",
+        build_kills=lambda r: r.n,
+        build_lost=lambda r: r.verdict.lost,
+        build_phantom=lambda r: r.verdict.phantom,
+        build_orphans=lambda r: r.more.get("orphans"),
     )
     take("OUT", outage_dead=lambda r: r.more["dead"], outage_drain_vs_ideal=lambda r: r.more["ratio"])
     take(

@@ -1,7 +1,25 @@
 -- dbt: what a table has that dbt does not know of, put onto the one that takes its place. dbt_after() calls it, in the build's own
 -- transaction and with the rights of dbt's role. What cannot be is said: in dbt's log, in dbt_build.note, by anton doctor.
 
+-- dbt_grants(grants) -> the statements of a model's config, {privilege: [grantee, …]}, as dbt_belongings() has them
+create or replace function dbt_grants(p_grants jsonb) returns setof text language sql immutable set search_path from current as $$
+  select format('grant %s on @table@ to %s', upper(e.key), case lower(g) when 'public' then 'public' else quote_ident(g) end)
+    from jsonb_each(case when jsonb_typeof(p_grants) = 'object' then p_grants else '{}' end) e
+    cross join lateral jsonb_array_elements_text(case when jsonb_typeof(e.value) = 'array' then e.value else jsonb_build_array(e.value) end) g
+$$;
+
+-- dbt_identify(table, columns): its replica identity is its unique index on these columns
+create or replace function dbt_identify(p_rel regclass, p_columns text[]) returns void language plpgsql volatile set search_path from current as $$
+declare v_index name;
+begin
+  select c.relname into v_index from pg_index i join pg_class c on c.oid = i.indexrelid
+   where i.indrelid = p_rel and i.indisunique and i.indisvalid and i.indimmediate and i.indpred is null
+     and array(select a.attname::text from unnest(i.indkey[0:i.indnkeyatts - 1]) with ordinality k (n, o) join pg_attribute a on a.attrelid = p_rel and a.attnum = k.n order by k.o) = p_columns limit 1;
+  execute format('alter table %s replica identity using index %I', p_rel, v_index);
+end $$;
+
 -- dbt_belongings(relation) -> what a table has that dbt does not put onto the one that takes its place; sql names that @table@
+-- dbt makes the indexes of a model's config anew itself, under names that are 32 digits: one that went from there is not kept.
 create or replace function dbt_belongings(p_rel regclass) returns table (o int, kind text, name text, sql text) language sql stable set search_path from current as $$
   with found as (
     select 1 as o, 'key' as kind, conname::text as name, 'alter table @table@ add ' || pg_get_constraintdef(oid) as sql
@@ -9,13 +27,17 @@ create or replace function dbt_belongings(p_rel regclass) returns table (o int, 
     union all
     select 2, 'key', c.relname, replace(pg_get_indexdef(i.indexrelid), 'INDEX ' || quote_ident(c.relname) || ' ON ' || p_rel, 'INDEX ON @table@')
       from pg_index i join pg_class c on c.oid = i.indexrelid
-     where i.indrelid = p_rel and i.indisunique and i.indisvalid and not exists (select from pg_constraint k where k.conindid = i.indexrelid and k.contype in ('p', 'u', 'x'))
+     where i.indrelid = p_rel and i.indisunique and i.indisvalid and c.relname !~ '^[0-9a-f]{32}$' and not exists (select from pg_constraint k where k.conindid = i.indexrelid and k.contype in ('p', 'u', 'x'))
     union all
     select 2, 'index', c.relname, replace(pg_get_indexdef(i.indexrelid), 'INDEX ' || quote_ident(c.relname) || ' ON ' || p_rel, 'INDEX ON @table@')
       from pg_index i join pg_class c on c.oid = i.indexrelid
-     where i.indrelid = p_rel and not i.indisunique and i.indisvalid and not exists (select from pg_constraint k where k.conindid = i.indexrelid)
+     where i.indrelid = p_rel and not i.indisunique and i.indisvalid and c.relname !~ '^[0-9a-f]{32}$' and not exists (select from pg_constraint k where k.conindid = i.indexrelid)
     union all
     select 2, 'constraint', conname, 'alter table @table@ add ' || pg_get_constraintdef(oid) from pg_constraint where conrelid = p_rel and contype in ('c', 'x')
+    union all
+    select 2, 'constraint', 'not null of ' || quote_ident(attname), format('alter table @table@ alter %I set not null', attname)
+      from pg_attribute where attrelid = p_rel and attnum > 0 and not attisdropped and attnotnull
+       and not exists (select from pg_index i where i.indrelid = p_rel and i.indisprimary and attnum = any (i.indkey))
     union all                                              -- would lock the other table while this one is compared
     select 2, 'foreign key', conname, null from pg_constraint where conrelid = p_rel and contype = 'f' and conparentid = 0
     union all                                              -- a sequence may go with the old table
@@ -57,7 +79,12 @@ create or replace function dbt_belongings(p_rel regclass) returns table (o int, 
              ' where (' || pg_get_expr(r.prqual, r.prrelid) || ')')
       from pg_publication_rel r join pg_publication p on p.oid = r.prpubid where r.prrelid = p_rel
     union all
-    select 9, 'replica identity', 'full', 'alter table @table@ replica identity full' from pg_class where oid = p_rel and relreplident = 'f')
+    select 9, 'replica identity', v.name, format('alter table @table@ replica identity %s', v.name)
+      from pg_class c join (values ('f', 'full'), ('n', 'nothing')) v (letter, name) on v.letter = c.relreplident where c.oid = p_rel
+    union all
+    select 9, 'replica identity', 'using index ' || quote_ident(c.relname), format('select dbt_identify(''@table@'', %L)',
+             array(select a.attname::text from unnest(i.indkey[0:i.indnkeyatts - 1]) with ordinality k (n, o) join pg_attribute a on a.attrelid = p_rel and a.attnum = k.n order by k.o))
+      from pg_index i join pg_class c on c.oid = i.indexrelid where i.indrelid = p_rel and i.indisreplident)
   select f.o, f.kind, f.name, replace(f.sql, p_rel::text, '@table@') from found f
 $$;
 

@@ -69,42 +69,80 @@ create or replace function dbt_end_sessions(p_name text) returns int language sq
    where a.application_name = p_name and a.datname = current_database() and a.usename = session_user and a.pid <> pg_backend_pid()
 $$;
 
--- dbt_begin(app, project, requests, holder) -> what to build: these, all that are due, and those of a run that died
--- Only with dbt_lock(), which says the holder: what still runs then has died. No request: there is nothing to do.
-drop function if exists dbt_begin(text, text, bigint[]);
-create or replace function dbt_begin(p_app text, p_project text, p_ids bigint[], p_holder int default null) returns setof dbt_request language plpgsql volatile set search_path from current as $$
-declare v_now timestamptz := now(); v_run bigint; v_ids bigint[];
+-- dbt_bury(app, project, lock): runs that had this lock, or nobody knows which, have died
+create or replace function dbt_bury(p_app text, p_project text, p_lock text) returns void language sql volatile set search_path from current as $$
+  update dbt_run set state = 'died', finished_at = now()
+   where app = p_app and project = p_project and state = 'running' and (lock is null or p_lock is null or lock = hashtext(p_lock))
+$$;
+
+-- dbt_open(app, project, holder, lock) -> id of a new run
+create or replace function dbt_open(p_app text, p_project text, p_holder int, p_lock text) returns bigint language plpgsql volatile set search_path from current as $$
+declare v_id bigint;
 begin
-  update dbt_run set state = 'died', finished_at = v_now where app = p_app and project = p_project and state = 'running';
+  perform dbt_bury(p_app, p_project, p_lock);
+  insert into dbt_run (app, project, started_at, holder, lock) values (p_app, p_project, now(), p_holder, hashtext(p_lock)) returning id into v_id;
+  return v_id;
+end $$;
+
+-- dbt_begin(app, project, requests, holder, lock) -> the requests of a new run: what is due, what a dead run left, and these
+-- holder: the server's process that has dbt_lock(lock). What ran under that lock before has died.
+drop function if exists dbt_begin(text, text, bigint[]);
+drop function if exists dbt_begin(text, text, bigint[], int);
+create or replace function dbt_begin(p_app text, p_project text, p_ids bigint[], p_holder int default null, p_lock text default null) returns setof dbt_request
+language plpgsql volatile set search_path from current as $$
+declare v_run bigint; v_ids bigint[];
+begin
+  perform dbt_bury(p_app, p_project, p_lock);
   v_ids := array(select id from dbt_request where app = p_app and project = p_project
-                    and (state = 'running' or state = 'waiting' and (due_at <= v_now or id = any (p_ids))) order by id for update);
+                    and (state = 'running' or state = 'waiting' and (due_at <= now() or id = any (p_ids))) order by id for update);
   if v_ids = '{}' then
     return;
   end if;
-  insert into dbt_run (app, project, started_at, holder) values (p_app, p_project, v_now, p_holder) returning id into v_run;
+  v_run := dbt_open(p_app, p_project, p_holder, p_lock);
   return query update dbt_request set state = 'running', run_id = v_run where id = any (v_ids) and state in ('waiting', 'running') returning *;
 end $$;
 
--- dbt_cancel(runs) -> those that were running: they and their requests are cancelled
+-- dbt_holds(run) -> whether its holder still has its lock
+create or replace function dbt_holds(r dbt_run) returns boolean language sql volatile set search_path from current as $$
+  select exists (select from pg_locks l join pg_database d on d.oid = l.database and d.datname = current_database()
+                  where l.pid = r.holder and l.locktype = 'advisory' and l.granted and l.classid = 1634628724 and l.objsubid = 2
+                    and l.objid::bigint = r.lock::bigint & 4294967295)
+$$;
+
+-- dbt_cannot_end(run) -> why who asks cannot end it, null when he can
+create or replace function dbt_cannot_end(r dbt_run) returns text language sql volatile set search_path from current as $$
+  select case when r.holder is null or r.lock is null then 'a worker of an older Anton runs it, which cannot be told: stop that worker'
+              when a.usesysid is not null and not pg_has_role(a.usesysid, 'usage') and (select not pg_has_role('pg_signal_backend', 'usage') or s.rolsuper from pg_roles s where s.oid = a.usesysid)
+              then format('"%s" may not end sessions of "%s": cancel as that role, or grant pg_signal_backend to it', current_user, a.usename) end
+    from (select) one left join pg_stat_activity a on a.pid = r.holder and dbt_holds(r)
+$$;
+
+-- dbt_cancel(runs) -> those that were running, and why one could not be ended; the others and their requests are cancelled
 -- dbt_end_holders() ends them once this is committed. No runs: all that run.
-create or replace function dbt_cancel(p_runs bigint[]) returns table (id bigint, app text, project text) language plpgsql volatile set search_path from current as $$
-declare v_now timestamptz := now();
+drop function if exists dbt_cancel(bigint[]);
+create or replace function dbt_cancel(p_runs bigint[]) returns table (id bigint, app text, project text, problem text) language plpgsql volatile set search_path from current as $$
+declare v_now timestamptz := now(); r dbt_run;
 begin
-  return query
-    with stopped as (
-      update dbt_run r set state = 'cancelled', error = 'cancelled', finished_at = v_now
-       where r.state = 'running' and (p_runs = '{}' or r.id = any (p_runs)) returning r.id, r.app, r.project
-    ), theirs as (
-      update dbt_request q set state = 'cancelled', error = 'cancelled' from stopped s where q.run_id = s.id and q.state = 'running'
-    )
-    select s.id, s.app, s.project from stopped s order by s.id;
+  for r in select * from dbt_run x where x.state = 'running' and (p_runs = '{}' or x.id = any (p_runs)) order by x.id for update loop
+    select r.id, r.app, r.project, dbt_cannot_end(r) into id, app, project, problem;
+    if problem is null then
+      update dbt_run x set state = 'cancelled', error = 'cancelled', finished_at = v_now where x.id = r.id;
+      update dbt_request q set state = 'cancelled', error = 'cancelled' where q.run_id = r.id and q.state = 'running';
+    end if;
+    return next;
+  end loop;
 end $$;
 
--- dbt_end_holders(runs): the worker of each learns by the loss of its lock that it was cancelled, and stops dbt
-create or replace function dbt_end_holders(p_runs bigint[]) returns int language sql volatile set search_path from current as $$
-  select count(*)::int from dbt_run r join pg_locks l on l.pid = r.holder and l.locktype = 'advisory' and l.classid = 1634628724
-    join pg_database d on d.oid = l.database and d.datname = current_database() cross join lateral pg_terminate_backend(r.holder, 1000)
-   where r.id = any (p_runs) and r.state = 'cancelled'
+-- dbt_cancel_waiting(app) -> the requests that waited for a run; there will be none
+create or replace function dbt_cancel_waiting(p_app text) returns table (id bigint, project text) language sql volatile set search_path from current as $$
+  update dbt_request q set state = 'cancelled', error = 'cancelled' where q.app = p_app and q.state = 'waiting' returning q.id, q.project
+$$;
+
+-- dbt_end_holders(runs) -> those that were ended: who ran each learns by the loss of its lock that it was cancelled, and stops dbt
+drop function if exists dbt_end_holders(bigint[]);
+create or replace function dbt_end_holders(p_runs bigint[]) returns setof bigint language sql volatile set search_path from current as $$
+  select r.id from dbt_run r where r.id = any (p_runs) and r.state = 'cancelled'
+     and case when dbt_holds(r) then pg_terminate_backend(r.holder, 1000) end   -- in this order, which AND does not promise
 $$;
 
 -- dbt_cancelled(run) -> whether it was, by who has committed that by now
@@ -167,15 +205,16 @@ $$;
 
 -- dbt_behind(project, parents) -> the models that have not seen a build, which changed something, of what they read
 --   parents  {unique_id: [unique_id of what it reads, …], …}
--- Seen is what had committed when the model's last build began to read: one that began before may have committed later.
+-- Seen is what had committed when the model's last build began to read: one that began before may have committed later. Where that is
+-- not known, as its hook before the build did not run, it is what the same invocation had built by then, and nothing else.
 create or replace function dbt_behind(p_project text, p_parents jsonb) returns table (unique_id text)
 language sql stable set search_path from current as $$
   select e.key from jsonb_each(p_parents) e
-    left join lateral (select b.id, b.snapshot from dbt_build b where b.project = p_project and b.unique_id = e.key order by b.id desc limit 1) l on true
+    left join lateral (select b.id, b.snapshot, b.invocation_id from dbt_build b where b.project = p_project and b.unique_id = e.key order by b.id desc limit 1) l on true
    where exists (
      select from jsonb_array_elements_text(e.value) p join dbt_build b on b.project = p_project and b.unique_id = p
-      where b.changed is distinct from false
-        and case when l.snapshot is null then b.id > coalesce(l.id, 0) else not pg_visible_in_snapshot(b.xid, l.snapshot) end)
+      where b.changed is distinct from false and b.xid >= coalesce(pg_snapshot_xmin(l.snapshot), '0')
+        and case when l.snapshot is null then (b.id < l.id and b.invocation_id = l.invocation_id) is not true else not pg_visible_in_snapshot(b.xid, l.snapshot) end)
 $$;
 
 -- dbt_put_tests(project, models, tests): the compiled tests of these models (unique_ids), instead of those that there were

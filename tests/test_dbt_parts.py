@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 from pg import Pg
 
@@ -255,6 +257,90 @@ def test_a_model_is_behind_a_build_that_committed_after_it_began_to_read(pg: Pg)
     assert behind() == ["child"]
     build("child", "pg_current_snapshot()")
     assert behind() == []
+
+
+def test_a_build_whose_hook_before_did_not_run_has_seen_what_its_invocation_built_and_no_more(pg: Pg) -> None:
+    def build(model: str, invocation: str) -> None:
+        pg.sql("insert into anton.dbt_build (project, unique_id, relation, invocation_id, materialized, initial, "
+               "changed, schema_changed, at, xid) values "
+               f"('shop', '{model}', '{model}', '{invocation}', 'table', false, true, false, now(), "
+               "pg_current_xact_id())")
+
+    behind = "select count(*) from anton.dbt_behind('shop', '{\"child\": [\"parent\"]}')"
+    build("parent", "one")
+    build("child", "one")
+    assert pg.value(behind) == 0
+    build("child", "two")                                              # the parent's may have committed meanwhile
+    assert pg.value(behind) == 1
+
+
+@pytest.fixture
+def holder(pg: Pg) -> Iterator[psycopg.Connection[Any]]:
+    """A session that has the lock of a project, as a worker has."""
+    conn = psycopg.connect(pg.url)
+    yield conn
+    conn.close()
+
+
+def held(conn: psycopg.Connection[Any], name: str = "anton-dbt-x") -> int:
+    row = conn.execute("select anton.dbt_lock(%s)", [name]).fetchone()
+    assert row is not None
+    return int(row[0])
+
+
+def test_cancelling_ends_the_session_that_has_the_lock_of_that_run_and_no_other(
+        pg: Pg, ask: Any, holder: psycopg.Connection[Any]) -> None:
+    pid = held(holder)
+    ask(models=["a"])
+    run = pg.value("select run_id from anton.dbt_begin('shop', 'shop', '{}', %s, 'anton-dbt-other')", pid)
+    assert pg.sql("select id, problem from anton.dbt_cancel('{}')") == [(run, None)]
+    assert pg.sql("select * from anton.dbt_end_holders(%s)", args=([run],)) == []
+    assert holder.execute("select 1").fetchone() == (1,)               # its process has another lock by now
+    ask(models=["a"])
+    run = pg.value("select run_id from anton.dbt_begin('shop', 'shop', '{}', %s, 'anton-dbt-x')", pid)
+    assert pg.sql("select id, problem from anton.dbt_cancel('{}')") == [(run, None)]
+    assert pg.sql("select * from anton.dbt_end_holders(%s)", args=([run],)) == [(run,)]
+    with pytest.raises(psycopg.OperationalError):
+        holder.execute("select 1")
+    assert pg.sql("select distinct state from anton.dbt_request") == [("cancelled",)]
+
+
+def test_a_run_that_cannot_be_ended_is_not_said_to_be_cancelled(
+        pg: Pg, ask: Any, holder: psycopg.Connection[Any]) -> None:
+    ask(models=["a"])
+    run = pg.value("select run_id from anton.dbt_begin('shop', 'shop', '{}')")   # a worker of the release before
+    ((id, problem),) = pg.sql("select id, problem from anton.dbt_cancel('{}')")
+    assert id == run and "older Anton" in problem
+    assert pg.sql("select state from anton.dbt_run") == [("running",)]
+    run = pg.value("select run_id from anton.dbt_begin('shop', 'shop', '{}', %s, 'anton-dbt-x')", held(holder))
+    pg.sql("do $$ begin create role passer; exception when duplicate_object then null; end $$",
+           "grant usage on schema anton to passer", "grant all on all tables in schema anton to passer",
+           "set role passer")
+    try:
+        ((id, problem),) = pg.sql("select id, problem from anton.dbt_cancel('{}')")
+    finally:
+        pg.sql("reset role", "revoke all on all tables in schema anton from passer",
+               "revoke all on schema anton from passer")
+    assert id == run and "passer" in problem and "may not end sessions" in problem
+    assert pg.sql("select state from anton.dbt_request") == [("running",)]
+
+
+def test_what_waits_can_be_cancelled_and_is_asked_for_anew_after_that(pg: Pg, ask: Any) -> None:
+    first = ask(**WHEN, tables=["public.orders"])
+    assert pg.sql("select * from anton.dbt_cancel_waiting('other')") == []
+    assert pg.sql("select * from anton.dbt_cancel_waiting('shop')") == [(first, "shop")]
+    assert pg.sql("select * from anton.dbt_begin('shop', 'shop', %s)", args=([first],)) == []
+    assert ask(**WHEN, tables=["public.orders"]) != first
+
+
+def test_a_run_under_another_lock_is_not_dead_because_this_one_begins(pg: Pg, ask: Any) -> None:
+    """Another target, or what was typed for it."""
+    typed = pg.value("select anton.dbt_open('shop', 'shop', 1, 'anton-dbt-y')")
+    ask(models=["a"])
+    pg.sql("select * from anton.dbt_begin('shop', 'shop', '{}', 1, 'anton-dbt-x')")
+    assert pg.value("select state from anton.dbt_run where id = %s", typed) == "running"
+    pg.sql("select anton.dbt_open('shop', 'shop', 1, 'anton-dbt-y')")
+    assert pg.value("select state from anton.dbt_run where id = %s", typed) == "died"
 
 
 def test_a_run_that_was_taken_over_notes_nothing_more(pg: Pg, ask: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psycopg
@@ -144,6 +145,67 @@ def test_an_incremental_model_may_get_a_column_while_it_is_built(dbt: Project, p
     assert [(e.op, e.key, e.new["n"]) for e in pg.events(every)] == [("u", 6, 5)]
 
 
+def test_readers_do_not_wait_while_a_new_column_is_filled(dbt: Project, pg: Pg) -> None:
+    dbt.model("daily", "select id, name from src", materialized="anton_table", unique_key="id")
+    register(pg, "daily", "id")
+    heard = pg.listen("daily", "new", "updated", read="change")
+    dbt("run")
+    pg.sql("create function held() returns trigger language plpgsql as "
+           "$$ begin perform pg_advisory_xact_lock(4711); return null; end $$",
+           "create trigger held before update on daily for each statement execute function held()")
+    dbt.model("daily", "select id, name, n from src", materialized="anton_table", unique_key="id")
+    table = pg.value("select 'daily'::regclass::oid")
+    with pg.other(lock_timeout="5s") as reader, ThreadPoolExecutor() as pool:
+        pg.sql("select pg_advisory_lock(4711)")
+        building = pool.submit(dbt, "run")
+        try:
+            waiting = ("select exists (select from pg_locks where locktype = 'advisory' and objid = 4711 and "
+                       "not granted and database = (select oid from pg_database where datname = current_database()))")
+            while not reader.value(waiting):
+                assert not building.done(), building.result()
+            assert reader.sql("select id, name, n from daily where id = 1") == [(1, "c1", None)]
+        finally:
+            pg.sql("select pg_advisory_unlock(4711)")
+        building.result()
+    assert pg.sql("select n from daily order by id") == pg.sql("select n from src order by id")
+    assert pg.value("select 'daily'::regclass::oid") == table
+    assert pg.events(heard) == []                                      # a column that comes is no update
+    assert pg.value("select schema_changed from anton.dbt_build order by id desc limit 1")
+
+
+def test_what_a_build_saw_is_known_from_its_hook_before_it_or_not_at_all(dbt: Project, pg: Pg) -> None:
+    saw = "select snapshot is not null from anton.dbt_build order by id desc limit 1"
+    dbt.model("daily", "select * from src", materialized="table")
+    dbt("run")
+    assert pg.value(saw)
+    pg.sql("alter table src add at timestamptz default now()")
+    dbt.model("hourly", "select * from src", materialized="incremental", incremental_strategy="microbatch",
+              unique_key="id", event_time="at", begin="2026-01-01", batch_size="day", lookback=1)
+    dbt("run", "--select", "hourly", "--event-time-start", pg.value("select (current_date - 1)::text"),
+        "--event-time-end", pg.value("select (current_date + 1)::text"))
+    assert not pg.value(saw)                                           # of batches, each a transaction
+    text = (dbt.folder / "dbt_project.yml").read_text()
+    dbt.file("dbt_project.yml", text.replace('+pre-hook: "{{ anton_before() }}"', ""))
+    dbt.model("daily", "select * from src", materialized="table")
+    dbt("run")
+    assert not pg.value(saw)
+
+
+def test_models_of_an_installed_package_are_of_the_project_that_installs_it(dbt: Project, pg: Pg) -> None:
+    dbt.file("dbt_packages/lib/dbt_project.yml", 'name: lib\nversion: "1.0"\n')
+    dbt.file("dbt_packages/lib/models/leaf.sql", "{{ config(materialized='table') }} select 1 as id")
+    dbt.model("daily", "select * from {{ ref('leaf') }}", materialized="table")
+    dbt("run")
+    behind = "select * from anton.dbt_behind('shop', '{\"model.shop.daily\": [\"model.lib.leaf\"]}')"
+    assert pg.sql("select project, unique_id from anton.dbt_build order by id") == [
+        ("shop", "model.lib.leaf"), ("shop", "model.shop.daily")]
+    assert pg.sql(behind) == []
+    pg.sql("select anton.dbt_register('shop', 'model.lib.leaf', 'public', 'leaf', '{}', true)")
+    dbt.file("dbt_packages/lib/models/leaf.sql", "{{ config(materialized='table') }} select 2 as id")
+    dbt("run", "--select", "leaf")
+    assert pg.sql(behind) == [("model.shop.daily",)]
+
+
 def test_a_seed_that_is_filled_again_fires_what_differs(dbt: Project, pg: Pg) -> None:
     dbt.file("seeds/lands.csv", "code,land\nDE,Germany\nFR,France\n")
     register(pg, "lands", "code", kind="seed")
@@ -260,6 +322,49 @@ def test_what_a_swap_cannot_keep_is_said_by_the_build_and_by_doctor(dbt: Project
     pg.sql("create materialized view if not exists frozen as select * from daily")
     assert any("frozen" in problem for (problem,) in pg.sql(problems))
     assert not any("view public.outside" in problem for (problem,) in pg.sql(problems))
+
+
+def test_a_swap_keeps_not_null_and_the_replica_identity(dbt: Project, pg: Pg) -> None:
+    dbt.model("daily", "select * from src", materialized="table")
+    dbt("run")
+    pg.sql("alter table daily alter id set not null, alter name set not null",
+           "create unique index on daily (name, id)")
+    index = pg.value("select indexrelid::regclass::text from pg_index where indrelid = 'daily'::regclass")
+    pg.sql(f"alter table daily replica identity using index {index}")
+    kept = ("select array_agg(attname::text order by attname) from pg_attribute "
+            "where attrelid = 'daily'::regclass and attnotnull and attnum > 0")
+    identity = ("select c.relreplident::text, pg_get_indexdef(i.indexrelid) like '%(name, id)' from pg_class c "
+                "left join pg_index i on i.indrelid = c.oid and i.indisreplident where c.oid = 'daily'::regclass")
+    for _ in range(2):
+        dbt("run")
+        assert pg.value(kept) == ["id", "name"] and pg.sql(identity) == [("i", True)]
+    pg.sql("alter table daily replica identity nothing", "update src set name = null where id = 1")
+    dbt("run")
+    assert pg.value(kept) == ["id"] and pg.sql(identity) == [("n", None)]
+    note = pg.value("select note from anton.dbt_build order by id desc limit 1")
+    assert "constraint not null of name was lost" in note
+
+
+def test_what_left_the_project_or_was_revoked_is_not_carried_over(dbt: Project, pg: Pg) -> None:
+    pg.sql("do $$ begin create role reader; exception when duplicate_object then null; end $$",
+           "do $$ begin create role writer; exception when duplicate_object then null; end $$")
+    dbt.model("daily", "select * from src", materialized="table", indexes=[{"columns": ["name"]}],
+              grants={"select": ["reader", "writer"]})
+    dbt("run")
+    pg.sql("create index by_hand on daily (n)", "grant insert, delete on daily to writer")
+    grants = ("select x.grantee::regrole::text, x.privilege_type from pg_class c, aclexplode(c.relacl) x "
+              "where c.oid = 'daily'::regclass and x.grantee <> c.relowner order by 1, 2")
+    indexed = ("select array_agg(regexp_replace(pg_get_indexdef(indexrelid), '.*using btree ', '', 'i')) "
+               "from pg_index where indrelid = 'daily'::regclass")
+    dbt("run")
+    assert sorted(pg.value(indexed)) == ["(n)", "(name)"]
+    assert pg.sql(grants) == [("reader", "SELECT"), ("writer", "DELETE"), ("writer", "INSERT"), ("writer", "SELECT")]
+    dbt.model("daily", "select * from src", materialized="table")      # neither grants nor indexes any more
+    pg.sql("revoke delete on daily from writer")
+    dbt("run")
+    assert pg.value(indexed) == ["(n)"]
+    assert pg.sql(grants) == [("writer", "INSERT")]
+    pg.sql("drop table daily")
 
 
 def test_a_swap_publishes_no_more_than_was_published(dbt: Project, pg: Pg) -> None:
@@ -420,6 +525,19 @@ def test_a_writer_of_a_model_cannot_pass_himself_off_as_its_build(dbt: Project, 
         assert conn.execute("select count(*) from anton_seen").fetchone() == (0,)
     assert [(e.op, e.key) for e in pg.events(heard)] == [("n", 99)]
     pg.sql("revoke all on hourly from scribe")
+
+
+def test_a_build_of_a_name_that_is_another_table_is_no_build_of_the_model(dbt: Project, pg: Pg) -> None:
+    pg.sql("select anton.dbt_register('shop', 'model.shop.daily', 'public', 'elsewhere', '{id}')")
+    rebuilt = pg.listen("elsewhere", "rebuilt")
+    dbt.model("daily", "select * from src", materialized="table")
+    dbt("run")
+    pg.sql("alter table daily add primary key (id)")
+    here = pg.listen("daily", "rebuilt", "deleted", read="change")
+    pg.sql("delete from src where id = 1")
+    dbt("run")
+    assert pg.value("select count(*) from anton.dbt_build") == 0 and pg.events(rebuilt) == []
+    assert sorted(event.op for event in pg.events(here)) == ["d", "r"]  # who listens to that table hears of it
 
 
 def test_the_demo_project_builds_and_its_tests_pass(pg: Pg, dbt_child: Child, tmp_path: Path) -> None:

@@ -76,7 +76,8 @@ class Requests:
         ids = [record.id for record in records]
         async with alone(db, runner.application) as (lost, holder):
             async with db.tx() as conn:
-                rows = await db.call(conn, "dbt_begin", self.project.app.name, self.project.name, ids, holder)
+                rows = await db.call(conn, "dbt_begin", self.project.app.name, self.project.name, ids, holder,
+                                     runner.application)
             if not rows:
                 return                                                 # another run built them
             work = asyncio.ensure_future(self._run(db, runner, rows))

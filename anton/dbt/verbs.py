@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
-from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from anton.dbt.lineage import relation
 from anton.dbt.manifest import Manifest
 from anton.dbt.project import DbtProject
 from anton.dbt.requests import alone
-from anton.dbt.runner import BUILDS, Done
+from anton.dbt.runner import BUILDS, Done, Heard, Runner
 from anton.errors import ConfigError, did_you_mean
 from anton.status import Row, ask, layout
 from anton.verbs import FOUND, OK, emit, open_app_database, query
@@ -99,24 +98,39 @@ def dbt_runs(args: Args) -> int:
 
 
 def dbt_cancel(args: Args) -> int:
-    """End runs: their queries in Postgres, and dbt. No id: all that run. They are not tried again."""
+    """End runs: their queries in Postgres, and dbt. No id: all that run. They are not tried again.
+
+    --waiting: also what is asked for and does not run yet.
+    """
     db = open_app_database(args)
 
-    async def cancel() -> list[Row]:
+    async def cancel() -> tuple[list[Row], list[Row], set[int]]:
         try:
             async with db.tx() as conn:
+                waited = await ask(db, conn, "dbt_cancel_waiting", current_app().name) if args.waiting else []
                 rows = await ask(db, conn, "dbt_cancel", args.ids)
             async with db.conn() as conn:
-                await db.call_value(conn, "dbt_end_holders", [row["id"] for row in rows])
-            return rows
+                ended = await db.call(conn, "dbt_end_holders", [row["id"] for row in rows if row["problem"] is None])
+            return rows, waited, {row[0] for row in ended}
         finally:
             await db.close()
 
-    rows = asyncio.run(cancel())
+    rows, waited, ended = asyncio.run(cancel())
     lacking = sorted(set(args.ids) - {row["id"] for row in rows})
-    emit(args, rows, "\n".join([*(f"run {row['id']} of {row['app']}.{row['project']} is cancelled" for row in rows),
-                                *(f"run {id} is not running" for id in lacking)]) or "nothing runs")
-    return FOUND if lacking else OK
+    for row in rows:
+        row["state"] = "running" if row["problem"] else "cancelled"
+    lines = [*(_cancelled(row, row["id"] in ended) for row in rows), *(f"run {id} is not running" for id in lacking),
+             *(f"request {row['id']} of {row['project']} is cancelled before it ran" for row in waited)]
+    facts = [*rows, *({"request": row["id"], "project": row["project"], "state": "cancelled"} for row in waited)]
+    emit(args, facts, "\n".join(lines) or "nothing runs")
+    return FOUND if lacking or any(row["problem"] for row in rows) else OK
+
+
+def _cancelled(row: Row, ended: bool) -> str:
+    run = f"run {row['id']} of {row['app']}.{row['project']}"
+    if row["problem"]:
+        return f"{run} goes on: {row['problem']}"
+    return f"{run} is cancelled" + ("" if ended else ": who ran it was gone already")
 
 
 def findings(module: str | None) -> list[Row]:
@@ -179,14 +193,39 @@ async def _run(project: DbtProject, db: Database, words: list[str], quiet: bool)
             migrated = bool(await conn.fetchval("select to_regproc($1) is not null", f"{db.schema}.dbt_lock"))
         async with project.runner(db, await _schema(project, db) if migrated else project.schema or "public") as runner:
             runner.migrated = migrated
-            builds = words[0] in BUILDS
-            async with alone(db, runner.application) if builds and migrated else _free():
-                done = await runner.invoke(words, heard=heard, keep=True)
-            if builds and migrated:
-                await _tell(db, project, done)
-            return done
+            if words[0] not in BUILDS or not migrated:
+                return await runner.invoke(words, heard=heard, keep=True)
+            return await _build(project, db, runner, words, heard)
     finally:
         await db.close()
+
+
+async def _build(project: DbtProject, db: Database, runner: Runner, words: list[str], heard: Heard) -> Done:
+    """Builds when nobody else does, as a run that `anton dbt runs` shows and `anton dbt cancel` ends."""
+    async with alone(db, runner.application) as (lost, holder):
+        async with db.tx() as conn:
+            run = await db.call_value(conn, "dbt_open", project.app.name, project.name, holder, runner.application)
+        work = asyncio.ensure_future(runner.invoke(words, heard=heard, keep=True))
+        either: set[asyncio.Future[Any]] = {work, lost}
+        try:
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            if not work.done():                                        # the lock was lost, or we are to end
+                work.cancel()
+                await asyncio.wait({work})
+                async with db.tx() as conn:
+                    if not await db.call_value(conn, "dbt_cancelled", run):
+                        await db.call(conn, "dbt_finish", run, "failed", "it was ended", [], [])
+        if work.cancelled():
+            return Done(False, f"run {run} was cancelled, or its connection broke: dbt was ended", cancelled=True)
+        done = work.result()
+        results = [{"node": one.node, "status": one.status, "seconds": one.seconds, "message": one.message, "log": None}
+                   for one in done.results]
+        async with db.tx() as conn:
+            state = "done" if done.success else "failed"
+            await db.call(conn, "dbt_finish", run, state, done.error, [], results)
+    await _tell(db, project, done)
+    return done
 
 
 async def _tell(db: Database, project: DbtProject, done: Done) -> None:
@@ -208,11 +247,6 @@ def _absolute(words: Iterable[str]) -> list[str]:
         else:
             found.append(f"{option}={Path(path).resolve()}" if equals and option in PATHS else word)
     return found
-
-
-@asynccontextmanager
-async def _free() -> AsyncIterator[None]:
-    yield
 
 
 async def _schema(project: DbtProject, db: Database) -> str:

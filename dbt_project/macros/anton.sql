@@ -1,4 +1,4 @@
-{#- Anton's dbt macros, version 2. `anton dbt init` puts them into a project and `anton doctor` compares the version; change nothing here.
+{#- Anton's dbt macros, version 3. `anton dbt init` puts them into a project and `anton doctor` compares the version; change nothing here.
 
     Two lines of dbt_project.yml, under models:, seeds: and snapshots: each, make builds fire events:
 
@@ -9,7 +9,7 @@
     --vars 'anton_enabled: false'. Other vars: anton_schema (anton), anton_gate (true, false; else the tests that always gate). -#}
 
 {% macro anton_before() -%}
-  {#- what the build can have seen of others -#}
+  {#- what the build can have seen of others; of several batches, each in a transaction of its own, nobody knows it -#}
   {%- if anton_active() %}select pg_catalog.set_config('anton.began', pg_catalog.pg_current_snapshot()::text, true);{% endif -%}
   {#- batches of microbatch commit one by one, and only the first is told: their events are those of their writes -#}
   {%- if anton_active() and config.get('materialized') not in ('table', 'view', 'materialized_view', 'anton_table')
@@ -39,11 +39,12 @@
   {%- set views = [] -%}
   {%- for node in graph.nodes.values() if node.config.materialized in ('view', 'materialized_view') and node.unique_id in selected_resources -%}{%- do views.append(node.schema ~ '.' ~ node.alias) -%}{%- endfor -%}
   {{ return({
-    'project': model.package_name, 'unique_id': model.unique_id, 'schema': this.schema, 'name': this.identifier,
+    'project': project_name, 'unique_id': model.unique_id, 'schema': this.schema, 'name': this.identifier,
     'backup': make_backup_relation(this.incorporate(type='table'), 'table').identifier,
     'materialized': config.get('materialized'), 'invocation_id': invocation_id,
     'incremental': is_incremental(), 'full_refresh': should_full_refresh(),
     'key': [key] if key is string else key, 'gate': var('anton_gate', none), 'views': views,
+    'grants': config.get('grants') or {},
     'contract': (config.get('contract') or {}).enforced | default(false)
   }) }}
 {%- endmacro %}

@@ -1,10 +1,11 @@
-{#- Anton's dbt macros, version 2. A table whose rows change in place: only those that differ are written, so its triggers, grants,
+{#- Anton's dbt macros, version 3. A table whose rows change in place: only those that differ are written, so its triggers, grants,
     policies, keys, readers and outside views stay as they are, and each change is an event.
 
         {{ config(materialized='anton_table', unique_key='id') }}          one column, or a list of them
 
-    The key may come from a primary_key constraint or from the tests unique and not_null, too. A new column is added; when one goes, or
-    has another type, and with --full-refresh, the table is made anew and swapped in, as dbt's `table` is. -#}
+    The key may come from a primary_key constraint or from the tests unique and not_null, too. New columns are added first,
+    in a short transaction of their own, as readers wait for it; when one goes, or has another type, and with --full-refresh, the table is
+    made anew and swapped in, as dbt's `table` is. -#}
 
 {% materialization anton_table, adapter='postgres' %}
   {%- set existing = load_cached_relation(this) -%}
@@ -16,33 +17,36 @@
   {{ drop_relation_if_exists(load_cached_relation(intermediate)) }}
   {{ drop_relation_if_exists(load_cached_relation(backup)) }}
 
+  {%- set place = {'in_place': existing is not none and existing.is_table and not should_full_refresh()} -%}
   {{ run_hooks(pre_hooks, inside_transaction=False) }}
+  {%- if place.in_place -%}
+    {% do anton_table_widen(target_relation, sql) %}
+  {%- endif -%}
   {{ run_hooks(pre_hooks, inside_transaction=True) }}
 
-  {%- set place = {'in_place': existing is not none and existing.is_table and not should_full_refresh()} -%}
   {%- if place.in_place -%}
     {#- two builds at once: the second waits before it reads anything; readers do not -#}
-    {% do run_query('lock table ' ~ target_relation ~ ' in share row exclusive mode') %}
+    {% call statement('anton_lock') %}
+      lock table {{ target_relation }} in share row exclusive mode
+    {% endcall %}
     {#- not temporary, as those are not read in parallel; it goes with the transaction in any case -#}
     {%- set temp = intermediate -%}
-    {% do run_query(anton_table_fill_sql(temp, sql)) %}
-    {%- set have, want = anton_columns(target_relation), anton_columns(temp) -%}
-    {%- for name in have if want.get(name) != have[name] -%}
+    {% call statement('anton_fill') %}
+      {{ anton_table_fill_sql(temp, sql) }}
+    {% endcall %}
+    {%- set have, want = anton_columns(target_relation.include(database=false)), anton_columns(temp.include(database=false)) -%}
+    {%- if have != want -%}
       {%- do place.update(in_place=false) -%}
-    {%- endfor -%}
-    {%- if not place.in_place -%}
       {% do run_query('drop table ' ~ temp) %}
     {%- endif -%}
   {%- endif -%}
 
   {%- if place.in_place -%}
-    {%- for name in want if name not in have -%}
-      {% do run_query('alter table ' ~ target_relation ~ ' add column ' ~ adapter.quote(name) ~ ' ' ~ want[name]) %}
-    {%- endfor -%}
+    {% do run_query('analyze ' ~ temp ~ ' (' ~ anton_table_list(key) ~ ')') %}
     {% do run_query(anton_table_key_sql(target_relation, key)) %}
     {% do run_query(anton_table_diff_sql(target_relation, temp, key, want)) %}
     {% call statement('main') %}
-      {{ anton_table_apply_sql(target_relation, temp, key, want) }}
+      {{ anton_table_apply_sql(target_relation, load_result('anton_fill')['response'].rows_affected, key, want) }}
     {% endcall %}
     {% do run_query('drop table ' ~ temp ~ ', pg_temp.anton_table_diff') %}
   {%- else -%}
@@ -79,11 +83,37 @@
   {{ return(key) }}
 {%- endmacro %}
 
+{#- columns that the model has and its table lacks are added and committed, before the long part -#}
+{% macro anton_table_widen(relation, sql) -%}
+  {% call statement('anton_shape') %}
+    create temp table anton_table_shape on commit drop as ({{ anton_table_select(sql) }}) with no data
+  {% endcall %}
+  {%- set have, want = anton_columns(relation.include(database=false)), anton_columns('pg_temp.anton_table_shape') -%}
+  {%- set added = [] -%}
+  {%- for name in want if name not in have -%}
+    {%- do added.append('add column if not exists ' ~ adapter.quote(name) ~ ' ' ~ want[name]) -%}
+  {%- endfor -%}
+  {%- set same = [] -%}
+  {%- for name in have if want.get(name) == have[name] -%}{%- do same.append(name) -%}{%- endfor -%}
+  {%- if added and same | length == have | length -%}
+    {% do run_query('alter table ' ~ relation ~ ' ' ~ added | join(', ')) %}
+  {%- endif -%}
+  {% do adapter.commit() %}
+  {#- psycopg2 began the first one, and believes it open: it begins no other by itself -#}
+  {% do run_query('begin') %}
+{%- endmacro %}
+
+{#- the SELECT, with the types of its contract where it has one -#}
+{% macro anton_table_select(sql) -%}
+  {%- set contract = config.get('contract') -%}
+  {{ return(get_select_subquery(sql) if contract and contract.enforced else sql) }}
+{%- endmacro %}
+
 {#- {name: type} in the table's order -#}
 {% macro anton_columns(relation) -%}
   {%- set found = {} -%}
-  {%- set rows = run_query("select attname::text, pg_catalog.format_type(atttypid, atttypmod) from pg_catalog.pg_attribute where attrelid = $anton$" ~ relation.include(database=false)
-        ~ "$anton$::pg_catalog.regclass and attnum > 0 and not attisdropped order by attnum") -%}
+  {%- set rows = run_query("select attname::text, pg_catalog.format_type(atttypid, atttypmod) from pg_catalog.pg_attribute where attrelid = $anton$" ~ relation
+       ~ "$anton$::pg_catalog.regclass and attnum > 0 and not attisdropped order by attnum") -%}
   {%- for row in rows.rows -%}{%- do found.update({row[0]: row[1]}) -%}{%- endfor -%}
   {{ return(found) }}
 {%- endmacro %}
@@ -121,15 +151,16 @@
   {%- set contract = config.get('contract') -%}
   {%- if contract and contract.enforced -%}
     {{ get_assert_columns_equivalent(sql) }}
-    {%- set sql = get_select_subquery(sql) -%}
   {%- endif -%}
-  create unlogged table {{ relation }} as ({{ sql }})
+  create unlogged table {{ relation }} as ({{ anton_table_select(sql) }})
 {%- endmacro %}
 
-{#- nearly no row differs, which the planner cannot know: it would not read in parallel. Compiling does not pay. -#}
+{#- nearly no row differs, which the planner cannot know: it would not read in parallel. Compiling does not pay.
+    4 MB, the default of work_mem, would hash a million rows by way of files. -#}
 {% macro anton_table_diff_sql(target_relation, temp, key, want) -%}
   {%- set odd = ('json', 'xml', 'point', 'polygon', 'txid_snapshot', 'pg_snapshot', 'box', 'line', 'lseg', 'path', 'circle') -%}
   set local parallel_setup_cost = 0; set local parallel_tuple_cost = 0; set local jit = off;
+  select pg_catalog.set_config('work_mem', '32MB', true) where pg_catalog.pg_size_bytes(pg_catalog.current_setting('work_mem')) < 33554432;
   create temp table anton_table_diff on commit drop as
   select anton_t.ctid as anton_row, case when anton_s.ctid is null then 'd' when anton_t.ctid is null then 'n' else 'u' end as anton_op, anton_s.*
     from {{ target_relation }} anton_t full join {{ temp }} anton_s on {{ anton_table_match(key, 'anton_t', 'anton_s') }}
@@ -139,16 +170,16 @@
    {%- endfor -%}
 {%- endmacro %}
 
-{% macro anton_table_apply_sql(target_relation, temp, key, want) -%}
+{#- rows: how many the model gives -#}
+{% macro anton_table_apply_sql(target_relation, rows, key, want) -%}
   {%- set others = want.keys() | reject('in', key) | list -%}
   do $anton$
-  declare v_had bigint; v_new bigint; v_updated bigint; v_deleted bigint; v_want bigint;
+  declare v_had bigint; v_new bigint; v_updated bigint; v_deleted bigint;
   begin
     select count(*) filter (where anton_op = 'n'), count(*) filter (where anton_op = 'u'), count(*) filter (where anton_op = 'd')
       into v_new, v_updated, v_deleted from pg_temp.anton_table_diff;
-    select count(*) into v_had from {{ target_relation }};
-    select count(*) into v_want from {{ temp }};
-    if v_want <> v_had - v_deleted + v_new then
+    v_had := (select count(*) from {{ target_relation }});              -- so it is read in parallel, which INTO is not
+    if {{ rows }} <> v_had - v_deleted + v_new then
       raise exception using errcode = 'unique_violation', message = $anton_text$the key ({{ key | join(', ') }}) of {{ model.name }} does not name one row: some come more than once$anton_text$;
     end if;
     if v_deleted > 0 then
