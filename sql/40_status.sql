@@ -72,6 +72,12 @@ begin
     select 'dead', s.app || '.' || s.handler, format('%s dead letters', s.dead), format('anton dead list --handler %1$s; fix, then: anton dead replay %1$s', s.handler)
       from status s where s.dead > 0;
   return query
+    select 'action', a.app || '.' || a.name, format('%s calls are unknown: nobody can tell whether they happened', count(*)),
+           format('anton actions list --name %s --state unknown; then resolve or retry', a.name)
+      from action a where a.state = 'unknown' group by a.app, a.name;
+  return query
+    select 'action', 'all', 'actions are stopped: no call leaves', 'anton actions start' where setting('actions') = 'stopped';
+  return query
     select 'table', format('%I.%I', w.schema_name, w.table_name), 'is gone', 'bring it back, or take its handlers out of the code and migrate'
       from watched w where w.relid <> 0 and not exists (select from pg_class c where c.oid = w.relid);   -- 0: of dbt, not built yet
   return query

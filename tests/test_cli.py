@@ -327,6 +327,7 @@ def call_in(shell: Shell, state: str) -> int:
 def test_a_call_that_is_unknown_is_listed_and_a_person_says_what_became_of_it(migrated: Shell) -> None:
     first, second, third = (call_in(migrated, "unknown") for _ in range(3))
     assert {row["id"] for row in migrated.json("actions", "list", "--state", "unknown")} == {first, second, third}
+    assert "3 calls are unknown" in str(migrated.sql("select problem from anton.findings()"))
     assert migrated("actions", "resolve", str(first), "--sent", "--by", "ann") == 0
     assert migrated("actions", "resolve", str(second), "--failed") == 0
     assert migrated("actions", "retry", str(third)) == 0
@@ -339,6 +340,7 @@ def test_a_call_that_is_unknown_is_listed_and_a_person_says_what_became_of_it(mi
 def test_actions_are_stopped_and_started(migrated: Shell) -> None:
     assert migrated("actions", "stop") == 0
     assert migrated.sql("select value from anton.setting where name = 'actions'") == [("stopped",)]
+    assert "actions are stopped: no call leaves" in str(migrated.sql("select problem from anton.findings()"))
     assert migrated("actions", "start") == 0
     assert migrated.sql("select value from anton.setting where name = 'actions'") == []
 
