@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 from servers import migrate as migrate_runtime
-from servers import restart, running
+from servers import Server, restart, running
 from shop import Shop
 from test_dbt_lineage import DEMO, EXPECTED
 from test_dbt_project import WAITING, Live, live, seen, shared  # noqa: F401  (fixtures)
@@ -88,11 +88,11 @@ def test_two_real_runs_at_once_go_one_after_the_other(live: Live) -> None:  # no
                          ) == [(0,)]
 
 
-def test_a_run_in_which_the_database_restarts_is_done_by_the_next_try(tmp_path: Path) -> None:
-    with running(os.environ.get("ANTON_TEST_SERVER", "embedded")) as server:
-        server.sql("create database shop")
-        migrate_runtime(server.url("shop"))
-        live = Live(server.url("shop"), tmp_path)
+def test_a_run_in_which_the_database_restarts_is_done_by_the_next_try(server: Server, tmp_path: Path) -> None:
+    with running(server.kind) as own:
+        own.sql("create database shop")
+        migrate_runtime(own.url("shop"))
+        live = Live(own.url("shop"), tmp_path)
         try:
             live.shop.sql("insert into orders values (1, 'ann', 50)")
             live.work()
@@ -105,7 +105,7 @@ def test_a_run_in_which_the_database_restarts_is_done_by_the_next_try(tmp_path: 
                 await conn.execute("select pg_advisory_lock(4711)")
                 async with live.shop.db.conn() as look:
                     await seen(look, WAITING)
-                await asyncio.to_thread(restart, server, "immediate")
+                await asyncio.to_thread(restart, own, "immediate")
                 conn.terminate()
 
             crashing = asyncio.run_coroutine_threadsafe(crash(), live.loop.loop)
