@@ -39,14 +39,6 @@ class HttpRequest(ActionComponent):
     """A request for each record; {name} in the url and in json is the record's value (in the url quoted).
 
     url: a text or env(…). method: POST PUT PATCH DELETE GET. json: what is sent, in any shape; None: the record.
-<<<<<<< HEAD
-    headers: sent along, to the url's own origin only; so is secret, as "Authorization: Bearer …" or, with sign=, what
-    it is signed with: "standard_webhooks" and other services of verify=. map: the record's names for those in braces.
-    Each request has the header Idempotency-Key. effect: "unsafe", or "idempotent" where the other side drops a second
-    one with the same key. allow: hosts, "*.example.com". private: whether it may lead into private networks (10.0.0.1,
-    localhost); redirects are looked at, too. timeout: seconds for all of it. into: gets {"status", "body", "url", "record_id"}; body is JSON or text, the first MB of it.
-    approve, cap: as of actions. An answer of 4xx is a dead letter. Raises BadOption.
-=======
     headers: sent along, to the url's own origin only; so is secret, as "Authorization: Bearer …" or, with sign=,
     what it is signed with: "standard_webhooks" and other services of verify=. map: the record's names for those in
     braces. Each request has the header Idempotency-Key. effect: "unsafe", or "idempotent" where the other side
@@ -54,7 +46,6 @@ class HttpRequest(ActionComponent):
     networks (10.0.0.1, localhost); redirects are looked at, too. timeout: seconds for all of it. into: gets
     {"status", "body", "url", "record_id"}; body is JSON or text, the first MB of it. approve, cap: as of actions.
     An answer of 4xx is a dead letter. Raises BadOption.
->>>>>>> act7
     """
 
     service = "HTTP"
