@@ -119,6 +119,7 @@ class Caller:
             [item for item in inputs.items if item is not None] if inputs.events else inputs.items, inputs.changes
         )
         scope = Scope("handler", records, self.db, code.on_conflict)
+        scope.table = lane.table
         if inputs.rows and code.relation is not None:
             scope.saw(code.relation, inputs.rows)
         ctx = self.context(code, inputs, records)

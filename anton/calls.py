@@ -8,7 +8,6 @@ A call: id args state result error idempotency_key taint approval_id at sent_at.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
@@ -125,24 +124,12 @@ def outbox_name(app: App) -> str:
 
 
 def subject_of() -> list[Any] | None:
-    """The record at hand, [table, key], where a handler of single records is around."""
+    """The record at hand, ["shop.orders", [key]], where a handler is around."""
     found = find_scope()
-    if found is None or found[0].inputs is None:
+    if found is None or found[1] < 0 or not found[0].table:
         return None
-    each: Any = found[0].inputs
-    lane, inputs = getattr(each, "lane", None), getattr(each, "inputs", None)
-    if lane is None or inputs is None or found[1] < 0:
+    given: Any = found[0].inputs
+    change = given.inputs.change(found[1]) if hasattr(given, "inputs") else given.changes[found[1]]
+    if change.key is None:
         return None
-    return subject(lane.table, inputs.change(found[1]).key)
-
-
-def subject(table: str, key: Any) -> list[Any] | None:
-    """A record as an approval rests on it. table: "shop.orders"."""
-    if key is None:
-        return None
-    return [table, list(key) if isinstance(key, tuple) else [key]]
-
-
-def shown(args: Mapping[str, Any]) -> str:
-    """Arguments for people."""
-    return ", ".join(f"{name}={value!r}" for name, value in args.items())
+    return [found[0].table, list(change.key) if isinstance(change.key, tuple) else [change.key]]

@@ -97,6 +97,7 @@ class Each:
         """A new chunk with a scope of its own."""
         code = self.lane.handler
         scope = Scope("handler", self, self.db, code.on_conflict)
+        scope.table = self.lane.table
         if self.inputs.rows and code.relation is not None:
             scope.saw(code.relation, self.inputs.rows)
         return Chunk(scope, now)

@@ -68,7 +68,9 @@ def _ours() -> Iterator[Installed]:
         for file in sorted(Path(root).glob("vendor/*/*.py")):
             path = f"{OURS}.vendor.{file.parent.name}.{file.stem}"
             for name, value in vars(importlib.import_module(path)).items():
-                if isinstance(value, type) and issubclass(value, Component) and value.__module__ == path:
+                if not isinstance(value, type) or name.startswith("_"):
+                    continue
+                if issubclass(value, Component) and value.__module__ == path:
                     yield Installed(name, path, value)
 
 

@@ -54,7 +54,8 @@ class Scope:
         await apply(conn, scope.ops)
 
     inputs: for of=. on_conflict: what a recorded update of a row that changed since it was read does by default.
-    Writes after the end raise ScopeClosed. base: the owner that writes outside any iteration get.
+    Writes after the end raise ScopeClosed. base: the owner that writes outside any iteration get. table: what the
+    inputs are records of, "shop.orders".
     """
 
     def __init__(self, kind: Kind, inputs: Inputs | None = None, db: Database | None = None,
@@ -66,6 +67,7 @@ class Scope:
         self.ops: list[Op] = []
         self.sinks: dict[Any, Any] = {}  # by table: where its appends go
         self.closed = False
+        self.table = ""
         self._base = base
         self._seen: list[tuple[Relation, Sequence[Any]]] = []
         self._versions: dict[int, dict[Any, int]] = {}
@@ -169,6 +171,7 @@ class transaction:
             self._outer.check()
             self._scope = Scope("transaction", self._outer.inputs, self._outer.db, self._on_conflict, owner.get())
             self._scope._seen, self._scope._versions = self._outer._seen, self._outer._versions
+            self._scope.table = self._outer.table
         self._scope.__enter__()
 
     def _end(self, error: BaseException | None) -> bool:

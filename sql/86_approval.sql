@@ -21,15 +21,15 @@ create or replace function approvers_of(p_approval bigint) returns setof person 
   select p.* from approval a join person p on may_decide(p, a.approvers) and p.name is distinct from a.requested_by where a.id = p_approval order by p.name
 $$;
 
--- record_of(table, key) -> the record as it is now, null when it is gone. table: as Postgres quotes it; key: [k1, k2, ...]
+-- record_of(table, key) -> the record as it is now, null when it is gone. table: schema.name, quoted or not; key: [k1, k2, ...]
 create or replace function record_of(p_table text, p_key jsonb) returns jsonb language plpgsql stable set search_path from current as $$
 declare w watched; v_record jsonb;
 begin
-  select * into w from watched where format('%I.%I', schema_name, table_name) = p_table;
-  if w.id is null or w.key_kind = 'none' or to_regclass(p_table) is null then
+  select * into w from watched where p_table in (format('%I.%I', schema_name, table_name), schema_name || '.' || table_name);
+  if w.id is null or w.key_kind = 'none' or to_regclass(format('%I.%I', w.schema_name, w.table_name)) is null then
     return null;
   end if;
-  execute format('select to_jsonb(t) from %s t where %s', p_table,
+  execute format('select to_jsonb(t) from %I.%I t where %s', w.schema_name, w.table_name,
                  (select string_agg(format('t.%I = ($1 ->> %s)::%s', c, o - 1, t), ' and ' order by o) from unnest(w.key_columns, w.key_types) with ordinality x (c, t, o)))
     into v_record using p_key;
   return v_record;

@@ -185,6 +185,24 @@ def test_a_record_that_changed_meanwhile_supersedes_and_is_asked_about_again(liv
     assert sent == [(7, 5)]
 
 
+def test_a_batch_handlers_call_rests_on_the_record_at_hand(live, sent):
+    refund = declare(live, sent, Approval("@finance"))
+    with declaring(live.app):
+        orders = Table('"Orders of all"')
+
+        @orders.on_new_records(name="all")
+        def refund_all(records: Any) -> None:
+            for order in records:
+                refund.send(order["n"], 5)
+
+    live.migrate()
+    orders.extend({"n": n} for n in range(2))
+    live.run()
+    rows = sql(live, "select evidence -> 0 as one from anton.approval order by id")
+    assert [(row["one"]["table"], row["one"]["record"]["data"]) for row in rows] == [
+        ("public.Orders of all", {"n": 0}), ("public.Orders of all", {"n": 1})]
+
+
 def test_when_says_for_which_arguments_a_person_is_asked(live, sent):
     refund = declare(live, sent, Approval("@finance", when=lambda call: call.amount > 50))
     refund.send(1, 5)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from anton_components.vendor.openai.cognition import OpenAiCompletion
-from anton_components.vendor.slack.action import SlackPostMessage
+from anton_components.vendor.slack.action import SlackPostMessage, SlackReact, SlackUpdateMessage
 from peers import served
 from pydantic import BaseModel
 from starlette.requests import Request
@@ -72,10 +72,29 @@ class Peer:
         return JSONResponse({"ok": True, "channel": channel, "ts": "1503435956.000247"})
 
 
+    async def other(self, request: Request) -> JSONResponse:
+        """chat.update and reactions.add, which refuse what Slack refuses."""
+        body = await request.json()
+        needs = {"chat.update": {"channel", "ts", "text"}, "reactions.add": {"channel", "timestamp", "name"}}
+        method = request.url.path.rpartition("/")[2]
+        if request.headers.get("authorization") != "Bearer xoxb-good":
+            return JSONResponse({"ok": False, "error": "invalid_auth"})
+        if set(body) != needs[method]:
+            return JSONResponse({"ok": False, "error": "invalid_arguments"})
+        if method == "reactions.add" and body in self.got:
+            return JSONResponse({"ok": False, "error": "already_reacted"})
+        self.got.append(body)
+        if self.lose:
+            return JSONResponse({}, 503)
+        return JSONResponse({"ok": True, "channel": body["channel"], "ts": body.get("ts", "")})
+
+
 @pytest.fixture
 def peer() -> Iterator[Peer]:
     peer = Peer()
     with served(Route("/v1/chat/completions", peer.completions, methods=["POST"]),
+                Route("/api/chat.update", peer.other, methods=["POST"]),
+                Route("/api/reactions.add", peer.other, methods=["POST"]),
                 Route("/api/chat.postMessage", peer.post_message, methods=["POST"])) as peer.url:
         yield peer
 
@@ -252,6 +271,26 @@ def test_a_message_that_arrived_and_whose_answer_was_lost_is_not_posted_twice(li
     peer.lose = False
     live.advance("2m")
     assert len(peer.got) == 1 and [call.state for call in live.outbox] == ["sent"]
+
+
+def test_a_message_is_changed(live, peer):
+    declare(live, lambda to: SlackUpdateMessage(oauth_token="xoxb-good", message_template="now {text}",
+                                                api=f"{peer.url}/api"))
+    ask(live, text="soup", channel="C1", ts="15.1")
+    assert peer.got == [{"channel": "C1", "ts": "15.1", "text": "now soup"}]
+    assert [call.state for call in live.outbox] == ["sent"]
+
+
+def test_a_reaction_that_is_there_already_is_fine(live, peer):
+    declare(live, lambda to: SlackReact("eyes", oauth_token="xoxb-good", api=f"{peer.url}/api"))
+    peer.lose = True
+    ask(live, **EVENT)
+    peer.lose = False
+    live.advance("2m")
+    assert peer.got == [{"channel": "#lunch", "timestamp": "1.5", "name": "eyes"}]
+    assert [call.state for call in live.outbox] == ["sent"]
+    ask(live, text="from nowhere")
+    assert [dead.error.partition(":")[0] for dead in live.dead] == ["no message to react to"]
 
 
 # All of them

@@ -17,7 +17,7 @@ from anton_components.vendor.openai.cognition import OpenAiCompletion
 from anton_components.vendor.openai.embedding import OpenAiEmbedding
 from anton_components.vendor.openai.tuning import OpenAiFineTune
 from anton_components.vendor.rss.poll import Rss
-from anton_components.vendor.slack.action import SlackPostMessage
+from anton_components.vendor.slack.action import SlackPostMessage, SlackReact, SlackUpdateMessage
 from pydantic import BaseModel
 
 from anton import Table, sql
@@ -34,14 +34,17 @@ SECRET = "sk-never-to-be-seen"
 MADE: dict[str, Callable[[Table[Any]], Component]] = {                 # one of each, with its secret
     "AnthropicCompletion": lambda table: AnthropicCompletion(table, api_key=SECRET),
     "FakeModel": lambda table: FakeModel(table),
-    "HttpRequest": lambda table: HttpRequest("https://example.com/x", secret=SECRET, into=table),
+    "HttpRequest": lambda table: HttpRequest("https://example.com/{order}", secret=SECRET, into=table),
     "OpenAiCompletion": lambda table: OpenAiCompletion(table, api_key=SECRET),
     "OpenAiEmbedding": lambda table: OpenAiEmbedding(table, api_key=SECRET),
     "OpenAiFineTune": lambda table: OpenAiFineTune("replies", api_key=SECRET, examples=sql("select * from made")),
     "Rss": lambda table: Rss(table, "https://example.com/feed", headers={"Authorization": SECRET}),
     "SlackPostMessage": lambda table: SlackPostMessage(oauth_token=SECRET, into=table),
+    "SlackReact": lambda table: SlackReact(oauth_token=SECRET),
+    "SlackUpdateMessage": lambda table: SlackUpdateMessage(oauth_token=SECRET),
 }
-BOUND = [name for name in MADE if name not in ("Rss", "OpenAiFineTune")]   # polled; bound to its own Table
+# polled; bound to its own Table; reads nothing; lacks several
+BOUND = [name for name in MADE if name not in ("Rss", "OpenAiFineTune", "SlackReact", "SlackUpdateMessage")]
 
 every = pytest.mark.parametrize("one", installed(), ids=lambda one: one.name)
 

@@ -1,4 +1,4 @@
-"""Slack: posting messages.
+"""Slack: posting messages, changing them, reacting to them.
 
     completions.on_new_records(SlackPostMessage(oauth_token=env("SLACK_TOKEN"), message_template="{completion}"))
 """
@@ -28,7 +28,43 @@ _UNWELL = {"ratelimited", "rate_limited", "internal_error", "fatal_error", "serv
            "org_login_required", "ekm_access_denied", "team_access_not_granted"}
 
 
-class SlackPostMessage(ActionComponent):
+class _Slack(ActionComponent):
+    """What all calls of Slack have in common."""
+
+    service = "Slack"
+    variable = "SLACK_TOKEN"
+    effect = "idempotent"
+    into: Table[Any] | None = None
+
+    def __init__(self, oauth_token: Env | str | None, api: str, timeout: float, map: Mapping[str, str] | None,
+                 approve: Approval | None) -> None:
+        super().__init__(secret=oauth_token, map=map)
+        self.approve = approve
+        self.api = api.rstrip("/")
+        self.timeout = timeout
+        self._clients = Clients(lambda token: importlib.import_module("httpx").AsyncClient(
+            timeout=timeout, headers={"Authorization": f"Bearer {token}"}))
+
+    def options(self) -> dict[str, Any]:
+        """Options of its Action."""
+        return {**super().options(), "approve": self.approve}
+
+    async def call(self, method: str, body: Mapping[str, Any], fine: str = "") -> dict[str, Any]:
+        """One request. fine: an error that says that it was done before. Raises WorldError, Discard."""
+        client = await self._clients.get(self.credential() or "")
+        response = await client.post(f"{self.api}/{method}", json=body)
+        response.raise_for_status()
+        reply: dict[str, Any] = response.json()
+        error = str(reply.get("error"))
+        if reply.get("ok") or error == fine:
+            return reply
+        if error in _UNWELL:
+            raise WorldError(f"Slack answered {error}")
+        what = "message" if method == "chat.postMessage" else method
+        raise Discard(f"Slack refused the {what} to {body['channel']}: {error}")
+
+
+class SlackPostMessage(_Slack):
     """Posts a message for each record: where its trace began (the channel and thread of the event), else to `channel`.
 
     oauth_token: a value or env(…); default SLACK_TOKEN. message_template: {name} is the record's value. map: {"text":
@@ -39,23 +75,14 @@ class SlackPostMessage(ActionComponent):
     a second message with the same client_msg_id, so a call whose outcome is not known is made again with the same.
     """
 
-    service = "Slack"
-    variable = "SLACK_TOKEN"
-    effect = "idempotent"
-
     def __init__(self, *, oauth_token: Env | str | None = None, message_template: str = "{text}",
                  channel: str | None = None, into: Table[Any] | None = None, api: str = API,
                  timeout: float = 30.0, map: Mapping[str, str] | None = None,
                  approve: Approval | None = None) -> None:
-        super().__init__(secret=oauth_token, map=map)
+        super().__init__(oauth_token, api, timeout, map, approve)
         self.message_template = message_template
         self.channel = channel
         self.into = into
-        self.approve = approve
-        self.api = api.rstrip("/")
-        self.timeout = timeout
-        self._clients = Clients(lambda token: importlib.import_module("httpx").AsyncClient(
-            timeout=timeout, headers={"Authorization": f"Bearer {token}"}))
 
     def inputs(self) -> Mapping[str, Any]:
         """What the template names; of any type, for it becomes text."""
@@ -64,10 +91,6 @@ class SlackPostMessage(ActionComponent):
     def outputs(self) -> Mapping[str, Any]:
         """What `into` gets."""
         return {"channel": SlackChannel, "thread_ts": str, "ts": str, "text": str}
-
-    def options(self) -> dict[str, Any]:
-        """Options of its Action."""
-        return {**super().options(), "approve": self.approve}
 
     async def args(self, record: Any, ctx: Ctx) -> dict[str, Any]:
         """The message for one record, and the record's id."""
@@ -91,23 +114,77 @@ class SlackPostMessage(ActionComponent):
 
     async def send(self, args: Mapping[str, Any], key: str) -> dict[str, Any]:
         """One chat.postMessage."""
-        body = {**args, "client_msg_id": str(uuid.uuid5(_NAMESPACE, key))}
-        client = await self._clients.get(self.credential() or "")
-        response = await client.post(f"{self.api}/chat.postMessage", json=body)
-        response.raise_for_status()
-        reply: dict[str, Any] = response.json()
-        if reply.get("ok"):
-            return {"ts": reply["ts"], "channel": reply["channel"]}
-        error = str(reply.get("error"))
-        if error in _UNWELL:
-            raise WorldError(f"Slack answered {error}")
-        raise Discard(f"Slack refused the message to {args['channel']}: {error}")
+        reply = await self.call("chat.postMessage", {**args, "client_msg_id": str(uuid.uuid5(_NAMESPACE, key))})
+        return {"ts": reply["ts"], "channel": reply["channel"]}
+
+
+class SlackUpdateMessage(_Slack):
+    """Changes a message that was posted, for each record: what SlackPostMessage's `into` holds names it.
+
+    oauth_token: a value or env(…); default SLACK_TOKEN. message_template: {name} is the record's value. The record has
+    "channel" and "ts"; map: {"ts": "posted"} when they have other names. approve: whom to ask before. api: where Slack
+    is. timeout: seconds for one answer.
+    """
+
+    def __init__(self, *, oauth_token: Env | str | None = None, message_template: str = "{text}", api: str = API,
+                 timeout: float = 30.0, map: Mapping[str, str] | None = None,
+                 approve: Approval | None = None) -> None:
+        super().__init__(oauth_token, api, timeout, map, approve)
+        self.message_template = message_template
+
+    def inputs(self) -> Mapping[str, Any]:
+        """What the template names, and the message."""
+        return {**dict.fromkeys(placeholders(self.message_template), Any), "channel": str, "ts": str}
+
+    async def args(self, record: Any, ctx: Ctx) -> dict[str, Any]:
+        """The message as it is to be."""
+        return {"channel": self.read(record, "channel"), "ts": self.read(record, "ts"),
+                "text": fill(self.message_template, record, self.map)}
+
+    async def send(self, args: Mapping[str, Any], key: str) -> dict[str, Any]:
+        """One chat.update: a second one changes nothing."""
+        reply = await self.call("chat.update", args)
+        return {"ts": reply["ts"], "channel": reply["channel"]}
+
+
+class SlackReact(_Slack):
+    """Adds a reaction to the message that a record's trace began with, such as 👀 before the answer is thought about.
+
+    emoji: its name, "eyes". oauth_token: a value or env(…); default SLACK_TOKEN. A record that did not begin with a
+    message in Slack is a dead letter. map: as of other components. approve: whom to ask before. api: where Slack is.
+    timeout: seconds for one answer.
+    """
+
+    def __init__(self, emoji: str = "eyes", *, oauth_token: Env | str | None = None, api: str = API,
+                 timeout: float = 30.0, map: Mapping[str, str] | None = None,
+                 approve: Approval | None = None) -> None:
+        super().__init__(oauth_token, api, timeout, map, approve)
+        self.emoji = emoji.strip(":")
+
+    async def args(self, record: Any, ctx: Ctx) -> dict[str, Any]:
+        """The message and the emoji."""
+        payload = _payload((await ctx.aorigin(record)).record)
+        event = payload.get("event") if payload else None
+        if not isinstance(event, Mapping) or not event.get("channel") or not event.get("ts"):
+            raise Discard(f"no message to react to: its trace did not begin with one ({self.place})")
+        return {"channel": event["channel"], "timestamp": event["ts"], "name": self.emoji}
+
+    async def send(self, args: Mapping[str, Any], key: str) -> dict[str, Any]:
+        """One reactions.add; a reaction that is there already is fine."""
+        await self.call("reactions.add", args, fine="already_reacted")
+        return {"ok": True}
+
+
+def _payload(record: Any) -> Mapping[str, Any] | None:
+    """What Slack sent, of a record that holds it."""
+    payload = record.get("payload") if isinstance(record, Mapping) else getattr(record, "payload", None)
+    return payload if isinstance(payload, Mapping) else None
 
 
 def _place(record: Any) -> tuple[str, str | None] | None:
     """Channel and thread of a record that holds a Slack event or command; None for all others."""
-    payload = record.get("payload") if isinstance(record, Mapping) else getattr(record, "payload", None)
-    if not isinstance(payload, Mapping):
+    payload = _payload(record)
+    if payload is None:
         return None
     event = payload.get("event")
     if isinstance(event, Mapping) and isinstance(event.get("channel"), str):
