@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 from pydantic import BaseModel
-from servers import migrate as migrate_runtime
 from servers import Server, restart, running
+from servers import migrate as migrate_runtime
 from shop import Shop
 from test_dbt_lineage import DEMO, EXPECTED
 from test_dbt_project import WAITING, Live, live, seen, shared  # noqa: F401  (fixtures)
