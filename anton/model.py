@@ -94,6 +94,7 @@ class Models:
     async def examine(self) -> None:
         """Looks at their tables. Refuses a name that another table, or another app's model, has."""
         for model in self.all:
+            await self._rename(model)
             row = await self.conn.fetchrow(
                 "select c.oid, c.relkind in ('r', 'p') as plain, m.app as of_app, m.name as of_model "
                 "  from pg_class c join pg_namespace n on n.oid = c.relnamespace "
@@ -160,6 +161,16 @@ class Models:
             self.app, model.said.name))
 
     # --- one model
+
+    async def _rename(self, model: Model) -> None:
+        """With its table and its handlers, when it is known by its name of before alone."""
+        said = model.said
+        if said.was and await self.conn.fetchval(
+                "select count(*) filter (where name = $2) = 1 and count(*) filter (where name = $3) = 0 "
+                f"from {self.run.schema}.model where app = $1", self.app, said.was, said.name):
+            put = f"select {self.run.schema}.rename_model({', '.join(map(literal, (self.app, said.was, said.name)))})"
+            await self.run.step(Step(f"model {said.was} becomes {said.name}", put,
+                                     (f"lock_timeout = '{LOCK_TIMEOUT}'",)), table=model.sql)
 
     async def _make(self, model: Model) -> None:
         said = model.said

@@ -32,7 +32,7 @@ OPS = ("new", "updated", "deleted", "truncate", "rebuilt", "failed")
 _HANDLER = ("on", "where", "columns", "read", "since", "batch", "max_wait", "timeout", "attempts", "backoff", "max_lag",
             "into", "was", "concurrency")
 _SCHEDULE = ("cron", "tz", "title", "misfire", "overlap", "jitter", "start", "end", "timeout", "attempts", "backoff")
-_MODEL = ("refresh", "key", "incremental", "timeout", "max_wait", "tz")
+_MODEL = ("refresh", "key", "incremental", "timeout", "max_wait", "tz", "was")
 _NUMBERS = ("batch", "attempts", "concurrency")
 _DURATIONS = ("max_wait", "timeout", "backoff", "max_lag")
 
@@ -158,7 +158,7 @@ class SqlModel:
 
     tables: it is refreshed when these change; crons: and by the clock, in tz; () for none. key: its columns.
     incremental: (table, column) whose values name the groups that a change touches. body: the SELECT, as written;
-    line: of the file that it begins at, from 0. timeout, max_wait: as Postgres reads them.
+    line: of the file that it begins at, from 0. timeout, max_wait: as Postgres reads them. was: its name before, or "".
     """
 
     file: str
@@ -172,6 +172,7 @@ class SqlModel:
     timeout: str
     max_wait: str
     tz: str
+    was: str = ""
 
 
 def model(file: SqlFile) -> SqlModel:
@@ -202,7 +203,7 @@ def model(file: SqlFile) -> SqlModel:
                for name, default in (("timeout", "5m"), ("max_wait", 0))}
     return SqlModel(of, file.stem, parts[0][1].strip(), parts[0][0], tuple(tables), tuple(crons), tuple(key),
                     tuple((table, column) for table, column in groups), lengths["timeout"], lengths["max_wait"],
-                    header.get("tz", "UTC"))
+                    header.get("tz", "UTC"), header.get("was", ""))
 
 
 def _words(parts: Iterable[str]) -> list[str]:

@@ -39,6 +39,18 @@ begin
   return v_id;
 end $$;
 
+-- rename_model(app, was, name): a model with its table, which stays in its schema, and its handlers and schedules, with their queue
+create or replace function rename_model(p_app text, p_was text, p_name text) returns void language plpgsql volatile set search_path from current as $$
+declare w watched; v_id int;
+begin
+  update model set name = p_name where app = p_app and name = p_was returning id, table_id into strict v_id, w.id;
+  select * into w from watched where id = w.id;
+  execute format('alter table %I.%I rename to %I', w.schema_name, w.table_name, p_name);
+  update watched set table_name = p_name where id = w.id;
+  update handler set name = p_name || substr(name, length(p_was) + 1) where model_id = v_id and starts_with(name, p_was || ':');
+  update schedule set name = p_name || substr(name, length(p_was) + 1) where app = p_app and starts_with(name, p_was || ':');
+end $$;
+
 -- model_state(app, name) -> all that put_model() may change, as text; null when unknown
 create or replace function model_state(p_app text, p_name text) returns text language sql stable set search_path from current as $$
   select jsonb_build_array(app, name, table_id, body, key_columns, refresh, incremental, distinct_keys, max_wait, missing_at,
