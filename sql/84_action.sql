@@ -127,6 +127,7 @@ begin
 end $$;
 
 create or replace trigger action_guard before insert or update on action for each row execute function guard_action();
+revoke all on function guard_action() from public;               -- a trigger needs none of it
 
 -- caps_of(action, rule) -> its caps, in the order in which they are locked, and what the call needs of each
 create or replace function caps_of(a action, r action_rule) returns table (amount numeric, "of" text, period text, needs numeric)

@@ -245,6 +245,7 @@ begin
 end $$;
 
 create or replace trigger approval_guard before insert or update or delete on approval for each row execute function guard_approval();
+revoke all on function guard_approval() from public;               -- a trigger needs none of it
 
 -- guard_event(): events of approvals are only ever added
 create or replace function guard_event() returns trigger language plpgsql volatile set search_path from current as $$
