@@ -45,18 +45,23 @@ class Proxy:
         started.set()
         self._loop.run_forever()
         server.close()
+        self._loop.run_until_complete(asyncio.sleep(0))  # who was accepted just now has begun
         left = asyncio.all_tasks(self._loop)
         for task in left:
             task.cancel()
         self._loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
+        self._loop.run_until_complete(asyncio.sleep(0))  # aborted transports close their sockets
         self._loop.close()
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         link = Link(self, reader, writer)
         self._links.add(link)
-        with suppress(asyncio.CancelledError):  # we are closed
-            await link.run()
-        self._links.discard(link)
+        try:
+            with suppress(asyncio.CancelledError):  # we are closed
+                await link.run()
+        finally:
+            link.reset()
+            self._links.discard(link)
 
     async def passing(self) -> None:
         """Waits while frozen."""
@@ -101,7 +106,6 @@ class Link:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-        self.reset()
 
     def reset(self) -> None:
         """RST to the client; the server sees the connection closed."""
