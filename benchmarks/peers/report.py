@@ -66,7 +66,10 @@ def line(found: dict[str, Any]) -> str:
         other = best((peer for peer in others if peer.get(key) is not None), key=lambda peer: peer[key])
         return f"{text.format(anton[key])} ({other['name']}, the best of the others: {text.format(other[key])})"
 
-    back = [peer["name"] for peer in others if peer.get("recovery_s") is not None]
+    back = ", ".join(
+        f"{peer['name']} in {peer['recovery_s']:g} s" for peer in others if peer.get("recovery_s") is not None
+    )
+    lost = ", ".join(f"{peer['name']} {peer['lost']:,}" for peer in others if peer.get("lost"))
     twice = ", ".join(f"{peer['name']} {peer['doubled']:,}" for peer in others if peer.get("doubled"))
     names = ", ".join(f"{peer['name']} {peer['version']}" for peer in others)
     within = f"more than {found['run']['wait_s']}" if anton["recovery_s"] is None else f"{anton['recovery_s']:g}"
@@ -74,8 +77,9 @@ def line(found: dict[str, Any]) -> str:
         f"Side by side with {names}, jobs of one record each: drained "
         f"{against('drain_per_s', max, '{:,}/s')}, pick-up p99 {against('pickup_p99_ms', min, '{:.1f} ms')}. "
         f"After three `kill -9` of the worker Anton had done all within {within} s, "
-        f"{anton['lost']} lost and {anton['doubled']} doubled; of the others {', '.join(back) or 'none'} had within "
-        f"{found['run']['wait_s']} s, with doubled rows: {twice or 'none'}. "
+        f"{anton['lost']} lost and {anton['doubled']} doubled; "
+        f"of the others within {found['run']['wait_s']} s {back or 'none'}; "
+        f"lost: {lost or 'none'}; doubled: {twice or 'none'}. Measured {found['run']['at'][:10]}. "
         f"[All figures and settings](docs/benchmarks.md#side-by-side); `make bench-peers`.\n"
     )
 
