@@ -19,6 +19,7 @@ from anton.config import Storage
 from anton.db import literal
 from anton.event import Event
 from anton.query import Query
+from anton.record import ChangeOp
 from anton.table import Table, _maker
 from anton.write import find_scope
 
@@ -76,24 +77,12 @@ class Calls(Table[Call]):
         app.tables.setdefault(name, self)
 
     @property
-    def on_new_records(self) -> Event[Call]:
-        """Handles new calls."""
-        return _CallEvent(self, "new_records", ("new",))
-
-    @property
-    def on_updated_records(self) -> Event[Call]:
-        """Handles changes of a call's state."""
-        return _CallEvent(self, "updated_records", ("updated",))
-
-    @property
-    def on_deleted_records(self) -> Event[Call]:
-        """Handles calls that were deleted."""
-        return _CallEvent(self, "deleted_records", ("deleted",))
-
-    @property
     def on_changes(self) -> Event[Call]:
         """Handles new calls, and changes of their state."""
-        return _CallEvent(self, "changes", ("new", "updated"))
+        return self._event("changes", ("new", "updated"))
+
+    def _event(self, verb: str, ops: tuple[ChangeOp, ...]) -> Event[Call]:
+        return _CallEvent(self, verb, ops)
 
     def select(self, where: str | None = None, /, **args: Any) -> Query[Call]:
         """Calls, lazily: select(state="unknown")."""

@@ -22,7 +22,7 @@ from anton.errors import BadOption, UnknownOption, WriteError
 from anton.event import BuildEvent, Event
 from anton.query import Query
 from anton.rebuilt import Failed, Rebuilt
-from anton.record import Record
+from anton.record import ChangeOp, Record
 from anton.relation import Relation, writable
 from anton.sink import Columns, Documents, Models, Sink, beside
 from anton.write import Rows, Scope, apply, find_scope, owner, scope, transaction
@@ -75,27 +75,27 @@ class Table(Generic[T]):
     @property
     def on_new_records(self) -> Event[T]:
         """Handles inserted records: @orders.on_new_records."""
-        return Event(self, "new_records", ("new",))
+        return self._event("new_records", ("new",))
 
     @property
     def on_updated_records(self) -> Event[T]:
         """Handles updated records; records.changes has old and new."""
-        return Event(self, "updated_records", ("updated",))
+        return self._event("updated_records", ("updated",))
 
     @property
     def on_deleted_records(self) -> Event[T]:
         """Handles deleted records, as they were."""
-        return Event(self, "deleted_records", ("deleted",))
+        return self._event("deleted_records", ("deleted",))
 
     @property
     def on_changes(self) -> Event[T]:
         """Handles new, updated and deleted records; records.changes says which."""
-        return Event(self, "changes", ("new", "updated", "deleted"))
+        return self._event("changes", ("new", "updated", "deleted"))
 
     @property
     def on_truncate(self) -> Event[T]:
         """Handles TRUNCATE: no records, one change."""
-        return Event(self, "truncate", ("truncate",))
+        return self._event("truncate", ("truncate",))
 
     @property
     def on_rebuilt(self) -> BuildEvent[Rebuilt]:
@@ -106,6 +106,9 @@ class Table(Generic[T]):
     def on_failed(self) -> BuildEvent[Failed]:
         """Handles rebuilds that failed: (failed) or (failed, ctx). The table is as it was."""
         return BuildEvent(self, "failed", ("failed",))
+
+    def _event(self, verb: str, ops: tuple[ChangeOp, ...]) -> Event[T]:
+        return Event(self, verb, ops)
 
     def append(self, row: T | Mapping[str, Any], *, of: object = None) -> T:
         """Records one insert and returns its record with the final key: record.id, even if the model has no such field.

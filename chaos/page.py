@@ -10,6 +10,7 @@ import re
 from typing import Any
 
 from chaos import (  # noqa: F401  (faults register themselves)
+    builds,
     capacity,
     database,
     direct,
