@@ -23,13 +23,14 @@ bench: $(READY)       ## all benchmarks, or one: make bench BENCH=name
 	@.ci/postgres
 	@$(BIN)/python -m benchmarks $(BENCH)
 
-bench-peers: $(READY) ## Anton and five other Postgres queues side by side; installs those, needs npm and 8 minutes
+bench-peers: $(READY) ## Anton and five other Postgres queues side by side; installs those, needs npm and 15 minutes
 	@.ci/postgres
 	@$(BIN)/python -m benchmarks.peers $(ARGS)
 
 chaos: $(READY)       ## kills, crashes and lost replies, counted: make chaos ARGS="--minutes 10 --seed 7", or of one kind: ARGS=P1
 	@.ci/postgres
 	@$(BIN)/python -m chaos $(ARGS)
+	@[ -n "$(ARGS)" ] || $(BIN)/python -m chaos.outbox --calls 100 --save
 
 lint: $(READY)
 	@$(BIN)/ruff check .

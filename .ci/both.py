@@ -1,6 +1,7 @@
 """both.py [pytest arguments]: the suite on both servers at once, which mostly wait; fails when either does.
 
-Tests that ask for no server are the same on both and run once, beside the embedded one.
+Tests that ask for no server are the same on both and run once, beside the embedded one; what is marked
+once("why", "system") runs beside the system's.
 The output of the embedded one is shown as it comes, and then that of the system's.
 """
 
@@ -13,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 NOTHING = 5                                                                      # of pytest: no test was collected
-ONLY = {"embedded": (), "system": ("--asks-server",)}
+ONLY = {"embedded": ("--beside-system",), "system": ("--asks-server",)}
 
 
 def start(server: str, words: list[str], output: Path) -> subprocess.Popen[bytes]:

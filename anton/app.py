@@ -62,8 +62,15 @@ class App:
         self.projects: dict[str, DbtProject] = {}                      # of dbt, by the names of their handlers
         self.aliases: dict[str, Any] = {}                              # FineTunes, by what their models are called
         self.budgets: dict[tuple[str, str, str, str], tuple[Any, str]] = {}   # amounts and who says so: ledger.agree()
+        self.channels: set[str] = set()                                # of approvals: via=
+        self.endings: list[Callable[[App], None]] = []                 # called once all of main.py was declared
         self.graphed: list[Any] = []                                   # others with nodes of their own: see wiring.py
         self._places: dict[tuple[str, str], str] = {}
+
+    def finish(self) -> None:
+        """Declares what follows from all that was declared."""
+        for ending in self.endings:
+            ending(self)
 
     def claim_name(self, kind: str, name: str, place: str) -> None:
         """Takes the name for the thing declared at place ("file:line"); DuplicateName names both places."""
@@ -178,6 +185,7 @@ def load_app(target: str | None = None, folder: Path | str = ".") -> App:
     importlib.invalidate_caches()
     with declaring(app), _no_bytecode():
         importlib.import_module(module)
+        app.finish()
     return app
 
 

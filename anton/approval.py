@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
-from anton.app import place_of_caller
+from anton.app import current_app, place_of_caller
 from anton.duration import duration
 from anton.errors import BadOption, UnknownOption, one_of
 
@@ -27,24 +27,26 @@ class Approval:
     who: "ann", "@finance", or several. via: the channels, "inbox", "slack:#finance", "email". timeout: how long they
     have; on_timeout: "reject" or, for what does no harm, "approve". editable: arguments that may be changed; None:
     all of them. quorum: how many different people have to approve. escalate: {"1h": "@cfo"}: who may decide it, too,
-    after so long. when: is asked with the arguments; False: nobody need be asked. preview: what people read, with a
-    {name} for each argument. Nobody approves what they asked for. Raises BadOption, UnknownOption.
+    after so long. remind: ["4h"]: when those who are told by e-mail or Slack are told again. when: is asked with the
+    arguments; False: nobody need be asked. preview: what people read, with a {name} for each argument. Nobody approves
+    what they asked for. Raises BadOption, UnknownOption.
     """
 
     def __init__(self, *who: str, via: Sequence[str] = ("inbox",), timeout: Length = DAY, on_timeout: str = "reject",
                  editable: Sequence[str] | None = None, quorum: int = 1, escalate: Mapping[str, str] | None = None,
-                 when: Callable[[Any], bool] | None = None, preview: str | None = None, **unknown: Any) -> None:
+                 remind: Sequence[str] = (), when: Callable[[Any], bool] | None = None, preview: str | None = None,
+                 **unknown: Any) -> None:
         of = f"Approval({', '.join(map(repr, who))})"
         for option in unknown:
-            raise UnknownOption(option, of, ("via", "timeout", "on_timeout", "editable", "quorum", "escalate", "when",
-                                             "preview"))
+            raise UnknownOption(option, of, ("via", "timeout", "on_timeout", "editable", "quorum", "escalate", "remind",
+                                             "when", "preview"))
         if not who or not all(isinstance(one, str) and one.strip("@") for one in who):
             raise BadOption("who", who, "Approval", 'people or groups: Approval("ann", "@finance")')
         if on_timeout not in ON_TIMEOUT:
             raise BadOption("on_timeout", on_timeout, of, one_of(ON_TIMEOUT))
         if type(quorum) is not int or quorum < 1:
             raise BadOption("quorum", quorum, of, "how many people, 1 or more")
-        for option, names in (("via", via), ("editable", editable or ())):
+        for option, names in (("via", via), ("editable", editable or ()), ("remind", remind)):
             if isinstance(names, str) or not all(isinstance(name, str) for name in names):
                 raise BadOption(option, names, of, f'a list of texts, such as {option}=["…"]')
         self.who = who
@@ -54,30 +56,23 @@ class Approval:
         self.editable = None if editable is None else tuple(editable)
         self.quorum = quorum
         self.escalate = {duration(after, "escalate", of): to for after, to in (escalate or {}).items()}
+        self.remind = [duration(after, "remind", of) for after in remind]
         self.when = when
         self.preview = preview
         self.place = place_of_caller()
+        current_app().channels.update(self.via)
 
     def definition(self) -> dict[str, Any]:
         """What ask_approval() takes."""
         return {"approvers": list(self.who), "via": list(self.via), "timeout": _text(self.timeout),
                 "on_timeout": self.on_timeout, "quorum": self.quorum, "preview": self.preview,
                 "editable": None if self.editable is None else list(self.editable),
-                "escalate": {_text(after): to for after, to in self.escalate.items()}}
+                "escalate": {_text(after): to for after, to in self.escalate.items()},
+                "remind": [_text(after) for after in self.remind]}
 
     def __repr__(self) -> str:
         return f"Approval({', '.join(map(repr, self.who))})"
 
 
-def preview(definition: Mapping[str, Any], name: str, args: Mapping[str, Any]) -> str:
-    """What people read: the preview of an approval's definition with the arguments in it, else "refund: amount 5"."""
-    text = definition.get("preview")
-    if not text:
-        return f"{name}: " + ", ".join(f"{key} {value}" for key, value in args.items())
-    for key, value in args.items():
-        text = text.replace(f"{{{key}}}", str(value))
-    return str(text)
-
-
 def _text(length: timedelta) -> str:
-    return f"{length.total_seconds():g} seconds"
+    return f"{length.total_seconds():f}".rstrip("0").rstrip(".") + " seconds"  # Postgres reads no exponent

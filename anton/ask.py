@@ -8,6 +8,7 @@ A provider only sends: it knows nothing of the rest. No transaction is open whil
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import time
 from collections.abc import Mapping, Sequence
@@ -15,19 +16,24 @@ from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from decimal import Decimal
 from typing import Any, Literal, Protocol
+from weakref import WeakKeyDictionary
 
-from anton.db import Database
+from anton import write
+from anton.db import Database, current_database
 from anton.errors import AntonError, BudgetReached, ModelRefused, WorldError
-from anton.ledger import Begun, Budget, Ledger, ledger_of, storable
+from anton.ledger import Begun, Budget, Ledger, Place, ledger_of, storable
 from anton.limit import Limit, learnt, retry_after
 from anton.memo import asking, hash_of, wait_for_other
 from anton.price import Price
+from anton.secret import hide
 
 TRIES = 3  # of one model, when it is busy or down
 SHORT = 30.0  # seconds of a Retry-After that a call waits itself; longer ones the handler waits
 PATIENCE = 60.0  # seconds that a record waits for others, a limit or money that is on hold
 MARGIN = 15.0  # seconds of a call's lease beyond its timeout, to be settled in
 LONGEST = timedelta(minutes=30)  # that a handler waits before it looks whether a budget was raised
+AHEAD = 30.0  # seconds that a request is let through before its time, for others to join it
+SOON = 0.1  # seconds before its time that none joins a request any more: it would come too late
 _BETWEEN = (408, 502, 504, 520, 524)  # of a gateway: the service behind it may have answered, and charge for it
 _OVERHEAD = 100  # tokens that a service adds to a question at most,
 _OF_TOOLS = 600  # and to one that is answered by calling a tool
@@ -39,7 +45,8 @@ Mode = Literal["schema", "tool", "prompt"]
 class Question:
     """What is sent. messages: {"role": "system" | "user" | "assistant", "content"}. params: as the service names them.
 
-    schema: of a structured answer, with its name; mode: how it is asked for.
+    schema: of a structured answer, with its name; mode: how it is asked for. place: questions of the same one are one
+    request.
     """
 
     model: str
@@ -50,6 +57,7 @@ class Question:
     schema_name: str = "answer"
     mode: Mode = "schema"
     timeout: float = 60.0
+    place: Place | None = None
 
 
 @dataclass(frozen=True)
@@ -83,7 +91,7 @@ class SendError(AntonError):
 
     def __init__(self, kind: str, reason: str, *, after: float | None = None, paid: bool = False,
                  limits: Sequence[Limit] = ()) -> None:
-        super().__init__(reason, kind=kind, after=after, paid=paid, limits=limits)
+        super().__init__(hide(reason), kind=kind, after=after, paid=paid, limits=limits)
 
 
 def status_error(status: int, said: str, headers: Mapping[str, str]) -> SendError:
@@ -136,15 +144,29 @@ class Answer:
     hash: str
 
 
+class _Turn:
+    """Of one loop: one at a time asks for a request of its own, and those after it may join that."""
+
+    def __init__(self) -> None:
+        self.lock = asyncio.Lock()
+        self.place: Place | None = None
+
+
 class Asker:
-    """Asks a provider. ttl: seconds that an answer is kept. price: of a model, None when it is not known."""
+    """Asks a provider. ttl: seconds that an answer is kept.
+
+    together: how many questions go in one request at most, and how many bytes; None: each is one.
+    """
 
     def __init__(self, provider: Provider, *, budgets: Sequence[Budget] = (), limits: Sequence[Limit] = (),
-                 ttl: float = 0.0) -> None:
+                 ttl: float = 0.0, together: tuple[int, int] | None = None) -> None:
         self.provider = provider
         self.budgets = budgets
         self.limits = limits
         self.ttl = ttl
+        self.together = together
+        self._paced = bool(limits)                                     # without a limit nobody waits for a request
+        self._turns: WeakKeyDictionary[Ledger, _Turn] = WeakKeyDictionary()
 
     async def ask(self, db: Database, question: Question, about: About, price: Price | None, *,
                   last: bool = True) -> Answer:
@@ -188,15 +210,13 @@ class Asker:
                  question.max_tokens, question.schema, about.tenant, about.only]
         most_in = most_tokens(question)
         out = question.max_tokens
-        names = {"handler": about.handler, "table": about.table, "app": ""}
-        ids = [await ledger.put("put_budget", about.app, budget.scope, names[budget.scope], budget.period, budget.unit,
-                                budget.amount) for budget in self.budgets]
+        ids = await ledger.put_budgets(self.budgets, about.app, about.handler, about.table)
         quota = f"{self.provider.service} {self.provider.host} {question.model}"
         for limit in self.limits:
             await ledger.put("put_quota", quota, limit.unit, Decimal(limit.amount), limit.seconds)
         return {
             "hash": hash_of(*asked), "ttl": self.ttl, "quota": quota,
-            "tokens": most_in // 3 + (500 if out is None else out), "lease": question.timeout + MARGIN,
+            "tokens": most_in // 3 + (500 if out is None else out), "size": most_in, "lease": question.timeout + MARGIN,
             "app": about.app, "handler": about.handler,
             "key": about.key, "change_id": about.change_id, "trace": about.trace, "tenant": about.tenant,
             "provider": self.provider.service, "model": question.model, "prompt_version": about.prompt_version,
@@ -212,7 +232,7 @@ class Asker:
         while True:
             if first and await wait_for_other(facts["hash"], PATIENCE, last):
                 ends = max(ends, time.monotonic() + 1)
-            begun = await ledger.begin(facts)
+            begun = await self._let_through(ledger, facts)
             if begun.verdict in ("answer", "send"):
                 return begun
             wait = begun.wait
@@ -228,6 +248,33 @@ class Asker:
                 raise waits
             await asyncio.sleep(wait)
 
+    async def _let_through(self, ledger: Ledger, facts: Mapping[str, Any]) -> Begun:
+        """Asks the ledger. Where requests are limited, as many questions as may go with each."""
+        if self.together is None or not self._paced:
+            begun = await ledger.begin(facts)
+            self._paced = self._paced or begun.late < math.inf
+            return begun
+        turn = self._turns.setdefault(ledger, _Turn())
+        most, bytes = self.together
+        async with turn.lock:
+            place, now = turn.place, time.monotonic()
+            if place is None or place.due < now + SOON or place.calls >= most or place.size + facts["size"] > bytes:
+                begun = await ledger.begin({**facts, "ahead": AHEAD, "lease": facts["lease"] + AHEAD})
+                if begun.verdict == "send":
+                    turn.place = Place(begun.due, begun.late, 1, facts["size"])
+                    begun = begun._replace(place=turn.place)
+                return begun
+            place.calls += 1
+            place.size += facts["size"]
+        begun = await ledger.begin({**facts, "ahead": place.due - now, "joins": True, "lease": facts["lease"] + AHEAD})
+        if begun.verdict == "send":
+            return begun._replace(due=place.due, late=place.late, place=place)
+        place.calls -= 1
+        place.size -= facts["size"]
+        if begun.verdict == "later" and turn.place is place:           # its tokens are used up: the next needs another
+            turn.place = None
+        return begun
+
     async def _send(self, ledger: Ledger, question: Question, begun: Begun, facts: Mapping[str, Any],
                     price: Price | None) -> Answer | None:
         """Sends what may be sent, and settles it; None when it was too late for that. Raises SendError."""
@@ -236,12 +283,12 @@ class Asker:
         started = time.perf_counter()
         try:
             await asyncio.sleep(begun.due - time.monotonic())
-            if time.monotonic() > begun.late:                          # the loop was busy: its place was another time
+            if time.monotonic() > begun.late or (begun.place is not None and begun.place.gone):  # the loop was busy
                 await ledger.end(ended | {"state": "unsent"})
                 return None
             sent, started = True, time.perf_counter()
             async with asyncio.timeout(question.timeout):
-                reply = await self.provider.send(question)
+                reply = await self.provider.send(replace(question, place=begun.place))
             reply = replace(reply, text=storable(reply.text), tokens_in=_tokens(reply.tokens_in),
                             tokens_out=_tokens(reply.tokens_out), cached=_tokens(reply.cached) or 0,
                             written=_tokens(reply.written) or 0)
@@ -254,12 +301,13 @@ class Asker:
             raise
         except BaseException as error:                                 # cancelled, or a mistake of the provider
             state = "unknown" if sent else "unsent"
-            ledger.end_later(ended | {"state": state, "error": f"{type(error).__name__}: {error}"})
+            ledger.end_later(ended | {"state": state, "error": hide(f"{type(error).__name__}: {error}")})
             raise
         cost = None
-        if price is not None and reply.tokens_in is not None:
-            cost = price.cost(reply.tokens_in, reply.tokens_out or 0, reply.cached, reply.written)
-        used = (reply.tokens_in or 0) + (reply.tokens_out or 0)
+        used = None
+        if reply.tokens_in is not None and reply.tokens_out is not None:
+            used = reply.tokens_in + reply.tokens_out
+            cost = None if price is None else price.cost(reply.tokens_in, reply.tokens_out, reply.cached, reply.written)
         await ledger.end(ended | {
             "state": "done", "tokens_in": reply.tokens_in, "tokens_cached": reply.cached,
             "tokens_out": reply.tokens_out, "cost": None if cost is None else str(cost),
@@ -280,6 +328,12 @@ def _failed(error: SendError, started: float) -> dict[str, Any]:
     block = (error.after if error.after is not None else 1.0) if error.kind == "busy" else 0
     return {"state": "unknown" if error.paid else "failed", "error": error.message, "block": block,
             "limits": [limit.facts() for limit in error.limits], "ms": (time.perf_counter() - started) * 1000}
+
+
+def database() -> Database:
+    """The scope's, else the process's."""
+    current = write.scope.get()
+    return current.db if current is not None else current_database()
 
 
 def most_tokens(question: Question) -> int:

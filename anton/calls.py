@@ -2,6 +2,7 @@
 
     @refund.calls.on_updated_records(where="state = 'unknown'")
     refund.calls.select(state="waiting")
+    refund.calls.lessons("edited", "rejected")       examples for a model, of what people made of them
 
 A call: id args state result error idempotency_key taint approval_id at sent_at. Its updates are changes of its state.
 """
@@ -16,13 +17,15 @@ from pydantic import BaseModel
 from anton.app import App
 from anton.columns import Shape
 from anton.config import Storage
-from anton.db import literal
+from anton.db import literal, quote
+from anton.errors import BadOption, one_of
 from anton.event import Event
-from anton.query import Query
+from anton.query import Query, Sql
 from anton.record import ChangeOp
 from anton.table import Table, _maker
 from anton.write import find_scope
 
+LESSONS = ("approved", "edited", "rejected")
 READ_ONLY = "calls are made by .send(), and change by what becomes of them"
 
 
@@ -43,6 +46,7 @@ class Call(BaseModel):
     gate: str | None = None
     requested_by: str | None = None
     taint: list[str] = []
+    taint_known: bool = True
     subject: list[Any] | None = None
     approval_id: int | None = None
     token: int | None = None
@@ -73,6 +77,7 @@ class Calls(Table[Call]):
         self._checks = {}
         self.read_only = READ_ONLY
         self.place = place
+        self.app, self.action = app.name, action
         self.condition = f"app = {literal(app.name)} and name = {literal(action)}"
         app.tables.setdefault(name, self)
 
@@ -88,6 +93,20 @@ class Calls(Table[Call]):
         """Calls, lazily: select(state="unknown")."""
         condition = self.condition.replace("{", "{{").replace("}", "}}")
         return Query(self, f"{condition} and ({where})" if where else condition, args)
+
+    def lessons(self, *decisions: str) -> Sql:
+        """What people decided about these calls, as examples of a FineTune: rows with prompt and completion.
+
+        decisions: "approved", "edited", "rejected"; default all three. The prompt is what was asked for and the record
+        it was asked for, the completion what the person made of it, both JSON. The other columns: approval_id at
+        decision person before after why record. Raises BadOption.
+        """
+        for one in decisions:
+            if one not in LESSONS:
+                raise BadOption("decisions", one, "lessons()", one_of(LESSONS))
+        schema, _, _ = self.name.rpartition(".")
+        return Sql(f"select * from {quote(schema)}.lessons({{app}}, {{action}}) where decision = any ({{decisions}})",
+                   app=self.app, action=self.action, decisions=list(decisions or LESSONS))
 
 
 class _CallEvent(Event[Call]):

@@ -10,7 +10,10 @@ from collections.abc import Iterable, Mapping
 from anton.app import App
 from anton.call import code_of
 from anton.db import Database, quote
+from anton.gate import Gate
+from anton.handler import EACH_CALLS
 from anton.lane import Lane, lane_of
+from anton.permits import Permits
 from anton.relation import describe_all
 
 
@@ -21,6 +24,7 @@ async def read_lanes(db: Database, app: App, known: Mapping[int, Lane]) -> dict[
     """
     async with db.conn() as conn:
         rows = await db.call(conn, "catalogue", app.name)
+        limits = {row[0]: (row[1], row[2]) for row in await db.call(conn, "limits")}
         models = {row[0] for row in await db.call(conn, "refreshers")}
     makers = {table.name: table.make for table in app.tables.values() if table.make is not None}
     lanes: dict[int, Lane] = {}
@@ -34,6 +38,8 @@ async def read_lanes(db: Database, app: App, known: Mapping[int, Lane]) -> dict[
             continue                                                   # no code for it here: its jobs wait
         lane = lane_of(row, code)
         lane.model = lane.id in models
+        if lane.id in limits:
+            _limit(lane, known.get(lane.id), *limits[lane.id])
         if code is not None:
             code.relation = relations.get(names[row["id"]])            # None: reading it will say so; it waits
             handler = app.handlers.get(row["name"])
@@ -47,6 +53,17 @@ async def read_lanes(db: Database, app: App, known: Mapping[int, Lane]) -> dict[
         if id not in lanes and not lane.idle:                          # dropped while at work: let it finish
             lanes[id] = lane
     return lanes
+
+
+def _limit(lane: Lane, known: Lane | None, most: int, per: str | None) -> None:
+    """Gives a lane its permits, or those it has already. With per= one is all: it has the handler, and a gate."""
+    lane.permits = known.permits if known is not None and known.permits is not None else Permits(most)
+    lane.permits.most, lane.permits.each = most, 1
+    if per is not None:
+        lane.concurrency = lane.permits.each = max(EACH_CALLS, most)
+        lane.permits.most = 1
+        lane.gate = known.gate if known is not None and known.gate is not None else Gate(per, most)
+        lane.gate.column, lane.gate.most = per, most
 
 
 async def feed(db: Database, lanes: Iterable[Lane]) -> int:

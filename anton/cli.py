@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from decimal import Decimal
 from typing import Any, NoReturn
 
-from anton import action_verbs, component_verbs, verbs
+from anton import action_verbs, component_verbs, people_verbs, verbs
 from anton.app import while_loading
 from anton.dbt import verbs as dbt
 from anton.errors import (
@@ -157,6 +157,17 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("id", type=int)
     one.add_argument("--by", metavar="PERSON", required=True, help="who decides")
     one.add_argument("--why", help="told to whoever asked")
+    noun = _noun(every, "people", "who decides")
+    one = _verb(noun, "add", people_verbs.people_add)
+    one.add_argument("name")
+    one.add_argument("--email", metavar="ADDRESS")
+    one.add_argument("--slack", metavar="ID", help="their member id, such as U012ABC")
+    one.add_argument("--group", metavar="GROUP", action="append", help="such as finance; repeat it for more")
+    _verb(noun, "list", people_verbs.people_list)
+    _verb(noun, "remove", people_verbs.people_remove).add_argument("name")
+    one = _verb(noun, "link", people_verbs.people_link)
+    one.add_argument("name")
+    one.add_argument("--url", help="where the app is served; default: deployment.url, else localhost")
     noun = _noun(every, "costs", "what models were asked, and what it cost")
     _verb(noun, "list", verbs.costs_list).add_argument("--days", type=_positive, default=30)
     one = _verb(noun, "calls", verbs.costs_calls)
@@ -186,6 +197,9 @@ def _dbt(noun: Any) -> None:
     one = _verb(noun, "changes", dbt.dbt_changes)
     one.add_argument("model")
     one.add_argument("--limit", type=_positive, default=20)
+    one = _verb(noun, "log", dbt.dbt_log)
+    one.add_argument("model")
+    one.add_argument("--limit", type=_positive, default=1)
     one = _verb(noun, "cancel", dbt.dbt_cancel)
     one.add_argument("ids", type=int, nargs="*", metavar="run")
     one.add_argument("--waiting", action="store_true", help="also what is asked for and does not run yet")

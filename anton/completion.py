@@ -22,13 +22,12 @@ from pydantic import BaseModel
 from anton import write
 from anton.action import effects
 from anton.app import App, current_app
-from anton.ask import About, Answer, Asker, Mode, Question, Reply, SendError
+from anton.ask import About, Answer, Asker, Mode, Question, Reply, SendError, database
 from anton.component import Component, names_of, stand_in
 from anton.context import Context, prompt_of
 from anton.ctx import Ctx
-from anton.db import current_database
 from anton.duration import duration
-from anton.errors import BadOption, Discard, UnknownOption, WorldError, did_you_mean
+from anton.errors import BadOption, Discard, WorldError, did_you_mean
 from anton.handler import HandlerSpec
 from anton.ledger import agree, budgets_of
 from anton.limit import limits_of
@@ -55,9 +54,10 @@ class Asking(TypedDict, total=False):
     timeout: float
     map: Mapping[str, str] | None
     allow_pii: bool
+    connection: str | None
 
 
-class Options(Asking, total=False):
+class CompletionOptions(Asking, total=False):
     """What every completion takes, too."""
 
     prompt: str | None
@@ -70,8 +70,9 @@ class Options(Asking, total=False):
 
 
 class Completion(Component):
-    """Asks a model with each record; `table` gets {"prompt", "completion", "model", "usage", "cost"}.
+    """Asks a model with each record; `into` gets {"prompt", "completion", "model", "usage", "cost"}.
 
+    into: where the answers go; the first argument.
     model: a name, or several: the next is asked when one is busy or down; "alias:NAME" is what a FineTune made.
     prompt: a text with {fields}, or a file of it; default the record's `prompt`. system: what the model is told
     before. context: {name: sql("…")}, rows for {name} in the prompt. output: a Pydantic model; its fields go into
@@ -80,40 +81,35 @@ class Completion(Component):
     each record is asked for itself. budget: such as "5 USD/day". limit: such as "600 requests/min"; default what
     the service says. price: US dollars for a million tokens where the table has none, {"input": …, "output": …}.
     base_url: another server. timeout: seconds for one answer. map: {"prompt": "question"} when a field has another
-    name. allow_pii: the model may see fields that are PII. Where `table` has a model, its further fields are carried
-    over. usage: tokens {"input", "output"}. cost: US dollars; 0 from memo or an echo, None where the price is not
-    known. Raises BadOption.
+    name. allow_pii: the model may see fields that are PII. Where `into` has a model, its further fields are carried
+    over. usage: tokens {"input", "output"}, None where the service does not say. cost: US dollars; 0 from memo or an
+    echo, None where the usage or the price is not known. Raises BadOption.
     """
 
     carries = True
     prices: ClassVar[Prices] = Prices()
     home: ClassVar[str] = ""                                           # the service's own address
 
-    def __init__(self, table: Table[Any], *, model: str | Sequence[str], secret: Env | str | None = None,
+    def __init__(self, into: Table[Any], *, model: str | Sequence[str], secret: Env | str | None = None,
                  prompt: str | None = None, system: str | None = None, context: Mapping[str, Any] | None = None,
                  output: type[BaseModel] | None = None, mode: Mode | None = None, max_tokens: int | None = None,
                  temperature: float | None = None, memo: str | float | timedelta | bool = "30d",
                  budget: str | Sequence[str] | None = None, limit: str | None = None,
                  price: Mapping[str, Any] | None = None, base_url: str | None = None, timeout: float = 60.0,
-                 map: Mapping[str, str] | None = None, allow_pii: bool = False, **unknown: Any) -> None:
-        super().__init__(secret=secret, map=map, allow_pii=allow_pii)
+                 map: Mapping[str, str] | None = None, allow_pii: bool = False,
+                 connection: str | None = None) -> None:
+        super().__init__(secret=secret, map=map, allow_pii=allow_pii, connection=connection)
         of = self.name
-        for name in unknown:
-            raise UnknownOption(name, of, ("api_key", "model", *Options.__annotations__))
-        self.table = table
+        self.into = into
         self.models = (model,) if isinstance(model, str) else tuple(model)
-        if not self.models or not all(isinstance(one, str) and one for one in self.models):
+        if not self.models or not all(self.models):
             raise BadOption("model", model, of, "a name, or several: the next is asked when one is busy or down")
-        if output is not None and not (isinstance(output, type) and issubclass(output, BaseModel)):
-            raise BadOption("output", output, of, "a Pydantic model")
-        if mode is not None and mode not in MODES:
-            raise BadOption("mode", mode, of, '"schema", "tool" or "prompt"')
-        if max_tokens is not None and (type(max_tokens) is not int or max_tokens < 1):
+        if max_tokens is not None and max_tokens < 1:
             raise BadOption("max_tokens", max_tokens, of, "a whole number from 1")
         self.output = output
         self.max_tokens = max_tokens
         self.temperature = temperature
-        self.base_url = base_url
+        self.base_url = self.address(base_url)
         self.timeout = timeout
         self._app = current_app()
         folder = self._app.folder
@@ -168,8 +164,9 @@ class Completion(Component):
         return {"prompt": str} if self.prompt is None else {}
 
     def outputs(self) -> Mapping[str, Any]:
-        """What `table` gets: the fields of output=, and what there is without."""
-        made: dict[str, Any] = {"prompt": str, "completion": str, "model": str, "usage": dict, "cost": float}
+        """What `into` gets: the fields of output=, and what there is without."""
+        made: dict[str, Any] = {"prompt": str, "completion": str, "model": str, "usage": dict | None,
+                                "cost": float | None}
         fields = self.output.model_fields if self.output is not None else {}
         return made | {name: Annotated[info.annotation, *info.metadata] if info.metadata else info.annotation
                        for name, info in fields.items()}
@@ -194,7 +191,7 @@ class Completion(Component):
                                 f"{did_you_mean(name, names)} They are: "
                                 f"{', '.join(sorted({*names, *self.context.queries}))}")
         agree(self._asker.budgets, self._app.budgets, "table", table.name, self.name, self.place)
-        return HandlerSpec(fn=self.complete, name=self.name, each=True, into=self.table,
+        return HandlerSpec(fn=self.complete, name=self.name, each=True, into=self.into,
                            options={"concurrency": CONCURRENCY})
 
     async def complete(self, record: Any, ctx: Ctx) -> dict[str, Any]:
@@ -215,7 +212,9 @@ class Completion(Component):
         last = answers[-1]
         await note(answers, about, origins)
         reply = last.reply
-        usage = None if reply.tokens_in is None else {"input": reply.tokens_in, "output": reply.tokens_out or 0}
+        usage = None
+        if reply.tokens_in is not None and reply.tokens_out is not None:
+            usage = {"input": reply.tokens_in, "output": reply.tokens_out}
         if usage is not None and reply.cached:
             usage["cached"] = reply.cached
         costs = [answer.cost for answer in answers]
@@ -332,7 +331,7 @@ class Completion(Component):
         row: dict[str, Any] = {"prompt": prompt, "completion": text, "model": model, "usage": usage, "cost": cost}
         if parsed is not None:
             row |= {name: getattr(parsed, name) for name in type(parsed).model_fields}
-        shape = self.table.shape
+        shape = self.into.shape
         if shape is None:
             return row
         fields = shape.model.model_fields
@@ -361,12 +360,6 @@ async def patient(app: App, ctx: Ctx, service: str) -> AsyncIterator[None]:
         if limit.expired():
             raise WorldError(f"{service}: no answer in {seconds:g} s of tries") from error
         raise
-
-
-def database() -> Any:
-    """The scope's, else the process's."""
-    current = write.scope.get()
-    return current.db if current is not None else current_database()
 
 
 async def note(answers: Sequence[Answer], about: About, origins: Mapping[str, Any]) -> None:

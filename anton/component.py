@@ -5,8 +5,11 @@
 A component is plain configuration until it is bound. It gives `bind(table)`, which returns what the decorator
 would have been given: a function and its options. Third parties write theirs the same way.
 
-Credentials, the same for all: what was given (a value or env(…)) > the service's usual variable > outside of live
-processes a stand-in that sends nothing. "xxxx" is not set. A live process refuses to start without them.
+Its options are those of its __init__, checked by their types when it is made (option.py).
+
+Credentials, the same for all: connection="name" of autonomous.json > what was given (a value or env(…)) > the service's
+usual variable > outside of live processes a stand-in that sends nothing. "xxxx" is not set. A live process refuses to
+start without them. A connection whose variable is not set is not set: no other key goes to its address.
 """
 
 from __future__ import annotations
@@ -19,11 +22,13 @@ from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from anton.action import effects
-from anton.app import App, place_of_caller
+from anton.app import App, current_app, place_of_caller
+from anton.config import FILE, Connection, resolve
 from anton.errors import BadOption, ConfigError, Discard, did_you_mean
+from anton.option import check
 from anton.secret import Env, env, mask, reveal
 
 CALLS = 16  # of one client at a time: its pool looks at all its connections for each
@@ -37,33 +42,68 @@ StandIn = Callable[["Component", str], Any]
 class Component:
     """Base of components.
 
-    service: who it talks to. variable: the environment variable that usually holds its key. acts: it has effects out
-    there, which are captured unless the process is live; others only ask. carries: what it makes has further fields of
-    the record, by name. allow_pii: it may give PII to a model. place: "main.py:31".
+    service: who it talks to. variable: the environment variable that usually holds its key; issued: where people get
+    one, for errors and its page. acts: it has effects out there, which are captured unless the process is live; others
+    only ask. carries: what it makes has further fields of the record, by name. example: of ours, the folder of
+    examples/ where it runs. place: "main.py:31".
+
+    map: names of the record's fields, where they are not those that it reads: {"text": "body"}. allow_pii: it may give
+    PII to a model. connection: an entry of autonomous.json's connections; its credential and address. Raises BadOption,
+    UnknownOption.
     """
+
+    place: str
 
     service: ClassVar[str] = ""
     variable: ClassVar[str] = ""
+    issued: ClassVar[str] = ""
     acts: ClassVar[bool] = False
     carries: ClassVar[bool] = False
+    example: ClassVar[str] = ""
+
+    def __new__(cls, *args: Any, **options: Any) -> Self:
+        place = place_of_caller()
+        check(cls, args, options, place)
+        made = super().__new__(cls)
+        made.place = place
+        return made
 
     def __init__(self, *, secret: Env | str | None = None, map: Mapping[str, str] | None = None,
-                 allow_pii: bool = False) -> None:
-        if not isinstance(allow_pii, bool):
-            raise BadOption("allow_pii", allow_pii, self.name, "True, when a model may see PII; default False")
-        self._secret = secret
+                 allow_pii: bool = False, connection: str | None = None) -> None:
+        self.connection = connection
+        self._connection = None if connection is None else self._connect(connection)
+        self._secret = secret if self._connection is None else Env(self._connection.variable)
         self.allow_pii = allow_pii
         self.map = dict(map or {})
-        self.place = place_of_caller()
 
     @property
     def name(self) -> str:
         """What its handlers and effects are called."""
         return type(self).__name__
 
+    def _connect(self, name: str) -> Connection:
+        settings, of = current_app().settings, f"{type(self).__name__} ({self.place})"
+        known = {one.name: one for one in settings.connections} if settings is not None else {}
+        found = known.get(name)
+        if found is None:
+            raise BadOption("connection", name, of, f"a connection of {FILE}.{did_you_mean(name, known)} It has: "
+                            f'{", ".join(known) or "none"}. To add one: {{"name": "{name}", "service": '
+                            f'"{self.service.lower()}", "api_key": "env:{self.variable or "NAME"}"}}')
+        if found.service.lower() != self.service.lower():
+            fit = [one.name for one in known.values() if one.service.lower() == self.service.lower()]
+            raise BadOption("connection", name, of, f'a connection of the service "{self.service.lower()}": '
+                            f'{", ".join(fit) or "there is none"}. "{name}" is of "{found.service}"')
+        return found
+
+    def address(self, given: str | None) -> str | None:
+        """What was given, else the connection's base_url; None: the service's own address. Raises ConfigError."""
+        url = None if given or self._connection is None else self._connection.base_url
+        return given if url is None else resolve(url, where=f'"base_url" of connection "{self.connection}"')
+
     def credential(self) -> str | None:
         """Its key or token, read now; None when neither what was given nor the usual variable is set."""
-        return reveal(self._secret) or reveal(env(self.variable))
+        usual = None if self._connection is not None else env(self.variable)
+        return reveal(self._secret) or reveal(usual)
 
     def unset(self) -> str | None:
         """What to set, when there is no credential."""
@@ -224,9 +264,9 @@ def set_stand_in(answer: StandIn | None) -> None:
 
 
 def components_of(app: App) -> dict[str, Component]:
-    """The app's components by the names of their handlers."""
-    handlers = app.handlers.values()
-    return {handler.name: handler.component for handler in handlers if isinstance(handler.component, Component)}
+    """The app's components by the names of their handlers and polls."""
+    declared = (*app.handlers.values(), *app.schedules.values())
+    return {one.name: one.component for one in declared if isinstance(one.component, Component)}
 
 
 def check_credentials(app: App) -> None:
@@ -234,6 +274,7 @@ def check_credentials(app: App) -> None:
     if effects() != "live":
         return
     missing = [f"{name} ({component.place}) needs {component.unset()}"
+               + (f", from {component.issued}" if component.issued else "")
                for name, component in components_of(app).items() if component.unset()]
     if missing:
         raise ConfigError(f"not set: {'; '.join(missing)}. Set it, or try the app with: anton dev", missing=missing)

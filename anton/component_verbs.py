@@ -29,8 +29,8 @@ def components_show(args: Args) -> int:
         return OK
     options = facts.pop("options", {})
     rows = [{"option": name, "type": option["type"],
-             "default": repr(option["default"]) if "default" in option else "must be given"}
+             "default": repr(option["default"]) if "default" in option else "must be given", "about": option["about"]}
             for name, option in options.items()]
     emit(args, {**facts, "options": rows},
-         layout_one(facts) + ("\n\n" + layout(rows, ("option", "type", "default")) if rows else ""))
+         layout_one(facts) + ("\n\n" + layout(rows, ("option", "type", "default", "about")) if rows else ""))
     return OK if one.cls is not None else FOUND

@@ -4,7 +4,8 @@
 
     {"name": "slack-ai-bot", "app": "main",
      "storages": [{"name": "local-pg", "type": "database", "url": "embedded"},
-                  {"name": "s3-fs", "type": "files", "url": "s3://bucket/path"}]}
+                  {"name": "s3-fs", "type": "files", "url": "s3://bucket/path"}],
+     "connections": [{"name": "openai", "service": "openai", "api_key": "env:OPENAI_API_KEY"}]}
 
 Any text value may be "env:NAME", read from the environment when it is used and never shown.
 An unknown key is an error. anton/autonomous.schema.json tells editors the same.
@@ -15,6 +16,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,7 +24,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import parse_qs, quote, urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from anton import embedded
 from anton.errors import ConfigError, did_you_mean
@@ -32,6 +34,9 @@ _NAME = r"^[a-z][a-z0-9_-]{0,62}$"
 _SCHEMA = r"^[a-z_][a-z0-9_]{0,62}$"
 S3_OPTIONS = ("region", "endpoint", "access_key_id", "secret_access_key", "session_token")
 _SECRET = ("secret_access_key", "session_token")
+CREDENTIALS = ("api_key", "oauth_token", "secret")
+_REFERENCE = r"^env:[A-Za-z_][A-Za-z0-9_]*$"
+_HIDDEN = (*_SECRET, *CREDENTIALS)
 Name = Annotated[str, Field(pattern=_NAME, description="lower-case letters, digits, - and _; at most 63")]
 
 
@@ -71,6 +76,31 @@ class FileStorage(_Section):
         return options
 
 
+class Connection(_Section):
+    """An account at a service, for connection="openai" of components. One of api_key, oauth_token, secret is set."""
+
+    name: Name
+    service: str = Field(min_length=1, description='as components show it, in any case: "openai", "slack"')
+    api_key: str | None = Field(default=None, pattern=_REFERENCE, description='"env:NAME"; never the key itself')
+    oauth_token: str | None = Field(default=None, pattern=_REFERENCE, description='"env:NAME"; never the token itself')
+    secret: str | None = Field(default=None, pattern=_REFERENCE, description='"env:NAME"; never the secret itself')
+    base_url: str | None = Field(default=None, pattern=r"^(https?://|env:[A-Za-z_])",
+                                 description='another server than the service\'s own; or "env:NAME"')
+
+    @model_validator(mode="after")
+    def _one(self) -> Connection:
+        given = [name for name in CREDENTIALS if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"one of {', '.join(CREDENTIALS)} is to be given, and there "
+                             f"{'is none' if not given else 'are ' + ' and '.join(given)}")
+        return self
+
+    @property
+    def variable(self) -> str:
+        """The environment variable that holds its credential."""
+        return (self.api_key or self.oauth_token or self.secret or "")[len("env:"):]
+
+
 class Runtime(_Section):
     """What runs handlers: `anton work` takes these where no flag says otherwise."""
 
@@ -98,7 +128,17 @@ class Settings(_Section):
     app: str = Field(default="main", description="the module that declares the app")
     storages: tuple[Annotated[Storage | FileStorage, Field(discriminator="type")], ...] = ()
     runtimes: tuple[Runtime, ...] = ()
+    connections: tuple[Connection, ...] = ()
     deployment: Deployment = Deployment()
+
+    @field_validator("connections")
+    @classmethod
+    def _each_once(cls, connections: tuple[Connection, ...]) -> tuple[Connection, ...]:
+        names = [one.name for one in connections]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f'"{twice}" is there twice: rename one of them')
+        return connections
 
 
 @dataclass(frozen=True)
@@ -289,16 +329,17 @@ def _folder_name(folder: Path) -> str:
 
 
 def _from_environment(value: Any, key: str = "") -> Any:
-    """"env:NAME" values replaced; a url and a storage's options are left for who opens it, and are not kept here."""
+    """"env:NAME" values replaced; a url, a storage's options and connections are left for who uses them."""
     if isinstance(value, dict):
-        return value if key == "options" else {name: _from_environment(inner, name) for name, inner in value.items()}
+        return value if key in ("options", "connections") else {
+            name: _from_environment(inner, name) for name, inner in value.items()}
     if isinstance(value, list):
         return [_from_environment(inner, key) for inner in value]
     return resolve(value, where=f'"{key}" of {FILE}') if isinstance(value, str) and key != "url" else value
 
 
 _SECTIONS: dict[str, type[BaseModel]] = {"database": Storage, "files": FileStorage, "runtimes": Runtime,
-                                         "deployment": Deployment}
+                                         "connections": Connection, "deployment": Deployment}
 
 
 def _explain(detail: Any) -> str:
@@ -320,4 +361,18 @@ def _explain(detail: Any) -> str:
         tag = detail["ctx"]["tag"]
         hint = did_you_mean(tag, ("database", "files"))
         return f'"{path}.type" is {json.dumps(tag)}.{hint} Allowed: "database", "files"'
-    return f'"{path}" is {json.dumps(detail["input"], default=str)}: {detail["msg"][0].lower()}{detail["msg"][1:]}'
+    shown = json.dumps(_masked(detail["input"], str(loc[-1])), default=str)
+    if detail["type"] == "string_pattern_mismatch" and loc[-1] in CREDENTIALS:
+        return f'"{path}" is {shown}: it is secret. Allowed: "env:NAME", and the value in that variable'
+    return f'"{path}" is {shown}: {detail["msg"][0].lower()}{detail["msg"][1:]}'
+
+
+def _masked(value: Any, key: str = "") -> Any:
+    """What an error may show of a value: no secret, which is what "env:NAME" is there for."""
+    if isinstance(value, BaseModel):
+        value = value.model_dump(exclude_none=True)
+    if isinstance(value, dict):
+        return {name: _masked(inner, name) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_masked(inner, key) for inner in value]
+    return "***" if key in _HIDDEN and value is not None and not re.match(_REFERENCE, str(value)) else value

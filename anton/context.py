@@ -26,11 +26,16 @@ from anton.relation import describe
 
 _NAME = re.compile(r"\{\{|\}\}|\{([A-Za-z_]\w*)\}")
 _FILE = re.compile(r"[\w./-]+\.(?:md|txt|prompt)")
-_SELECT = re.compile(r"\s*select\b(?!\s+distinct\b)", re.IGNORECASE)
+_TOKEN = re.compile(r"""(?P<none>--[^\n]*|/\*.*?\*/|'(?:[^']|'')*'|\$(?P<tag>[A-Za-z_]\w*|)\$.*?\$(?P=tag)\$)"""
+                    r"""|"(?:[^"]|"")*"|.""", re.DOTALL)
+_READS = re.compile(r"\s*(?:select|with)\b", re.IGNORECASE)
+_MERGES = re.compile(r"\b(?:(?<!is )(?<!not )distinct|union|intersect|except|group|having)\b", re.IGNORECASE)
+_FROM = re.compile(r"\bfrom\b(?P<tables>.*?)(?:\b(?:where|window|order|limit|offset|fetch|for)\b|;|$)",
+                   re.IGNORECASE | re.DOTALL)
 _ID = r'(?:"[^"]+"|[A-Za-z_]\w*)'
-_SOURCE = re.compile(rf"\b(?:from|join)\s+({_ID}(?:\.{_ID})?)(?:\s+(?:as\s+)?({_ID}))?", re.IGNORECASE)
-_NO_ALIAS = {"where", "order", "group", "limit", "offset", "join", "left", "right", "inner", "full", "cross", "natural",
-             "on", "using", "for", "window", "having", "union", "fetch", "lateral", "tablesample"}
+_NO_ALIAS = r"(?!(?:join|left|right|inner|full|cross|natural|on|using|tablesample)\b)"
+_TABLE = re.compile(rf"(?:^|,|\bjoin\b)\s*({_ID}(?:\.{_ID})?)(?:\s+(?:as\s+)?{_NO_ALIAS}({_ID}))?", re.IGNORECASE)
+_NOT_SO = (asyncpg.SyntaxOrAccessError, asyncpg.FeatureNotSupportedError)
 _SOURCES = "_anton_sources"
 
 
@@ -118,13 +123,13 @@ class Context:
         values: list[Any] = []
         text = bind(query.text, args, values)
         traced = None if query.text in self._plain else await _traced(db, text)
-        if traced is not None:
-            try:
-                return _apart(await _fetch(db, traced, values))
-            except asyncpg.PostgresError:                              # it groups, or is a union: asked as it is
-                pass
-        self._plain.add(query.text)
         try:
+            if traced is not None:
+                try:
+                    return _apart(await _fetch(db, traced, values))
+                except _NOT_SO:                                        # it counts, say: asked as it is
+                    pass
+            self._plain.add(query.text)
             rows = [dict(row) for row in await _fetch(db, text, values)]
         except (asyncpg.SyntaxOrAccessError, asyncpg.DataError, asyncpg.ReadOnlySQLTransactionError) as error:
             raise QueryError(f"{error}. It was: {text}", sql=text) from error
@@ -137,23 +142,37 @@ async def _fetch(db: Database, text: str, values: Sequence[Any]) -> list[asyncpg
 
 
 async def _traced(db: Database, text: str) -> str | None:
-    """The query with the table, key and version of what each row was made from; None where that cannot be."""
-    head = _SELECT.match(text)
-    if head is None:
+    """The query with the tables, keys and versions of what each row was made from; None where that cannot be.
+
+    Of the tables in its own FROM. They come last, lest `order by 1` mean another column.
+    """
+    outer = _outermost(text)
+    found = _FROM.search(outer)
+    if found is None or not _READS.match(outer) or _MERGES.search(outer):
         return None
     parts = []
-    for found in _SOURCE.finditer(text):
-        alias = found[2] if found[2] and found[2].lower() not in _NO_ALIAS else found[1].rpartition(".")[2]
+    for table in _TABLE.finditer(found["tables"]):
+        alias = table[2] or table[1].rpartition(".")[2]
         try:
-            relation = await describe(db, found[1])
-        except AntonError:                                             # a function, a CTE
+            relation = await describe(db, table[1])
+        except AntonError:                                             # a function, a CTE, a subquery's name
             continue
         if relation.key and relation.versioned:
             key = ", ".join(f"to_jsonb({alias}.{quote(name)})" for name in relation.key)
             parts.append(f"jsonb_build_array({literal(relation.name)}, jsonb_build_array({key}), {alias}.xmin::text)")
     if not parts:
         return None
-    return f"select jsonb_build_array({', '.join(parts)}) as {_SOURCES},{text[head.end():]}"
+    return f"{text[:found.start()]}, jsonb_build_array({', '.join(parts)}) as {_SOURCES} {text[found.start():]}"
+
+
+def _outermost(text: str) -> str:
+    """The text with blanks where it is in parentheses, in quotes or a comment."""
+    depth, kept = 0, []
+    for token in _TOKEN.finditer(text):
+        depth -= token[0] in (")", "]")
+        kept.append(" " * len(token[0]) if depth or token["none"] else token[0])
+        depth += token[0] in ("(", "[")
+    return "".join(kept)
 
 
 def _apart(rows: Sequence[asyncpg.Record]) -> tuple[list[dict[str, Any]], list[Any]]:

@@ -219,7 +219,11 @@ class Database:
         with self._reachable():
             conn: asyncpg.Connection[asyncpg.Record] = await asyncpg.connect(
                 self.dsn, database=database, timeout=CONNECT_SECONDS, **self._how())
-            await self._set_up(conn)
+            try:
+                await self._set_up(conn)
+            except BaseException:                                      # the server went away meanwhile, or who asked
+                conn.terminate()
+                raise
             return conn
 
     @asynccontextmanager

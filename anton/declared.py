@@ -34,7 +34,7 @@ from anton.errors import (
     distance,
     near,
 )
-from anton.graph import cycles
+from anton.graph import cycles, meant
 from anton.model import Model, Models
 from anton.plan import LOCK_TIMEOUT, Step
 from anton.poll import Poll
@@ -118,8 +118,7 @@ class Declared:
                 definition["table"] = one.sql
         self.handlers = [d for d in self.handlers if d["table"] in wanted]
         self._check_into()
-        for handler in self.app.handlers.values():
-            self.plan.refused += fits.check(handler, self.app.tables)
+        self.plan.refused += await fits.check_app(self.app, self.run.db, self.conn, self.app_schema)
         return list(wanted.values())
 
     def _collect(self) -> None:
@@ -335,12 +334,16 @@ class Declared:
         """Where records come from outside: what is made of them is to be looked at before it leaves."""
         outside = {hook.table.name: f"webhook {hook.path}" for hook in self.app.webhooks}
         for route in self.app.routes:
-            outside |= {name: f"route {route.method} {route.path}" for name, _ in of_code(route.fn).writes}
+            outside |= {name: f"route {route.method} {route.path}" for name, op in of_code(route.fn).writes
+                        if op != "rebuilt"}
         for schedule in self.app.schedules.values():
             poll = getattr(schedule.fn, "__self__", None)
             if isinstance(poll, Poll):
                 outside[poll.into.name] = f"poll {schedule.name}"
         outside |= {name: "files" for name, table in self.app.tables.items() if hasattr(table, "storage_name")}
+        for action in self.app.actions.values():
+            if action.component is not None and action.component.outside:
+                outside |= {table.name: f"answers {action.name}" for table in action.into}
         known = {row["name"]: row["taint"] for row in await self.conn.fetch(
             f"select format('%I.%I', schema_name, table_name) as name, taint from {self.run.schema}.watched")}
         for name in self.app.tables:
@@ -453,13 +456,16 @@ class Declared:
     def _loops(self) -> None:
         """Handlers that can feed each other without end: said, not refused, for a handler may well stop by itself."""
         edges: dict[str, list[tuple[str, str]]] = {}
+        builds = {name: found for one in self.app.projects.values()
+                  for name, found in one.built_by(self.app_schema).items()}
         for definition in self.handlers:
             handler = self.app.handlers.get(definition["name"])
             written = (writes(handler, self.known) if handler else
                        read(definition["body"], self.known, definition["table"]).writes)
             if definition.get("model"):
-                written = {(name, op) for name in definition["into_tables"] for op in ("new", "updated", "deleted")}
-            for name, op in sorted(written):
+                written = {(name, "rebuilt") for name in definition["into_tables"]}
+            written = written | builds.get(definition["name"], set())
+            for name, op in sorted((name, op) for name, said in written for op in meant([said])):
                 for heard in definition["ops"]:
                     schema, table = self.place(name)
                     edges.setdefault(f"{definition['table']} {heard}", []).append(

@@ -22,7 +22,7 @@ from typing import Any
 
 import watchfiles
 
-from anton import config, flow, web
+from anton import config, flow, people, web
 from anton.action import set_effects
 from anton.app import App, load_app
 from anton.component import check_credentials
@@ -136,6 +136,8 @@ async def _run(app: App, db: Database, facts: dict[str, Any], started: float) ->
             storage = f"{facts['storage']}  Postgres {conn.get_server_version().major}"
         url = f"http://localhost:{web.port_of(server)}"
         print(flow.banner(app, schedules, storage, url, time.monotonic() - started), flush=True)
+        if any(action.approve for action in app.actions.values()):
+            print(f"  Inbox            {await people.link(db, 'you', url)}   signs you in, once", flush=True)
     await serving
     worker.drain()
     await working

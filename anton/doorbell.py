@@ -134,6 +134,7 @@ class Doorbell:
         if self._db.pooled or now < self._retry_at:
             return None
         await self._drop()
+        conn: asyncpg.Connection[asyncpg.Record] | None = None
         try:
             conn = await self._db.connect()
             bell = (await self._db.call(conn, "doorbell"))[0]
@@ -144,10 +145,12 @@ class Doorbell:
                 self._conn, self._channel, self._failures = conn, bell["channel"], 0
                 return conn
             self._retry_at = now + 5                                   # someone may switch it on
-            await conn.close()
         except BROKEN:
             self._failures += 1
             self._retry_at = now + min(30.0, 0.2 * 2**self._failures) * random.uniform(0.5, 1.0)
+        finally:
+            if conn is not None and conn is not self._conn:
+                conn.terminate()
         return None
 
     def _rung(self, *_: Any) -> None:

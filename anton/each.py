@@ -18,6 +18,7 @@ from typing import Any
 from anton.db import Database
 from anton.errors import HandlerTimeout, Outcome
 from anton.fate import Fate, failed, fate_of, is_world
+from anton.gate import NOTHING, Gate
 from anton.lane import Lane
 from anton.read import Inputs
 from anton.threads import Threads
@@ -130,6 +131,8 @@ class Each:
                 self.skipped.append(item)
             else:
                 lane.items.append((each, item))
+        if lane.gate is not None:
+            self.skipped.extend(lane.gate.drop(self))
 
     async def wait(self, seconds: float) -> None:
         """Until something changed, at most so long."""
@@ -182,11 +185,17 @@ class Puller:
         self.started = 0.0
         self.expired = False
         self.given_up = False
+        self.gate: Gate | None = None
+        self.key: Any = NOTHING
         self.task: asyncio.Future[Any] | None = None
 
     def next(self) -> bool:
-        """Goes to the next item; False when there is none. Hands a chunk over that is full, old, or another batch's."""
+        """Goes to the next item; False when there is none or no permit. Hands a full or old chunk over."""
         chunk, now = self.chunk, time.perf_counter()
+        lane = self.lane
+        if lane.permits is not None and lane.running + lane.again > lane.room:  # this one's is lost, or wanted
+            self.release()
+            return False
         while True:
             try:
                 each, item = self.lane.items.popleft()
@@ -194,7 +203,9 @@ class Puller:
                 self.release()
                 return False
             if each.world is None and self.lane.down is None:
-                break
+                if lane.gate is None or self._enter(lane.gate, each, item):
+                    break
+                continue
             each.skipped.append(item)
             each.stop(each.world or self.lane.down)
         self.item = item
@@ -207,6 +218,22 @@ class Puller:
             self.chunk.scope.__enter__()
         self.started = now
         return True
+
+    def _enter(self, gate: Gate, each: Each, item: int) -> bool:
+        """Whether its key lets it run now."""
+        key = gate.key(each.inputs.items[item])
+        if not gate.enter(key, (each, item)):
+            return False
+        self.gate, self.key = gate, key
+        return True
+
+    def leave(self) -> None:
+        """The next one of this key may run. Does nothing the second time."""
+        key, self.key = self.key, NOTHING
+        if key is not NOTHING and self.gate is not None:
+            entry = self.gate.leave(key)
+            if entry is not None:
+                self.lane.items.appendleft(entry)
 
     def release(self) -> None:
         """Hands over what is done."""
@@ -230,6 +257,8 @@ class Puller:
             else:
                 chunk.fates[self.item] = failed(error)
         chunk.done.append(self.item)
+        if self.key is not NOTHING:
+            self.leave()
 
 
 AGAIN = Fate("retry", "the world fails")
@@ -246,7 +275,7 @@ class Pullers:
     def pull(self, lane: Lane) -> None:
         """Sees to it that what the lane holds is worked."""
         mine = self._of.setdefault(lane.id, set())
-        wanted = min(lane.concurrency, len(lane.items) + len(mine))
+        wanted = min(lane.room - lane.again, len(lane.items) + len(mine))
         if not lane.handler.is_async:
             wanted = min(wanted, max(1, len(mine)))
         while len(mine) < wanted:
@@ -269,7 +298,7 @@ class Pullers:
                 puller.expired = True
                 puller.task.cancel()
         if not lane.handler.is_async and slow and lane.items and slow >= len(mine):
-            for _ in range(min(len(mine) or 1, lane.concurrency - len(mine), len(lane.items))):
+            for _ in range(min(len(mine) or 1, lane.room - lane.again - len(mine), len(lane.items))):
                 self._start(lane, mine)
 
     def _start(self, lane: Lane, mine: set[Puller]) -> None:
@@ -284,6 +313,7 @@ class Pullers:
         puller.task.add_done_callback(lambda _: self._ended(puller, mine))
 
     def _ended(self, puller: Puller, mine: set[Puller]) -> None:
+        puller.leave()                                                 # it was cancelled
         if puller in mine:
             mine.discard(puller)
             puller.lane.running -= 1
@@ -297,6 +327,7 @@ class Pullers:
         puller.given_up = True
         mine.discard(puller)
         puller.lane.running -= 1
+        puller.leave()
         chunk.scope.close()
         chunk.fates[item] = failed(HandlerTimeout(puller.lane.name, puller.lane.timeout.total_seconds()))
         chunk.done.append(item)

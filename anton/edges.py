@@ -21,7 +21,7 @@ from anton.table import Table
 if TYPE_CHECKING:
     from anton.lineage import Reading, Tables
 
-_METHODS = {"append": "new", "extend": "new", "upsert": "new"}
+_METHODS = {"append": "new", "extend": "new", "upsert": "new", "run": "rebuilt"}
 _READS = ("get", "aget")
 _NO_WRITE = ("sql", "read", "name")
 

@@ -25,27 +25,26 @@ from urllib.parse import urlsplit
 
 from anton.action import effects
 from anton.app import current_app
-from anton.ask import About, Asker, Question, Reply, SendError
-from anton.columns import kind_of
-from anton.completion import Asking, database, note, patient
+from anton.ask import About, Asker, Question, Reply, SendError, database
+from anton.completion import Asking, note, patient
 from anton.component import Component, names_of
 from anton.ctx import Ctx
 from anton.duration import duration
-from anton.errors import BadOption, Discard, UnknownOption, WorldError
+from anton.errors import BadOption, Discard, WorldError
 from anton.handler import HandlerSpec
-from anton.ledger import agree, budgets_of
+from anton.ledger import Place, agree, budgets_of
 from anton.limit import Limit, limits_of
 from anton.price import Price, Prices
 from anton.secret import Env
 from anton.table import Table
-from anton.vector import MOST
+from anton.vector import MOST, vector_of
 
 CONCURRENCY = 200
 TEXTS, BYTES = 256, 300_000  # of one request; a token is a byte at least, and OpenAI takes 300,000 of them
 GATHER = 0.005  # seconds that a request waits for others to go with it
 
 
-class Options(Asking, total=False):
+class EmbeddingOptions(Asking, total=False):
     """What every embedding takes, too."""
 
     dimensions: int | None
@@ -62,8 +61,9 @@ class Embedded:
 
 
 class Embedding(Component):
-    """Embeds the `text` of each record; `table` gets {"text", "embedding", "model", "usage", "cost"}.
+    """Embeds the `text` of each record; `into` gets {"text", "embedding", "model", "usage", "cost"}.
 
+    into: where the vectors go; the first argument. model: the name of one; what two of them make is not to be compared.
     Of a table with a model its fields, and those of the record that have the same names; its `embedding` is
     Annotated[list[float], Vector(n)], or list[float]. dimensions: how many numbers, default the model's. memo: how long
     equal texts are embedded once, or False. budget, limit, price ({"input": …}), base_url, timeout, allow_pii: as
@@ -75,23 +75,21 @@ class Embedding(Component):
     home: ClassVar[str] = ""                                           # the service's own address
     sizes: ClassVar[Mapping[str, int]] = {}                            # dimensions of its models
 
-    def __init__(self, table: Table[Any], *, model: str, secret: Env | str | None = None, dimensions: int | None = None,
+    def __init__(self, into: Table[Any], *, model: str, secret: Env | str | None = None, dimensions: int | None = None,
                  memo: str | float | timedelta | bool = "30d", budget: str | Sequence[str] | None = None,
                  limit: str | None = None, price: Mapping[str, Any] | None = None, base_url: str | None = None,
                  timeout: float = 60.0, map: Mapping[str, str] | None = None, allow_pii: bool = False,
-                 **unknown: Any) -> None:
-        super().__init__(secret=secret, map=map, allow_pii=allow_pii)
+                 connection: str | None = None) -> None:
+        super().__init__(secret=secret, map=map, allow_pii=allow_pii, connection=connection)
         of = self.name
-        for name in unknown:
-            raise UnknownOption(name, of, ("api_key", "model", *Options.__annotations__))
-        if not isinstance(model, str) or not model:
-            raise BadOption("model", model, of, "the name of a model: what two of them make is not to be compared")
-        if dimensions is not None and (type(dimensions) is not int or not 1 <= dimensions <= MOST):
+        if not model:
+            raise BadOption("model", model, of, "the name of a model")
+        if dimensions is not None and not 1 <= dimensions <= MOST:
             raise BadOption("dimensions", dimensions, of, f"a whole number from 1 to {MOST:,}")
-        self.table = table
+        self.into = into
         self.model = model
         self.dimensions = dimensions
-        self.base_url = base_url
+        self.base_url = self.address(base_url)
         self.timeout = timeout
         self._app = current_app()
         self._field = self.map.pop("embedding", "embedding")
@@ -99,29 +97,30 @@ class Embedding(Component):
         self._price = None if price is None else Price.of({"output": 0, **price}, owner=of)
         self._size = self._check_table(of)
         ttl = duration("30d" if isinstance(memo, bool) else memo, "memo", of)
-        self._asker = Asker(self, budgets=budgets_of(budget, of), limits=limits_of(limit, of), ttl=ttl.total_seconds())
+        self._asker = Asker(self, budgets=budgets_of(budget, of), limits=limits_of(limit, of), ttl=ttl.total_seconds(),
+                            together=(TEXTS, BYTES))
         agree(self._asker.budgets, self._app.budgets, "app", self._app.name, of, self.place)
         if any(one.unit == "usd" for one in self._asker.budgets) and self._price_now() is None:
             raise BadOption("budget", budget, of, f'dollars only for a model whose price is known. That of "{model}" '
                             'is not: price={"input": …} in dollars for a million tokens, or a budget in tokens')
-        self._waiting: dict[asyncio.AbstractEventLoop, list[tuple[Question, asyncio.Future[Reply]]]] = {}
+        self._waiting: dict[Any, list[tuple[Question, asyncio.Future[Reply]]]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     def _check_table(self, of: str) -> int | None:
         """How many numbers the table takes; None: any."""
-        shape = self.table.shape
+        shape = self.into.shape
         if shape is None:
             return None
         field = shape.model.model_fields.get(self._field)
         if field is None:
-            raise BadOption("table", self.table.name, of, f'a Table whose model has the field "{self._field}": '
+            raise BadOption("into", self.into.name, of, f'a Table whose model has the field "{self._field}": '
                             f'Annotated[list[float], Vector(1536)]. It has: {", ".join(shape.model.model_fields)}. '
                             'map={"embedding": …} names another')
-        kind = kind_of(field.annotation, field.metadata).type          # also behind | None
-        size = int(kind[len("vector("):-1]) if kind.startswith("vector(") else None
+        vector = vector_of(field.annotation, field.metadata)
+        size = None if vector is None else vector.dimensions
         made = self.dimensions or (None if self.base_url else self.sizes.get(self.model))
         if size is not None and made is not None and size != made:
-            raise BadOption("dimensions", self.dimensions, of, f'{size}: "{self._field}" of "{self.table.name}" is '
+            raise BadOption("dimensions", self.dimensions, of, f'{size}: "{self._field}" of "{self.into.name}" is '
                             f"Vector({size}), and {self.model} makes {made} numbers")
         return size
 
@@ -146,8 +145,9 @@ class Embedding(Component):
         return {"text": str}
 
     def outputs(self) -> Mapping[str, Any]:
-        """What `table` gets besides the vector, whose size is checked when it is declared."""
-        return {"text": str, "model": str, "usage": dict, "cost": float}
+        """What `into` gets; the vector's size is checked when it is declared."""
+        return {"text": str, self._field: Any, "model": str, "usage": dict | None,
+                "cost": float | None}
 
     def told(self) -> set[str]:
         """The text."""
@@ -156,7 +156,7 @@ class Embedding(Component):
     def bind(self, table: Table[Any]) -> HandlerSpec:
         """What handles the records of `table`."""
         agree(self._asker.budgets, self._app.budgets, "table", table.name, self.name, self.place)
-        return HandlerSpec(fn=self.complete, name=self.name, each=True, into=self.table,
+        return HandlerSpec(fn=self.complete, name=self.name, each=True, into=self.into,
                            options={"concurrency": CONCURRENCY})
 
     async def complete(self, record: Any, ctx: Ctx) -> dict[str, Any]:
@@ -180,27 +180,30 @@ class Embedding(Component):
         vector = unpacked(answer.reply.text)
         if self._size not in (None, len(vector)):
             raise WorldError(f'{answer.reply.model} makes {len(vector)} numbers, and "{self._field}" of '
-                             f'"{self.table.name}" is Vector({self._size}): set dimensions={self._size}, or change it')
+                             f'"{self.into.name}" is Vector({self._size}): set dimensions={self._size}, or change it')
         await note([answer], about, {})
         tokens = answer.reply.tokens_in
         return self._row(record, text, vector, answer.reply.model, None if tokens is None else {"input": tokens},
                          None if answer.cost is None else float(answer.cost))
 
     async def send(self, question: Question) -> Reply:
-        """Goes with what others of this loop send now. Raises SendError."""
+        """Goes with what others of its place, or of this loop, send now. Raises SendError."""
         loop = asyncio.get_running_loop()
-        waiting = self._waiting.setdefault(loop, [])
+        waiting = self._waiting.setdefault(question.place or loop, [])
         future: asyncio.Future[Reply] = loop.create_future()
         waiting.append((question, future))
         if len(waiting) == 1:
-            task = asyncio.create_task(self._gather(loop), context=contextvars.Context())
+            task = asyncio.create_task(self._gather(question.place or loop), context=contextvars.Context())
             self._tasks.add(task)                                      # a loop keeps no task alive by itself
             task.add_done_callback(self._tasks.discard)
         return await future
 
-    async def _gather(self, loop: asyncio.AbstractEventLoop) -> None:
+    async def _gather(self, place: Any) -> None:
+        """place: one that was let through, or the loop."""
         await asyncio.sleep(GATHER)
-        waiting = [one for one in self._waiting.pop(loop) if not one[1].done()]
+        if isinstance(place, Place):
+            place.gone = True
+        waiting = [one for one in self._waiting.pop(place) if not one[1].done()]
         groups: list[list[Any]] = []
         size = 0
         for one in waiting:
@@ -248,12 +251,13 @@ class Embedding(Component):
              cost: float | None) -> dict[str, Any]:
         """What goes into the table: of one with a model its fields, of another all there is."""
         row = {"text": text, self._field: list(vector), "model": model, "usage": usage, "cost": cost}
-        shape = self.table.shape
+        shape = self.into.shape
         if shape is None:
             return row
         fields = shape.model.model_fields
         values = {name: record[name] if isinstance(record, Mapping) else getattr(record, name)
                   for name in names_of(record)}
+        values |= {field: values[name] for field, name in self.map.items() if name in values}
         carried = {name: values[name] for name in values.keys() & fields.keys() - set(shape.key)}
         return {name: value for name, value in (row | carried | {self._field: row[self._field]}).items()
                 if name in fields}

@@ -90,11 +90,15 @@ class DeclarationError(AntonError):
     """What the code declares cannot be. Raised at declaration, or by migrate."""
 
 
+_ELSEWHERE = {"approve": " A person is asked before something leaves: say approve= of the @action, of one .send(), "
+                         "or of the component that acts on what this makes, such as SlackPostMessage."}
+
+
 class UnknownOption(DeclarationError):
     """A keyword that does not exist. option, of, allowed."""
 
     def __init__(self, option: str, of: str, allowed: Collection[str]) -> None:
-        hint = did_you_mean(option, allowed)
+        hint = _ELSEWHERE.get(option) or did_you_mean(option, allowed)
         super().__init__(f'unknown option "{option}" of {of}.{hint} It takes: {", ".join(sorted(allowed))}.',
                          option=option, of=of, allowed=tuple(allowed))
 

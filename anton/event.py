@@ -93,10 +93,12 @@ class Event(Generic[T]):
         if spec is None and (not callable(thing) or isinstance(thing, type)):
             raise BadOption("handler", thing, self._of(options),
                             'a function, a component, or .sql("…")')
+        limit = options.get("concurrency")                             # as typed: a component's own is of each process
         if spec is not None:
             options = {**spec.options, "each": spec.each, "into": spec.into, **options}
-        self._declare(spec.fn if spec else thing, spec.name if spec else getattr(thing, "__name__", None), options,
-                      component=thing if spec else None)
+        handler = self._declare(spec.fn if spec else thing, spec.name if spec else getattr(thing, "__name__", None),
+                                options, component=thing if spec else None)
+        handler.limit = limit
         return thing
 
     def sql(self, body: str, /, **options: Any) -> Handler:
@@ -166,7 +168,7 @@ class BuildEvent(Event[Any], Generic[B]):
         of = self._of(options, name)
         if component is not None:
             raise BadOption("handler", component, of, 'a function or .sql("…"); components take records')
-        for option in ("each", "where", "columns", "read", "since", "batch"):
+        for option in ("each", "where", "columns", "read", "since", "batch", "per"):
             if options.get(option) is not None:
                 raise BadOption(option, options[option], of, f"no {option}= here: a build has no records")
         return super()._declare(fn, name, options, body, component)
@@ -194,6 +196,7 @@ def _fill(handler: Handler, options: Mapping[str, Any], of: str) -> None:
             if type(value) is not int or not 1 <= value <= most:
                 raise BadOption(option, value, of, f"a whole number from 1 to {most}")
             setattr(handler, option, value)
+    handler.limit = options.get("concurrency")
     for option in ("max_wait", "timeout", "backoff", "max_lag"):
         if options.get(option) is not None:
             setattr(handler, option, duration(options[option], option, of))
@@ -203,6 +206,7 @@ def _fill(handler: Handler, options: Mapping[str, Any], of: str) -> None:
             raise BadOption(option, value, of, "a text that is not empty")
         setattr(handler, option, value)
     handler.columns = _columns(handler, options.get("columns"), of)
+    handler.per = _per(handler, options, of)
     into = options.get("into")
     handler.into = () if into is None else tuple(into) if isinstance(into, (list, tuple)) else (into,)
     for table in handler.into:
@@ -214,7 +218,7 @@ def _fill(handler: Handler, options: Mapping[str, Any], of: str) -> None:
         raise BadOption("since", "beginning", of, '"now"; rows that exist can only be fed as new records')
 
 
-def _columns(handler: Handler, value: Any, of: str) -> tuple[str, ...] | None:
+def _columns(handler: Handler, value: Any, of: str, option: str = "columns") -> tuple[str, ...] | None:
     if value is None:
         return None
     if isinstance(value, str) or not all(isinstance(one, str) for one in value) or not value:
@@ -222,8 +226,22 @@ def _columns(handler: Handler, value: Any, of: str) -> tuple[str, ...] | None:
     shape = handler.table.shape
     for one in value:
         if shape is not None and one not in shape.names and one not in shape.key:
-            raise UnknownOption(one, f"columns= of {of}", shape.names)
+            raise UnknownOption(one, f"{option}= of {of}", shape.names)
     return tuple(value)
+
+
+def _per(handler: Handler, options: Mapping[str, Any], of: str) -> str | None:
+    per = options.get("per")
+    if per is None:
+        return None
+    if not isinstance(per, str) or not per:
+        raise BadOption("per", per, of, 'the name of a column, such as per="customer"')
+    if not handler.each or handler.kind == "sql" or not set(handler.ops) <= {"new", "updated", "deleted"}:
+        raise BadOption("per", per, of, "a function with each=True beside it: only one record has one value")
+    if options.get("concurrency") is None:
+        raise BadOption("per", per, of, f"concurrency=N beside it: how many records of one {per} may run at a time")
+    _columns(handler, [per], of, "per")
+    return per
 
 
 def _choice(options: Mapping[str, Any], option: str, allowed: tuple[Any, ...], default: Any, of: str) -> Any:

@@ -21,6 +21,7 @@ import asyncpg
 from anton.duration import duration
 from anton.errors import DatabaseUnreachable, Discard, MissingPrivilege, Outcome, Retry, UnknownTable, WorldError
 from anton.lane import Lane
+from anton.secret import hide
 
 LONGEST = timedelta(hours=6)  # of a backoff
 TEXT = 8000  # characters kept of an error and of a traceback
@@ -74,7 +75,7 @@ class World(Exception):
     """Carries what the outside world raised up to where the jobs are given back."""
 
     def __init__(self, error: BaseException) -> None:
-        super().__init__(str(error))
+        super().__init__(hide(str(error)))
         self.error = error
 
 
@@ -96,21 +97,21 @@ def backoff(lane: Lane, attempt: int) -> timedelta:
 
 def say(error: BaseException) -> str:
     """ "ValueError: bad total", short enough to keep."""
-    return (f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)[:TEXT]
+    return hide(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)[:TEXT]
 
 
 def failed(error: BaseException) -> Fate:
     """The fate of a record whose run raised this."""
     lines = traceback.format_exception(error)
-    return Fate("failed", say(error), None, "".join(lines)[-TEXT:])
+    return Fate("failed", say(error), None, hide("".join(lines))[-TEXT:])
 
 
 def fate_of(outcome: Outcome) -> Fate:
     """What Retry or Discard means. A retry counts as an attempt, so that there is an end to it."""
     if isinstance(outcome, Discard):
-        return Fate("discarded", outcome.why or "discarded")
+        return Fate("discarded", hide(outcome.why or "discarded"))
     why, after = (outcome.why, outcome.after) if isinstance(outcome, Retry) else (str(outcome), None)
-    return Fate("failed", why or "retry", None if after is None else duration(after, "after", "Retry"))
+    return Fate("failed", hide(why or "retry"), None if after is None else duration(after, "after", "Retry"))
 
 
 def is_world(error: BaseException) -> bool:

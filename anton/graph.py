@@ -131,7 +131,7 @@ class Graph:
             for done in self.edges.values():
                 if done.source == heard.target and done.target.startswith(("table:", "view:")):
                     for op in heard.how - {"reads", "uses"}:
-                        for other in done.how or {"new", "updated", "deleted"}:
+                        for other in sorted(meant(done.how)):
                             ways = found.setdefault(f"{heard.source} {op}", [])
                             ways.append((heard.target, f"{done.target} {other}"))
         return [[word.partition(":")[2] for word in chain] for chain in cycles(found)]
@@ -223,6 +223,12 @@ class Graph:
             how = "seen" if edge.seen else " ".join(sorted(edge.how))
             lines.append(f"  {ids[edge.source]} {arrow}{f'|{how}|' if how else ''} {ids[edge.target]}")
         return "\n".join(lines)
+
+
+def meant(ops: Iterable[str]) -> set[str]:
+    """What can be heard of these: of a rebuild its records, too; where nobody said what is done, any change."""
+    found = set(ops)
+    return found if found - {"rebuilt"} else found | {"new", "updated", "deleted"}
 
 
 def _plain(id: str) -> str:

@@ -49,6 +49,7 @@ class Options(TypedDict, total=False):
     backoff: str | float | timedelta
     max_lag: str | float | timedelta
     on_conflict: OnConflict
+    per: str
 
 
 OPTIONS = (*Options.__annotations__, "each")
@@ -59,6 +60,8 @@ class Handler:
     """A declared handler. Options as in docs/handlers.md, defaults filled in.
 
     ops: what it listens to. fn: None for SQL. wants_ctx: it takes a second argument. into: where returned values go.
+    limit: calls, or records with each, at a time over all processes; None: concurrency in each of them.
+    per: the column each of whose values has a limit of its own.
     body, params: its SQL, and {name: [type, text]} bound into it. place: "main.py:12". typed: the options as typed.
     """
 
@@ -81,6 +84,8 @@ class Handler:
     batch: int = BATCH
     max_wait: timedelta = timedelta(0)
     concurrency: int = CALLS
+    limit: int | None = None
+    per: str | None = None
     timeout: timedelta = timedelta(minutes=5)
     attempts: int = 5
     backoff: timedelta = timedelta(seconds=1)
@@ -102,7 +107,8 @@ class Handler:
             "into_tables": [table.name for table in self.into], "batch": self.batch,
             "max_wait": interval(self.max_wait), "concurrency": self.concurrency, "timeout": interval(self.timeout),
             "attempts": self.attempts, "backoff": interval(self.backoff), "max_lag": interval(self.max_lag),
-            "options": self.typed,
+            "options": self.typed, **({"limit": self.limit} if self.limit else {}),
+            **({"per": self.per} if self.per else {}),
         }
 
     def call(self, subject: Any, ctx: Ctx | None = None) -> None:

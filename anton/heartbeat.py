@@ -7,13 +7,13 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from datetime import timedelta
 
 import asyncpg
 
 from anton import queue
-from anton.db import Database
+from anton.db import Conn, Database
 from anton.errors import AntonError
 
 SEEN = 10.0  # an idle worker says that it lives at most so often, in seconds
@@ -26,11 +26,12 @@ class Heartbeat:
     """Extends the leases that `tokens()` names every lease / 3 until stop().
 
     tokens: the tokens, and ids of jobs under them whose leases are left to run out. lost: told tokens that were asked
-    for and hold nothing any more. Both are called in the heartbeat's thread.
+    for and hold nothing any more. also: what else is to be kept alive. All are called in the heartbeat's thread.
     """
 
     def __init__(self, db: Database, worker: int, lease: timedelta, tokens: Callable[[], tuple[list[int], list[int]]],
-                 lost: Callable[[set[int]], None]) -> None:
+                 lost: Callable[[set[int]], None], also: Callable[[Conn], Awaitable[None]] | None = None) -> None:
+        self._also = also
         self._db, self._worker, self._lease, self._tokens, self._lost = db, worker, lease, tokens, lost
         self._every = lease.total_seconds() / 3
         self._stop = threading.Event()
@@ -67,6 +68,8 @@ class Heartbeat:
                         held = await asyncio.wait_for(
                             queue.heartbeat(self._db, conn, self._worker, tokens, self._lease, without),
                             max(self._every, 1.0))
+                        if self._also is not None:
+                            await asyncio.wait_for(self._also(conn), max(self._every, 1.0))
                         seen = time.monotonic()
                         if len(held) < len(tokens):
                             self._lost(set(tokens) - held)

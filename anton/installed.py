@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from anton.component import Component
+from anton.option import NONE, options
 
 GROUP = "anton.components"
 OURS = "anton_components"
@@ -39,7 +40,8 @@ class Installed:
         known: dict[str, Any] = {"name": self.name, "module": self.module, "about": self.about}
         if self.cls is None:
             return known
-        return {**known, "service": self.cls.service, "variable": self.cls.variable, "acts": self.cls.acts,
+        return {**known, "service": self.cls.service, "variable": self.cls.variable, "issued": self.cls.issued,
+                "acts": self.cls.acts,
                 "doc": inspect.getdoc(self.cls) or "", "options": options_of(self.cls)}
 
 
@@ -75,18 +77,9 @@ def _ours() -> Iterator[Installed]:
 
 
 def options_of(cls: type[Component]) -> dict[str, dict[str, Any]]:
-    """{name: {"type", "default"}} of what it is given; no "default" where it must be."""
-    made: dict[str, dict[str, Any]] = {}
-    for name, one in inspect.signature(cls).parameters.items():
-        if one.kind is not inspect.Parameter.VAR_KEYWORD:
-            made[name] = {"type": str(one.annotation)}
-            if one.default is not inspect.Parameter.empty:
-                made[name]["default"] = one.default
-        elif "Options" in str(one.annotation):                         # Unpack[Options]: those of its base
-            base = next(base for base in cls.__mro__[1:] if "__init__" in vars(base))
-            made |= {key: value for key, value in options_of(base).items()
-                     if key not in made and key not in ("table", "secret")}
-    return made
+    """{name: {"type", "default", "about"}} of what it is given; no "default" where it must be."""
+    return {one.name: {"type": one.text, **({} if one.default is NONE else {"default": one.default}),
+                       "about": one.about} for one in options(cls).values()}
 
 
 def page(one: Installed) -> str:
@@ -97,16 +90,20 @@ def page(one: Installed) -> str:
     lines = [f"# {one.name}", "", "<!-- made by: make components; edit the docstring -->", "",
              *(f"{part}\n" for part in _paragraphs(inspect.getdoc(one.cls) or "")),
              "```text", f"from {one.module} import {one.name}", "", *example, "```", "",
-             "| option | type | default |", "|---|---|---|"]
+             "| option | type | default | what it is |", "|---|---|---|---|"]
     for name, option in options_of(one.cls).items():
         default = f"`{option['default']!r}`" if "default" in option else "must be given"
         kind = option["type"].replace("|", "\\|")
-        lines.append(f"| `{name}` | `{kind}` | {default} |")
+        about = option["about"].replace("|", "\\|")
+        lines.append(f"| `{name}` | `{kind}` | {default} | {about} |")
     about = [f"Service: {one.cls.service or 'none'}."]
     if one.cls.variable:
-        about.append(f"Credential: what is given, else `{one.cls.variable}`.")
+        about.append(f"Credential: what is given, else `{one.cls.variable}`"
+                     + (f", from <{one.cls.issued}>." if one.cls.issued else "."))
     about.append("It has effects out there: they are captured unless the process is live."
                  if one.cls.acts else "It has no effects out there.")
+    if one.cls.example:
+        about.append(f"It runs in [examples/{one.cls.example}](../../examples/{one.cls.example}/main.py).")
     return "\n".join([*lines, "", " ".join(about), ""])
 
 

@@ -16,6 +16,8 @@ from datetime import timedelta
 from itertools import accumulate
 from typing import Any
 
+from anton.gate import Gate
+from anton.permits import Permits
 from anton.queue import Job
 
 BYTES = 8_000_000  # of the rows of one call, about
@@ -27,6 +29,7 @@ GATHER = 0.25  # seconds that a batch waits for claims that are under way
 TOGETHER = 1000  # records that a lane with each=True reads and settles together; each has a call of its own anyway
 SKIP = 256  # jobs of other tenants that a batch looks past
 MOST_JOBS = 1000  # jobs of one claim
+GATED = 8  # batches at a time whose records may all wait for others of their key
 
 
 class Batch:
@@ -95,7 +98,9 @@ class Lane:
     """A handler's state in this worker.
 
     items: (Each, item) that wait for a puller. handler: what runs it: a Handler, a Schedule, or None for SQL.
-    concurrency: calls (records, with each) at a time.
+    concurrency: calls (records, with each) at a time; with permits, over all processes, and here as many as it holds.
+    again: records that are to run once more, outside of the pullers, which leave their permits to them.
+    gate: with per=, which records may run.
     ready: the queue may hold more of it. after: the last job id claimed. width: bytes of its widest rows lately, 0: not
     known; wide: its table has values stored out of line.
     rate: records/s settled lately; seconds: of a call lately. document: the table has no model and was made by Anton.
@@ -126,11 +131,14 @@ class Lane:
     document: bool = False
     model: bool = False
     make: Callable[[Mapping[str, Any]], Any] | None = None
+    permits: Permits | None = None
+    gate: Gate | None = None
     waiting: deque[Job] = field(default_factory=deque)
     waiting_records: int = 0
     items: deque[Any] = field(default_factory=deque)
     calls: int = 0
     running: int = 0
+    again: int = 0
     down: BaseException | None = None
     writes: set[str] = field(default_factory=set)
     ready: bool = True
@@ -152,6 +160,16 @@ class Lane:
         return not (self.calls or self.waiting)
 
     @property
+    def still(self) -> bool:
+        """As idle, and no record of a call that ended runs on."""
+        return self.idle and not (self.running or self.items)
+
+    @property
+    def room(self) -> int:
+        """Calls (records, with each) that may run at a time now."""
+        return self.concurrency if self.permits is None else min(self.concurrency, self.permits.room())
+
+    @property
     def together(self) -> int:
         """Records that are read and settled together at most."""
         return max(self.batch, TOGETHER) if self.each else self.batch
@@ -161,25 +179,27 @@ class Lane:
 
         With one call at a time batches run one after the other: read at once, a later one could be ready first.
         """
-        if self.down is not None:
+        room = self.room
+        if self.down is not None or not room or (self.gate is not None and self.calls >= GATED):
             return False
         if self.each and self.concurrency > 1:
-            return bool(self.waiting) and (not self.items or len(self.items) < self.concurrency)
-        return bool(self.waiting) and self.calls < self.concurrency
+            return bool(self.waiting) and (not self.items or len(self.items) < room)
+        return bool(self.waiting) and self.calls < room
 
     def wants(self) -> int:
         """How many records to claim now, 0 for none."""
-        if self.down is not None:
+        room = self.room
+        if self.down is not None or not room:
             return 0
         if self.model:
             return 0 if self.calls or self.waiting else self.batch
         have = self.waiting_records + len(self.items)
         if self.each:
-            free = self.concurrency - self.running
+            free = room - self.running
             soon = int(self.rate * FAST)                               # slow records: no more than half a second's
-            ahead = min(8192, max(self.batch, int(self.rate / 8))) if soon > self.concurrency else soon
+            ahead = min(8192, max(self.batch, int(self.rate / 8))) if soon > room else soon
             return max(0, free + ahead - have) if have <= ahead // 2 or have < free else 0
-        free = self.concurrency - self.calls
+        free = room - self.calls
         ahead = AHEAD if self.seconds < FAST / 5 else 1 if self.seconds < FAST else 0
         target = (free + ahead) * self.batch
         return target - have if have < free * self.batch or 2 * have <= target else 0
@@ -288,6 +308,8 @@ class Lane:
             "document",
             "model",
             "make",
+            "permits",
+            "gate",
         ):
             setattr(self, name, getattr(new, name))
 

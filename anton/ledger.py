@@ -81,8 +81,25 @@ def agree(budgets: Sequence[Budget], known: Amounts, scope: Scope, name: str, of
                                 f'"{name}" has one amount of {one.unit} for each period')
 
 
+@dataclass(eq=False)
+class Place:
+    """A request that is let through at its time; questions that join it count as none.
+
+    due, late: on the monotonic clock. calls, size: how many go with it, and their bytes. gone: it is on its way.
+    """
+
+    due: float
+    late: float
+    calls: int
+    size: int
+    gone: bool = False
+
+
 class Begun(NamedTuple):
-    """What begin_calls() says of one call. due, late: to be sent then, and not after; on the monotonic clock."""
+    """What begin_calls() says of one call. due, late: to be sent then, and not after; on the monotonic clock.
+
+    place: the request that it goes with; None: one of its own.
+    """
 
     verdict: Literal["send", "answer", "wait", "later", "refused"]
     call_id: int | None
@@ -91,6 +108,7 @@ class Begun(NamedTuple):
     reason: str | None
     due: float
     late: float
+    place: Place | None = None
 
 
 class Ledger:
@@ -128,6 +146,18 @@ class Ledger:
             async with self.db.conn() as conn:
                 self._known[function, *values] = await self.db.call_value(conn, function, *values)
         return self._known[function, *values]
+
+    async def put_budgets(self, budgets: Sequence[Budget], app: str, handler: str, table: str) -> list[int]:
+        """The ids of what they are in the database."""
+        names = {"handler": handler, "table": table, "app": ""}
+        return [await self.put("put_budget", app, one.scope, names[one.scope], one.period, one.unit, one.amount)
+                for one in budgets]
+
+    async def held(self, hash: str) -> int | None:
+        """The call that asks this now, or asked it last; None: there is none."""
+        async with self.db.conn() as conn:
+            found: int | None = await self.db.call_value(conn, "find_call", hash)
+        return found
 
     async def lapse(self) -> None:
         """Marks what dead processes left."""

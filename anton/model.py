@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 import asyncpg
 
-from anton import due
+from anton import due, sqlcheck
 from anton.db import literal, quote
 from anton.ddl import Found, inspect
-from anton.errors import BadOption, DatabaseError, MigrationError, MigrationFailed, UnknownOption
+from anton.errors import BadOption, DatabaseError, MigrationError, MigrationFailed, SqlRefused, UnknownOption
 from anton.plan import LOCK_TIMEOUT, Step
+from anton.sqlcheck import SqlStep
 from anton.sqlfile import SqlFile, SqlModel
 from anton.sqlfile import model as parsed
 from anton.steps import Steps
@@ -116,7 +117,7 @@ class Models:
         for model in self.all:
             try:
                 await self._make(model)
-            except (MigrationError, BadOption, UnknownOption) as error:
+            except (MigrationError, BadOption, UnknownOption, SqlRefused) as error:
                 if self.run.dry and isinstance(error.__cause__, asyncpg.PostgresError):
                     self.plan.notes.append(f"{error} A plan does not make what it may need.")
                 else:
@@ -216,24 +217,26 @@ class Models:
         return [f"alter table {model.sql} {', '.join(parts)}"] if parts else []
 
     async def _columns(self, model: Model) -> dict[str, str]:
-        """Name to type of what its SELECT gives. Raises MigrationFailed with the line."""
-        said = model.said
+        """Name to type of what its SELECT gives. Raises SqlRefused, or MigrationFailed."""
+        said, made = model.said, "create temp view anton_model as\n"
         trial = self.conn.transaction()
         await trial.start()
         try:
             await self.conn.execute(f"set local search_path = {quote(self.app_schema)}, pg_catalog, pg_temp")
-            await self.conn.execute(f"create temp view anton_model as\n{said.body}")
+            await self.conn.execute(made + said.body)
             rows = await self.conn.fetch(
                 "select attname::text as name, format_type(atttypid, atttypmod) as type from pg_attribute "
                 " where attrelid = 'pg_temp.anton_model'::regclass order by attnum")
             return {row["name"]: row["type"] for row in rows}
         except asyncpg.PostgresError as error:
-            at = int(getattr(error, "position", None) or 0)
-            line = max(0, f"create temp view anton_model as\n{said.body}".count("\n", 0, at) - 1) if at else 0
-            raise MigrationFailed(said.file, said.line + line + 1, said.body.splitlines()[line].strip(),
-                                  error) from error
+            wrong = error
         finally:
             await trial.rollback()
+        at = int(getattr(wrong, "position", None) or 0) - 1 - len(made)
+        step = SqlStep("model", said.name, "\n" * said.line + said.body, said.file)
+        known = await sqlcheck.tables(self.run.db, self.conn, self.app_schema)
+        refused = sqlcheck.refusal(step, wrong, known, said.line + at if at >= 0 else None)
+        raise refused or MigrationFailed(said.file, said.line + 1, said.body.splitlines()[0], wrong) from wrong
 
     async def _examine(self, model: Model, outputs: Mapping[str, str]) -> tuple[list[dict[str, str]], bool]:
         """The groups of `incremental`, and whether the SELECT's form tells its keys apart. Notes what it also reads."""

@@ -12,11 +12,11 @@ The body runs in the sender (sender.py), never in the handler that called.
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, cast, overload
+from functools import partial
+from typing import Any, ClassVar, Literal, cast, overload
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
@@ -25,18 +25,28 @@ from anton.approval import Approval
 from anton.calls import Call, Calls, outbox_name, subject_of
 from anton.component import Component, names_of
 from anton.ctx import Ctx
-from anton.db import Database
-from anton.errors import BadOption, BadSignature, Discard, InvalidRecord, UnknownOption, did_you_mean, one_of
+from anton.db import Conn, Database
+from anton.errors import (
+    BadOption,
+    BadSignature,
+    Discard,
+    InvalidRecord,
+    UnknownOption,
+    did_you_mean,
+    one_of,
+)
 from anton.event import Event
 from anton.handler import HandlerSpec
+from anton.notices import mail_by_default
 from anton.relation import described
 from anton.sender import Sender
 from anton.sink import Columns, reasons
 from anton.table import Table
+from anton.threads import in_thread
 from anton.write import Rows, find_scope, transaction
 
 Effect = Literal["unsafe", "idempotent"]
-Policy = Callable[[Any], Any]
+Policy = Callable[[Any], Any] | str
 PERIODS = ("minute", "hour", "day", "week", "month", "total")
 _OPTIONS = ("name", "effect", "probe", "approve", "policy", "into", "allow", "cap", "map", "concurrency", "timeout",
             "attempts", "backoff")
@@ -55,7 +65,7 @@ class Action:
                  policy: Policy | None = None, into: Table[Any] | Sequence[Table[Any]] | None = None,
                  allow: Mapping[str, Sequence[str]] | None = None, cap: str | Sequence[str] = (),
                  map: Mapping[str, str] | None = None, rows: Callable[[Any, Any, bool], Any] | None = None,
-                 **options: Any) -> None:
+                 model: type[BaseModel] | None = None, **options: Any) -> None:
         self.name: str = name or str(getattr(fn, "__name__", ""))
         of = f'action "{self.name}"'
         for option in options:
@@ -71,15 +81,17 @@ class Action:
         self.fn, self.effect, self.probe, self.approve, self.policy = fn, effect, probe, approve, policy
         self.map = dict(map or {})
         self.place = place_of_caller()
-        self.model, self.takes_key = _arguments(self.name, fn, self.place)
+        self.model, self.takes_key = (model, True) if model else _arguments(self.name, fn, self.place)
         self.allow = {argument: [*patterns] for argument, patterns in (allow or {}).items()}
         self.caps = [_cap(text, of, self.model) for text in ([cap] if isinstance(cap, str) else cap)]
         for option, names in (("allow", self.allow), ("editable", (approve.editable if approve else None) or ())):
             for argument in names:
-                if argument not in self.model.model_fields:
+                if argument not in self.model.model_fields and self.model.model_config.get("extra") != "allow":
                     raise UnknownOption(argument, f"{option}= of {of}", tuple(self.model.model_fields))
         app.claim_name("action", self.name, self.place)
         app.actions[self.name] = self
+        if mail_by_default not in app.endings:
+            app.endings.append(mail_by_default)
         self.calls = Calls(app, self.name, self.place)
         self._rows = rows
         ready = f"{self.calls.condition} and state in ('new', 'ready') and old.state is distinct from new.state"
@@ -104,7 +116,9 @@ class Action:
         if self.policy is not None and gate != "always":
             gate = "when" if self.approve is not None else "open"
         return {"app": self.app.name, "name": self.name, "effect": self.effect, "gate": gate,
-                "policy": self.policy is not None, "probe": self.probe is not None, "allow": self.allow,
+                "policy": self.policy is not None,
+                "policy_sql": self.policy if isinstance(self.policy, str) else None, "probe": self.probe is not None,
+                "allow": self.allow,
                 "approval": self.approve.definition() if self.approve else {}, "caps": self.caps,
                 "handler": self.sender.name}
 
@@ -161,7 +175,11 @@ class Action:
             values["key"] = key
         if inspect.iscoroutinefunction(self.fn):
             return await self.fn(**values)
-        return await asyncio.to_thread(self.fn, **values)
+        return await in_thread(partial(self.fn, **values))
+
+    def again(self, error: Exception, attempt: int) -> Exception:
+        """What an error of its body means for the next attempt: itself, or a Retry or Discard instead."""
+        return error if self.component is None else self.component.again(error, attempt)
 
     def rows(self, call: Any, returned: Any, captured: bool) -> Any:
         """What goes into into=."""
@@ -214,8 +232,9 @@ def action(fn: Callable[..., Any] | None = None, /, **options: Any) -> Any:
 
     effect: "unsafe" (never sent twice: what nobody can tell is unknown) or "idempotent" (sent again with the same
     key). probe: (call) -> what came back, False: it did not happen, None: cannot tell. approve: whom to ask before.
-    policy: (call) -> "send", "ask" or "refuse". into: where what it returns goes. allow: {argument: [values, or hosts
-    of URLs]}. cap: "100/day", "500 amount/day". map: {argument: field}. name, concurrency, timeout, attempts, backoff.
+    policy: (call) -> "send", "ask" or "refuse", or an SQL expression that says so, over the columns of the call. into:
+    where what it returns goes. allow: {argument: [values, or hosts of URLs]}. cap: "100/day", "500 amount/day". map:
+    {argument: field}. name, concurrency, timeout, attempts, backoff.
     """
     if fn is not None:
         return Action(fn)
@@ -225,13 +244,16 @@ def action(fn: Callable[..., Any] | None = None, /, **options: Any) -> Any:
 class ActionComponent(Component):
     """Base of built-in actions: a component whose calls leave through the outbox.
 
+    arguments: the model of what it is called with; None: anything. effect: as of actions.
+
     A subclass says args(record, ctx) -> what it is called with, send(args, key) -> what came back as JSON, and, for
     into=, row(call, result) -> its row; result is None where it was captured.
     """
 
     acts = True
+    outside: ClassVar[bool] = False  # into= gets what somebody else wrote
     effect: Effect = "unsafe"
-    arguments: type[BaseModel]
+    arguments: type[BaseModel] | None = None
 
     def options(self) -> dict[str, Any]:
         """Options of its Action: effect, probe, approve, …"""
@@ -245,6 +267,10 @@ class ActionComponent(Component):
         """Does it. args: a dict. Raises WorldError before it left, Discard for a refusal."""
         raise NotImplementedError
 
+    def again(self, error: Exception, attempt: int) -> Exception:
+        """What an error of send() means for the next attempt: itself, or a Retry or Discard instead."""
+        return error
+
     def row(self, call: Call, result: Any) -> Any:
         """What into= gets."""
         return result
@@ -254,7 +280,12 @@ class ActionComponent(Component):
         made = self.made()
 
         async def call(record: Any, ctx: Ctx) -> None:
-            made._record(await self.args(record, ctx), None, ctx.key, None, subject_of())
+            args = await self.args(record, ctx)
+            try:
+                args = args if self.arguments is None else made.checked(**args)
+            except InvalidRecord as error:
+                raise Discard(str(error)) from error
+            made._record(args, None, ctx.key, None, subject_of())
 
         return HandlerSpec(fn=call, name=self.name, each=True, options={"concurrency": 20})
 
@@ -280,8 +311,9 @@ class _Built(Action):
             key = values.pop("key")
             return await component.send(values, key)
 
-        super().__init__(body, name=name, into=getattr(component, "into", None), concurrency=20, **component.options(),
-                         rows=lambda call, result, captured: component.row(call, result))
+        super().__init__(body, name=name, into=getattr(component, "into", None), model=component.arguments,
+                         rows=lambda call, result, captured: component.row(call, result),
+                         **{"concurrency": 20, **component.options()})
         self.place = component.place
 
 
@@ -323,20 +355,27 @@ def _cap(text: str, of: str, model: type[BaseModel]) -> dict[str, Any]:
 
 async def decide(db: Database, app: Any, approval: int, person: str, decision: Literal["approve", "reject"],
                  via: str, *, edit: Mapping[str, Any] | None = None, why: str | None = None,
-                 sha256: str | None = None) -> Any:
+                 sha256: str | None = None, conn: Conn | None = None) -> Any:
     """A person's decision, from whichever channel; the row of decide(): won, state, decided_by, decided_via, next.
 
     edit: the arguments that change, checked by the action's model. sha256: of the arguments they were shown; None:
-    those that are there now. Raises InvalidRecord, and DecisionRefused for who may not.
+    those that are there now. conn: a transaction that it is to be part of. Raises InvalidRecord, and DecisionRefused
+    for who may not.
     """
-    async with db.tx() as conn:
-        shown = await db.call_value(conn, "show_approval", approval)
-        args = None
-        if edit and shown is not None:
-            declared = app.actions.get(shown["name"])
-            args = {**shown["args"], **edit}
-            args = declared.checked(**args) if declared is not None else args
-        digest = sha256 if sha256 is not None or shown is None else shown["args_sha256"]
-        return (await db.call(conn, "decide", approval, person, decision, via, digest, args, why))[0]
+    if conn is None:
+        async with db.tx() as conn:
+            return await decide(db, app, approval, person, decision, via, edit=edit, why=why, sha256=sha256, conn=conn)
+    shown = await db.call_value(conn, "show_approval", approval)
+    args = edited(app, shown, edit) if edit and shown is not None else None
+    digest = sha256 if sha256 is not None or shown is None else shown["args_sha256"]
+    return (await db.call(conn, "decide", approval, person, decision, via, digest, args, why))[0]
 
 
+def edited(app: Any, shown: Mapping[str, Any], edit: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of an approval, as show_approval() has it, with what a person changed, checked by the action.
+
+    Those of an action that is not declared here are checked by its sender. Raises InvalidRecord.
+    """
+    args = {**shown["args"], **edit}
+    declared = app.actions.get(shown["name"]) if shown["app"] == app.name else None
+    return args if declared is None else declared.checked(**args)

@@ -121,7 +121,7 @@ def poll(source: Any = None, /, **options: Any) -> Any:
                            place_of_caller())
     if isinstance(source, Source) and not isinstance(source, type):
         given = {"into": source.into, "key": source.key, "name": source.name, **options}
-        _declare(source.poll, of, DEFAULTS | given)
+        _declare(source.poll, of, DEFAULTS | given, source)
         return source
 
     def declare(fn: Any) -> Any:
@@ -131,7 +131,7 @@ def poll(source: Any = None, /, **options: Any) -> Any:
     return declare if source is None else declare(source)
 
 
-def _declare(fn: Callable[..., Any], of: str, given: dict[str, Any]) -> None:
+def _declare(fn: Callable[..., Any], of: str, given: dict[str, Any], component: Source | None = None) -> None:
     place, into, attempts = place_of_caller(), given["into"], given["attempts"]
     every, timeout = duration(given["every"], "every", of), duration(given["timeout"], "timeout", of)
     if every < timedelta(seconds=1):
@@ -150,7 +150,7 @@ def _declare(fn: Callable[..., Any], of: str, given: dict[str, Any]) -> None:
         "backoff": interval(min(every, timedelta(minutes=1)))}}
     app.claim_name("handler", name, place)                             # its jobs are a handler's
     app.schedules[name] = Schedule(name, normal(f"@every {every.total_seconds():.15g}"), "UTC", f"Every {say(every)}",
-                                   one.arun if one.is_async else one.run, True, place, rules)
+                                   one.arun if one.is_async else one.run, True, place, rules, component)
 
 
 class Poll:

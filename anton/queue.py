@@ -219,6 +219,20 @@ async def split_crashed(db: Database, conn: Conn, job: Job) -> int:
     return int(await db.call_value(conn, "split_crashed", job.token, job.id))
 
 
+async def permit(db: Database, conn: Conn, worker: int, handler: int, wanted: int, lease: timedelta,
+                 more: bool = False, suspects: bool = False) -> int:
+    """Takes permits of a handler with a limit, or gives back what is beyond `wanted`; how many this worker holds.
+
+    more: beyond its share, too. suspects: for jobs of dead workers, to which others leave one.
+    """
+    return int(await db.call_value(conn, "permit", worker, handler, wanted, lease, more, suspects))
+
+
+async def keep_permits(db: Database, conn: Conn, worker: int, lease: timedelta) -> dict[int, int]:
+    """Makes the worker's permits last `lease` from now; how many it still holds of each handler."""
+    return {row[0]: row[1] for row in await db.call(conn, "keep_permits", worker, lease)}
+
+
 @dataclass(slots=True)
 class Look:
     """What poll saw. ready: handlers with jobs; suspects: leases that ran out; wake_at: when there will be something.

@@ -20,7 +20,7 @@ class Rebuilt:
     """A committed rebuild of a table.
 
     new, updated, deleted: records; None where nobody could tell: a view, or a table without a key.
-    changed: whether any row differs; None when that is not known either.
+    changed: whether any row differs, or its columns do; None when that is not known either.
     initial: there was nothing before, so no record is called new. full: it was made anew, not added to.
     schema_changed: columns came, went, or changed their type.
     run: dbt's invocation_id, None for what dbt did not build. unique_id: dbt's name of the model.

@@ -15,7 +15,8 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -40,6 +41,7 @@ from anton.write import WHOLE, Op, pick
 log = logging.getLogger("anton.worker")
 
 WAYS = 8  # a failed batch is cut into so many
+PERMIT = 0.005  # seconds between two looks for a permit for what runs once more
 CONFLICTS = 20  # runs of one record whose row keeps changing, before it waits a moment
 
 
@@ -62,23 +64,24 @@ class Runner:
     """Runs batches for one worker.
 
     wrote: told the tables of a commit; stuck: told of a thread that was given up; back: told that a probe went well;
-    failed: told what is neither a record's fault nor the world's.
+    failed: told what is neither a record's fault nor the world's; later: told that something is to be done again.
     """
 
     def __init__(self, db: Database, app: App, threads: Threads, *,
                  wrote: Callable[[set[int] | None], None] = lambda tables: None,
                  stuck: Callable[[], None] = lambda: None, back: Callable[[], None] = lambda: None,
                  failed: Callable[[BaseException], None] = lambda error: None,
-                 alive: Callable[[], bool] = lambda: True) -> None:
+                 alive: Callable[[], bool] = lambda: True, later: Callable[[], None] = lambda: None) -> None:
         self.db = db
         self.caller = Caller(db, app, threads)
-        self.settler = Settler(db, wrote, alive)
+        self.settler = Settler(db, wrote, alive, later)
         self.reader = Reader(db)
         self.stuck = stuck
         self.back = back
         self.failed = failed
         self.pullers = Pullers(threads, stuck)
         self.depth_limit = 32
+        self._again_now: dict[int, int] = {}                           # records that run once more, by lane
 
     async def run(self, run: Run) -> None:
         """Settles every record of the batch, or gives it back. Raises only CancelledError, after giving back."""
@@ -303,6 +306,37 @@ class Runner:
         each.flushed()
 
     async def _call(self, run: Run, inputs: Inputs) -> Called:
+        if run.lane.each and run.lane.permits is not None:
+            async with self._once_more(run.lane, inputs):
+                return await self._made(run, inputs)
+        return await self._made(run, inputs)
+
+    @asynccontextmanager
+    async def _once_more(self, lane: Lane, inputs: Inputs) -> AsyncIterator[None]:
+        """A permit, and the gate, for records that run again one by one, outside of the pullers."""
+        gate = lane.gate
+        keys = set(map(gate.key, inputs.items)) if gate is not None else set()
+        lane.again += 1
+        try:
+            while True:
+                free = lane.running + self._again_now.get(lane.id, 0) < lane.room
+                if free and (gate is None or gate.enter_all(keys)):
+                    break
+                await asyncio.sleep(PERMIT)
+            self._again_now[lane.id] = self._again_now.get(lane.id, 0) + 1
+            try:
+                yield
+            finally:
+                self._again_now[lane.id] -= 1
+                for key in keys:
+                    entry = gate.leave(key) if gate is not None else None
+                    if entry is not None:
+                        lane.items.appendleft(entry)
+        finally:
+            lane.again -= 1
+            self.pullers.pull(lane)
+
+    async def _made(self, run: Run, inputs: Inputs) -> Called:
         run.overdue_at = time.monotonic() + run.lane.timeout.total_seconds() + MARGIN
         try:
             return await self.caller.call(run.lane, inputs)

@@ -67,7 +67,8 @@ class Schedule:
     """A function and when it runs.
 
     cron: five fields, or "@every SECONDS". tz: an IANA name. title: how people say it ("Daily, at 03:00").
-    place: "main.py:12". rules: misfire, options and the like, as put_schedule() takes them.
+    place: "main.py:12". rules: misfire, options and the like, as put_schedule() takes them. component: the one that is
+    polled.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Schedule:
     wants_ctx: bool
     place: str = ""
     rules: dict[str, Any] = field(default_factory=dict)
+    component: object = None
 
     def definition(self, app: str) -> dict[str, Any]:
         """What put_schedule() takes."""

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import hmac
 import logging
@@ -14,9 +15,14 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
+from urllib.parse import unquote
 
 from anton.errors import BadOption, did_you_mean
 
+SHORTEST = 8  # characters of a secret that is hidden in texts: a shorter one may be a word
+_revealed: set[str] = set()
+_URLSAFE = str.maketrans("+/", "-_")
 _PLACEHOLDER = re.compile(r"[xX]{3,}|\*{3,}|<[^<>]*>|")
 
 
@@ -62,7 +68,38 @@ def reveal(secret: One | None) -> str | None:
     value = os.environ.get(secret.name) if isinstance(secret, Env) else secret
     if value is None or _PLACEHOLDER.fullmatch(value.strip()):
         return None
-    return value.strip()
+    value = value.strip()
+    if len(value) >= SHORTEST:
+        _revealed.add(value)
+    return value
+
+
+def hide(text: str) -> str:
+    """The text with *** for every secret that this process has used: services repeat in errors what they were sent."""
+    for value in sorted(_revealed, key=len, reverse=True) if _revealed else ():
+        text = text.replace(value, "***")
+    return text
+
+
+def forget(value: str) -> None:
+    """It is no secret any more: a process that lasts has rotated it."""
+    _revealed.discard(value)
+
+
+def has_secret(text: str) -> bool:
+    """Whether a text has a secret in it that this process has used: plain, quoted, in hex or base64, or backwards."""
+    seen = {text.lower(), unquote(text).lower()}
+    return any(one.lower() in some for value in _revealed for one in _spelled(value) for some in seen)
+
+
+@cache
+def _spelled(value: str) -> frozenset[str]:
+    data, made = value.encode(), {value, value[::-1], value.encode().hex()}
+    for before in range(3):                                            # as part of a longer text, at each place in it
+        whole = base64.b64encode(bytes(before) + data).decode().rstrip("=")
+        core = whole[-(-before * 8 // 6):len(whole) - 1]
+        made |= {core, core.translate(_URLSAFE)}
+    return frozenset(made)
 
 
 def several(secret: Many | Mapping[str, Many] | None) -> tuple[One, ...]:

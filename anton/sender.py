@@ -10,7 +10,6 @@ A sender that finds a call begun by another one which did not come back does not
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import logging
 import random
@@ -18,18 +17,20 @@ import socket
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import orjson
 from pydantic import ValidationError
 from pydantic_core import to_jsonable_python
 
 from anton.action import effects
-from anton.approval import preview
 from anton.calls import Call
 from anton.ctx import Ctx
 from anton.db import Database
 from anton.errors import CapReached, Discard, Retry, WorldError
 from anton.fate import say, status_of
 from anton.op import Call as Step
+from anton.secret import has_secret
 from anton.sink import reasons
+from anton.threads import in_thread
 from anton.write import owner, scope
 
 if TYPE_CHECKING:
@@ -55,7 +56,8 @@ class Sender:
         if call.state in ("sent", "captured"):
             self._into(db, call, call.result)                          # its sender ended between end_action and the ack
             return
-        verdict = await self._judge(db, call) if call.state in ("new", "ready", "retrying", "failed") else None
+        begun = ("new", "ready", "retrying", "failed", "sending")
+        verdict = await self._judge(db, call) if call.state in begun else None
         if effects() != "live":
             await self._capture(db, call, verdict)
             return
@@ -75,7 +77,10 @@ class Sender:
                 raise CapReached(f"{self.action.name}: {row['reason']}", row["after"])
             if row["verdict"] == "send":
                 break
-            happened = await self._probe(db, call, row["held"])
+            if again is not None:                                      # it did not happen, and may not any more
+                await self._end(db, call, again, "failed", None, row["reason"])
+                return
+            happened = await self._probe(db, call, row["held"], row["reason"])
             if happened is not False:
                 return
             again = row["held"]
@@ -86,7 +91,8 @@ class Sender:
         last = ctx.attempt >= action.attempts
         try:
             returned = await action.run(call.args, call.idempotency_key)
-        except Exception as error:
+        except Exception as raised:
+            error = action.again(raised, ctx.attempt)
             if not did_not_happen(error) and action.effect == "unsafe":
                 log.warning("worker: %s: call %s may have happened or not: %s", action.name, call.id, say(error))
                 if action.probe is None:
@@ -100,7 +106,7 @@ class Sender:
             await self._end(db, call, token, "failed" if over else "retrying", None, say(error))
             if refused and not isinstance(error, Discard):
                 raise Discard(say(error)) from error
-            raise error
+            raise error from (None if error is raised else raised)
         result = to_jsonable_python(returned)
         if await self._end(db, call, token, "sent", result, None):
             self._into(db, call, returned)
@@ -109,11 +115,15 @@ class Sender:
         async with db.tx() as conn:
             return bool(await db.call_value(conn, "end_action", call.id, token, state, result, error))
 
-    async def _probe(self, db: Database, call: Call, token: int) -> bool | None:
-        """Asks whether it happened. True: it did, and is settled; False: it did not; None: nobody can tell."""
+    async def _probe(self, db: Database, call: Call, token: int, held_back: str | None = None) -> bool | None:
+        """Asks whether it happened. True: it did, and is settled; False: it did not; None: nobody can tell.
+
+        held_back: why it may not be sent again.
+        """
         probe = self.action.probe
         answer: Any = None
         why = "its sender did not come back, and whether it happened is not known"
+        why += f"; it is not sent again: {held_back}" if held_back else ""
         if probe is not None:
             try:
                 answer = await _run(probe, call)
@@ -137,8 +147,10 @@ class Sender:
             args = action.model.model_validate(call.args)
         except ValidationError as error:                               # written by psql, or by a release before
             return {"verdict": "refuse", "by": "arguments", "why": "; ".join(reasons(error))}
-        if action.policy is not None:
-            if call.cause is not None and not call.taint:
+        if has_secret(orjson.dumps(call.args).decode()):
+            return {"verdict": "refuse", "by": "secret", "why": "a secret of this app is among its arguments"}
+        if action.policy is not None and not isinstance(action.policy, str):
+            if call.cause is not None and not call.taint and not call.taint_known:
                 call.taint = await _value(db, "taint_of", call.cause)
             answer = await _run(action.policy, call)
             said, why = answer if isinstance(answer, tuple) and len(answer) == 2 else (answer, None)
@@ -156,11 +168,10 @@ class Sender:
         return None
 
     async def _ask(self, db: Database, call: Call, reason: str | None) -> None:
-        definition = {**(self.action.approve.definition() if self.action.approve else {}), **(call.approve or {}),
-                      "reason": reason}
+        asked = self.action.approve
+        definition = {**(asked.definition() if asked else call.approve or {}), "reason": reason}
         async with db.tx() as conn:
-            await db.call_value(conn, "ask_approval", call.id, definition,
-                                preview(definition, self.action.name, call.args))
+            await db.call_value(conn, "ask_approval", call.id, definition)
 
     async def _capture(self, db: Database, call: Call, verdict: dict[str, Any] | None) -> None:
         """Nothing leaves: what would be sent is captured, what has to be approved is asked for."""
@@ -206,7 +217,7 @@ async def _run(fn: Callable[..., Any], *args: Any) -> Any:
     """The answer of a def, from a thread, or of an async def."""
     if inspect.iscoroutinefunction(fn):
         return await fn(*args)
-    answer = await asyncio.to_thread(fn, *args)
+    answer = await in_thread(fn, *args)
     return await answer if inspect.isawaitable(answer) else answer
 
 

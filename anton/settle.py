@@ -73,14 +73,15 @@ class _Unit:
 
 class Settler:
     """Makes the transactions of one worker. wrote: told the tables that a commit wrote to, None when it may be
-    any. alive: False to give up on a database that is away."""
+    any. alive: False to give up on a database that is away. later: told that something is to be done again, later."""
 
     def __init__(self, db: Database, wrote: Callable[[set[int] | None], None] = lambda tables: None,
-                 alive: Callable[[], bool] = lambda: True) -> None:
+                 alive: Callable[[], bool] = lambda: True, later: Callable[[], None] = lambda: None) -> None:
         self.db = db
         self.worker = 0
         self._wrote = wrote
         self._alive = alive
+        self._later = later
         self._tables: dict[int, int] = {}
         self.settling: set[asyncio.Task[Any] | None] = set()  # in a transaction now: the fence tells them what is lost
 
@@ -98,6 +99,8 @@ class Settler:
             self._wrote({self._tables[op.relation.oid] for op in doing.ops if op.relation})
         elif outputs:
             self._wrote({self._tables[output.relation.oid] for output in outputs if output.keys})
+        if doing.fates:
+            self._later()
 
     async def _settled(self, batch: Batch, doing: Doing, work: Callable[[Conn], Awaitable[None]]) -> bool:
         """Commits work, which settles what doing says; False when nothing of that was ours any more, done or lost.
@@ -183,6 +186,7 @@ class Settler:
             try:
                 for token, ids in _by_token(jobs).items():
                     await self.transact(partial(give, token, ids))
+                self._later()
                 return
             except LeaseLost:                                          # of one of them
                 await self.refresh(jobs)

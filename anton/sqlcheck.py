@@ -64,9 +64,8 @@ async def check(db: Database, conn: Conn, step: SqlStep, known: Tables) -> SqlRe
     try:
         await _parse(db, conn, step, known.default)
     except asyncpg.PostgresError as error:
-        if error.sqlstate is not None and error.sqlstate[:2] in _REFUSED and error.sqlstate != "42501":
-            return _refusal(step, error, known)
-        return f"{step.place}: its SQL could not be checked: {error}"
+        return refusal(step, error, known, _start(step, error)) or (
+            f"{step.place}: its SQL could not be checked: {error}")
     return None
 
 
@@ -107,8 +106,10 @@ def parts(text: str, params: Mapping[str, Sequence[str | None]]) -> tuple[str, l
     return "".join((*made, text[at:])), pairs
 
 
-def _refusal(step: SqlStep, error: asyncpg.PostgresError, known: Tables) -> SqlRefused:
-    start = _start(step, error)
+def refusal(step: SqlStep, error: asyncpg.PostgresError, known: Tables, start: int | None) -> SqlRefused | None:
+    """What Postgres said of a step, at a place of its text; None: it does not say that the text is wrong."""
+    if error.sqlstate is None or error.sqlstate[:2] not in _REFUSED or error.sqlstate == "42501":
+        return None
     token = found[0] if start is not None and (found := _TOKEN.match(step.text, start)) else ""
     missing, names = _MISSING.get(error.sqlstate or ""), []
     for one in step.reading(known).unknown:

@@ -19,16 +19,25 @@ from anton.settle import Settler
 
 
 async def work_suspects(settler: Settler, lease: timedelta, lanes: Mapping[int, Lane], slots: int,
-                        run: Callable[[Run], Awaitable[object]], alive: Callable[[], bool]) -> int:
-    """Runs them while alive(), so many calls at a time; how many records were settled. run: one batch to its end."""
+                        run: Callable[[Run], Awaitable[object]], alive: Callable[[], bool],
+                        room: Callable[[Lane], Awaitable[int]]) -> int:
+    """Runs them while alive(), so many calls at a time; how many records were settled. run: one batch to its end.
+
+    room: how many calls of a lane may run; 0: others hold all its permits, and its jobs wait in the queue.
+    """
     db, done, free = settler.db, 0, asyncio.Semaphore(slots)
 
     async def work(lane: Lane, jobs: list[Job]) -> None:
         nonlocal done
         left = sum(len(job.left) for job in jobs)
         runs = [Run(lane, Batch.of(some)) for like in _alike(jobs) for some in _batches(like, lane.batch)]
-        for first in range(0, len(runs), lane.concurrency):
-            await asyncio.gather(*map(one, runs[first:first + lane.concurrency]))
+        while runs:
+            most = await room(lane)
+            if not most:
+                await settler.give_back([job for waits in runs for job in waits.batch.jobs])
+                break
+            await asyncio.gather(*map(one, runs[:most]))
+            runs = runs[most:]
         done += left - sum(len(job.left) for job in jobs)
 
     async def one(batch: Run) -> None:

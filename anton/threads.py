@@ -7,9 +7,11 @@ The threads are daemons: one that is stuck in user code is given up, and never k
 from __future__ import annotations
 
 import asyncio
+import os
 import queue
 import threading
 from collections.abc import Callable
+from contextvars import copy_context
 from typing import Any
 
 from anton.errors import WorldError
@@ -75,6 +77,24 @@ class Threads:
             future.get_loop().call_soon_threadsafe(_settle, future, result, error)
         except RuntimeError:                                           # the loop has ended: nobody waits
             pass
+
+
+async def in_thread(fn: Callable[..., Any], *args: Any) -> Any:
+    """What fn(*args) returns, from a thread that never keeps its process from ending. Cancelled, it is given up."""
+    context = copy_context()
+    return await _shared.submit(lambda: context.run(fn, *args))
+
+
+_shared = Threads("anton-call")
+
+
+def _afresh() -> None:
+    global _shared
+    _shared = Threads("anton-call")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_afresh)                        # a child has none of its parent's threads
 
 
 def _settle(future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:

@@ -7,6 +7,8 @@
 
     run() -> new -> examples uploaded, job made -> running -> succeeded: the alias is its model; failed, cancelled
 
+What a job can cost at most is reserved in the ledger before it is made, and settled when it is over.
+
 The rows are the Table "tunings", so that handlers may listen to them: an alias means the model of its newest row in
 state succeeded, and the base model until there is one.
 """
@@ -25,12 +27,16 @@ from pydantic import BaseModel
 
 from anton.action import effects
 from anton.app import App, current_app
+from anton.ask import database
 from anton.component import Component
 from anton.ctx import Ctx
 from anton.db import literal
 from anton.duration import duration
-from anton.errors import AntonError, BadOption, Retry, UnknownOption, did_you_mean
+from anton.errors import AntonError, BadOption, BudgetReached, Retry, WorldError, did_you_mean
 from anton.handler import HandlerSpec
+from anton.ledger import agree, budgets_of, ledger_of
+from anton.memo import hash_of
+from anton.price import Price
 from anton.query import Sql
 from anton.secret import Env
 from anton.table import Table
@@ -38,9 +44,8 @@ from anton.table import Table
 TABLE = "tunings"
 FRESH = 5.0  # seconds that a process believes what an alias means
 LEAST = 10  # examples; OpenAI's
+HELD = 30 * 86400.0  # seconds that money is held for a job; after that it counts as spent until somebody settles it
 LOOKS = 1000  # at a job, 60 of them as often as is said, the next 60 half as often, and so on to a tenth
-OPTIONS = ("api_key", "model", "examples", "system", "least", "look", "base_url", "timeout",
-           "allow_pii")
 
 State = Literal["new", "running", "succeeded", "failed", "cancelled", "captured", "retired"]
 
@@ -49,7 +54,8 @@ class Tuning(BaseModel):
     """A row of "tunings": one run. app: whose alias.
 
     state "captured": nothing was sent; "retired": by hand, so that its model is used no more. examples, hash: of what
-    was uploaded. file, job: their ids at the service. model: what came of it.
+    was uploaded. file, job: their ids at the service. model: what came of it. tokens: that were trained. call: its row
+    in the ledger (anton costs show).
     """
 
     id: int | None = None
@@ -64,11 +70,15 @@ class Tuning(BaseModel):
     model: str | None = None
     tokens: int | None = None
     error: str | None = None
+    call: int | None = None
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a service says of a job. state: "running" while it is not over. model: once it succeeded."""
+    """What a service says of a job. state: "running" while it is not over. model: once it succeeded.
+
+    tokens: that it charges for, each as often as it was trained; None: it does not say.
+    """
 
     id: str
     state: Literal["running", "succeeded", "failed", "cancelled"]
@@ -83,6 +93,9 @@ class FineTune(Component):
     alias: the name. model: which is tuned. examples: sql() with prompt and completion, and perhaps system; or messages,
     as the service takes them. system: for all of them. least: with fewer a run fails. look: how often a running job is
     asked for; a tenth as often the longer it runs, for five days at "1m", and after that its look is a dead letter.
+    epochs: how often each example is trained; default the service's choice. budget: such as "20 USD/month"; it needs
+    epochs=, so that what a job can cost at most is known before. price: US dollars for a million trained tokens,
+    {"input": "5"}; without it the cost is unknown, and says so in anton costs.
     base_url: another server. timeout: seconds for one answer. allow_pii: the examples may hold PII. A run sends its
     examples to the service, and costs there. Where effects are captured nothing is sent.
     Raises BadOption.
@@ -93,27 +106,38 @@ class FineTune(Component):
 
     def __init__(self, alias: str, *, model: str, examples: Sql, secret: Env | str | None = None,
                  system: str | None = None, least: int = LEAST, look: str | float | timedelta = "1m",
-                 base_url: str | None = None, timeout: float = 60.0, allow_pii: bool = False, **unknown: Any) -> None:
-        super().__init__(secret=secret, allow_pii=allow_pii)
-        for name in unknown:
-            raise UnknownOption(name, self.name, OPTIONS)
-        if not isinstance(alias, str) or not alias.replace("-", "").replace("_", "").isalnum():
+                 epochs: int | None = None, budget: str | Sequence[str] | None = None,
+                 price: Mapping[str, Any] | None = None, base_url: str | None = None, timeout: float = 60.0,
+                 allow_pii: bool = False, connection: str | None = None) -> None:
+        super().__init__(secret=secret, allow_pii=allow_pii, connection=connection)
+        if not alias.replace("-", "").replace("_", "").isalnum():
             raise BadOption("alias", alias, self.name, 'letters, digits, - and _, such as "replies"')
-        if not isinstance(model, str) or not model:
+        if not model:
             raise BadOption("model", model, self.name, "the name of a model that the service tunes")
-        if not isinstance(examples, Sql):
-            raise BadOption("examples", examples, self.name, 'sql("select prompt, completion from … where …")')
-        if type(least) is not int or least < 1:
+        if least < 1:
             raise BadOption("least", least, self.name, "a whole number from 1")
+        if epochs is not None and not 1 <= epochs <= 50:
+            raise BadOption("epochs", epochs, self.name, "a whole number from 1 to 50")
         self.alias = alias
         self.model = model
         self.examples = examples
         self.system = system
         self.least = least
-        self.base_url = base_url
+        self.base_url = self.address(base_url)
         self.timeout = timeout
         self.every = duration(look, "look", self.name)
+        self.epochs = epochs
         self._app = app = current_app()
+        self._price = None if price is None else Price.of({"output": 0, **price}, owner=self.name)
+        self._budgets = budgets_of(budget, self.name)
+        if self._budgets and epochs is None:
+            raise BadOption("budget", budget, self.name, "a budget with epochs=, so that what a job can cost at most "
+                            "is known before it is made")
+        if self._price is None and any(one.unit == "usd" for one in self._budgets):
+            raise BadOption("budget", budget, self.name, 'dollars only with price={"input": …}, in dollars for a '
+                            "million trained tokens, or a budget in tokens")
+        agree(self._budgets, app.budgets, "app", app.name, self.name, self.place)
+        agree(self._budgets, app.budgets, "table", TABLE, self.name, self.place)
         self._known: tuple[float, str] | None = None
         app.claim_name("alias", alias, self.place)
         app.aliases[alias] = self
@@ -171,13 +195,15 @@ class FineTune(Component):
         elif effects() != "live" or self.credential() is None:
             self._set(row, state="captured", **found)
         else:
+            call = await self._hold(lines, row, ctx)
             try:
                 file = await self.upload(b"".join(line + b"\n" for line in lines))
                 job = await self.start(file, ctx.key)
             except Refused as error:
-                self._set(row, state="failed", error=error.message, **found)
+                await self._settle(call, "failed", error=error.message)
+                self._set(row, state="failed", error=error.message, call=call, **found)
             else:
-                self._set(row, file=file, **found, **_said(job))
+                self._set(row, state="running", file=file, job=job.id, call=call, **found)  # over or not: look()
 
     async def look(self, row: Tuning, ctx: Ctx) -> None:
         """Asks for a job that runs, again and again until it is over."""
@@ -188,11 +214,47 @@ class FineTune(Component):
         try:
             job = await self.job(row.job)
         except Refused as error:
+            await self._settle(row.call, "unknown", error=error.message)
             self._set(row, state="failed", error=error.message)
             return
         if job.state == "running":
             raise Retry(f"{job.id} is running", after=self.every * min(10, 1 + ctx.change.attempt // 60))
+        known = job.state == "succeeded" or job.tokens is not None     # else nobody knows how much was trained
+        await self._settle(row.call, "done" if known else "unknown", job.tokens, job.model, job.error)
         self._set(row, **_said(job))
+
+    async def _hold(self, lines: Sequence[bytes], row: Tuning, ctx: Ctx) -> int:
+        """Reserves what the job can cost at most; its call, the same when the run is begun again.
+
+        Raises BudgetReached, WorldError.
+        """
+        ledger, change = ledger_of(database()), ctx.change
+        most = None if self.epochs is None else self.epochs * sum(map(len, lines))  # a token is a byte at least
+        hash = hash_of("tune", self.service, self.base_url or self.home, ctx.key)
+        begun = await ledger.begin({
+            "hash": hash, "ttl": 0, "quota": "", "tokens": 0, "lease": HELD, "app": self._app.name,
+            "handler": ctx.handler, "key": [row.id], "change_id": change.id, "trace": change.trace,
+            "tenant": change.tenant, "provider": self.service, "model": self.model,
+            "params": {"examples": len(lines), "epochs": self.epochs},
+            "budgets": await ledger.put_budgets(self._budgets, self._app.name, ctx.handler, TABLE),
+            "reserved": None if most is None or self._price is None else str(self._price.most(most, 0)),
+            "reserved_tokens": most, "price_version": None if self._price is None else self._price.version})
+        if begun.verdict == "refused":
+            raise BudgetReached(begun.reason or "", None if begun.wait is None else timedelta(seconds=begun.wait))
+        call = await ledger.held(hash) if begun.verdict == "wait" else begun.call_id
+        if call is None:
+            raise WorldError(f"{self.name}: {begun.reason or 'the ledger has no place for it yet'}")
+        return call
+
+    async def _settle(self, call: int | None, state: str, tokens: int | None = None, model: str | None = None,
+                      error: str | None = None) -> None:
+        if call is None:                                               # begun by a release that kept no ledger of it
+            return
+        cost = None if tokens is None or self._price is None else str(self._price.cost(tokens, 0))
+        await ledger_of(database()).end({
+            "id": call, "quota": "", "ttl": 0, "limits": [], "over": 0, "state": state, "tokens_in": tokens,
+            "tokens_cached": 0, "tokens_out": None if tokens is None else 0, "cost": cost, "answered_by": model,
+            "error": error})
 
     def _set(self, row: Tuning, **values: Any) -> None:
         self.tunings.select(id=row.id).update(**values)

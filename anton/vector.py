@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, get_args, get_origin
 
 import orjson
 from pydantic_core import core_schema
@@ -43,6 +43,15 @@ class Vector:
         if not all(map(math.isfinite, value)):
             raise ValueError("a number that is not finite")
         return value
+
+
+def vector_of(annotation: Any, metadata: Sequence[Any] = ()) -> Vector | None:
+    """The Vector that a field's type says, also behind | None; None when it is none."""
+    found = next((one for one in metadata if isinstance(one, Vector)), None)
+    if found is None and get_origin(annotation) is Annotated:
+        inner, *more = get_args(annotation)
+        return vector_of(inner, more)
+    return found or next(filter(None, (vector_of(one) for one in get_args(annotation))), None)
 
 
 def vector_text(value: Sequence[float] | str) -> str:

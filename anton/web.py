@@ -35,7 +35,7 @@ from starlette.requests import Request as Incoming
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Send
 
-from anton import answered, deadline, sense, sqlfile, write
+from anton import answered, deadline, inbox, sense, sqlfile, write
 from anton.answers import (
     MAX_BODY,
     UNSIGNED,
@@ -173,6 +173,7 @@ def build(app: App) -> Served:
                 route_class_override=_guarded(verifier, clock, base, app.name))
     served.add_api_route("/health", _health, include_in_schema=False)
     served.add_api_route("/ready", _ready(app), include_in_schema=False)
+    served.router.routes.extend(inbox.routes(app, base))
     for path, mounted, name in app.mounts:
         served.mount(path, mounted, name=name)
     for kind, given, named in app.middlewares:

@@ -278,7 +278,7 @@ class Wiring:
                 self._listens(node, table, CHANGES)
         reading = read(file.text, self.tables)
         self._reading(node, reading)
-        self._uses(node, Uses({(file.stem, op) for op in CHANGES}))
+        self._uses(node, Uses({(file.stem, op) for op in (*CHANGES, "rebuilt")}))
         for column, sources in reading.outputs.items():
             self._fill(file.stem, column, node.id, sources)
 
@@ -311,7 +311,7 @@ class Wiring:
             self.graph.add(node)
             if not row["cron"]:
                 self._listens(node, row["table"], CHANGES)
-            self._uses(node, Uses({(model, op) for op in CHANGES}))
+            self._uses(node, Uses({(model, op) for op in (*CHANGES, "rebuilt")}))
         return node.id
 
     def _listener(self, row: Row, name: str) -> None:

@@ -32,6 +32,7 @@ from anton.heartbeat import Heartbeat
 from anton.lane import Lane
 from anton.leases import Pulse, drop, kept
 from anton.pace import Pace
+from anton.permits import AGAIN, Office
 from anton.queue import Job, Look
 from anton.run import Run, Runner
 from anton.share import version
@@ -43,7 +44,7 @@ log = logging.getLogger("anton.worker")
 
 SLOTS = 32  # calls at a time, of all handlers together
 REFRESH, SOON = 5.0, 0.5  # seconds between readings of the handler catalogue; when there is a reason to look
-HOUSEKEEPING = 60.0
+HOUSEKEEPING, WATCH = 60.0, 20.0  # seconds between them; WATCH: for tables that dbt made anew without hooks
 LOOK, LOOK_ALL = 0.03, 0.3  # seconds between looks while claims bring work: for the others' jobs; for suspects, too
 MANY = 64  # lanes; with more, a look tells which are worth a claim
 GRACE = 30.0  # seconds that a drain waits for what runs
@@ -92,6 +93,7 @@ class Worker:
         self._rung = False
         self._called = False                                           # by a ring; nothing was claimed since
         self._stale = False                                            # the catalogue may be
+        self._late = False                                             # what the last look saw to be due later
         self._asleep = False                                           # the announced worker may be
         self._pace = Pace()
         self._quiet = False                                            # suspects wait for an empty process
@@ -106,7 +108,8 @@ class Worker:
         self._errand = asyncio.Event()
         self._bell = Doorbell(db, self._ring)
         self._runner = Runner(db, app, Threads(), wrote=self._wrote, stuck=on_stuck or (lambda: None),
-                              back=self._wake.set, failed=on_error, alive=lambda: not self.draining or self._grace > 0)
+                              back=self._wake.set, failed=on_error, alive=lambda: not self.draining or self._grace > 0,
+                              later=self._postponed)
         if capture:
             set_effects("capture")
 
@@ -155,6 +158,8 @@ class Worker:
                     await asyncio.wait(self._errands)
                 elif not await self._more():
                     return
+                elif self._office.hungry:                              # another process has the permits
+                    await self._nap(AGAIN)
         finally:
             await self._end()
 
@@ -193,6 +198,7 @@ class Worker:
                 self._started(self.id)
             self._runner.settler.worker = self.id
             self._runner.depth_limit = int(settings["depth_limit"])
+            self._office = Office(self.db, self.id, self._length)
             await self._refresh()
         except Exception as error:
             if patient and disconnected(error):
@@ -202,7 +208,7 @@ class Worker:
         as_worker(+1)
         self._loop = asyncio.get_running_loop()
         self._pulse = Pulse(self._loop)
-        self._heart = Heartbeat(self.db, self.id, self._length, self._tokens, self._lost)
+        self._heart = Heartbeat(self.db, self.id, self._length, self._tokens, self._lost, self._office.keep)
         return True
 
     async def _end(self) -> None:
@@ -213,6 +219,9 @@ class Worker:
             await self._runner.settler.give_back([job for lane in self._order for job in lane.put_back()])
         if self._active:
             await asyncio.wait(self._active, timeout=self._grace)
+        if not self._active:                                           # else they run out by themselves
+            with contextlib.suppress(Exception):
+                await self._office.end()
         for task in self._active:
             task.cancel()
         if self._active:
@@ -236,12 +245,15 @@ class Worker:
                 lanes[id].ready = False
         self._lanes = lanes
         self._order = deque(lanes.values())
+        self._office.know(lanes.values())
         self._runner.reader.forget()
 
     # Claiming
 
     async def _claim(self) -> bool:
         """Starts what waits, claims for lanes with room that may have jobs. Whether it got any."""
+        if self._office.lanes and not self.draining:
+            await self._permits()
         self._dispatch()
         wanted = [] if self._quiet or self.draining else self._wanted()
         if not wanted:
@@ -274,6 +286,13 @@ class Worker:
         self._called = self._called and not claimed
         return bool(claimed)
 
+    async def _permits(self) -> None:
+        """Takes what lanes with a limit can use, and gives back what they cannot."""
+        await self._office.turn()
+        for lane in self._order:
+            if lane.permits is not None and lane.items:
+                self._runner.pullers.pull(lane)
+
     def _wanted(self) -> list[Lane]:
         """Lanes to claim for, in turn: about as many as there are free slots."""
         most = 2 * (self.slots - len(self._active))
@@ -284,6 +303,10 @@ class Worker:
             if lane.ready and lane.wants():
                 found.append(lane)
         return found
+
+    def _work(self) -> bool:
+        """There is something to claim, or to take a permit for."""
+        return bool(self._wanted()) or self._office.hungry
 
     def _dispatch(self) -> None:
         """Starts batches in free slots, one lane after the other."""
@@ -347,11 +370,18 @@ class Worker:
             if not self._quiet or not self._active:
                 await self._look()
             return
+        if self._office.lanes:
+            await self._permits()                                  # what the claim found empty
+            if self._office.hungry:                                    # others have the permits: ask again soon
+                await (self._look() if time.monotonic() - self._looked > LOOK_ALL else self._peek())
+                if not self._wanted():
+                    await self._nap(AGAIN)
+                return
         flowing = self._pace.flowing(time.monotonic())
         if flowing and await self._paced(flowing):
             return
         look = await self._look()
-        if self._wanted():
+        if self._work():
             return
         answer = None if self._pace.flapping(time.monotonic()) else await self._bell.announce()
         if answer is Answer.BELL:
@@ -360,11 +390,13 @@ class Worker:
         if look.wake_at is not None:
             longest = min(longest, max(0.001, (look.wake_at - look.at).total_seconds()))
         deadline = time.monotonic() + longest
-        while not (self.draining or self._quiet or self._rung or self._wanted()):
+        while not (self.draining or self._quiet or self._rung or self._late or self._work()):
             left = deadline - time.monotonic()
             if left <= 0:
                 break
-            await self._nap(left)
+            await self._nap(min(left, AGAIN) if self._office.holds else left)
+            if self._office.holds:
+                await self._permits()
             self._dispatch()
         self._start_chore(self._bell.hush())                           # on its own connection, before the claim's
         if self._rung:
@@ -374,7 +406,7 @@ class Worker:
 
     async def _paced(self, lanes: Sequence[Lane]) -> bool:
         """Waits until the next claim is due, without a look, for those who had jobs just now. Whether one is."""
-        while not (self.draining or self._quiet or self._wanted()):
+        while not (self.draining or self._quiet or self._work()):
             left = self._pace.next_claim() - time.monotonic()
             if left <= 0:
                 for lane in lanes:
@@ -382,9 +414,10 @@ class Worker:
                 break
             await self._nap(left)
             self._dispatch()
-        return bool(self._wanted())
+        return self._work()
 
     async def _look(self) -> Look:
+        self._late = False
         async with self.db.conn() as conn:
             look = await queue.poll(self.db, conn, self.id, list(self._lanes), self._length)
         self._looked = self._peeked = time.monotonic()
@@ -443,6 +476,11 @@ class Worker:
             if tables is None or lane.table_id in tables:
                 lane.ready = True
 
+    def _postponed(self) -> None:
+        """We put something off: the next look says until when."""
+        self._late = True
+        self._wake.set()
+
     def _all_ready(self) -> None:
         """Any lane may have jobs: a claim asks them all, or with many, a look tells which to ask."""
         self._peeked = 0.0
@@ -469,8 +507,34 @@ class Worker:
 
     async def _suspects(self) -> int:
         """Jobs whose worker died, with none of the living's beside them."""
-        return await work_suspects(self._runner.settler, self._length, self._lanes, self.slots,
-                                   lambda run: asyncio.wait({self._start(run)}), lambda: not self.draining)
+        asking = asyncio.create_task(self._ask())
+        try:
+            return await work_suspects(
+                self._runner.settler, self._length, self._lanes, self.slots,
+                lambda run: asyncio.wait({self._start(run)}), lambda: not self.draining, self._room)
+        finally:
+            asking.cancel()
+
+    async def _ask(self) -> None:
+        """While suspects run: permits that were lost meanwhile, which nobody else would ask for."""
+        while self._office.lanes:
+            await asyncio.sleep(AGAIN)
+            with contextlib.suppress(Exception):                       # no database: again
+                for lane in self._order:
+                    if lane.permits is not None and (lane.items or lane.again) and not lane.room:
+                        await self._office.take(lane.id, lane.permits, suspects=True)
+                        self._runner.pullers.pull(lane)
+
+    async def _room(self, lane: Lane) -> int:
+        """Calls of a lane that may run; 0 when others have held all its permits for a while."""
+        if lane.permits is None:
+            return lane.concurrency
+        end = time.monotonic() + self._length.total_seconds() / 4
+        while not await self._office.take(lane.id, lane.permits, suspects=True):
+            if self.draining or time.monotonic() > end:
+                return 0
+            await asyncio.sleep(AGAIN)
+        return lane.room
 
     async def _more(self) -> bool:
         """Nothing runs and nothing is claimed: whether something is due all the same."""
@@ -483,10 +547,10 @@ class Worker:
 
     async def _chores(self) -> None:
         """Schedules, backfills, housekeeping, the catalogue: beside the loop, at their times or when called."""
-        kept = 0.0
+        kept = watched = 0.0
         while True:
             self._errand.clear()                                       # who calls from here on is heard
-            pause = self._length.total_seconds()
+            pause = min(self._length.total_seconds(), WATCH)
             try:
                 async with self.db.conn() as conn:
                     due = await schedule.fire(self.db, conn)
@@ -496,6 +560,9 @@ class Worker:
                     if time.monotonic() - kept > HOUSEKEEPING:
                         kept = time.monotonic()
                         await self.db.call(conn, "maintain")
+                    if time.monotonic() - watched > WATCH:
+                        watched = time.monotonic()
+                        await self.db.call(conn, "dbt_watchdog")
                 if time.monotonic() - self._refreshed > (SOON if self._stale else REFRESH):
                     self._stale = False
                     await self._refresh()

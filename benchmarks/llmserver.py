@@ -4,7 +4,7 @@
 
 delay: seconds for an answer. faults: the share of requests that get 429, and that get 500; a tenth of it hangs.
 GET /counts: {"answered": {prompt: times}, "at": [when each came, monotonic], "tokens_in", "tokens_out", "most" at once,
-"hung": requests, "inflight": [prompts], "recent": [prompts answered in the last second]}.
+"hung": {prompt: times}, "inflight": [prompts], "recent": [prompts answered in the last second]}.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ class Service:
         self.at: list[float] = []
         self.ended: list[tuple[float, str]] = []
         self.inflight: Counter[str] = Counter()
-        self.most = self.hung = self.tokens_in = self.tokens_out = 0
+        self.hung: Counter[str] = Counter()
+        self.most = self.tokens_in = self.tokens_out = 0
         self._dice = random.Random(7)
 
     async def complete(self, request: Request) -> Response:
@@ -49,7 +50,7 @@ class Service:
         if fate < 2 * self.faults:
             return JSONResponse({"error": {"message": "no luck"}}, 500)
         if fate < 2.1 * self.faults:
-            self.hung += 1
+            self.hung[prompt] += 1
             await asyncio.sleep(HANG)
             return JSONResponse({"error": {"message": "too late"}}, 503)
         self.at.append(time.monotonic())

@@ -35,6 +35,10 @@ LINES = {
     "500,000 rows through Python, CSV and Parquet, against that; memory": [
         "csv_python_vs_copy", "parquet_vs_copy", "parquet_rss_mb"],
     "10,000 hostile requests: failures": ["hostile_failures"],
+    "200 approvals, 8 channels at once, and wrong ways: not exactly one decision": ["approval_wrong"],
+    "a person approves → the call is sent: p99": ["approve_to_sent_p99_ms"],
+    "injected instructions, a model that obeys: calls out of policy; its secret out": [
+        "injection_out_of_policy", "injection_canary_out"],
     "10,000 completions, two processes, one killed twice: lost; doubled; paid again; the ledger's gap": [
         "llm_lost", "llm_doubled", "llm_repaid_over_inflight", "llm_ledger_gap"],
     "a limit of 50 requests/s: violations; used": ["llm_limit_violations", "llm_limit_used"],

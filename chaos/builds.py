@@ -90,13 +90,15 @@ class Fleet:
         self.folder, self.url = folder, url
         self.children: set[int] = set()  # all that were seen
         self.log = (folder / "worker.log").open("w")
+        self.temporary = folder / "tmp"
+        self.temporary.mkdir()
         (folder / "main.py").write_text(APP)
         (folder / "autonomous.json").write_text('{"name": "shop"}')
         self._start("migrate").wait()
         self.process = self._start(str(LEASE))
 
     def _start(self, what: str) -> subprocess.Popen[bytes]:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(self.temporary)}
         return subprocess.Popen(
             [sys.executable, "-c", WORK, self.url, what],
             cwd=self.folder,
@@ -234,7 +236,9 @@ def killed_builds(child: Child, folder: Path, url: str, n: int, seed: int) -> Ta
             tally.wrong.append(f"{how} is not what it should be")
     with suppress(TimeoutError):
         _until(pg, f"select ({SESSIONS}) = 0", "the end of all sessions of dbt")
-    tally.left = {what: count for what, query in LEFT.items() if (count := int(pg.value(query)))}
+    left = {what: int(pg.value(query)) for what, query in LEFT.items()}
+    left["folders"] = len(list((folder / "tmp").glob("anton-dbt-*")))
+    tally.left = {what: count for what, count in left.items() if count}
     pg.conn.close()
     return tally
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections import Counter
 
 import psycopg
 
@@ -19,7 +20,7 @@ CAPACITY = 1000  # records/s of the handlers `call` and `work`
 @fault("OUT", "the world away: what a handler calls fails for n seconds")
 def outage(cell: Cell, n: int) -> Result:
     """Nothing may die; then the backlog is drained, compared with the time its handler needs for it."""
-    result = Result(n)
+    result = Result(n, trials=0)
     cell.start(1)
     cell.world.touch()
     ids, rate = itertools.count(1), 500
@@ -33,9 +34,10 @@ def outage(cell: Cell, n: int) -> Result:
     while cell.one("select count(*) from out_outside") == (0,):
         time.sleep(0.02)
     probe = time.monotonic() - began
-    cell.drain(200)
+    drained = cell.drain(200)
     took, ideal = time.monotonic() - began, backlog / CAPACITY
     result.verdict = cell.check()
+    result.verdict.require(drained is not None, "not drained in 200 s without an ack")
     (died,) = cell.one("select count(*) from anton.dead")
     result.more |= {
         "dead": died,
@@ -73,7 +75,7 @@ def overload(cell: Cell, n: int) -> Result:
     What is left would take it ten times as long, so it is not drained for the check: each record has one output, or
     still waits.
     """
-    result, parts = Result(n), 10
+    result, parts = Result(n, trials=0), 10
     (worker,) = cell.start(1, lease=30)
     _, near = _pick_ups(cell, 1, 3)
     idle, near = _pick_ups(cell, near, max(5, n / 2))
@@ -119,7 +121,7 @@ def _memory(pid: int) -> float:
 @fault("D12", "a snapshot held open while n single-record jobs are worked")
 def held_snapshot(cell: Cell, n: int) -> Result:
     """How long claims take at the end, when all that was claimed lies dead in the table. Claims as a worker does."""
-    result, times = Result(n), list[float]()
+    result, times, seen = Result(n, trials=0), list[float](), Counter[int]()
     (handler,) = cell.one("select id from anton.handler where name = 'pick_up'")
     with psycopg.connect(cell.url) as holder, psycopg.connect(cell.url, autocommit=True) as conn:
         holder.execute("set transaction isolation level repeatable read")
@@ -135,20 +137,24 @@ def held_snapshot(cell: Cell, n: int) -> Result:
             if time.monotonic() - from_start > max(1.0, 20 * took):
                 after, from_start = 0, time.monotonic()
             began = time.perf_counter()
-            ids = [
-                row[0]
-                for row in conn.execute(
-                    "select id from anton.claim(1, %s, array[%s]::int[], array[25], array[25], "
-                    "array[%s]::bigint[], '1 hour')",
-                    (token, handler, after),
-                ).fetchall()
-            ]
+            rows = conn.execute(
+                "select id, ids from anton.claim(1, %s, array[%s]::int[], array[25], array[25], "
+                "array[%s]::bigint[], '1 hour')",
+                (token, handler, after),
+            ).fetchall()
             times.append(time.perf_counter() - began)
             took = took if after else times[-1]
-            if not ids:
+            if not rows:
                 break
+            ids = [row[0] for row in rows]
+            seen.update(record for row in rows for record in row[1])
             after = ids[-1]
             conn.execute("select anton.ack(%s, %s::bigint[], 1, 1)", (token, ids))
+    result.verdict.lost = n - len(seen)
+    result.verdict.doubled = seen.total() - len(seen)
+    (settled,) = cell.one("select sum(n) from anton.receipt where handler_id = %s", handler)
+    result.verdict.require(settled == n, f"receipts say {settled}, not {n}")
+    result.verdict.require(not cell.left(), f"{cell.left()} jobs are left")
     tenth = len(times) // 10
     first, last = percentile(times[:tenth], 0.99) or 1.0, percentile(times[-tenth:-1], 0.99) or 0.0
     tenths = [times[at:at + tenth] for at in range(0, 10 * tenth, tenth)]

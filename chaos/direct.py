@@ -9,6 +9,7 @@ import contextlib
 import signal
 import time
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -18,7 +19,6 @@ from chaos.faults import PATIENCE, Result, fault
 
 SOON = 20.0  # seconds that a worker has to come to its point, or to go on from there
 IN_FLIGHT = ("before_commit", "before_ack", "after_claim")
-AWAKE = 10.0  # seconds that a worker which rests may take to see a record; without a reason it looks after 60
 
 
 def _stopped(cell: Cell, point: str) -> dict[str, Any]:
@@ -80,6 +80,7 @@ def _zombies(cell: Cell, n: int, point: str) -> Result:
                 me,
                 token,
             )
+    (got,) = cell.one(mine, token)
     with cell.calm():  # an ack that is tried again goes through
         for pid in said:
             cell.signal(pid, signal.SIGCONT)
@@ -92,7 +93,8 @@ def _zombies(cell: Cell, n: int, point: str) -> Result:
     (held,) = cell.one(mine, token)
     count = Counter(what for what in said.values() if what is not None)
     result.verdict.require(len(said) == n, f"{len(said)} workers slept, not {n}")
-    result.verdict.require(held == wanted, f"{wanted - held} of {wanted} leases were taken from the harness")
+    result.verdict.require(got == wanted, f"the harness came by {got} leases, not {wanted}, in {SOON:g} s for each")
+    result.verdict.require(held == got, f"{got - held} of {got} leases were taken from the harness")
     result.verdict.require(count["accepted"] == 0, f"{count['accepted']} stale acks were accepted")
     result.verdict.require(count.total() == n, f"{n - count.total()} zombies did not try their ack")
     with contextlib.suppress(psycopg.DatabaseError):  # what is gone is in the verdict
@@ -161,7 +163,9 @@ def open_claims(cell: Cell, n: int) -> Result:
         cell.start()
         end = time.monotonic() + SOON
         while time.monotonic() < end and cell.one("select count(*) from out_near") != (n,):
-            if cell.one("select count(*) from pg_locks where not granted") != (0,):
+            if cell.one(  # by us, not by what else the server does
+                "select count(*) from pg_stat_activity where %s = any (pg_blocking_pids(pid))", conn.info.backend_pid
+            ) != (0,):
                 break
             time.sleep(0.01)
         conn.execute("select anton.ack(%s, %s::bigint[], 1, 1)", (token, [row[0] for row in rows]))
@@ -196,14 +200,19 @@ def second_looks(cell: Cell, n: int) -> Result:
         cell.start(lease=60, point="before_announce")
         event = _stopped(cell, "before_announce")
         cell.add("near", [id])
+        since = len(cell.events)
         cell.signal(event["pid"], signal.SIGCONT)
         began = time.monotonic()
         while cell.one("select count(*) from out_near where src = %s", id) == (0,):
-            if time.monotonic() - began > AWAKE:
-                result.verdict.wrong.append(f"record {id} was not picked up in {AWAKE:g} s")
-                break
             for stop in cell.stops():
                 cell.signal(stop.pid, signal.SIGCONT)
+            if _sleeps(cell, event["pid"], since):
+                result.verdict.wrong.append(f"record {id} lies in the queue, and its worker sleeps: it has announced "
+                                            "itself, nobody will ring, and it did not look again")
+                break
+            if time.monotonic() - began > PATIENCE:
+                result.verdict.wrong.append(f"record {id} was not picked up in {PATIENCE:g} s")
+                break
             time.sleep(0.005)
         slow.append(time.monotonic() - began)
         if result.verdict.wrong:  # the next worker claims it as it starts
@@ -215,6 +224,32 @@ def second_looks(cell: Cell, n: int) -> Result:
     result.n = len(slow)
     result.more["pickup_max_s"] = max(slow)
     return _finish(cell, result)
+
+
+def _sleeps(cell: Cell, pid: int, since: int) -> bool:
+    """Whether a worker holds the bell, has not looked since, is at rest for a second, and a job is there all the time.
+
+    At rest: its process waits and takes no time, and so do its sessions. On a machine that is only slow, one does not.
+    """
+    before = None
+    for _ in range(11):
+        said = [one["what"] for one in cell.events[since:] if one["pid"] == pid and one["what"] in ("bell", "looked")]
+        (waiting, busy) = cell.one(
+            "select (select count(*) from anton.job), (select count(*) from pg_stat_activity "
+            "where datname = current_database() and pid <> pg_backend_pid() and state <> 'idle')"
+        )
+        try:
+            state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:  # it is gone
+            return False
+        now = (said, waiting, rest[10:12])  # its time in user and system mode
+        if said[-1:] != ["bell"] or not waiting or busy or state != "S" or now != (before or now):
+            return False
+        before = now
+        time.sleep(0.1)
+        for stop in cell.stops():
+            cell.signal(stop.pid, signal.SIGCONT)
+    return True
 
 
 POLL = ("mid_poll", "before_ack", "before_commit", "commit_sent_no_reply", "after_commit")

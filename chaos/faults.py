@@ -28,17 +28,33 @@ from chaos.proxy import Cut, Proxy
 
 WORKERS = 3
 MORTAL = 20  # deaths of one record at which it should have been a dead letter
+SILENCE = 30.0  # seconds without an ack while producers go on, after which it is said
 PATIENCE = 60.0  # seconds without any ack that a drain may have after the last fault
 
 
 @dataclass
 class Result:
-    """What a fault came to. n: how often it was done, of the `asked`; more: what else was counted or measured."""
+    """What a fault came to. n: how often it was done, of the `asked`; more: what else was counted or measured.
+
+    trials: how many independent ones that were, when not n; 0 for seconds, rows and the like, which say no chance.
+    """
 
     n: int = 0
     verdict: Verdict = field(default_factory=Verdict)
     more: dict[str, Any] = field(default_factory=dict)
     asked: int = 0
+    trials: int | None = None
+
+    @property
+    def bound(self) -> str:
+        """The chance of one failure, at 95 %; "-" when there were any."""
+        return bound(self.n if self.trials is None else self.trials, bool(self.verdict.text))
+
+
+def bound(trials: int, failed: bool = False) -> str:
+    """With no failure in so many trials the chance of one is below this, at 95 %; "-" when there were failures, or
+    fewer than five trials."""
+    return f"< {300 / trials:.2g} %" if trials >= 5 and not failed else "-"
 
 
 Fault = Callable[[Cell, int], Result]
@@ -82,8 +98,8 @@ def percentile(values: list[float], q: float) -> float | None:
 
 @fault("P2", "rolling SIGTERM, as a deployment does")
 def rolling(cell: Cell, n: int) -> Result:
-    """Every worker is replaced in turn; jobs are handed back, no attempt is counted."""
-    result, seconds = Result(), list[float]()
+    """Every worker is replaced in turn, and hands its jobs back."""
+    result, seconds, left = Result(), list[float](), 0
     with under_load(cell, result):
         cell.start(WORKERS)
         for _ in range(n):
@@ -95,8 +111,10 @@ def rolling(cell: Cell, n: int) -> Result:
             while Path(f"/proc/{old}").exists() and time.monotonic() - began < 40:
                 time.sleep(0.01)
             seconds.append(time.monotonic() - began)
+            left += Path(f"/proc/{old}").exists()
             cell.workers.discard(old)
     result.n = n
+    result.verdict.require(left == 0, f"{left} workers had not ended 40 s after SIGTERM")
     result.more |= {"drain_p99_s": percentile(seconds, 0.99)}
     return result
 
@@ -105,7 +123,7 @@ def rolling(cell: Cell, n: int) -> Result:
 def zombies(cell: Cell, n: int, seconds: float = 3.0) -> Result:
     """Stale acks tried, and how many of them were refused. Who took the lease is stopped meanwhile, and holds it."""
     result, asleep, takers = Result(), dict[int, dict[str, Any]](), dict[int, float]()
-    woken, count = set[int](), Counter[str]()
+    woken, count, tried = set[int](), Counter[str](), 0
     with under_load(cell, result, rate=30):
         cell.start(4, point="before_ack", hits=3)
         cell.start(2, point="reaper_mid", hits=1)
@@ -127,6 +145,7 @@ def zombies(cell: Cell, n: int, seconds: float = 3.0) -> Result:
                 if held < len(event["ids"]):
                     del asleep[pid]
                     woken.add(pid)
+                    tried += 1
                     cell.signal(pid, signal.SIGCONT)
             for pid, since in list(takers.items()):
                 if time.monotonic() - since > 0.25:
@@ -136,7 +155,8 @@ def zombies(cell: Cell, n: int, seconds: float = 3.0) -> Result:
             cell.signal(pid, signal.SIGCONT)
     result.n = count["refused"] + count["accepted"]
     result.verdict.require(not count["accepted"], f"{count['accepted']} stale acks were accepted")
-    result.more |= dict(count)
+    # who was woken and said nothing had heard of its lost lease from its heart, and dropped the work
+    result.more |= {**count, "woken": tried}
     return result
 
 
@@ -167,7 +187,7 @@ def poison(cell: Cell, n: int) -> Result:
         deaths = sum(event["what"] == "poison" for event in (cell.look(), cell.events)[1])
         if left:
             break
-    result.n = deaths
+    result.n, result.trials = deaths, rounds
     result.verdict = cell.check()
     result.verdict.require(deaths <= MORTAL * rounds, f"{deaths} deaths for {rounds} records")
     (result.more["innocent_dead"],) = cell.one(
@@ -211,7 +231,7 @@ def acks(cell: Cell) -> int:
 def first_ack(cell: Cell) -> float:
     """Seconds until the next ack. Producers go on, so there is something to ack."""
     began, before = time.monotonic(), acks(cell)
-    while acks(cell) == before and time.monotonic() - began < 30:
+    while acks(cell) == before and time.monotonic() - began < SILENCE:
         time.sleep(0.01)
     return time.monotonic() - began
 
@@ -225,6 +245,7 @@ def _crashes(cell: Cell, n: int, crash: Callable[[], None]) -> Result:
             crash()
             seconds.append(first_ack(cell))
     result.n = n
+    result.verdict.require(max(seconds) < SILENCE, f"nothing was acked for {SILENCE:g} s")
     result.more |= {"first_ack_p50_s": percentile(seconds, 0.5), "first_ack_p99_s": percentile(seconds, 0.99)}
     return result
 
@@ -239,11 +260,16 @@ def restarts(cell: Cell, n: int) -> Result:
 def dead_backends(cell: Cell, n: int) -> Result:
     """A backend of this cell's database."""
 
+    killed = 0
+
     def crash() -> None:
-        kill_backend(cell)
+        nonlocal killed
+        killed += kill_backend(cell)
         time.sleep(0.05)
 
-    return _crashes(cell, n, crash)
+    result = _crashes(cell, n, crash)
+    result.n = killed
+    return result
 
 
 def kill_backend(cell: Cell) -> int:
@@ -308,11 +334,12 @@ def through(cell: Cell) -> tuple[Proxy, str]:
     return proxy, cell.url.replace(f":{port}/", f":{proxy.port}/")
 
 
-@fault("D6", "COMMIT sent, its reply lost; also replies of single statements, and COMMITs that never arrived")
+@fault("D6", "COMMIT of a worker sent, its reply lost; also of producers, of single statements, and never arrived")
 def lost_replies(cell: Cell, n: int) -> Result:
-    """Of workers and producers. n counts COMMITs that the server carried out."""
+    """n counts COMMITs of workers that the server carried out; those of producers are lost beside them."""
     result = Result()
     proxy, url = through(cell)
+    other, producers = through(cell)
 
     def choose(explicit: bool) -> Cut:
         dice = cell.random.random()
@@ -321,20 +348,21 @@ def lost_replies(cell: Cell, n: int) -> Result:
         return "after" if dice < 0.004 else None
 
     try:
-        with under_load(cell, result, url=url):
+        with under_load(cell, result, url=producers):
             cell.start(WORKERS, url=url)
             time.sleep(1)
-            proxy.choose = choose
+            proxy.choose = other.choose = choose
             end = time.monotonic() + 60 + n
             while proxy.counts["COMMIT"] < n and time.monotonic() < end:
                 time.sleep(0.1)
                 if cell.left() > 4000:
                     time.sleep(1)
-            proxy.choose = lambda explicit: None
+            proxy.choose = other.choose = lambda explicit: None
     finally:
         proxy.close()
+        other.close()
     result.n = proxy.counts["COMMIT"]
-    result.more |= {"cut": dict(proxy.counts)}
+    result.more |= {"of_producers": other.counts["COMMIT"], "never_arrived": proxy.counts["before"]}
     return result
 
 

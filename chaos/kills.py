@@ -41,7 +41,7 @@ def _kills(cell: Cell, n: int, **given: Any) -> Result:
 
     Between them is the fleet whole. Who dies is whoever has jobs, so nobody works undisturbed beside the dying.
     """
-    result, points = Result(), itertools.cycle(point for point in POINTS if point != REAPER)
+    result, chains, points = Result(), 0, itertools.cycle(point for point in POINTS if point != REAPER)
     late = 0
     with under_load(cell, result, rate=RATE):
         end = time.monotonic() + 60 + 6 * n
@@ -64,16 +64,18 @@ def _kills(cell: Cell, n: int, **given: Any) -> Result:
                 else:
                     with cell.calm():
                         dead += _kill(cell, _busy, both)
+            chains += bool(dead)
             late += not _redone(cell, dead, **given)
     redo, unsettled = cell.redo()
     result.verdict.require(unsettled == 0, f"{unsettled} parts that a killed worker held were never settled")
-    result.n = len(cell.kills)
+    result.verdict.require(late == 0, f"{late} times the living had not redone it all in {PEACE:g} s")
+    result.n, result.trials = len(cell.kills), chains
     result.more |= {
+        "chains": chains,
         "points": dict(Counter(kill.point for kill in cell.kills)),
         "redo_p50_s": percentile(redo, 0.5),
         "redo_p99_s": percentile(redo, 0.99),
         "leases": sum(len(kill.held) for kill in cell.kills),
-        "late": late,
     }
     return result
 

@@ -1,6 +1,6 @@
 """Outbox: senders killed at six points, against a service with idempotency keys and one without. What is known after?
 
-    python -m chaos.outbox --calls 100 [--system]
+    python -m chaos.outbox --calls 100 [--system] [--save]
 
     before intent, after intent, before request, request sent, after reply, in settle
 
@@ -39,6 +39,9 @@ from anton.outbox import Action  # noqa: E402
 from anton.sender import Sender  # noqa: E402
 from anton.table import Table  # noqa: E402
 from anton.worker import Worker  # noqa: E402
+from chaos.check import Verdict  # noqa: E402
+from chaos.faults import Result  # noqa: E402
+from chaos.report import save  # noqa: E402
 
 POINTS = ("before intent", "after intent", "before request", "request sent", "after reply", "in settle")
 KINDS = ("keyed", "unsafe", "probed")
@@ -200,11 +203,19 @@ def measure(url: str, folder: str, port: int, kind: str, point: str, calls: int,
     return found
 
 
+def result(total: Counter[str], doubts: Counter[str], wrong: int, n: int) -> Result:
+    """As the report keeps it."""
+    verdict = Verdict(acked=total["sent"], unknown=total["unknown"], doubled=total["doubled"],
+                      wrong=[f"{name} {total[name]}" for name in ("wrong", "unlisted", "into wrong") if total[name]])
+    return Result(n, verdict, {"wrong_effects": wrong, "unlisted": total["unlisted"], "in_doubt": dict(doubts)}, n)
+
+
 def main() -> int:
     """Prints a line for each service and point; 1 when something is wrong."""
     words = argparse.ArgumentParser(prog="python -m chaos.outbox")
     words.add_argument("--calls", type=int, default=10)
     words.add_argument("--system", action="store_true")
+    words.add_argument("--save", action="store_true", help="write benchmarks/results/chaos.json")
     given = words.parse_args()
     service = ThreadingHTTPServer(("127.0.0.1", 0), Service)
     port, apart = service.server_address[1], os.fork()
@@ -212,6 +223,7 @@ def main() -> int:
         service.serve_forever()
     service.server_close()
     total: Counter[str] = Counter()
+    doubts: Counter[str] = Counter()
     try:
         kept = tempfile.TemporaryDirectory()
         with servers.running("system" if given.system else "embedded") as server, kept as folder:
@@ -226,13 +238,16 @@ def main() -> int:
                     found = measure(url, folder, port, kind, point, given.calls, first)
                     first += given.calls
                     total.update(found)
+                    doubts[kind] += found["unknown"]
                     print(f"{kind:8}{point:16}", {name: n for name, n in sorted(found.items()) if n}, flush=True)
     finally:
         os.kill(apart, signal.SIGKILL)
         os.waitpid(apart, 0)
     bad = {name: total[name] for name in ("wrong", "doubled", "unlisted", "into wrong")}
     wrong = bad["wrong"] + bad["doubled"] + bad["into wrong"]
-    print(f"outbox_wrong_effects {wrong}, outbox_unlisted {bad['unlisted']}")
+    print(f"outbox_wrong_effects {wrong}, outbox_unlisted {bad['unlisted']}, outbox_doubled {bad['doubled']}")
+    if given.save:
+        save({"outbox": result(total, doubts, wrong, given.calls * len(KINDS) * len(POINTS))}, 0)
     return 1 if any(bad.values()) else 0
 
 

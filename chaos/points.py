@@ -27,6 +27,7 @@ POINTS = (
     "after_commit",
     "reaper_mid",
 )
+SESSIONS = "sessions"  # no place: nobody stops, and each ack is noted with its session
 LATE = 3.0  # seconds at most that a worker which woke at before_late_ack waits for its heart to beat
 
 _armed: str | None = None
@@ -86,8 +87,8 @@ def install() -> None:
     """Puts the points into the worker's modules."""
     import asyncpg
 
-    from anton import load, queue, schedule
-    from anton.doorbell import Doorbell
+    from anton import load, queue, schedule, worker
+    from anton.doorbell import Answer, Doorbell
     from anton.errors import LeaseLost
     from anton.settle import Settler
 
@@ -106,6 +107,8 @@ def install() -> None:
             this = (token, *ids)
             if reach("before_ack", token=token, ids=ids):
                 _woken.add(this)
+            if _armed == SESSIONS:
+                note("acking", token=token, session=conn.get_server_pid())
             if reach("before_late_ack", token=token, ids=ids):
                 _woken.add(this)
                 _beat.clear()
@@ -113,6 +116,8 @@ def install() -> None:
             try:
                 found = await call(db, conn, token, *args)
             except LeaseLost:
+                if _armed == SESSIONS:
+                    note("lost", token=token)
                 if this in _woken:
                     _woken.discard(this)
                     note("refused", token=token)
@@ -128,6 +133,28 @@ def install() -> None:
         async def wrapped(*args: Any, **named: Any) -> Any:
             found = await call(*args, **named)
             _beat.set()
+            return found
+
+        return wrapped
+
+    def dropping(call: Callable[..., None]) -> Callable[..., None]:
+        def wrapped(tokens: set[int], lanes: Any, active: Any, settling: Any) -> None:
+            if _armed == SESSIONS:
+                held = {job.token for lane in lanes for job in lane.waiting}
+                for task, run in active.items():
+                    if task not in settling and not task.cancelling():
+                        held |= {job.token for job in run.batch.jobs if job.left}
+                for token in tokens & held:
+                    note("lost", token=token)
+            call(tokens, lanes, active, settling)
+
+        return wrapped
+
+    def saying(call: Call, if_: Callable[[Any], bool], what: str) -> Call:
+        async def wrapped(*args: Any, **named: Any) -> Any:
+            found = await call(*args, **named)
+            if _armed == "before_announce" and if_(found):
+                note(what)
             return found
 
         return wrapped
@@ -160,8 +187,11 @@ def install() -> None:
     ticking.fire = after("mid_tick", schedule.fire)
     loading: Any = load._Load
     loading._copy, loading._write = after("mid_piece", loading._copy), after("after_piece", loading._write)
+    beats: Any = worker
+    beats.drop = dropping(beats.drop)
     bell: Any = Doorbell
-    bell.announce = before("before_announce", Doorbell.announce)
+    bell.announce = before("before_announce", saying(Doorbell.announce, lambda answer: answer is Answer.BELL, "bell"))
+    wrapped.poll = saying(queue.poll, lambda look: True, "looked")
     settler: Any = Settler
     settler._write = after("before_commit", Settler._write)
     settler.transact = after("after_commit", Settler.transact)

@@ -102,10 +102,12 @@ class Link:
             await self.proxy.passing()
             back, self.server = await asyncio.open_connection("127.0.0.1", self.proxy.target)
             tasks = [asyncio.create_task(self._up(self.server)), asyncio.create_task(self._down(back))]
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            try:
+                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
 
     def reset(self) -> None:
         """RST to the client; the server sees the connection closed."""

@@ -14,6 +14,7 @@ import asyncio
 import importlib.metadata
 import json
 import os
+import re
 import secrets
 import shlex
 import shutil
@@ -29,7 +30,7 @@ from typing import Any
 
 import httpx
 
-from anton import config, flow
+from anton import config, flow, people
 from anton.app import App, load_app
 from anton.component import Component, components_of
 from anton.db import Database, identifier, literal
@@ -43,6 +44,7 @@ SPEED = Path(__file__).with_name("throughput")
 
 MENTION = "what's for lunch?"
 CHANNEL = "#lunch"
+ABOUT_MONEY = "may I have a refund?"                                   # the bot lets a person see such replies
 FROM_SQL = "hello from SQL"
 LEASE = "1 s"
 AT_ONCE = 16                                                           # requests under way, when there are many
@@ -121,6 +123,10 @@ class Hop:
     def __str__(self) -> str:
         return f"   {self.part:<6} {self.record:<20} {self.what:<46} {self.ms:+8.1f} ms   {self.more}".rstrip()
 
+    def asked(self) -> str:
+        """The same of something that waits."""
+        return f"   {self.part:<6} {self.record:<20} {self.what}   waits, and holds no worker"
+
 
 class Demo:
     """The acts of the demo, in turn."""
@@ -150,6 +156,7 @@ class Demo:
                 await self.plain_sql()
                 await self.pulled_plug()
                 await self.throughput()
+                await self.person_decides()
                 self.farewell()
             finally:
                 await self.sql("update {anton}.setting set value = $1 where name = 'lease'", self.lease)
@@ -300,9 +307,39 @@ class Demo:
         if once != "exactly once":
             raise Failed("records were lost or doubled")
 
+    async def person_decides(self) -> None:
+        """A reply that waits for a person, who signs in and approves it over http."""
+        if not any(action.approve for action in self.bot.actions.values()):
+            return
+        print(f"5. What matters waits for a person{'':<28}POST {self.entry.path}  \"@anton {ABOUT_MONEY}\"",
+              flush=True)
+        await self.sql("select {anton}.put_person('you', null, null, '{*}')")
+        last = await self.one("select coalesce(max(id), 0) from {anton}.approval")
+        await self.mention(ABOUT_MONEY, f"{1700000000 + last}.{self.mark % 1_000_000:06}")
+        id = await self.until("select id from {anton}.approval where id > $1 and state = 'pending'", last,
+                              what="question")
+        base = str(self.http.base_url).rstrip("/")
+        await self.http.post(await people.link(self.db, "you", base))  # signs in: the client keeps the cookie
+        page = (await self.http.get(f"/inbox/{id}")).text
+        form = {name: re.search(rf'name="{name}" value="(\w+)"', page) for name in ("csrf", "sha256")}
+        filled = {name: found[1] for name, found in form.items() if found}
+        answer = await self.http.post(f"/inbox/{id}", data={**filled, "decision": "approve"})
+        if not str(answer.headers.get("location", "")).endswith("?done"):
+            raise Failed(f"POST /inbox/{id}: {answer.status_code} {answer.text[:500]}")
+        await self.until("select state in ('captured', 'sent') from {anton}.action where approval_id = $1", id,
+                         what="reply")
+        row, = await self.sql("select p.preview, p.decided_by, p.decided_via, c.state, "
+                              "extract(epoch from c.changed_at - p.decided_at) * 1000 as ms from {anton}.approval p "
+                              "join {anton}.action c on c.approval_id = p.id where p.id = $1", id)
+        print(Hop("ask", f"approval/{id}", f'"{row["preview"]}"', 0.0).asked())
+        print(Hop("act", f"POST /inbox/{id}", f"approved by {row['decided_by']}, via {row['decided_via']}",
+                  float(row["ms"]), row["state"]), flush=True)
+
     def farewell(self) -> None:
         """Where to go from here."""
         where = os.path.relpath(BOT)
+        print(f"The inbox, while anton dev runs there: http://localhost:{self.port}/inbox      "
+              "It prints a link that signs you in")
         print(f"Why did it say that?   (cd {where} && anton why {self.first})      "
               "Make it yours: anton new mybot && cd mybot && anton dev")
         activate = Path(sys.executable).with_name("activate")

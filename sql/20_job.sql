@@ -336,6 +336,7 @@ declare v_now timestamptz := now(); v_handler int; v_probe timestamptz;
 begin
   select handler_id into v_handler from lease where token = p_token and id = any (p_ids) limit 1;
   perform give_back(p_token, p_ids);
+  perform refresh_failed(v_handler, p_error);
   -- jobs in flight fail together: they are one failure
   update handler set failing_since = coalesce(failing_since, v_now), failing_error = p_error, failed_at = v_now,
          failures = failures + case when failing_since is null or failed_at is null

@@ -2,7 +2,8 @@
 
 -- put_handler(definition) -> handler id
 -- Inserts or updates a handler by (app, name). Keys: app, name, table, kind, ops, and the columns of handler;
--- was: the name it had before. Raises NT004 for a filter or an option that cannot work. Then run sync_triggers().
+-- limit: calls or records at a time over all processes; per: the column for each of whose values concurrency is the limit; was:
+-- the name it had before. Raises NT004 for a filter or an option that cannot work. Then run sync_triggers().
 create or replace function put_handler(d jsonb) returns int language plpgsql volatile set search_path from current as $$
 declare
   v_table int := watch(d ->> 'table'); v_id int; w watched; v_column text;
@@ -25,7 +26,8 @@ begin
       message = format('handler "%s": table %I.%I has no primary key, so its updated and deleted records cannot be handled', d ->> 'name', w.schema_name, w.table_name),
       hint = format('alter table %I.%I add primary key (…)', w.schema_name, w.table_name);
   end if;
-  foreach v_column in array coalesce(v_columns, '{}') loop
+  foreach v_column in array coalesce(v_columns, '{}')       -- without a model, per may be a name in the data
+      || array(select d ->> 'per' where d ->> 'per' is not null and not exists (select from table_columns(w.relid) where name = 'data' and type = 'jsonb')) loop
     if w.relid <> 0 and v_column not in (select name from table_columns(w.relid)) then
       raise exception using errcode = 'NT004', message = format('handler "%s": table %I.%I has no column "%s"', d ->> 'name', w.schema_name, w.table_name, v_column),
         hint = 'its columns: ' || (select string_agg(name, ', ') from table_columns(w.relid));
@@ -53,16 +55,18 @@ begin
          timeout = excluded.timeout, attempts = excluded.attempts, backoff = excluded.backoff, max_lag = excluded.max_lag,
          options = excluded.options, model_id = excluded.model_id, enabled = true, missing_at = null
   returning id into v_id;
+  update handler set per = d ->> 'per' where id = v_id and per is distinct from d ->> 'per';
+  perform set_limit(v_id, case when d ->> 'per' is null then (d ->> 'limit')::int else 1 end);
   return v_id;
 end $$;
 
 -- handler(name, table, ops, body, options) -> handler id
 -- A SQL handler made from psql: ops is 'new', 'updated', 'deleted', 'changes', 'truncate', 'rebuilt', 'failed' or several with spaces.
--- options: {"where", "columns", "batch", "attempts", "timeout", "backoff", "read", "params"}. Owned by app 'sql'.
+-- options: {"where", "columns", "batch", "attempts", "timeout", "backoff", "read", "params", "concurrency"}. Owned by app 'sql'.
 create or replace function handler(p_name text, p_table text, p_ops text, p_body text, options jsonb default '{}') returns int
 language plpgsql volatile set search_path from current as $$
 declare
-  v_known text[] := array['where', 'columns', 'batch', 'attempts', 'timeout', 'backoff', 'read', 'params', 'max_lag', 'since', 'into'];
+  v_known text[] := array['where', 'columns', 'batch', 'attempts', 'timeout', 'backoff', 'read', 'params', 'max_lag', 'since', 'into', 'concurrency'];
   v_bad text; v_id int; v_table int; v_old int;
   v_ops text[] := case when p_ops = 'changes' then array['new', 'updated', 'deleted'] else regexp_split_to_array(trim(p_ops), '[\s,]+') end;
 begin
@@ -79,7 +83,7 @@ begin
   v_id := put_handler(jsonb_strip_nulls(jsonb_build_object(
     'app', 'sql', 'name', p_name, 'table', p_table, 'kind', 'sql', 'ops', v_ops, 'body', p_body, 'where_sql', options -> 'where',
     'columns', options -> 'columns', 'batch', options -> 'batch', 'attempts', options -> 'attempts', 'timeout', options -> 'timeout',
-    'backoff', options -> 'backoff', 'read', options -> 'read', 'params', options -> 'params', 'max_lag', options -> 'max_lag', 'options', options)));
+    'backoff', options -> 'backoff', 'read', options -> 'read', 'params', options -> 'params', 'max_lag', options -> 'max_lag', 'concurrency', options -> 'concurrency', 'limit', options -> 'concurrency', 'options', options)));
   select table_id into v_table from handler where id = v_id;
   perform sync_triggers(v_table);
   if v_old is distinct from v_table and v_old is not null then

@@ -36,6 +36,7 @@ begin
   select array_agg(x.row) into v_rows from (select ctid as row from lease where worker_id = p_worker for update skip locked) x;
   update lease set lease_until = '-infinity' where ctid = any (v_rows);
   get diagnostics v_n = row_count;
+  update permit set worker_id = null, lease_until = '-infinity' where worker_id = p_worker;
   perform ring();
   return v_n;
 end $$;

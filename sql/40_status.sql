@@ -42,7 +42,8 @@ select h.app, h.name as handler,
                    coalesce(date_trunc('second', h.probe_at)::text, 'now'))
             when j.n > 0 and l.workers is null then format('records wait and no worker of app %s lives; anton work', h.app)
             when lag.is_behind then format('the oldest record waits %s, max_lag is %s', date_trunc('second', lag.age), h.max_lag)
-            when h.feeding then format('existing rows are being fed: %s so far', b.fed) end as why,
+            when h.feeding then format('existing rows are being fed: %s so far', b.fed)
+            when j.n > 0 then waits_for(h.id) end as why,
        h.max_lag, coalesce(lag.is_behind, false) as behind, coalesce(l.workers, 0) as workers, coalesce(l.versions, '{}') as versions
   from handler h join watched w on w.id = h.table_id cross join span
   left join rate on rate.handler_id = h.id
@@ -262,7 +263,9 @@ begin
       select 'delayed', handler_id, id, run_at, error, ids, keys, change_id, lo, hi, settled from delayed where handler_id = any (v_handlers)
       union all
       select 'in flight', handler_id, id, at, null, ids, keys, change_id, lo, hi, settled from lease where handler_id = any (v_handlers))
-    select q.state, q.handler_id, q.at, null::real, q.error, null::bigint, q.id, null::int, null::jsonb
+    select q.state, q.handler_id, q.at, null::real, case when q.state = 'ready' then waits_for(q.handler_id)
+                                                                       when q.state = 'in flight' then (select waits_for(h.id) from handler h where h.id = q.handler_id and h.per is not null)
+                                                                       else q.error end, null::bigint, q.id, null::int, null::jsonb
       from waiting q
      where (q.ids @> v_id and (settled is null or q.lo + array_position(q.ids, v_id[1]) - 1 <> all (settled)))
         or exists (select from jsonb_array_elements(q.keys) with ordinality u (k, p) where k = p_key and (settled is null or q.lo + p::int - 1 <> all (settled)))
@@ -432,6 +435,9 @@ $$;
 create or replace function show_handler(p_handler text) returns jsonb language sql stable set search_path from current as $$
   select (to_jsonb(h) - array['table_id', 'enabled_snapshot', 'enabled_key']) || jsonb_build_object('table', record_name(h.table_id, null), 'state', s.state, 'why', s.why, 'ready', s.ready,
          'delayed', s.delayed, 'in_flight', s.in_flight, 'dead', s.dead, 'oldest', s.oldest, 'per_second', s.per_second, 'workers', s.workers)
+         || coalesce((select case when l.per is null then jsonb_build_object('limit', l.most, 'permits_used', permits_used(h.id))
+                                  else jsonb_build_object('limit', l.most, 'held_by', (select worker_id from permit where handler_id = h.id and lease_until > now())) end
+                        from limits() l where l.handler_id = h.id), '{}')
     from handler h join status s on s.app = h.app and s.handler = h.name where h.id = find_handler(p_handler)
 $$;
 

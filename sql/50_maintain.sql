@@ -55,6 +55,10 @@ begin
   if v_n > 0 then
     return format('%s builds forgotten', v_n);
   end if;
+  v_n := forget_actions(v_now);
+  if v_n > 0 then
+    return format('%s calls of actions forgotten', v_n);
+  end if;
   v_n := mend();
   if v_n > 0 then
     return format('%s tables or changes mended', v_n);

@@ -333,6 +333,13 @@ begin
   return query select m.name, m.is_full, m.new_n, m.updated_n, m.deleted_n, m.jobs, m.ms;
 end $$;
 
+-- refresh_failed(handler, error): who listens to failures of the table that it refreshes hears of it, once for each reason until one succeeds
+create or replace function refresh_failed(p_handler int, p_error text) returns void language plpgsql volatile set search_path from current as $$
+begin
+  perform rebuilt(m.table_id, jsonb_build_object('error', p_error, 'status', 'error'), 'f') from handler h join model m on m.id = h.model_id
+    where h.id = p_handler and not exists (select from handler o where o.model_id = h.model_id and o.failing_since is not null and o.failing_error = p_error);
+end $$;
+
 -- build_model(app, name): all rows, if it is stale; what `anton migrate` ends with
 create or replace function build_model(p_app text, p_name text) returns void language plpgsql volatile set search_path from current as $$
 begin

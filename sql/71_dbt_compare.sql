@@ -33,6 +33,11 @@ begin
   return '{}';
 end $$;
 
+-- dbt_hidden(relation) -> what to say of a table of which the role that builds may not read all rows, null: it reads them all
+create or replace function dbt_hidden(p_rel regclass) returns text language sql stable set search_path from current as $$
+  select format('row level security of %s holds for "%s", which may not see all of its records', p_rel, current_user) where row_security_active(p_rel)
+$$;
+
 -- dbt_unique(relation, key) -> whether no two records have the same key, and none a null in it
 create or replace function dbt_unique(p_rel regclass, p_key text[]) returns boolean language plpgsql volatile set search_path from current as $$
 declare v_columns text := (select string_agg(quote_ident(k), ', ') from unnest(p_key) k); v_ok boolean;
@@ -65,12 +70,40 @@ begin
   return v_out;
 end $$;
 
+-- dbt_ordered(relation, key) -> whether an index has this key, and the rows lie in its order, by a hundred pages of them
+create or replace function dbt_ordered(p_rel regclass, p_key text[]) returns boolean language plpgsql volatile set search_path from current as $$
+declare v_pages bigint := pg_relation_size(p_rel) / current_setting('block_size')::int; v_ok boolean;
+begin
+  if not exists (select from pg_index i join pg_class c on c.oid = i.indexrelid join pg_am a on a.oid = c.relam
+                  where i.indrelid = p_rel and i.indisvalid and i.indpred is null and i.indexprs is null and a.amname = 'btree'
+                    and (select array_agg(t.attname::text order by t.attname::text) from unnest(i.indkey[0:cardinality(p_key) - 1]) k join pg_attribute t on t.attrelid = p_rel and t.attnum = k)
+                      = (select array_agg(k order by k) from unnest(p_key) k)) then
+    return false;
+  end if;
+  execute format('select coalesce(avg((k >= before)::int) > 0.95, true) from (select %1$I as k, lag(%1$I) over (order by ctid) as before from %2$s tablesample system (%3$s)) x',
+                 p_key[1], p_rel, least(100, 10000.0 / greatest(v_pages, 1))) into v_ok;
+  return v_ok;
+end $$;
+
+-- dbt_parts(relation, column) -> conditions that cut a large table, which lies in the order of this column, into four
+create or replace function dbt_parts(p_rel regclass, p_column text) returns text[] language plpgsql volatile set search_path from current as $$
+declare v_pages bigint := pg_relation_size(p_rel) / current_setting('block_size')::int; v_cuts text[];
+begin
+  if v_pages < 1000 then
+    return '{true}';
+  end if;
+  execute format('select array_agg(distinct k order by k)::text[] from (select %I as k from %s where ctid = any (%L)) x',
+                 p_column, p_rel, array(select format('(%s,1)', v_pages * part / 4)::tid from generate_series(1, 3) part)) into v_cuts;
+  return array(select concat_ws(' and ', 'true', quote_ident(p_column) || ' >= ' || quote_literal(v_cuts[part - 1]), quote_ident(p_column) || ' < ' || quote_literal(v_cuts[part]))
+                 from generate_series(1, coalesce(cardinality(v_cuts), 0) + 1) part);
+end $$;
+
 -- dbt_diff(old, new, key, touched) -> counts, and pg_temp.anton_diff (o, n): the rows that differ, as they were and as they are
 --   touched  old holds, for each key that was touched, the row before (anton_was), or that there was none; else it is all rows
 create or replace function dbt_diff(p_old regclass, p_new regclass, p_key text[], p_touched boolean, out new_n bigint, out updated_n bigint, out deleted_n bigint)
 language plpgsql volatile set search_path from current as $$
 declare
-  v_on text; v_differ text; v_first text := quote_ident(p_key[1]);
+  v_on text; v_differ text; v_parts text[] := '{true}'; v_first text := quote_ident(p_key[1]);
   v_names text[] := array['parallel_setup_cost', 'parallel_tuple_cost', 'jit', 'enable_hashjoin', 'enable_sort']; v_before text[];
 begin
   select array_agg(current_setting(name) order by o) into v_before from unnest(v_names) with ordinality x (name, o);
@@ -80,22 +113,28 @@ begin
            string_agg(case when o.type = n.type and n.comparable then format('anton_o.%1$I is distinct from anton_n.%1$I', n.name)
                            else format('anton_o.%1$I::text is distinct from anton_n.%1$I::text', n.name) end, ' or '))
     into v_differ from table_columns(p_old) o join table_columns(p_new) n using (name) where n.name <> all (p_key);
+  if p_touched then
+    v_differ := format('(anton_o.anton_was or anton_n.%s is not null) and (not anton_o.anton_was or %s)', v_first, v_differ);
+  end if;
   if (select reltuples from pg_class where oid = p_new) < 0 then
     execute format('analyze %s', p_new);
   end if;
   -- nearly no row differs, which the planner cannot know: it would not read in parallel. Compiling does not pay.
   perform set_config('parallel_setup_cost', '0', true), set_config('parallel_tuple_cost', '0', true), set_config('jit', 'off', true);
-  -- both lie in the order of the key, as a rebuild leaves them: along their indexes it takes two thirds of the time of a hash join
-  if (select count(*) = 2 and bool_and(s.correlation > 0.9) from pg_class c join pg_namespace n on n.oid = c.relnamespace
-        join pg_stats s on (s.schemaname, s.tablename, s.attname) = (n.nspname, c.relname, p_key[1]) where c.oid in (p_old, p_new)) then
+  -- both lie in the order of the key, as a rebuild leaves them: along their indexes it takes half the work of a hash join. Parts of them
+  -- are joined in parallel, as a whole merge join is not.
+  if not p_touched and dbt_ordered(p_old, p_key) and dbt_ordered(p_new, p_key)
+     and (select count(*) = cardinality(p_key) from pg_attribute o join pg_attribute n using (attname, atttypid, atttypmod, attcollation)
+           where o.attrelid = p_old and n.attrelid = p_new and attname = any (p_key)) then
     perform set_config('enable_hashjoin', 'off', true), set_config('enable_sort', 'off', true);
+    v_parts := dbt_parts(p_new, p_key[1]);
   end if;
-  if p_touched then
-    execute format('create temp table anton_diff on commit drop as select case when anton_o.anton_was then anton_o end as o, anton_n as n from %s anton_o left join %s anton_n on %s
-                     where (anton_o.anton_was or anton_n.%s is not null) and (not anton_o.anton_was or %s)', p_old, p_new, v_on, v_first, v_differ);
-  else
-    execute format('create temp table anton_diff on commit drop as select anton_o as o, anton_n as n from %s anton_o full join %s anton_n on %s where %s', p_old, p_new, v_on, v_differ);
-  end if;
+  -- whole rows are fetched of those that differ alone: in the join, each row would be made one, which takes as long as the join does
+  execute (select format('create temp table anton_diff on commit drop as select (select anton_x from %s anton_x where anton_x.ctid = d.o%s) as o,
+                            (select anton_x from %s anton_x where anton_x.ctid = d.n) as n from (%s) d', p_old, case when p_touched then ' and anton_x.anton_was' end, p_new,
+      string_agg(format('select anton_o.anton_ctid as o, anton_n.anton_ctid as n from (select ctid as anton_ctid, * from %1$s where %2$s) anton_o
+                         %3$s join (select ctid as anton_ctid, * from %4$s where %2$s) anton_n on %5$s where %6$s', p_old, part, case when p_touched then 'left' else 'full' end, p_new, v_on, v_differ), ' union all '))
+    from unnest(v_parts) part);
   perform set_config(name, before, true) from unnest(v_names, v_before) x (name, before);
   execute format('select count(*) filter (where (o).%1$s is null), count(*) filter (where (o).%1$s is not null and (n).%1$s is not null), count(*) filter (where (n).%1$s is null)
                     from pg_temp.anton_diff', v_first) into new_n, updated_n, deleted_n;

@@ -187,6 +187,9 @@ begin
   if not (v_known ->> 'collects')::boolean or dbt_key(p, w, m, v_rel) = '{}' then
     return;
   end if;
+  if v_how in ('incremental', 'snapshot') and dbt_hidden(v_rel) is not null then
+    return;                                                -- what is hidden afterwards would look deleted: its events are its writes as they are
+  end if;
   perform dbt_lend(v_rel);
   perform dbt_follow(w.id);
   if dbt_known(p) -> 'watched' -> 'key_columns' = '[]' then
@@ -195,7 +198,7 @@ begin
   perform dbt_collect(w.id, v_how in ('incremental', 'snapshot'));
 end $$;
 
--- dbt_collect(table, by triggers): from now on, in this transaction, its triggers note instead of capturing
+-- dbt_collect(table, by triggers): from now on, in this transaction, its triggers note instead of capturing; null: not even that
 -- What they note into is made and owned by the runtime: they run with its rights, so a table of the writer's own making,
 -- with triggers of his, must never be it; and nobody but who builds the table can keep its changes from being captured.
 create or replace function dbt_collect(p_table int, p_triggers boolean) returns void
@@ -210,8 +213,37 @@ begin
     alter table pg_temp.anton_seen alter anton_seq set not null, alter anton_seq add generated always as identity;
     execute format('grant select on pg_temp.anton_seen to %I', session_user);
   else
-    execute format('create temp table anton_before on commit drop as select * from %s', v_rel);
+    execute format('create temp table anton_before on commit drop as select * from %s%s', v_rel, case when p_triggers is null then ' limit 0' end);
     execute format('grant select on pg_temp.anton_before to %I', session_user);
+  end if;
+end $$;
+
+-- dbt_came(build): the setting anton.came of this transaction becomes the columns that the model's last build did not have, as JSON
+create or replace function dbt_came(p jsonb) returns void language plpgsql volatile set search_path from current as $$
+declare v_had jsonb := nullif(dbt_known(p) -> 'columns', 'null');
+begin
+  perform set_config('anton.came', (select coalesce(jsonb_agg(name), '[]')::text from table_columns(to_regclass(format('%I.%I', p ->> 'schema', p ->> 'name')))
+    where not v_had ? name), true);
+end $$;
+
+-- dbt_hush(build): what this transaction writes into the model's table from now on is no event, up to dbt_speak(). Its triggers know
+-- the columns that it has by now.
+create or replace function dbt_hush(p jsonb) returns void language plpgsql volatile set search_path from current as $$
+declare v_rel regclass := to_regclass(format('%I.%I', p ->> 'schema', p ->> 'name')); v_known jsonb := dbt_known(p);
+begin
+  if (v_known ->> 'collects')::boolean then
+    perform dbt_lend(v_rel);
+    perform dbt_follow((v_known -> 'watched' ->> 'id')::int);
+    perform dbt_collect((v_known -> 'watched' ->> 'id')::int, null);
+  end if;
+end $$;
+
+-- dbt_speak(build): see dbt_hush()
+create or replace function dbt_speak(p jsonb) returns void language plpgsql volatile security definer set search_path from current as $$
+begin
+  perform set_config('anton.collect', '', true);
+  if dbt_collecting() = 'anton_before' then
+    drop table pg_temp.anton_before;
   end if;
 end $$;
 
@@ -248,7 +280,7 @@ declare
   v_rel regclass := to_regclass(v_path); v_kind "char"; v_old regclass; v_notes text[] := '{}';
   v_incremental boolean := coalesce((p ->> 'incremental')::boolean, false);
   w watched; m dbt_model; v_ops text[]; v_key text[]; v_asked boolean; v_initial boolean; v_schema_changed boolean;
-  v_changed boolean; v_new bigint; v_updated bigint; v_deleted bigint; v_known jsonb; v_rows boolean; v_blind boolean := false; v_touched boolean; v_was regclass; v_counts jsonb; v_print text; v_columns jsonb; v_what jsonb; v_revoked text[];
+  v_changed boolean; v_new bigint; v_updated bigint; v_deleted bigint; v_known jsonb; v_rows boolean; v_blind boolean := false; v_touched boolean; v_was regclass; v_counts jsonb; v_print text; v_columns jsonb; v_what jsonb; v_revoked text[]; v_hidden text;
 begin
   if v_rel is null then
     return null;
@@ -297,11 +329,17 @@ begin
       v_key := '{}';
     end;
   end if;
-  if v_old is not null then
+  v_hidden := case when v_kind = 'r' and v_asked then coalesce(dbt_hidden(v_old), dbt_hidden(v_rel)) end;
+  if v_hidden is not null and (v_old is not null or dbt_collecting() is not null) then
+    v_blind := v_rows;                                     -- whether it changed nobody knows, either
+    v_notes := v_notes || (v_hidden || ': they were not compared');
+  elsif v_hidden is not null and v_counts is null and (v_incremental or p ->> 'materialized' = 'snapshot') then
+    v_notes := v_notes || (v_hidden || ': its events are those of its writes, as they are');
+  elsif v_old is not null then
     if v_asked and v_key <> '{}' and dbt_unique(v_rel, v_key) and dbt_unique(v_old, v_key) then
       select d.new_n, d.updated_n, d.deleted_n into v_new, v_updated, v_deleted from dbt_diff(v_old, v_rel, v_key, false) d;
-      v_changed := v_new + v_updated + v_deleted > 0;
-      if v_changed and v_rows then
+      v_changed := v_schema_changed or v_new + v_updated + v_deleted > 0;
+      if v_new + v_updated + v_deleted > 0 and v_rows then
         perform dbt_replay(w, v_old, v_rel, v_key);
       end if;
       drop table pg_temp.anton_diff;
@@ -319,7 +357,7 @@ begin
     v_new := v_counts -> 'new';
     v_updated := v_counts -> 'updated';
     v_deleted := v_counts -> 'deleted';
-    v_changed := v_new + v_updated + v_deleted > 0;
+    v_changed := v_schema_changed or v_new + v_updated + v_deleted > 0;
     perform set_config('anton.counts', '', true);
   elsif dbt_collecting() is not null then
     v_initial := false;
@@ -336,13 +374,13 @@ begin
       v_notes := v_notes || format('%s was emptied by TRUNCATE in its build: records were not compared. A DELETE is, as is --full-refresh', v_path);
     elsif v_touched or dbt_unique(v_rel, v_key) and dbt_unique(v_was, v_key) then
       select d.new_n, d.updated_n, d.deleted_n into v_new, v_updated, v_deleted from dbt_diff(v_was, v_rel, v_key, v_touched) d;
-      v_changed := v_new + v_updated + v_deleted > 0;
-      if v_changed and v_rows then
+      v_changed := v_schema_changed or v_new + v_updated + v_deleted > 0;
+      if v_new + v_updated + v_deleted > 0 and v_rows then
         perform dbt_replay(w, v_was, v_rel, v_key);
       end if;
       drop table pg_temp.anton_diff;
     else
-      v_changed := dbt_fingerprint(v_was) <> dbt_fingerprint(v_rel);
+      v_changed := v_schema_changed or dbt_fingerprint(v_was) <> dbt_fingerprint(v_rel);
       v_blind := v_rows;
       v_notes := v_notes || format('key (%s) is not unique: records were not compared', array_to_string(v_key, ', '));
     end if;
@@ -351,7 +389,7 @@ begin
     end if;
   elsif v_initial and v_kind = 'r' then
     v_changed := true;
-    if v_asked then
+    if v_asked and v_hidden is null then
       execute format('select count(*) from %s', v_rel) into v_new;
     end if;
   end if;
@@ -419,7 +457,7 @@ create or replace function forget_builds(p_before timestamptz) returns bigint la
 declare v_n bigint;
 begin
   delete from dbt_build where id in (
-    select b.id from dbt_build b where b.at < p_before and exists (select from dbt_build l where l.unique_id = b.unique_id and l.id > b.id) limit 10000);
+    select b.id from dbt_build b where b.at < p_before and exists (select from dbt_build l where l.project = b.project and l.unique_id = b.unique_id and l.id > b.id) limit 10000);
   get diagnostics v_n = row_count;
   return v_n;
 end $$;

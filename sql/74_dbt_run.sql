@@ -1,4 +1,4 @@
--- dbt's requests: what is asked of a project waits here, and becomes one run of whoever works it. anton/dbt/run.py builds.
+-- dbt's requests: what is asked of a project waits here, and becomes one run of whoever works it. anton/dbt/requests.py builds.
 
 -- put_dbt_project(definition) -> handler id
 -- The handler that works a project's requests. Keys: app, name (of the handler), attempts, backoff.
@@ -85,19 +85,22 @@ begin
 end $$;
 
 -- dbt_begin(app, project, requests, holder, lock) -> the requests of a new run: what is due, what a dead run left, and these
--- holder: the server's process that has dbt_lock(lock). What ran under that lock before has died.
+-- holder: the server's process that has dbt_lock(lock). What ran under that lock before has died; under another one, of another target
+-- or schema, when its holder has that no more.
 drop function if exists dbt_begin(text, text, bigint[]);
 drop function if exists dbt_begin(text, text, bigint[], int);
 create or replace function dbt_begin(p_app text, p_project text, p_ids bigint[], p_holder int default null, p_lock text default null) returns setof dbt_request
 language plpgsql volatile set search_path from current as $$
-declare v_run bigint; v_ids bigint[];
+declare v_run bigint; v_ids bigint[]; v_alive bigint[] := array(select id from dbt_run r where r.app = p_app and r.project = p_project and r.state = 'running'
+    and r.lock <> hashtext(p_lock) and dbt_holds(r));
 begin
   perform dbt_bury(p_app, p_project, p_lock);
   v_ids := array(select id from dbt_request where app = p_app and project = p_project
-                    and (state = 'running' or state = 'waiting' and (due_at <= now() or id = any (p_ids))) order by id for update);
+                    and (state = 'running' and (run_id = any (v_alive)) is not true or state = 'waiting' and (due_at <= now() or id = any (p_ids))) order by id for update);
   if v_ids = '{}' then
     return;
   end if;
+  update dbt_run set state = 'died', finished_at = now() where state = 'running' and id in (select run_id from dbt_request where id = any (v_ids) and state = 'running');
   v_run := dbt_open(p_app, p_project, p_holder, p_lock);
   return query update dbt_request set state = 'running', run_id = v_run where id = any (v_ids) and state in ('waiting', 'running') returning *;
 end $$;
@@ -256,6 +259,9 @@ $$;
 create or replace function dbt_watchdog() returns int language plpgsql volatile set search_path from current set lock_timeout = '100ms' as $$
 declare r record; v_n int := 0; v_now timestamptz := now(); v_initial boolean;
 begin
+  if not pg_try_advisory_xact_lock(1634628725, (select oid::int from pg_namespace where nspname = current_schema())) then
+    return 0;                                              -- someone else is at it
+  end if;
   for r in select m.project, m.unique_id, w.id, w.relid, c.oid, format('%I.%I', m.schema_name, m.table_name) as path
              from dbt_model m join watched w on w.id = m.table_id
              join pg_class c on c.oid = to_regclass(format('%I.%I', m.schema_name, m.table_name)) and c.relkind in ('r', 'p')
@@ -304,6 +310,12 @@ begin
            'put back what was lost; materialized="anton_table" changes the table in place, and loses nothing'
       from dbt_model m cross join lateral (select * from dbt_build x where (x.project, x.unique_id) = (m.project, m.unique_id) order by x.id desc limit 1) b
      where b.invocation_id is not null and b.note ~ ' (is|was) lost: ';
+  return query
+    select 'dbt', format('%I.%I', m.schema_name, m.table_name), format('its last build, of %s: %s', to_char(b.at, 'YYYY-MM-DD HH24:MI'), b.note),
+           format('alter table %I.%I no force row level security; or alter role %I bypassrls', m.schema_name, m.table_name, pg_get_userbyid(c.relowner))
+      from dbt_model m cross join lateral (select * from dbt_build x where (x.project, x.unique_id) = (m.project, m.unique_id) order by x.id desc limit 1) b
+      join pg_class c on c.oid = to_regclass(format('%I.%I', m.schema_name, m.table_name)) join pg_roles r on r.oid = c.relowner
+     where b.note ~ 'row level security of ' and c.relrowsecurity and c.relforcerowsecurity and not r.rolbypassrls and not r.rolsuper;
 end $$;
 
 -- list_dbt_runs(project, limit) -> the last runs, the newest first
@@ -313,4 +325,13 @@ language sql stable set search_path from current as $$
   select r.id, r.app, r.project, r.state, (select count(*) from dbt_request q where q.run_id = r.id), (select count(*) from dbt_result x where x.run_id = r.id),
          round(extract(epoch from r.finished_at - r.started_at)::numeric, 3), r.started_at, r.error
     from dbt_run r where p_project is null or r.project = p_project order by r.id desc limit p_limit
+$$;
+
+-- list_dbt_log(model, limit) -> what dbt said of a model, or a test, in its last runs, by dbt's name of it or its unique_id; the newest last
+create or replace function list_dbt_log(p_model text, p_limit int default 1)
+returns table (run bigint, at timestamptz, status text, seconds real, message text, log text) language sql stable set search_path from current as $$
+  select * from (
+    select r.id, r.started_at, x.status, x.seconds, x.message, x.log from dbt_result x join dbt_run r on r.id = x.run_id
+     where x.unique_id = p_model or split_part(x.unique_id, '.', 3) = p_model order by r.id desc, x.unique_id limit p_limit) l
+   order by l.id
 $$;

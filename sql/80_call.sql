@@ -41,12 +41,14 @@ $$;
 -- A service is sent at most 95 % of what it lets through, spaced evenly: what arrives up to `slack` seconds late (null: whenever) is no violation.
 -- What cannot be sent in time is given up (end_calls, state unsent). The last row, verdict clock, says when all this was reckoned: `wait` seconds
 -- after the call came, `slack` seconds before its end. lease: seconds after which a call counts as left by who asked.
+-- ahead: how far off its time may be, default half a second. joins: it goes with a request that was let through for then: it counts as none, and its
+-- tokens may be early by 1 % of their window.
 create or replace function begin_calls(p_calls jsonb, p_worker text)
 returns table (n int, verdict text, call_id bigint, wait double precision, slack double precision, answer jsonb, reason text)
 language plpgsql volatile set search_path from current as $$
 #variable_conflict use_column
 declare
-  v_came timestamptz := now(); v_now timestamptz; v_ids int[]; v_known bigint; v_periods timestamptz[]; v_x numeric;
+  v_came timestamptz := now(); v_now timestamptz; v_ids int[]; v_known bigint; v_periods timestamptz[]; v_x numeric; v_blocked double precision;
   c record; m memo; q quota; b record; r record;
 begin
   perform from quota where quota.name in (select distinct x ->> 'quota' from jsonb_array_elements(p_calls) x) order by quota.name, unit for update;
@@ -62,7 +64,7 @@ begin
     select * from jsonb_to_recordset(p_calls) x (
       n int, hash text, ttl double precision, quota text, tokens bigint, reserved numeric, reserved_tokens bigint, budgets int[], app text,
       handler text, key jsonb, change_id bigint, trace bigint, tenant text, provider text, model text, prompt_version text, params jsonb,
-      price_version text, lease double precision)
+      price_version text, lease double precision, ahead double precision, joins boolean)
      order by x.hash, x.n
   loop
     n := c.n; verdict := 'send'; call_id := null; wait := 0; slack := null; answer := null; reason := null;
@@ -76,15 +78,20 @@ begin
       verdict := 'wait'; wait := 0.25;
       return next; continue;
     end if;
+    v_blocked := 0;
     for q in select * from quota where quota.name = c.quota loop
-      wait := greatest(wait, extract(epoch from q.blocked_until - v_now),
-                       case when q.amount is not null and isfinite(q.next_at) then extract(epoch from q.next_at - v_now) end);
-      slack := least(slack, case when q.amount is not null then 0.04 * q.window_seconds end);
+      v_blocked := greatest(v_blocked, extract(epoch from q.blocked_until - v_now));
+      continue when q.amount is null or c.joins and q.unit = 'requests';
+      wait := greatest(wait, case when isfinite(q.next_at) then extract(epoch from q.next_at - v_now) end
+                             - case when c.joins then 0.01 * q.window_seconds else 0 end);
+      slack := least(slack, 0.04 * q.window_seconds);
     end loop;
-    if wait > 0.5 then
-      verdict := 'later'; reason := 'the limit of ' || c.quota; wait := wait - 0.25;
+    if v_blocked > 0.5 or wait > coalesce(c.ahead, 0.5) then
+      wait := greatest(wait, v_blocked);
+      verdict := 'later'; reason := 'the limit of ' || c.quota; wait := greatest(wait - 0.25, 0.05);
       return next; continue;
     end if;
+    wait := greatest(wait, v_blocked);
     v_periods := '{}';
     for b in select budget.*, s.period as since, s.reserved, s.settled
                from unnest(c.budgets) with ordinality u (id, o) join budget on budget.id = u.id
@@ -124,7 +131,7 @@ begin
       from unnest(c.budgets, v_periods) u (id, since) join budget on budget.id = u.id where s.budget_id = u.id and s.period = u.since;
     update quota set next_at = greatest(next_at, v_now) + make_interval(secs => case unit when 'requests' then 1 else c.tokens end
                                                                                * window_seconds / (amount * 0.95)::double precision)
-     where quota.name = c.quota and amount is not null;
+     where quota.name = c.quota and amount is not null and not (unit = 'requests' and coalesce(c.joins, false));
     return next;
   end loop;
   n := -1; verdict := 'clock'; call_id := null; answer := null; reason := null;
@@ -231,6 +238,11 @@ begin
   update call set tokens_in = p_tokens_in, tokens_out = p_tokens_out, error = concat_ws('; ', error, 'settled by hand') where id = p_id;
   return true;
 end $$;
+
+-- find_call(hash) -> the call that asks this, or asked it last
+create or replace function find_call(p_hash text) returns bigint language sql stable set search_path from current as $$
+  select call_id from memo where hash = p_hash
+$$;
 
 -- forget_memos(hashes): answers that turned out to be of no use
 create or replace function forget_memos(p_hashes text[]) returns void language sql volatile set search_path from current as $$

@@ -9,12 +9,44 @@ create or replace function args_hash(p_args jsonb) returns text language sql imm
   select encode(sha256(convert_to(p_args::text, 'UTF8')), 'hex')
 $$;
 
+-- policy_checked(action, sql): raises what Postgres says of a policy that it cannot ask
+create or replace function policy_checked(p_name text, p_sql text) returns void language plpgsql volatile set search_path from current as $$
+begin
+  if p_sql is not null then
+    execute format(E'select (%s\n)::text from (select (null::action).*) call limit 0', p_sql);
+  end if;
+exception when others then
+  raise exception using errcode = sqlstate, message = format('policy of action %s: %s', p_name, sqlerrm), hint = 'an expression over the columns of the call: args, taint, requested_by, name, subject, at';
+end $$;
+
+-- policy_says(action, rule, verdict) -> the verdict with what a policy in SQL says of it; given: what policy and when= said in Python
+create or replace function policy_says(a action, r action_rule, p_given jsonb) returns jsonb language plpgsql volatile set search_path from current as $$
+declare v_said text; v_word text; v_why text;
+begin
+  if r.policy_sql is null or p_given ->> 'verdict' = 'refuse' then
+    return p_given;
+  end if;
+  execute format(E'select (%s\n)::text from (select ($1).*) call', r.policy_sql) into v_said using a;
+  v_word := case lower(btrim(split_part(v_said, ':', 1))) when 'send' then 'pass' when 'ask' then 'ask' when 'refuse' then 'refuse' end;
+  v_why := nullif(btrim(substr(v_said, length(split_part(v_said, ':', 1)) + 2)), '');
+  if v_word is null then
+    v_word := 'refuse'; v_why := format('the policy answered %s. Allowed: send, ask, refuse, or one of them with a reason: refuse: too much', coalesce(quote_literal(v_said), 'null'));
+  elsif v_word = 'ask' and r.approval = '{}' and a.approve is null then
+    v_word := 'refuse'; v_why := 'the policy asks a person, and no approve= says whom';
+  end if;
+  if v_word = 'pass' and p_given is not null then
+    return p_given;
+  end if;
+  return jsonb_build_object('verdict', v_word, 'by', 'policy', 'why', v_why);
+end $$;
+
 -- put_action(rule): what an app declares of an action; keys are the columns of action_rule
 create or replace function put_action(d jsonb) returns void language sql volatile set search_path from current as $$
-  insert into action_rule (app, name, effect, gate, policy, probe, approval, allow, caps, handler)
-  values (d ->> 'app', d ->> 'name', d ->> 'effect', d ->> 'gate', (d ->> 'policy')::boolean, (d ->> 'probe')::boolean,
+  select policy_checked(d ->> 'name', d ->> 'policy_sql');
+  insert into action_rule (app, name, effect, gate, policy, policy_sql, probe, approval, allow, caps, handler)
+  values (d ->> 'app', d ->> 'name', d ->> 'effect', d ->> 'gate', (d ->> 'policy')::boolean, d ->> 'policy_sql', (d ->> 'probe')::boolean,
           coalesce(d -> 'approval', '{}'), coalesce(d -> 'allow', '{}'), coalesce(d -> 'caps', '[]'), d ->> 'handler')
-  on conflict (app, name) do update set effect = excluded.effect, gate = excluded.gate, policy = excluded.policy, probe = excluded.probe,
+  on conflict (app, name) do update set effect = excluded.effect, gate = excluded.gate, policy = excluded.policy, policy_sql = excluded.policy_sql, probe = excluded.probe,
      approval = excluded.approval, allow = excluded.allow, caps = excluded.caps, handler = excluded.handler, missing_at = null
 $$;
 
@@ -38,32 +70,67 @@ create or replace function put_taint(p_table text, p_what text) returns void lan
   update watched set taint = p_what where format('%I.%I', schema_name, table_name) = p_table and taint is distinct from p_what
 $$;
 
--- taint_of(receipt) -> where what it handled came from outside, over all handlers before it
-create or replace function taint_of(p_receipt bigint) returns text[] language sql stable set search_path from current as $$
-  with recursive step (id, n) as (
-    select p_receipt, 0 where p_receipt is not null
-    union
-    select c, s.n + 1 from step s join receipt r on r.id = s.id cross join lateral unnest(r.causes) c where s.n < 64 and c is not null)
-  select coalesce(array_agg(distinct w.taint order by w.taint), '{}')
-    from step s join receipt r on r.id = s.id join handler h on h.id = r.handler_id join watched w on w.id = h.table_id where w.taint is not null
+-- taint_of(receipt) -> where what it handled came from outside, over all handlers before it; with "unknown" where they are more than 64 in a row, or
+-- are not kept any more
+create or replace function taint_of(p_receipt bigint) returns text[] language plpgsql stable set search_path from current
+set enable_hashjoin = off set enable_mergejoin = off set enable_seqscan = off set jit = off as $$ begin
+  return (
+    with recursive step (id, n) as (
+      select p_receipt, 0 where p_receipt is not null
+      union
+      select c, s.n + 1 from step s join receipt r on r.id = s.id cross join lateral unnest(r.causes) c where s.n < 64 and c is not null)
+    select coalesce(array_agg(distinct t order by t), '{}')
+      from step s left join receipt r on r.id = s.id left join handler h on h.id = r.handler_id left join watched w on w.id = h.table_id
+     cross join lateral (values (w.taint), (case when r.id is null or s.n = 64 and array_remove(r.causes, null) <> '{}' then 'unknown' end)) x (t) where t is not null);
+end $$;
+
+-- glob(pattern) -> it as LIKE takes it: * stands for anything
+create or replace function glob(p_pattern text) returns text language sql immutable set search_path from current as $$
+  select replace(replace(replace(replace(p_pattern, '\', '\\'), '%', '\%'), '_', '\_'), '*', '%')
 $$;
 
--- allowed(value, patterns) -> whether a value is among them; of a URL its host is. * stands for anything, but for a dot's side of a host
--- "*.example.com" is every host below it. A URL with a backslash, a blank or a control character is none: clients read those differently.
+-- url_parts(url) -> [scheme, host, port, path, query] of one that all clients read alike, else null: no backslash, blank or control character, one @ at
+-- most, and a host of letters, digits, - _ and dots
+create or replace function url_parts(p_url text) returns text[] language sql immutable set search_path from current as $$
+  select array[lower(m[1]), lower(m[2]), coalesce(m[3], case lower(m[1]) when 'https' then '443' when 'http' then '80' end), coalesce(m[4], '/'), m[5]]
+    from regexp_match(p_url, '^([a-zA-Z][a-zA-Z0-9+.-]*)://(?:[^/?#@]*@)?([a-zA-Z0-9._-]+)(?::([0-9]{1,5}))?(/[^?#]*)?(\?[^#]*)?(?:#.*)?$') m
+   where p_url !~ '[\\[:space:][:cntrl:]]'
+$$;
+
+-- url_allowed(parts, pattern) -> whether a URL's url_parts() fit: "*.example.com" is every host below it, on any port; "https://*.example.com/api/*" says
+-- scheme, host, port (none: the scheme's own, *: any), path (none: any) and, with a ?, what is asked, each apart
+create or replace function url_allowed(u text[], p_pattern text) returns boolean language sql immutable set search_path from current as $$
+  select case when p_pattern !~ '://' then u[2] like glob(lower(p_pattern)) else exists (
+    select from regexp_match(p_pattern, '^([^:/?#]+)://([^/?#@:]+)(?::([0-9]+|\*))?(/[^?#]*)?(\?[^#]*)?$') m
+     where u[1] like glob(lower(m[1])) and u[2] like glob(lower(m[2])) and (m[2] = '*' or m[2] !~ '\*$')  -- whose end is open is anybody's
+       and case when m[3] = '*' then true when m[3] is null then u[3] = case u[1] when 'https' then '443' when 'http' then '80' else u[3] end else u[3] = m[3] end
+       and (m[4] is null or u[4] !~* '(/|%2f)(\.|%2e){1,2}(/|%2f|$)|%5c')                       -- what climbs is not where it seems to be
+       and case when m[5] is not null then u[4] || coalesce(u[5], '') like glob(coalesce(m[4], '/') || m[5]) else u[4] like glob(coalesce(m[4], '*')) end) end
+$$;
+
+-- mail_addresses(list) -> the addresses of "Ann <a@x.com>, b@y.com"; null where one of them could be read as another
+create or replace function mail_addresses(p_list text) returns text[] language sql immutable set search_path from current as $$
+  select case when bool_and(m is not null) then array_agg(lower(coalesce(m[1], m[2]))) end
+    from regexp_split_to_table(case when p_list !~ '[[:cntrl:]]' then regexp_replace(p_list, '"([^"\\]|\\.)*"', '', 'g') end, '[,;]') one
+    cross join lateral (select regexp_match(btrim(one), '^(?:[^][<>@"\\():]*<([^][\s<>@"\\():]+@[A-Za-z0-9.-]+)>|([^][\s<>@"\\():]+@[A-Za-z0-9.-]+))$')) x (m)
+$$;
+
+-- allowed(value, patterns) -> whether a value is among them. Of a URL its parts are looked at, of a list of addresses each of them; of all else the text,
+-- where * stands for anything. What some clients mend into a URL, such as https:/host, //host or " https://host", is none of them.
 create or replace function allowed(p_value text, p_patterns text[]) returns boolean language sql immutable set search_path from current as $$
-  select exists (
-    select from unnest(p_patterns) p, lateral (select case
-        when p_value !~ '^[a-zA-Z][a-zA-Z0-9+.-]*://' or p ~ '://' then p_value
-        when p_value ~ '[\\[:space:][:cntrl:]]' then null
-        else lower(substring(p_value from '^[a-zA-Z][a-zA-Z0-9+.-]*://(?:[^/?#]*@)?([^/?#:]*)')) end as value) x
-     where x.value like replace(replace(replace(replace(p, '\', '\\'), '%', '\%'), '_', '\_'), '*', '%'))
+  select case when p_value ~ '^[a-zA-Z][a-zA-Z0-9+.-]*://' then coalesce((select bool_or(url_allowed(url_parts(p_value), p)) from unnest(p_patterns) p), false)
+              when regexp_replace(p_value, '[[:cntrl:][:space:]]', '', 'g') ~* '^([a-z][a-z0-9+.-]*:[/\\]|[/\\]{2}|(https?|wss?|ftp):)' then false
+              when p_value ~ '@' and list is not null then not exists (select from unnest(list) one where not exists (select from unnest(p_patterns) p where one like glob(lower(p))))
+              else exists (select from unnest(p_patterns) p where case when p ~ '@' and p_value ~ '@' then p_value = p else p_value like glob(p) end) end
+    from mail_addresses(p_value) list
 $$;
 
 -- forbidden(action) -> why its arguments are not allowed by what its app declares, null when they are
 create or replace function forbidden(a action) returns text language sql stable set search_path from current as $$
   select format('%s %s is not among what is allowed: %s', k, coalesce(v, 'null'), array_to_string(p, ', '))
     from action_rule r cross join lateral jsonb_each(r.allow) x (k, list) cross join lateral (
-      select a.args ->> k, array(select jsonb_array_elements_text(list))) y (v, p)
+      select array(select jsonb_array_elements_text(list))) y (p) cross join lateral (    -- of a list each element counts
+      select jsonb_array_elements_text(case when jsonb_typeof(a.args -> k) = 'array' then a.args -> k else jsonb_build_array(a.args -> k) end)) z (v)
    where r.app = a.app and r.name = a.name and not coalesce(allowed(v, p), false) limit 1
 $$;
 
@@ -77,7 +144,7 @@ $$;
 
 -- guard_action(): what may become of a call, whoever writes
 create or replace function guard_action() returns trigger language plpgsql volatile security definer set search_path from current as $$
-declare v_rule action_rule; v_why text;
+declare v_rule action_rule; v_why text; v_taint text[];
 begin
   if tg_op = 'INSERT' then
     if new.state not in ('new', 'captured') then
@@ -88,9 +155,15 @@ begin
       v_why := 'token, attempt, approval_id, verdict and resolved_by are set by the runtime';
     end if;
     new.idempotency_key := coalesce(new.idempotency_key, gen_random_uuid()::text);
-  elsif (new.id, new.app, new.name, new.idempotency_key, new.at) is distinct from (old.id, old.app, old.name, old.idempotency_key, old.at)
-        or new.gate is distinct from old.gate or new.approve is distinct from old.approve or not new.taint @> old.taint then
-    v_why := 'app, name, idempotency_key, gate, approve and taint of a call stay as they are';
+    if new.cause is not null then                            -- what it rests on is not kept as long as it may wait
+      v_taint := taint_of(new.cause);
+      new.taint := case when new.taint = '{}' then v_taint else array(select distinct t from unnest(new.taint || v_taint) t order by t) end;
+    end if;
+    new.taint_known := true;
+  elsif (new.id, new.app, new.name, new.idempotency_key, new.at, new.requested_by, new.subject, new.cause)
+        is distinct from (old.id, old.app, old.name, old.idempotency_key, old.at, old.requested_by, old.subject, old.cause)
+        or new.gate is distinct from old.gate or new.approve is distinct from old.approve or not new.taint @> old.taint or new.taint_known is distinct from old.taint_known then
+    v_why := 'app, name, idempotency_key, gate, approve, taint, requested_by, subject and cause of a call stay as they are';
   elsif new.args is distinct from old.args and not (old.state = 'waiting' and new.state = 'ready') then
     v_why := 'its arguments change by an edit in its approval only';
   elsif new.state = old.state and new.state <> 'sending' and new.token is not distinct from old.token then
@@ -140,7 +213,7 @@ $$;
 -- begin_action(action, token, verdict, again) -> what its sender has to do; the intent is committed with it
 --   send       state is sending, under this token
 --   uncertain  another sender began it and did not come back, and it may have happened: probe, then again = that sender's token, or end_action(unknown)
---   ask        a person has to approve it: ask_approval()
+--   ask        a person has to approve it, or to again, as a record that it rests on has changed: ask_approval()
 --   stopped    by anton actions stop;  capped: a cap is used up, for `after`
 --   over       nothing to do: `state` says what became of it
 -- verdict: what policy and when= said of these arguments: {"verdict": pass | ask | refuse, "by", "why"}
@@ -148,7 +221,7 @@ create or replace function begin_action(p_action bigint, p_token bigint, p_verdi
 returns table (verdict text, state text, args jsonb, idempotency_key text, attempt int, held bigint, result jsonb, reason text, after interval)
 language plpgsql volatile set search_path from current as $$
 #variable_conflict use_column
-declare a action; r action_rule; c record; v_now timestamptz := now(); v_since timestamptz; v_used numeric;
+declare a action; r action_rule; c record; v_now timestamptz := now(); v_since timestamptz; v_used numeric; v_old boolean;
 begin
   select * into a from action where id = p_action for update;
   select * into r from action_rule x where x.app = a.app and x.name = a.name and x.missing_at is null;
@@ -162,19 +235,25 @@ begin
     verdict := 'stopped';
     return next; return;
   end if;
+  if a.cause is not null and a.taint = '{}' and not a.taint_known then
+    a.taint := taint_of(a.cause);
+  end if;
+  p_verdict := policy_says(a, r, p_verdict);
   if p_verdict is not null then
     a.verdict := p_verdict || jsonb_build_object('args_sha256', args_hash(a.args));
   end if;
-  if a.cause is not null and a.taint = '{}' then
-    a.taint := taint_of(a.cause);
-  end if;
   reason := case when r.name is null then 'its app does not declare it (any more)'
                  when a.verdict ->> 'verdict' = 'refuse' then coalesce(a.verdict ->> 'why', 'a policy refuses it') else forbidden(a) end;
+  v_old := outdated(a);
+  if a.state = 'sending' and (reason is not null or unapproved(a, r) or v_old) then  -- begun, and held back since: it may have happened
+    verdict := 'uncertain'; reason := coalesce(reason, a.verdict ->> 'why', case when v_old then 'a record it rests on has changed since it was approved' else 'nobody has approved it' end);
+    return next; return;
+  end if;
   if reason is not null then
     update action set state = case when a.state in ('new', 'ready', 'retrying') then 'refused' else 'failed' end, error = reason, verdict = a.verdict, taint = a.taint where id = a.id;
     state := case when a.state in ('new', 'ready', 'retrying') then 'refused' else 'failed' end;
     return next; return;
-  elsif unapproved(a, r) then
+  elsif unapproved(a, r) or v_old then
     update action set verdict = a.verdict, taint = a.taint where id = a.id;
     verdict := 'ask'; reason := a.verdict ->> 'why';
     return next; return;
@@ -223,7 +302,7 @@ end $$;
 create or replace function capture_action(p_action bigint) returns boolean language plpgsql volatile set search_path from current as $$
 begin
   update action a set state = 'captured' from action_rule r
-   where a.id = p_action and a.state in ('new', 'ready', 'retrying') and r.app = a.app and r.name = a.name and not unapproved(a, r);
+   where a.id = p_action and a.state in ('new', 'ready', 'retrying') and r.app = a.app and r.name = a.name and not unapproved(a, r) and not outdated(a);
   return found;
 end $$;
 
@@ -236,12 +315,13 @@ begin
   if a.id is null or a.state not in ('new', 'ready', 'retrying') then
     return 'over';
   end if;
+  a.taint := case when a.cause is not null and a.taint = '{}' and not a.taint_known then taint_of(a.cause) else a.taint end;
+  p_verdict := policy_says(a, r, p_verdict);
   a.verdict := coalesce(p_verdict || jsonb_build_object('args_sha256', args_hash(a.args)), a.verdict);
-  a.taint := case when a.cause is not null and a.taint = '{}' then taint_of(a.cause) else a.taint end;
   v_why := case when r.name is null then 'its app does not declare it (any more)'
                 when a.verdict ->> 'verdict' = 'refuse' then coalesce(a.verdict ->> 'why', 'a policy refuses it') else forbidden(a) end;
   update action set state = case when v_why is null then a.state else 'refused' end, error = coalesce(v_why, error), verdict = a.verdict, taint = a.taint where id = a.id;
-  return case when v_why is not null then 'refused' when unapproved(a, r) then 'ask' else 'capture' end;
+  return case when v_why is not null then 'refused' when unapproved(a, r) or outdated(a) then 'ask' else 'capture' end;
 end $$;
 
 -- retry_action(action, person) -> its state: a call that failed, or that is unknown and did not happen, is sent again; what guards it holds as before
@@ -285,4 +365,17 @@ create or replace function settle_action(p_action bigint) returns boolean langua
 begin
   update action set settled_at = now() where id = p_action and settled_at is null;
   return found;
+end $$;
+
+-- forget_actions(now) -> calls forgotten: done action_days ago (setting; 90), and nobody was ever asked about them. What failed, is unknown or
+-- waits stays, and so does what an approval is about; a key of your own is remembered for as long as its call is.
+create or replace function forget_actions(p_now timestamptz) returns bigint language plpgsql volatile set search_path from current
+set enable_seqscan = off set jit = off as $$
+declare v_n bigint;
+begin
+  delete from action where id in (
+    select a.id from action a where a.state in ('sent', 'captured', 'refused') and a.changed_at < p_now - make_interval(days => greatest(1, coalesce(setting('action_days'), '90')::int))
+       and not exists (select from approval p where p.action_id = a.id) order by a.changed_at limit 1000);
+  get diagnostics v_n = row_count;
+  return v_n;
 end $$;

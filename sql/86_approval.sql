@@ -16,9 +16,38 @@ create or replace function may_decide(p person, p_approvers text[]) returns bool
                        or exists (select from unnest(p.groups) g where '@' || g = any (p_approvers)))
 $$;
 
+-- sees_all(name) -> whether they see every approval and call: who is in all groups
+create or replace function sees_all(p_person text) returns boolean language sql stable set search_path from current as $$
+  select exists (select from person where name = p_person and active and '*' = any (groups))
+$$;
+
+-- may_see(person, approval) -> whether it is any of their business: who may decide it, who asked for it, and who sees all
+create or replace function may_see(p person, a approval) returns boolean language sql stable set search_path from current as $$
+  select coalesce(p.active and (p.name = a.requested_by or may_decide(p, a.approvers) or '*' = any (p.groups)), false)
+$$;
+
 -- approvers_of(approval) -> the people who may decide it
 create or replace function approvers_of(p_approval bigint) returns setof person language sql stable set search_path from current as $$
   select p.* from approval a join person p on may_decide(p, a.approvers) and p.name is distinct from a.requested_by where a.id = p_approval order by p.name
+$$;
+
+-- texts(list) -> the texts of a JSON array; of anything else none
+create or replace function texts(p_list jsonb) returns text[] language sql immutable set search_path from current as $$
+  select array(select jsonb_array_elements_text(case when jsonb_typeof(p_list) = 'array' then p_list else '[]' end))
+$$;
+
+-- voices(approval, among) -> how many of them have approved it, as its arguments are, and may now
+create or replace function voices(a approval, p_among text[]) returns bigint language sql stable set search_path from current as $$
+  select count(distinct p.name) from approval_event e join person p on p.name = e.person
+   where e.approval_id = a.id and e.kind = 'voted' and e.args_sha256 = a.args_sha256 and p.name is distinct from a.requested_by and may_decide(p, p_among)
+$$;
+
+-- lacking(approval) -> whose voices are still to come, null when all are there
+create or replace function lacking(a approval) returns text language sql stable set search_path from current as $$
+  select format('%s of %s voices%s approve it', v, n, ' of ' || nullif(array_to_string(among, ', '), ''))
+    from (select voices(a, a.approvers) as v, a.quorum as n, null::text[] as among
+          union all select voices(a, texts(d -> 'approvers')), (d ->> 'quorum')::int, texts(d -> 'approvers') from jsonb_array_elements(a.needs) d) x
+   where v < n limit 1
 $$;
 
 -- record_of(table, key) -> the record as it is now, null when it is gone. table: schema.name, quoted or not; key: [k1, k2, ...]
@@ -35,10 +64,24 @@ begin
   return v_record;
 end $$;
 
+-- preview_of(template, action, args) -> what people read: the template with the arguments in it, read once from left to right, so that a value is
+-- never a template; without one "refund: amount 5, order_id 7"
+create or replace function preview_of(p_template text, p_name text, p_args jsonb) returns text language sql immutable set search_path from current as $$
+  with shown as (select k, o, case when jsonb_typeof(v) = 'null' then '' else v #>> '{}' end as v from jsonb_each(p_args) with ordinality x (k, v, o))
+  select case when coalesce(p_template, '') = '' then (select p_name || ': ' || coalesce(string_agg(k || ' ' || v, ', ' order by o), '') from shown)
+              else (select string_agg(coalesce((select v from shown where k = m[2]), m[1]), '' order by o)
+                      from regexp_matches(p_template, '([^{]+|\{([^{}]*)\}|\{)', 'g') with ordinality x (m, o)) end
+$$;
+
 -- evidence_of(subjects) -> the records an approval rests on, as they are now: subjects: [[table, key], ...]
 create or replace function evidence_of(p_subjects jsonb) returns jsonb language sql stable set search_path from current as $$
   select coalesce(jsonb_agg(jsonb_build_object('table', s ->> 0, 'key', s -> 1, 'record', r, 'sha256', args_hash(r)) order by o), '[]')
     from jsonb_array_elements(p_subjects) with ordinality x (s, o) cross join lateral record_of(s ->> 0, s -> 1) r
+$$;
+
+-- evidence_again(evidence) -> its records, as they are now
+create or replace function evidence_again(p_evidence jsonb) returns jsonb language sql stable set search_path from current as $$
+  select evidence_of((select coalesce(jsonb_agg(jsonb_build_array(e -> 'table', e -> 'key') order by o), '[]') from jsonb_array_elements(p_evidence) with ordinality x (e, o)))
 $$;
 
 -- changed_args(before, after) -> {name: [before, after]} of those that differ
@@ -46,35 +89,6 @@ create or replace function changed_args(p_before jsonb, p_after jsonb) returns j
   select coalesce(jsonb_object_agg(k, jsonb_build_array(p_before -> k, p_after -> k)), '{}')
     from (select jsonb_object_keys(p_before) union select jsonb_object_keys(p_after)) x (k) where p_before -> k is distinct from p_after -> k
 $$;
-
--- ask_approval(action, definition, preview) -> approval id
--- A call waits for a person: approvers, via, quorum, editable, timeout, on_timeout, escalate ({"1h": "@cfo"}), subjects, reason.
--- null when it is not to be asked for any more.
-create or replace function ask_approval(p_action bigint, d jsonb, p_preview text) returns bigint language plpgsql volatile set search_path from current as $$
-declare a action; v_last approval; v_id bigint; v_now timestamptz := now(); v_escalate jsonb; v_expires timestamptz; v_evidence jsonb;
-begin
-  select * into a from action where id = p_action for update;
-  if a.id is null or a.state not in ('new', 'ready', 'retrying', 'failed') then
-    return null;
-  end if;
-  select * into v_last from approval where action_id = a.id order by id desc limit 1;
-  v_evidence := evidence_of(coalesce(d -> 'subjects', case when a.subject is null then '[]' else jsonb_build_array(a.subject) end));
-  v_expires := v_now + (d ->> 'timeout')::interval;
-  select coalesce(jsonb_agg(jsonb_build_object('at', v_now + k::interval, 'to', v) order by k::interval), '[]') into v_escalate
-    from jsonb_each_text(coalesce(d -> 'escalate', '{}')) x (k, v);
-  insert into approval (action_id, app, name, args, args_sha256, preview, evidence, taint, reason, approvers, via, quorum, editable, requested_by, trace,
-                        on_timeout, expires_at, escalate, due_at, supersedes, difference, at)
-  values (a.id, a.app, a.name, a.args, args_hash(a.args), p_preview, v_evidence, a.taint, d ->> 'reason',
-          array(select jsonb_array_elements_text(d -> 'approvers')), array(select jsonb_array_elements_text(coalesce(d -> 'via', '["inbox"]'))),
-          coalesce((d ->> 'quorum')::int, 1), case when jsonb_typeof(d -> 'editable') = 'array' then array(select jsonb_array_elements_text(d -> 'editable')) end,
-          a.requested_by, a.trace, coalesce(d ->> 'on_timeout', 'reject'), v_expires, v_escalate, least(v_expires, (v_escalate -> 0 ->> 'at')::timestamptz),
-          case when v_last.state = 'superseded' then v_last.id end,
-          case when v_last.state = 'superseded' then jsonb_build_object('args', changed_args(v_last.args, a.args), 'evidence', changed_evidence(v_last.evidence, v_evidence)) end, v_now)
-  returning id into v_id;
-  insert into approval_event (approval_id, at, kind, args_sha256) values (v_id, v_now, 'asked', args_hash(a.args));
-  update action set state = 'waiting', approval_id = v_id where id = a.id;
-  return v_id;
-end $$;
 
 -- changed_evidence(before, after) -> [{"table", "key", "changed": {name: [before, after]}}] of the records that differ
 create or replace function changed_evidence(p_before jsonb, p_after jsonb) returns jsonb language sql immutable set search_path from current as $$
@@ -84,27 +98,87 @@ create or replace function changed_evidence(p_before jsonb, p_after jsonb) retur
    where n ->> 'sha256' is distinct from b ->> 'sha256'
 $$;
 
--- refresh_approval(approval) -> the approval that is asked now: itself, or the one that took its place as a record it rests on had changed
+-- outdated(action) -> whether what was approved rests on a record that is not what it was then: it is asked about again
+create or replace function outdated(a action) returns boolean language sql stable set search_path from current as $$
+  select exists (select from approval p where p.id = a.approval_id and p.action_id = a.id and p.state = 'approved' and p.evidence <> '[]'
+                    and changed_evidence(p.evidence, evidence_again(p.evidence)) <> '[]')
+$$;
+
+-- note_event(approval, kind, person, via, args_sha256, detail): adds to what happened to an approval; guard_voice() lets nothing else do so
+create or replace function note_event(p_approval bigint, p_kind text, p_person text default null, p_via text default null, p_args_sha256 text default null, p_detail jsonb default '{}')
+returns void language plpgsql volatile set search_path from current as $$
+begin
+  perform set_config('anton.event', concat_ws(' ', p_approval, p_kind, p_person), true);
+  insert into approval_event (approval_id, at, kind, person, via, args_sha256, detail) values (p_approval, now(), p_kind, p_person, p_via, p_args_sha256, p_detail);
+  perform set_config('anton.event', '', true);
+end $$;
+
+-- ask_approval(action, definition, preview) -> approval id. preview: of workers of the release before; guard_approval() makes it
+-- A call waits for a person: approvers, via, quorum, editable, timeout, on_timeout, escalate ({"1h": "@cfo"}), remind (["1h"]), subjects, reason.
+-- Whom the call alone asks (action.approve) is asked besides those of its action: each have their quorum, and time approves when both say so.
+-- null when it is not to be asked for any more.
+create or replace function ask_approval(p_action bigint, d jsonb, p_preview text default null) returns bigint language plpgsql volatile set search_path from current as $$
+declare a action; v_last approval; v_id bigint; v_now timestamptz := now(); v_escalate jsonb; v_expires timestamptz; v_evidence jsonb; v_also jsonb; v_may text[];
+begin
+  select * into a from action where id = p_action for update;
+  if a.id is null or a.state not in ('new', 'ready', 'retrying', 'failed') then
+    return null;
+  end if;
+  select * into v_last from approval where action_id = a.id order by id desc limit 1;
+  v_evidence := evidence_of(coalesce(d -> 'subjects', case when a.subject is null then '[]' else jsonb_build_array(a.subject) end));
+  if texts(a.approve -> 'approvers') <> '{}' and exists (select from action_rule r where r.app = a.app and r.name = a.name and r.approval <> '{}') then
+    v_also := a.approve;
+    v_may := case when jsonb_typeof(d -> 'editable') is distinct from 'array' then texts(v_also -> 'editable')
+                  else array(select k from unnest(texts(d -> 'editable')) k where jsonb_typeof(v_also -> 'editable') is distinct from 'array' or k = any (texts(v_also -> 'editable'))) end;
+    d := d || jsonb_build_object('needs', jsonb_build_array(jsonb_build_object('approvers', d -> 'approvers', 'quorum', coalesce((d ->> 'quorum')::int, 1)),
+                                                            jsonb_build_object('approvers', v_also -> 'approvers', 'quorum', coalesce((v_also ->> 'quorum')::int, 1))),
+      'approvers', array(select x from unnest(texts(d -> 'approvers') || texts(v_also -> 'approvers')) with ordinality u (x, o) group by x order by min(o)),
+      'via', array(select x from unnest(texts(coalesce(d -> 'via', '["inbox"]')) || texts(v_also -> 'via')) with ordinality u (x, o) group by x order by min(o)),
+      'quorum', greatest((d ->> 'quorum')::int, (v_also ->> 'quorum')::int, 1),
+      'editable', case when 'array' in (jsonb_typeof(d -> 'editable'), jsonb_typeof(v_also -> 'editable')) then to_jsonb(v_may) end,
+      'on_timeout', case when d ->> 'on_timeout' = 'approve' and v_also ->> 'on_timeout' = 'approve' then 'approve' else 'reject' end);
+  end if;
+  v_expires := v_now + (d ->> 'timeout')::interval;
+  select coalesce(jsonb_agg(jsonb_strip_nulls(jsonb_build_object('at', v_now + k, 'to', v)) order by k), '[]') into v_escalate  -- without "to": a reminder
+    from (select k::interval, v from jsonb_each_text(coalesce(d -> 'escalate', '{}')) x (k, v)
+          union all select k::interval, null from jsonb_array_elements_text(coalesce(d -> 'remind', '[]')) k) x (k, v);
+  insert into approval (action_id, app, name, args, args_sha256, preview, evidence, taint, reason, approvers, via, quorum, editable, requested_by, trace,
+                        on_timeout, expires_at, escalate, due_at, supersedes, difference, at, needs)
+  values (a.id, a.app, a.name, a.args, args_hash(a.args), p_preview, v_evidence, a.taint, d ->> 'reason',
+          array(select jsonb_array_elements_text(d -> 'approvers')), array(select jsonb_array_elements_text(coalesce(d -> 'via', '["inbox"]'))),
+          coalesce((d ->> 'quorum')::int, 1), case when jsonb_typeof(d -> 'editable') = 'array' then array(select jsonb_array_elements_text(d -> 'editable')) end,
+          a.requested_by, a.trace, coalesce(d ->> 'on_timeout', 'reject'), v_expires, v_escalate, least(v_expires, (v_escalate -> 0 ->> 'at')::timestamptz),
+          case when v_last.state in ('superseded', 'approved') then v_last.id end,
+          case when v_last.state in ('superseded', 'approved') then jsonb_build_object('args', changed_args(v_last.args, a.args), 'evidence', changed_evidence(v_last.evidence, v_evidence)) end, v_now,
+          coalesce(d -> 'needs', '[]'))
+  returning id into v_id;
+  perform note_event(v_id, 'asked', null, null, args_hash(a.args));
+  update action set state = 'waiting', approval_id = v_id where id = a.id;
+  return v_id;
+end $$;
+
+-- refresh_approval(approval) -> the approval that is asked now: itself, or the one that took its place as a record it rests on had changed.
+-- One that time approves gives people all of its time again.
 create or replace function refresh_approval(p_approval bigint) returns bigint language plpgsql volatile set search_path from current as $$
-declare v approval; v_now jsonb; v_at timestamptz := now(); v_new bigint;
+declare v approval; v_now jsonb; v_at timestamptz := now(); v_until timestamptz; v_new bigint;
 begin
   select * into v from approval where id = p_approval for update;
   if v.state <> 'pending' then
     return v.id;
   end if;
-  v_now := evidence_of((select coalesce(jsonb_agg(jsonb_build_array(e -> 'table', e -> 'key')), '[]') from jsonb_array_elements(v.evidence) e));
+  v_now := evidence_again(v.evidence);
   if changed_evidence(v.evidence, v_now) = '[]' then
     return v.id;
   end if;
+  v_until := case when v.on_timeout = 'reject' then v.expires_at else v_at + (v.expires_at - v.at) end;
+  perform note_event(v.id, 'superseded', null, null, v.args_sha256, jsonb_build_object('evidence', changed_evidence(v.evidence, v_now)));
   update approval set state = 'superseded', decided_at = v_at, due_at = null where id = v.id;
-  insert into approval_event (approval_id, at, kind, args_sha256, detail)
-  values (v.id, v_at, 'superseded', v.args_sha256, jsonb_build_object('evidence', changed_evidence(v.evidence, v_now)));
   insert into approval (action_id, app, name, args, args_sha256, preview, evidence, taint, reason, approvers, via, quorum, editable, requested_by, trace,
-                        on_timeout, expires_at, escalate, due_at, supersedes, difference, at)
+                        on_timeout, expires_at, escalate, due_at, supersedes, difference, at, needs)
   values (v.action_id, v.app, v.name, v.args, v.args_sha256, v.preview, v_now, v.taint, v.reason, v.approvers, v.via, v.quorum, v.editable, v.requested_by, v.trace,
-          v.on_timeout, v.expires_at, v.escalate, v.due_at, v.id, jsonb_build_object('args', '{}'::jsonb, 'evidence', changed_evidence(v.evidence, v_now)), v_at)
+          v.on_timeout, v_until, v.escalate, least(v_until, (v.escalate -> 0 ->> 'at')::timestamptz), v.id, jsonb_build_object('args', '{}'::jsonb, 'evidence', changed_evidence(v.evidence, v_now)), v_at, v.needs)
   returning id into v_new;
-  insert into approval_event (approval_id, at, kind, args_sha256) values (v_new, v_at, 'asked', v.args_sha256);
+  perform note_event(v_new, 'asked', null, null, v.args_sha256);
   update action set approval_id = v_new where id = v.action_id;
   return v_new;
 end $$;
@@ -118,7 +192,7 @@ end $$;
 create or replace function decide(p_approval bigint, p_person text, p_decision text, p_via text, p_args_sha256 text, p_edit jsonb default null, p_why text default null,
   out won boolean, out state text, out decided_by text, out decided_via text, out decided_at timestamptz, out next bigint)
 language plpgsql volatile set search_path from current as $$
-declare v approval; p person; v_now timestamptz := now(); v_why text; v_args jsonb; v_bad text; v_voices int;
+declare v approval; p person; v_now timestamptz := now(); v_why text; v_args jsonb; v_bad text;
 begin
   select * into v from approval where id = p_approval for update;
   select * into p from person where name = p_person;
@@ -139,6 +213,9 @@ begin
     end if;
   end if;
   if v_why is null and v.state <> 'pending' then
+    if v.state = 'superseded' then
+      next := coalesce(next, (select max(n.id) from approval n where n.supersedes = v.id));
+    end if;
     won := false; state := v.state; decided_by := v.decided_by; decided_via := v.decided_via; decided_at := v.decided_at;
     return;
   end if;
@@ -154,44 +231,52 @@ begin
     raise exception using errcode = 'NT009', message = format('approval %s: %s', p_approval, v_why), hint = 'anton approvals list, anton people list';
   end if;
   if p_decision = 'reject' then
-    insert into approval_event (approval_id, at, kind, person, via, args_sha256, detail) values (v.id, v_now, 'rejected', p.name, p_via, v.args_sha256, jsonb_strip_nulls(jsonb_build_object('why', p_why)));
+    perform note_event(v.id, 'rejected', p.name, p_via, v.args_sha256, jsonb_strip_nulls(jsonb_build_object('why', p_why)));
     update approval set state = 'rejected', decided_by = p.name, decided_via = p_via, decided_at = v_now, why = p_why, due_at = null where id = v.id;
     update action set state = 'rejected', error = p_why where id = v.action_id;
   else
     if v_args <> v.args then
-      insert into approval_event (approval_id, at, kind, person, via, args_sha256, detail) values (v.id, v_now, 'edited', p.name, p_via, args_hash(v_args), changed_args(v.args, v_args));
+      perform note_event(v.id, 'edited', p.name, p_via, args_hash(v_args), changed_args(v.args, v_args));
       update approval set before = coalesce(before, args), after = v_args, args = v_args, args_sha256 = args_hash(v_args) where id = v.id returning * into v;
     end if;
-    insert into approval_event (approval_id, at, kind, person, via, args_sha256) values (v.id, v_now, 'voted', p.name, p_via, v.args_sha256);
-    select count(distinct person) into v_voices from approval_event where approval_id = v.id and kind = 'voted' and args_sha256 = v.args_sha256;
-    if v_voices < v.quorum then
+    if not exists (select from approval_event e where e.approval_id = v.id and e.kind = 'voted' and e.person = p.name and e.args_sha256 = v.args_sha256) then
+      perform note_event(v.id, 'voted', p.name, p_via, v.args_sha256);
+    end if;
+    if lacking(v) is not null then
       won := true; state := 'pending';
       return;
     end if;
-    insert into approval_event (approval_id, at, kind, person, via, args_sha256) values (v.id, v_now, 'approved', p.name, p_via, v.args_sha256);
+    perform note_event(v.id, 'approved', p.name, p_via, v.args_sha256);
     update approval set state = 'approved', decided_by = p.name, decided_via = p_via, decided_at = v_now, due_at = null where id = v.id;
     update action set state = 'ready', args = v.args where id = v.action_id;
   end if;
   select true, a.state, a.decided_by, a.decided_via, a.decided_at into won, state, decided_by, decided_via, decided_at from approval a where a.id = v.id;
 end $$;
 
--- expire_approval(approval): its time is over: on_timeout says what that means
+-- expire_approval(approval): its time is over: on_timeout says what that means. Time approves nothing that is not as it was: that is asked again
 create or replace function expire_approval(p_approval bigint) returns void language plpgsql volatile set search_path from current as $$
 declare v approval; v_now timestamptz := now();
 begin
   select * into v from approval where id = p_approval and state = 'pending' for update;
   if v.id is null then
     return;
+  elsif v.on_timeout = 'approve' and refresh_approval(v.id) <> v.id then
+    return;
   elsif v.on_timeout = 'approve' then
-    insert into approval_event (approval_id, at, kind, via, args_sha256) values (v.id, v_now, 'approved', 'timeout', v.args_sha256);
+    perform note_event(v.id, 'approved', null, 'timeout', v.args_sha256);
     update approval set state = 'approved', decided_via = 'timeout', decided_at = v_now, due_at = null where id = v.id;
     update action set state = 'ready', args = v.args where id = v.action_id;
   else
-    insert into approval_event (approval_id, at, kind, via, args_sha256) values (v.id, v_now, 'expired', 'timeout', v.args_sha256);
+    perform note_event(v.id, 'expired', null, 'timeout', v.args_sha256);
     update approval set state = 'expired', decided_via = 'timeout', decided_at = v_now, due_at = null where id = v.id;
     update action set state = 'expired', error = format('nobody decided approval %s in time', v.id) where id = v.action_id;
   end if;
 end $$;
+
+-- grown(needs, who) -> with them among those of the action
+create or replace function grown(p_needs jsonb, p_who text) returns jsonb language sql immutable set search_path from current as $$
+  select jsonb_set(p_needs, '{0,approvers}', (p_needs #> '{0,approvers}') || to_jsonb(p_who))
+$$;
 
 -- work_approvals() -> how many had something due: an escalation, or the timeout
 create or replace function work_approvals() returns int language plpgsql volatile set search_path from current as $$
@@ -204,9 +289,17 @@ begin
       continue;
     end if;
     v_to := v.escalate -> 0 ->> 'to';
-    insert into approval_event (approval_id, at, kind, args_sha256, detail) values (v.id, v_now, 'escalated', v.args_sha256, jsonb_build_object('to', v_to));
+    if v_to is null then
+      perform note_event(v.id, 'reminded', null, null, v.args_sha256);
+      update approval set escalate = escalate - 0, due_at = least(expires_at, (escalate -> 1 ->> 'at')::timestamptz) where id = v.id;
+      perform tell(v.id, 'reminder');
+      continue;
+    end if;
+    perform note_event(v.id, 'escalated', null, null, v.args_sha256, jsonb_build_object('to', v_to));
     update approval set approvers = case when v_to = any (approvers) then approvers else approvers || v_to end, escalate = escalate - 0,
+           needs = case when texts(needs #> '{0,approvers}') @> array[v_to] or needs = '[]' then needs else grown(needs, v_to) end,
            due_at = least(expires_at, (escalate -> 1 ->> 'at')::timestamptz) where id = v.id;
+    perform tell(v.id, 'escalated', array[v_to]);
   end loop;
   return v_n;
 end $$;
@@ -216,36 +309,108 @@ create or replace function next_approval() returns timestamptz language sql stab
   select min(due_at) from approval where state = 'pending'
 $$;
 
--- guard_approval(): what may become of an approval, whoever writes
+-- asks(needs, approvers, quorum) -> whether so many voices are needed of these people alone
+create or replace function asks(p_needs jsonb, p_approvers text[], p_quorum int) returns boolean language sql immutable set search_path from current as $$
+  select exists (select from jsonb_array_elements(p_needs) n where texts(n -> 'approvers') <@ p_approvers and (n ->> 'quorum')::int >= p_quorum)
+$$;
+
+drop function if exists loosened(approval, action_rule);
+-- loosened(approval, rule, call) -> what of it is less than its action declares in approve=, or its call asks for besides, null when nothing is; a rule
+-- of nulls declares nothing
+create or replace function loosened(p approval, r action_rule, c action) returns text language sql stable set search_path from current as $$
+  select case when not p.approvers <@ (array(select jsonb_array_elements_text(d -> 'approvers')) || array(select value from jsonb_each_text(coalesce(d -> 'escalate', '{}'))) || also)
+                then format('its action is approved by %s', (select string_agg(x, ', ') from jsonb_array_elements_text(d -> 'approvers') x))
+              when p.quorum < coalesce((d ->> 'quorum')::int, 1) then format('its action needs %s voices', d ->> 'quorum')
+              when also <> '{}' and not exists (select from approval b where b.id = p.supersedes and b.action_id = p.action_id and b.state = 'superseded' and b.needs = p.needs)
+                   and not (asks(p.needs, texts(d -> 'approvers') || array(select value from jsonb_each_text(coalesce(d -> 'escalate', '{}'))),
+                                              coalesce((d ->> 'quorum')::int, 1)) and asks(p.needs, also, coalesce((c.approve ->> 'quorum')::int, 1)))
+                then format('its call is approved by %s, too', array_to_string(also, ', '))
+              when p.on_timeout <> 'reject' and (p.on_timeout is distinct from d ->> 'on_timeout' or also <> '{}' and p.on_timeout is distinct from c.approve ->> 'on_timeout') then 'its action is not approved by time'
+              when p.on_timeout <> 'reject' and not exists (select from approval b where b.id = p.supersedes and b.action_id = p.action_id and b.state = 'superseded'
+                                                                  and p.expires_at >= now() + (b.expires_at - b.at) - interval '1 minute')
+                   and p.expires_at < now() + (d ->> 'timeout')::interval - interval '1 minute' then 'its action gives people more time' end
+    from (select coalesce(r.approval, case when own <> '{}' then c.approve end), case when r.approval is null then '{}' else own end from texts(c.approve -> 'approvers') own) x (d, also)
+   where d is not null
+$$;
+
+-- guard_approval(): what may become of an approval, whoever writes. The preview is always that of its arguments
 create or replace function guard_approval() returns trigger language plpgsql volatile security definer set search_path from current as $$
-declare v_why text; v_voices int;
+declare
+  v_why text; v_rule action_rule; v_call action;
+  v_free text[] := '{state,args,args_sha256,before,after,approvers,needs,escalate,due_at,decided_by,decided_via,decided_at,why}';
 begin
   if tg_op = 'DELETE' then
     v_why := 'approvals are kept';
   elsif tg_op = 'INSERT' then
-    v_why := case when new.state <> 'pending' then 'an approval begins as pending' when new.args_sha256 <> args_hash(new.args) then 'args_sha256 is not that of its args'
-                  when cardinality(new.approvers) = 0 then 'nobody may decide it' end;
+    select r.* into v_rule from action a join action_rule r on r.app = a.app and r.name = a.name where a.id = new.action_id and r.approval <> '{}';
+    select * into v_call from action where id = new.action_id;
+    v_why := case when new.state <> 'pending' then 'an approval begins as pending'
+                  when (new.app, new.name) is distinct from (v_call.app, v_call.name) or new.requested_by is distinct from v_call.requested_by
+                       or new.supersedes is null and new.args is distinct from v_call.args then 'it is not about its call: app, name, args, requested_by' when new.args_sha256 <> args_hash(new.args) then 'args_sha256 is not that of its args'
+                  when cardinality(new.approvers) = 0 then 'nobody may decide it' else loosened(new, v_rule, v_call) end;
   elsif old.state <> 'pending' then
     v_why := case when to_jsonb(new) is distinct from to_jsonb(old) then format('it is %s', old.state) end;
-  elsif (new.id, new.action_id, new.quorum, new.evidence, new.requested_by) is distinct from (old.id, old.action_id, old.quorum, old.evidence, old.requested_by)
-        or not new.approvers @> old.approvers then
-    v_why := 'action_id, quorum, evidence, requested_by and approvers stay as they are';
+  elsif to_jsonb(new) - v_free is distinct from to_jsonb(old) - v_free then
+    v_why := 'what is asked, of whom, and until when stays as it is';
+  elsif new.approvers <> old.approvers and (new.approvers is distinct from old.approvers || (old.escalate -> 0 ->> 'to')
+                                            or (old.escalate -> 0 ->> 'at')::timestamptz > now()) then
+    v_why := 'approvers grow as escalate says';
+  elsif new.needs <> old.needs and (new.needs is distinct from grown(old.needs, old.escalate -> 0 ->> 'to') or (old.escalate -> 0 ->> 'at')::timestamptz > now()) then
+    v_why := 'those who are asked for one call grow as escalate says';
+  elsif new.escalate is distinct from old.escalate and new.escalate is distinct from old.escalate - 0 then
+    v_why := 'escalate goes on step by step';
   elsif new.args_sha256 is distinct from args_hash(new.args) then
     v_why := 'args_sha256 is not that of its args';
+  elsif new.args <> old.args and (not exists (select from approval_event e where e.approval_id = new.id and e.kind = 'edited' and e.args_sha256 = new.args_sha256)
+                                  or (new.before, new.after) is distinct from (coalesce(old.before, old.args), new.args)) then
+    v_why := 'its arguments are edited by who decides it';
   elsif new.state = 'approved' then
-    select count(distinct e.person) into v_voices from approval_event e join person p on p.name = e.person
-     where e.approval_id = new.id and e.kind = 'voted' and e.args_sha256 = new.args_sha256 and p.name is distinct from new.requested_by and may_decide(p, new.approvers);
-    v_why := case when not (v_voices >= new.quorum or new.decided_via = 'timeout' and new.on_timeout = 'approve' and new.expires_at <= now())
-                  then format('%s of %s voices approve it', v_voices, new.quorum) end;
+    v_why := case when not (new.decided_via = 'timeout' and new.on_timeout = 'approve' and new.expires_at <= now()) then lacking(new) end;
   end if;
   if v_why is not null then
     raise exception using errcode = 'NT009', message = format('approval %s: %s', coalesce(new.id, old.id), v_why), hint = 'people decide through decide()';
+  end if;
+  if tg_op = 'INSERT' or new.args <> old.args then
+    select preview_of(coalesce(nullif(r.approval ->> 'preview', ''), a.approve ->> 'preview'), a.name, new.args) into new.preview
+      from action a left join action_rule r on r.app = a.app and r.name = a.name where a.id = new.action_id;
   end if;
   return coalesce(new, old);
 end $$;
 
 create or replace trigger approval_guard before insert or update or delete on approval for each row execute function guard_approval();
 revoke all on function guard_approval() from public;               -- a trigger needs none of it
+
+-- guard_voice(): an event is added by note_event() as the runtime decides; and a voice is of a person who may decide it now, for its arguments, once.
+-- An edit is noted before it is made
+create or replace function guard_voice() returns trigger language plpgsql volatile security definer set search_path from current as $$
+declare a approval; p person; v_why text;
+begin
+  select * into a from approval where id = new.approval_id for update;
+  select * into p from person where name = new.person;
+  v_why := case when a.id is null then 'there is no such approval'
+                when a.state <> 'pending' then format('it is %s', a.state)
+                when new.kind in ('voted', 'edited', 'rejected') and new.person is null then 'a voice is somebody''s'
+                when new.kind = 'approved' and new.person is null
+                     and not (new.via is not distinct from 'timeout' and a.on_timeout = 'approve' and a.expires_at <= now()) then 'time approves nothing of it now'
+                when new.person is not null then case
+                  when p.id is null then format('nobody is called "%s"', new.person)
+                  when p.name = a.requested_by then format('%s asked for it, and nobody approves their own', p.name)
+                  when not may_decide(p, a.approvers) then format('%s is not among those who may: %s', p.name, array_to_string(a.approvers, ', '))
+                  when a.expires_at <= now() then 'its time is over'
+                  when new.kind <> 'edited' and new.args_sha256 is distinct from a.args_sha256 then 'its arguments are not those that were shown; look again'
+                  when new.kind = 'voted' and exists (select from approval_event e where e.approval_id = a.id and e.kind = 'voted' and e.person = p.name
+                                                         and e.args_sha256 = a.args_sha256) then format('%s has approved it', p.name) end end;
+  v_why := coalesce(v_why, case when current_setting('anton.event', true) is distinct from concat_ws(' ', new.approval_id, new.kind, new.person)
+                                then 'what happens to it is noted as it happens, not by an insert' end);
+  if v_why is not null then
+    raise exception using errcode = 'NT009', message = format('approval %s: no event "%s": %s', new.approval_id, new.kind, v_why),
+      hint = 'people decide by: select decide(approval, person, ''approve'' or ''reject'', via, args_sha256)';
+  end if;
+  return new;
+end $$;
+
+create or replace trigger event_voice before insert on approval_event for each row execute function guard_voice();
+revoke all on function guard_voice() from public;               -- a trigger needs none of it
 
 -- guard_event(): events of approvals are only ever added
 create or replace function guard_event() returns trigger language plpgsql volatile set search_path from current as $$

@@ -1,11 +1,12 @@
 """Fixtures of the whole suite. ANTON_TEST_SERVER=embedded (default) | system picks the server; make test runs both.
---asks-server: only tests that may differ from one server to the other.
+--asks-server: only tests that may differ from one server to the other. --beside-system: without what it runs then.
 
     server     the running server of this session
     template   the name of a database with Anton's runtime in it, migrated once a session
     database   the URL of a database of the test's own, cloned from the template
     bare       the URL of an empty one
     live       the fixture `app` as a live process, whose effects go out; llm: a service of models, see tests/llm.py
+    desk       the same with refunds that people approve, see tests/desk.py
     shop       an app in a folder of its own on `database`, see tests/shop.py; fresh: the same on `bare`
     db         anton.db.Database on `database`, also the process's current one; ANTON_TEST_POOLED=1: behind a pooler
     t          tables to be written to, see tests/written.py
@@ -15,9 +16,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import TypeVar
 
+import desk as desks
 import pytest
 from llm import Llm, serving
 from pg import Pg
@@ -34,16 +38,45 @@ from chaos.dbts import Child
 
 KIND = os.environ.get("ANTON_TEST_SERVER", "embedded")
 
+MAY_BE_SKIPPED = re.compile(  # where CI is set; what else is skipped there is a failure
+    "on the system's server only: |this server has (no )?pgvector|this server has max_prepared_transactions > 0|"
+    "llama.cpp's server is not built|only root has to run Postgres as somebody else"
+)
+
 for _name in [name for name in os.environ if name.startswith("PG") or name == "DATABASE_URL"]:
     del os.environ[_name]  # a developer's own database is no test's business
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--asks-server", action="store_true", help="only tests that ask for the fixture `server`")
+    parser.addoption("--beside-system", action="store_true", help="without what is marked once(why, \"system\")")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "system(why): runs with the system's server only")
+    config.addinivalue_line("markers", "once(why): no other on another server: --asks-server leaves it out; "
+                                       "once(why, 'system'): --beside-system does")
+
+
+R = TypeVar("R", pytest.TestReport, pytest.CollectReport)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    return _loud((yield))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    return _loud((yield))
+
+
+def _loud(report: R) -> R:
+    if report.skipped and os.environ.get("CI") and not hasattr(report, "wasxfail"):
+        why = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        if not MAY_BE_SKIPPED.search(why):
+            report.outcome, report.longrepr = "failed", f"{report.nodeid} was left out in CI: {why}"
+    return report
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -51,10 +84,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if KIND != "system":
         for item, why in system.items():
             item.add_marker(pytest.mark.skip(reason=f"on the system's server only: {why}"))
+    once = {item: mark.args[1:] for item in items if (mark := item.get_closest_marker("once"))}
+    kept = items
     if config.getoption("--asks-server"):
-        asking = system.keys() | {item for item in items if "server" in getattr(item, "fixturenames", ())}
-        config.hook.pytest_deselected(items=[item for item in items if item not in asking])
-        items[:] = [item for item in items if item in asking]
+        kept = [item for item in items if item in system or (
+            once[item] == ("system",) if item in once else "server" in getattr(item, "fixturenames", ()))]
+    elif config.getoption("--beside-system"):
+        kept = [item for item in items if once.get(item) != ("system",)]
+    left = set(items) - set(kept)
+    config.hook.pytest_deselected(items=[item for item in items if item in left])
+    items[:] = kept
 
 
 @pytest.fixture(scope="session")
@@ -118,6 +157,13 @@ def live(app: TestApp, monkeypatch: pytest.MonkeyPatch) -> TestApp:
     monkeypatch.delenv("ANTON_EFFECTS", raising=False)
     set_effects("live")
     return app
+
+
+@pytest.fixture
+def desk(live: TestApp) -> TestApp:
+    """The app of tests/desk.py."""
+    desks.declare(live)
+    return live
 
 
 @pytest.fixture

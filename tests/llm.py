@@ -43,6 +43,7 @@ class Llm:
         self.arrived: list[tuple[float, int]] = []
         self.billed = 0
         self.usage: dict[str, Any] = {}                                # said instead of what was counted
+        self.silent = False                                            # says nothing of tokens
         self.url = ""
         self.inflight = self.most = 0                                  # of those it answers; at once
         self.hung = threading.Event()
@@ -75,11 +76,11 @@ class Llm:
                 "function": {"name": body["tools"][0]["function"]["name"], "arguments": text}}]}
         tokens_in, tokens_out = _count(body["messages"]), len(text.split())
         self.billed += tokens_in + tokens_out
-        return JSONResponse({
+        return self._said({
             "id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": body["model"] + "-2026-03-17",
             "choices": [{"index": 0, "finish_reason": "length" if cut else "stop", "message": message}],
             "usage": {"prompt_tokens": tokens_in, "completion_tokens": tokens_out,
-                      "total_tokens": tokens_in + tokens_out, **self.usage}}, headers=self.headers)
+                      "total_tokens": tokens_in + tokens_out, **self.usage}})
 
     async def anthropic(self, request: Request) -> Response:
         body = json.loads(await request.body())
@@ -98,10 +99,10 @@ class Llm:
             content = [{"type": "tool_use", "id": "t1", "name": body["tools"][0]["name"], "input": json.loads(text)}]
         tokens_in = _count(body["messages"]) + len(body.get("system", "").split())
         self.billed += tokens_in + len(text.split())
-        return JSONResponse({
+        return self._said({
             "id": "msg_1", "type": "message", "role": "assistant", "model": body["model"] + "-20260101",
             "content": content, "stop_reason": "tool_use" if "tools" in body else "end_turn", "stop_sequence": None,
-            "usage": {"input_tokens": tokens_in, "output_tokens": len(text.split())}}, headers=self.headers)
+            "usage": {"input_tokens": tokens_in, "output_tokens": len(text.split())}})
 
     async def embeddings(self, request: Request) -> Response:
         """A number for how often each letter comes, as base64 unless floats are asked for; "poison" is refused."""
@@ -126,8 +127,12 @@ class Llm:
             packed = base64.b64encode(struct.pack(f"<{len(numbers)}f", *numbers)).decode()
             data.append({"object": "embedding", "index": at,
                          "embedding": packed if body.get("encoding_format") == "base64" else numbers})
-        return JSONResponse({"object": "list", "data": data[::-1], "model": body["model"] + "-v1",
-                             "usage": {"prompt_tokens": tokens, "total_tokens": tokens}}, headers=self.headers)
+        return self._said({"object": "list", "data": data[::-1], "model": body["model"] + "-v1",
+                           "usage": {"prompt_tokens": tokens, "total_tokens": tokens}})
+
+    def _said(self, reply: dict[str, Any]) -> Response:
+        return JSONResponse({name: value for name, value in reply.items() if name != "usage" or not self.silent},
+                            headers=self.headers)
 
     async def _step(self, body: dict[str, Any]) -> Response | None:
         step = self._script.popleft() if self._script else "answer"

@@ -23,6 +23,8 @@ from anton.sense import Request, delete, get, post, put
 from anton.table import Table
 from anton.verify import SCHEMES, Hmac
 
+pytestmark = pytest.mark.once("routes: the server is asked for the same")
+
 SECRET = "s3cret-of-at-least-24-bytes"
 
 

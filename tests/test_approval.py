@@ -10,7 +10,7 @@ import pytest
 
 from anton import Approval, Table, action
 from anton.app import declaring
-from anton.errors import AntonError, BadOption, DecisionRefused, InvalidRecord
+from anton.errors import AntonError, BadOption, DecisionRefused, Discard, InvalidRecord
 
 
 @pytest.fixture
@@ -185,6 +185,66 @@ def test_a_record_that_changed_meanwhile_supersedes_and_is_asked_about_again(liv
     assert sent == [(7, 5)]
 
 
+def test_time_approves_nothing_that_changed_and_people_have_all_of_it_again(live, sent):
+    asked(live, sent, Approval("@finance", timeout="2h", on_timeout="approve"))
+    (first,) = live.approvals
+    live.tables["complaints"].select().update(total=1)
+    live.advance("2h")
+    (second,) = live.approvals
+    assert sent == [] and second.id != first.id
+    assert second.difference["evidence"][0]["changed"]["data"][1] == {"order": 7, "total": 1}
+    live.advance("1h")
+    assert sent == [] and len(live.approvals) == 1
+    late = first.approve(by="ann")
+    assert (late["won"], late["state"], late["next"]) == (False, "superseded", second.id)
+    live.advance("2h")
+    assert sent == [(7, 5)]
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_what_changed_after_it_was_approved_is_asked_about_again_and_not_sent(captured, request, sent):
+    live = request.getfixturevalue("app" if captured else "live")
+    asked(live, sent)
+    (first,) = live.approvals
+    first.approve(by="ann")
+    live.tables["complaints"].select().update(total=1)
+    live.run()
+    (second,) = live.approvals
+    assert sent == [] and [call.state for call in live.calls] == ["waiting"]
+    assert second.difference["evidence"][0]["changed"]["data"][1] == {"order": 7, "total": 1}
+    second.approve(by="ann")
+    live.run()
+    assert [call.state for call in live.calls] == ["captured" if captured else "sent"] and len(sent) == (not captured)
+
+
+class Refusing(list[Any]):
+    """Takes nothing the first time."""
+
+    def append(self, one: Any) -> None:
+        if self:
+            self.clear()
+            raise Discard("no such order")
+        super().append(one)
+
+
+def test_a_retry_sends_nothing_that_rests_on_what_has_changed(live):
+    sent = Refusing([0])
+    asked(live, sent, probe=lambda call: False)
+    live.approvals[0].approve(by="ann")
+    live.run()
+    assert [call.state for call in live.calls] == ["failed"]
+    live.tables["complaints"].select().update(total=1)
+    sql(live, "select anton.retry_action(id) from anton.action")
+    live.run()
+    assert sent == [] and len(live.approvals) == 1
+    live.approvals[0].approve(by="ann")
+    sql(live, "update anton.action set state = 'sending', token = 5, attempt = 1")    # its sender was killed
+    live.tables["complaints"].select().update(total=2)
+    live.run()
+    assert sent == [] and [(call.state, call.error) for call in live.calls] == [
+        ("failed", "a record it rests on has changed since it was approved")]
+
+
 def test_a_batch_handlers_call_rests_on_the_record_at_hand(live, sent):
     refund = declare(live, sent, Approval("@finance"))
     with declaring(live.app):
@@ -198,9 +258,26 @@ def test_a_batch_handlers_call_rests_on_the_record_at_hand(live, sent):
     live.migrate()
     orders.extend({"n": n} for n in range(2))
     live.run()
-    rows = sql(live, "select evidence -> 0 as one from anton.approval order by id")
-    assert [(row["one"]["table"], row["one"]["record"]["data"]) for row in rows] == [
-        ("public.Orders of all", {"n": 0}), ("public.Orders of all", {"n": 1})]
+    rows = sql(live, "select args, evidence -> 0 as one from anton.approval order by args ->> 'order_id'")
+    assert [(row["args"]["order_id"], row["one"]["table"], row["one"]["record"]["data"]) for row in rows] == [
+        (0, "public.Orders of all", {"n": 0}), (1, "public.Orders of all", {"n": 1})]
+
+
+def test_the_preview_is_of_the_arguments_as_they_are_after_an_edit_and_no_value_is_a_template(live, sent):
+    refund = asked(live, sent, Approval("@finance", quorum=2, preview="Refund {amount} for {order_id} {of} {"))
+    assert live.approvals[0].preview == "Refund 5 for 7 {of} {"
+    live.approvals[0].approve(by="bob", edit={"amount": 4})
+    assert live.approvals[0].preview == "Refund 4 for 7 {of} {"
+    with pytest.raises(Exception, match="what is asked"):
+        sql(live, "update anton.approval set preview = 'Refund 1 for 7'")
+    live.approvals[0].reject(by="bob")
+    sql(live, "insert into anton.action (app, name, args) values ($1, 'refund', $2)", refund.app.name,
+        {"order_id": "{amount}", "amount": "{order_id} {amount}", "note": None})
+    sql(live, "insert into anton.approval (action_id, app, name, args, args_sha256, approvers, quorum, preview) select "
+              "id, app, name, args, anton.args_hash(args), '{@finance}', 2, '' from anton.action order by id desc "
+              "limit 1")
+    assert sql(live, "select preview from anton.approval order by id desc")[0]["preview"] == (
+        "Refund {order_id} {amount} for {amount} {of} {")
 
 
 def test_when_says_for_which_arguments_a_person_is_asked(live, sent):
@@ -246,6 +323,16 @@ def test_captured_calls_are_asked_for_too(app, sent):
     "insert into anton.approval (action_id, app, name, args, args_sha256, preview, approvers, state) select action_id, "
     "app, name, args, args_sha256, '', '{x}', 'approved' from anton.approval",
     "delete from anton.approval",
+    "update anton.approval set args = args || '{\"amount\": \"1\"}', before = args, after = args || '{\"amount\": "
+    "\"1\"}', args_sha256 = anton.args_hash(args || '{\"amount\": \"1\"}')",
+    "update anton.approval set state = 'approved', on_timeout = 'approve', decided_via = 'timeout', "
+    "expires_at = anton.now()",
+    "update anton.approval set approvers = approvers || 'eve'::text",
+    "update anton.approval set escalate = '[{\"at\": \"2020-01-01\", \"to\": \"eve\"}]'",
+    "update anton.action set requested_by = 'eve'",
+    "insert into anton.approval (action_id, app, name, args, args_sha256, preview, approvers, quorum, on_timeout, "
+    "expires_at) select action_id, app, name, '{}', anton.args_hash('{}'), '', approvers, quorum, on_timeout, "
+    "expires_at from anton.approval",
 ])
 def test_no_statement_sends_what_nobody_approved(statement, live, sent):
     asked(live, sent)
@@ -253,6 +340,8 @@ def test_no_statement_sends_what_nobody_approved(statement, live, sent):
         sql(live, statement)
     except Exception as error:
         assert "NT008" in str(getattr(error, "sqlstate", "")) or "NT009" in str(getattr(error, "sqlstate", ""))
+    else:
+        assert "anton.action" in statement, "it was carried out"
     live.run()
     live.advance("1h")
     assert sent == []
@@ -294,6 +383,46 @@ def test_what_happened_to_approvals_stays(statement, live, sent):
     assert [row["kind"] for row in sql(live, "select kind from anton.approval_event")] == ["asked"]
 
 
+FORGED = [
+    ({}, "noted as it happens"),
+    ({"person": "'zoe'"}, 'nobody is called "zoe"'),
+    ({"person": "'eve'"}, "eve is not among those who may: @finance"),
+    ({"person": "'gus'"}, "gus asked for it"),
+    ({"person": "null"}, "a voice is somebody's"),
+    ({"args_sha256": "anton.args_hash('{}')"}, "not those that were shown"),
+    ({"kind": "'approved'", "person": "null", "via": "'timeout'"}, "time approves nothing"),
+    ({"kind": "'asked'", "person": "null"}, "noted as it happens"),
+    ({"approval_id": "0"}, "there is no such approval")]
+
+
+def test_a_voice_is_not_made_by_an_insert(live, sent):
+    refund = declare(live, sent, Approval("@finance"))
+    refund.send(7, 5, by="gus")
+    live.run()
+    sql(live, "select anton.put_person(name, p_groups => array[g]) from (values ('ann', 'finance'), ('eve', 'sales'), "
+              "('gus', 'finance')) x (name, g)")
+    for event, said in FORGED:
+        given = {"approval_id": "id", "kind": "'voted'", "person": "'ann'", "via": "'psql'",
+                 "args_sha256": "args_sha256", **event}
+        with pytest.raises(Exception, match=said) as refused:
+            sql(live, f"insert into anton.approval_event ({', '.join(given)}) select {', '.join(given.values())} "
+                      "from anton.approval")
+        assert refused.value.sqlstate == "NT009" and "select decide(" in refused.value.hint
+    assert [row["kind"] for row in sql(live, "select kind from anton.approval_event")] == ["asked"]
+
+
+def test_a_voice_that_is_given_again_is_one_event_and_one_after_the_end_none(live, sent):
+    asked(live, sent, Approval("@finance", quorum=2))
+    (approval,) = live.approvals
+    approval.approve(by="ann")
+    approval.approve(by="ann")
+    assert [row["kind"] for row in sql(live, "select kind from anton.approval_event order by id")] == ["asked", "voted"]
+    approval.reject(by="bob")
+    with pytest.raises(Exception, match="it is rejected"):
+        sql(live, "insert into anton.approval_event (approval_id, kind, person) select id, 'voted', 'bob' "
+                  "from anton.approval")
+
+
 def test_what_cannot_be_is_refused_where_it_is_declared():
     with pytest.raises(BadOption, match="people or groups"):
         Approval()
@@ -303,3 +432,102 @@ def test_what_cannot_be_is_refused_where_it_is_declared():
         Approval("ann", quorum=0)
 
 
+def test_a_dead_letter_of_the_sender_that_is_replayed_waits_for_a_person(live, sent):
+    broken = [True]
+
+    def when(args: Any) -> bool:
+        if broken:
+            raise ValueError("no rates")
+        return True
+
+    refund = declare(live, sent, Approval("@finance", when=when))
+    refund.send(7, 5)
+    live.advance("1h")
+    assert len(live.dead) == 1 and sent == [] and live.approvals == []
+    broken.clear()
+    sql(live, "select anton.replay(id) from anton.dead")
+    live.run()
+    assert sent == [] and len(live.approvals) == 1
+    live.approvals[0].approve(by="ann")
+    live.run()
+    assert sent == [(7, 5)]
+
+
+@pytest.mark.parametrize("column, value, said", [
+    ("approvers", "'{eve}'", "its action is approved by @finance"), ("quorum", "1", "needs 2 voices"),
+    ("on_timeout", "'approve'", "not approved by time"), ("state", "'approved'", "begins as pending")])
+def test_an_approval_by_psql_asks_for_no_less_than_is_declared(column, value, said, live, sent):
+    refund = declare(live, sent, Approval("@finance", quorum=2))
+    refund.send(7, 5)
+    given = {"approvers": "'{@finance}'", "quorum": "2", "on_timeout": "'reject'", "state": "'pending'", column: value}
+    with pytest.raises(Exception, match=said):
+        sql(live, "insert into anton.approval (action_id, app, name, args, args_sha256, preview, expires_at, "
+                  f"{', '.join(given)}) select id, app, name, args, anton.args_hash(args), '', anton.now(), "
+                  f"{', '.join(given.values())} from anton.action")
+
+
+def test_an_approval_of_one_call_adds_to_what_is_declared(live, sent):
+    refund = declare(live, sent, Approval("@finance", on_timeout="approve", timeout="1h"))
+    refund.send(7, 5, approve=Approval("eve", quorum=2, timeout="1s"))
+    live.run()
+    (approval,) = live.approvals
+    assert approval.approvers == ("@finance", "eve")
+    approval.approve(by="ann")
+    live.advance("1m")
+    assert sent == [] and len(live.approvals) == 1
+    live.advance("2h")
+    assert sent == [] and [call.state for call in live.calls] == ["expired"]
+
+
+def test_who_is_named_for_one_call_is_told_and_asked_besides_those_of_its_action(live, sent):
+    refund = declare(live, sent, Approval("@finance", escalate={"1h": "@cfo"}))
+    sql(live, "select anton.put_person(name, name || '@x.com', p_groups => array[g]) from (values ('ann', 'finance'), "
+              "('lea', 'legal'), ('cleo', 'cfo')) x (name, g)")
+    refund.send(7, 5, approve=Approval("@legal", via=["email", "slack:#legal"], editable=["amount"]))
+    live.run()
+    (approval,) = live.approvals
+    assert approval.approvers == ("@finance", "@legal")
+    assert [row["id"] for row in sql(live, "select id from anton.inbox($1, 'lea')", live.app.name)] == [approval.id]
+    assert {row["to"] for row in sql(live, 'select "to" from anton.notice')} == {"#legal", "ann@x.com", "lea@x.com"}
+    with pytest.raises(DecisionRefused, match="order_id may not be changed; amount may"):
+        approval.approve(by="lea", edit={"order_id": 8})
+    approval.approve(by="lea")
+    with pytest.raises(Exception, match="0 of 1 voices of @finance approve it"):
+        sql(live, "update anton.approval set state = 'approved'")
+    with pytest.raises(Exception, match="asked for one call grow as escalate says"):
+        sql(live, "update anton.approval set needs = needs - 0")
+    live.advance("61m")
+    assert sent == [] and live.approvals[0].approvers == ("@finance", "@legal", "@cfo")
+    approval.approve(by="cleo")
+    live.run()
+    assert sent == [(7, 5)]
+    refund.send(8, 5, approve=Approval("@legal"))
+    live.run()
+    live.approvals[0].approve(by="ann")
+    live.run()
+    assert len(sent) == 1 and len(live.approvals) == 1
+
+
+def test_an_approval_by_psql_asks_those_of_the_call_too(live, sent):
+    refund = declare(live, sent, Approval("@finance"))
+    refund.send(7, 5, approve=Approval("@legal"))
+    for needs in ([], [{"approvers": ["@legal"], "quorum": 1}], [{"approvers": ["@finance", "@legal"], "quorum": 2}]):
+        with pytest.raises(Exception, match="its call is approved by @legal, too"):
+            sql(live, "insert into anton.approval (action_id, app, name, args, args_sha256, preview, expires_at, "
+                      "approvers, needs) select id, app, name, args, anton.args_hash(args), '', anton.now(), "
+                      "'{@finance, @legal}', $1::jsonb from anton.action", needs)
+
+
+def test_a_call_by_psql_waits_for_a_person_as_any_other(live, sent):
+    declare(live, sent, Approval("@finance"))
+    sql(live, "insert into anton.action (app, name, args, requested_by, approve) values "
+              f"('{live.app.name}', 'refund', '{{\"order_id\": 7, \"amount\": 5}}', 'eve', "
+              "'{\"approvers\": [\"eve\"], \"timeout\": \"1 second\", \"on_timeout\": \"approve\"}')")
+    live.run()
+    live.advance("1h")
+    assert sent == []
+    (approval,) = live.approvals
+    with pytest.raises(DecisionRefused):
+        approval.approve(by="eve")
+    live.run()
+    assert sent == []

@@ -20,6 +20,8 @@ from anton.app import App, declaring
 from anton.db import Database
 from anton.errors import SyncInLoop
 
+pytestmark = pytest.mark.once("the app's own process: the server is asked for the same")
+
 REPO = Path(__file__).resolve().parent.parent
 ANTON = "import sys; from anton.cli import main; sys.exit(main())"
 OURS = re.compile(r'File "[^"]*(anton/|anton\.|importlib|site-packages)')

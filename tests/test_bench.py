@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import benchmarks.__main__  # noqa: F401  registers all benches
 from benchmarks.harness import (
     Bench,
     MissingPeer,
@@ -16,10 +19,12 @@ from benchmarks.harness import (
     WrongResult,
     at_least,
     at_most,
+    benches,
     measure,
     percentile,
     save,
 )
+from benchmarks.llm import excused_by, ledger_gap
 from benchmarks.readme import REPO, filled, table
 from benchmarks.server import connect
 from benchmarks.subject import check, same_rows, wait_idle
@@ -27,6 +32,25 @@ from chaos import page, report
 from chaos.check import Verdict
 from chaos.faults import Result
 from chaos.report import BARS
+
+
+def test_paid_again_may_be_only_what_a_killed_process_asked_and_was_not_answered_long_before():
+    counts = {"answered": {"late": 1, "just now": 1, "once more": 1, "another's": 1},
+              "recent": ["just now", "another's"], "inflight": ["once more", "another's too"]}
+    assert excused_by({"late": 1, "just now": 1, "once more": 1, "unsent": 1}, counts) == {
+        "just now", "once more", "unsent"}
+
+
+@pytest.mark.parametrize("kept, arrived, left, gap, unsent", [
+    ({"a": 1, "b": 2}, {"a": 1, "b": 2}, {"a": 1}, 0, 0),
+    ({"a": 2}, {"a": 1}, {}, 1, 0),                                    # one too many in the ledger
+    ({"a": 1}, {"a": 2}, {"a": 5}, 1, 0),                              # one that it does not know of
+    ({"a": 2, "b": 1}, {"a": 1, "b": 2}, {}, 2, 0),                    # they do not make up for each other
+    ({"a": 3}, {"a": 1}, {"a": 1}, 1, 1)])                             # a kill excuses no more than it left
+def test_a_gap_of_the_ledger_counts_in_both_directions(kept, arrived, left, gap, unsent):
+    differ, found = ledger_gap(kept, arrived, left)
+    assert (sum(differ.values()), found) == (gap, unsent)
+
 
 EXPECTED = "select n, s from (values (1, 'a'), (2, 'b'), (2, 'b')) x (n, s)"
 
@@ -109,11 +133,25 @@ def test_the_readme_shows_the_figures_that_were_measured() -> None:
     assert len(table(report).splitlines()) > 2
 
 
+def test_the_page_on_benchmarks_says_what_each_figure_is() -> None:
+    page, names = (REPO / "docs/benchmarks.md").read_text(), [bar.name for one in benches for bar in one.bars]
+    assert len(names) >= 60 and [name for name in names if f"`{name}`" not in page] == []
+
+
+def test_each_bar_of_actions_and_approvals_has_a_figure() -> None:
+    found = {row["name"]: row for row in json.loads((REPO / "benchmarks/results/latest.json").read_text())}
+    found |= {row["name"]: row for row in json.loads((REPO / "benchmarks/results/chaos.json").read_text())}
+    names = ["approval_wrong", "approve_to_sent_p99_ms", "injection_out_of_policy", "injection_canary_out",
+             "outbox_wrong_effects", "outbox_doubled", "outbox_unlisted"]
+    assert [name for name in names if name not in found or found[name]["value"] is None] == []
+
+
 def test_the_readme_shows_what_was_survived() -> None:
     text = (REPO / "README.md").read_text()
     found = json.loads((REPO / "benchmarks/results/chaos.json").read_text())
-    assert page.filled(text, page.table(found)) == text
-    assert len(found) == len(BARS) and len(page.table(found).splitlines()) > 2
+    shown = page.table(found, json.loads((REPO / "benchmarks/results" / report.DETAIL).read_text()))
+    assert page.filled(text, shown) == text
+    assert len(found) == len(BARS) and len(shown.splitlines()) > 2
 
 
 def _restarts(asked: int, n: int, **verdict: int) -> dict[str, Result]:
@@ -132,14 +170,50 @@ def _kept(folder: Path) -> dict[str, float]:
         ((100, 103), (100, 100), 100),  # it need not be done oftener than asked to count
         ((100, 100), (100, 60), 60),  # as long, and came to less
         ((8, 8), (8, 9), 9),
+        ((100, 100), (0, 0), None),  # it raised
     ],
 )
 def test_a_shorter_run_leaves_the_figures_of_a_longer_one(
-    first: tuple[int, int], second: tuple[int, int], kept: int, tmp_path: Path
+    first: tuple[int, int], second: tuple[int, int], kept: int | None, tmp_path: Path
 ) -> None:
     report.save(_restarts(*first), 1, tmp_path)
-    report.save(_restarts(*second), 2, tmp_path)
+    found = _restarts(*second)
+    if kept is None:
+        found["D1"].verdict.require(False, "KeyError: 'x'")
+    report.save(found, 2, tmp_path)
     assert _kept(tmp_path)["restarts"] == kept
+
+
+def test_a_shorter_run_that_finds_something_wrong_replaces_a_longer_clean_one(tmp_path: Path) -> None:
+    report.save(_restarts(100, 100), 1, tmp_path)
+    report.save(_restarts(8, 8, lost=1), 2, tmp_path)
+    assert _kept(tmp_path)["restarts"] == 8
+    report.save(_restarts(8, 8), 3, tmp_path)
+    assert _kept(tmp_path)["restart_lost"] == 0
+
+
+@pytest.mark.parametrize("wrong", [{"phantom": 1}, {"wrong": ["not drained"]}])
+def test_what_no_figure_of_a_bar_shows_misses_all_bars_of_its_fault(wrong: dict[str, Any]) -> None:
+    result = Result(100, Verdict(**wrong), {"first_ack_p99_s": 1.0})
+    assert {row["name"]: row["ok"] for row in report.rows({"D1": result})} == dict.fromkeys(
+        ("restarts", "restart_lost", "restart_doubled", "first_ack_p99_s"), False
+    )
+
+
+def test_a_row_says_when_and_of_which_commit_it_is(tmp_path: Path) -> None:
+    report.save(_restarts(100, 100), 1, tmp_path)
+    found = json.loads((tmp_path / report.DETAIL).read_text())["D1"]
+    assert found["date"] == f"{datetime.now(UTC):%Y-%m-%d}" and found["commit"] == report.commit()
+
+
+def test_seconds_and_rows_are_no_trials() -> None:
+    assert Result(60, trials=0).bound == "-" and Result(1001, trials=600).bound == "< 0.5 %"
+
+
+def test_the_page_on_reliability_shows_what_was_measured() -> None:
+    text = (REPO / "docs/reliability.md").read_text()
+    found = json.loads((REPO / "benchmarks/results" / report.DETAIL).read_text())
+    assert page.filled(text, page.faults(found)) == text
 
 
 def test_fewer_bugs_that_are_caught_replace_more(tmp_path: Path) -> None:
@@ -164,5 +238,6 @@ def test_the_chance_of_a_failure_is_told_only_where_there_was_none(lost: int, ch
         {"name": bar.name, "value": counts[bar.name], "bar": bar.limit, "ok": bar.name != "restart_lost" or not lost}
         for bar in BARS
     ]
-    [told] = [one for one in page.table(rows).splitlines() if "-m immediate" in one]
+    detail = {fault: {"bound_95": chance} for fault in page.TIMES.values()}
+    [told] = [one for one in page.table(rows, detail).splitlines() if "-m immediate" in one]
     assert f"| {chance} |" in told

@@ -14,14 +14,22 @@ from benchmarks.peers.known import NODE, peers
 
 
 def peer(name: str, **figures: Any) -> dict[str, Any]:
-    return {"name": name, "version": "1", "settings": "s", "recovers": "r", **figures}
+    return {"name": name, "version": "1", "settings": "s", "default": "d", "tuned": "t", "commits": "c", **figures}
+
+
+def kill(recovery_s: float | None, lost: int, doubled: int) -> dict[str, Any]:
+    return {"recovery_s": recovery_s, "jobs": 400, "lost": lost, "doubled": doubled}
 
 
 FOUND = {
-    "run": {"wait_s": 90},
+    "run": {"wait_s": 75, "at": "2026-01-02T03:04:05+00:00", "postgres": "18", "cores": 2, "pinned": "2026-01-01"},
     "peers": [
-        peer("ours", drain_per_s=10, lost=0, recovery_s=1.5),
-        peer("theirs", drain_per_s=20, lost=3, recovery_s=None),
+        peer("ours", drain_per_s=10, recovery={
+            "own": {"default": kill(30.5, 0, 7), "tuned": kill(6.5, 0, 8)},
+            "commit": {"tuned": kill(6.0, 0, 0)},
+            "child": {"default": kill(1.0, 0, 9)},
+        }),
+        peer("theirs", drain_per_s=20, recovery={"own": {"default": kill(None, 3, 0), "tuned": kill(5.5, 0, 8)}}),
         peer("broken", error="rates: it ended"),
     ],
 }
@@ -29,9 +37,20 @@ FOUND = {
 
 def test_a_peer_that_wins_is_in_bold() -> None:
     text = report.table(FOUND)
-    assert "| theirs 1 | – | **20** | – | – | – | not in 90 | 3 | – |" in text
-    assert "| ours 1 | – | 10 | – | – | – | **1.5** | **0** | – |" in text
+    assert "| theirs 1 | – | – | **20** | – | – | – |" in text
+    assert "| ours 1 | – | – | 10 | – | – | – |" in text
+    row = "| theirs | its own connection | not in 75 | 3 of 400 | **0 of 400** | **5.5** | **0 of 400** | 8 of 400 |"
+    assert row in text
     assert "| broken 1 | failed |" in text
+    assert "Measured 2026-01-02 on Postgres 18 with 2 cores; the versions were the newest on 2026-01-01." in text
+
+
+def test_each_way_to_write_and_to_kill_has_a_row_and_a_kill_of_a_part_takes_no_bold() -> None:
+    text = report.table(FOUND)
+    assert "| ours | its own connection | **30.5** | **0 of 400** | 7 of 400 | 6.5 | **0 of 400** | 8 of 400 |" in text
+    assert "| ours | commits with the job: c | – | – | – | 6.0 | **0 of 400** | **0 of 400** |" in text
+    assert "| ours, its worker process only | its own connection | 1.0 | 0 of 400 | 9 of 400 | – | – | – |" in text
+    assert "| broken | failed |" in text
 
 
 def test_waits_leave_out_the_first_probes_and_refuse_a_missing_start() -> None:

@@ -9,7 +9,7 @@ import pytest
 from pg import Pg
 
 # Called by whom dbt logs in as, who has no right in the runtime: each looks whether he owns the table.
-FOR_DBT = ("dbt_known", "dbt_built", "dbt_follow", "dbt_attach", "dbt_collect", "dbt_close")
+FOR_DBT = ("dbt_known", "dbt_built", "dbt_follow", "dbt_attach", "dbt_collect", "dbt_close", "dbt_speak")
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import os
 import re
@@ -366,6 +367,22 @@ def test_approvals_are_listed_shown_and_decided(migrated: Shell) -> None:
     assert migrated.sql("select state from anton.action order by id") == [("ready",), ("rejected",)]
     assert migrated("approvals", "approve", str(second), "--by", "ann") == 1
     assert migrated.json("approvals", "list") == []
+
+
+def test_people_are_added_listed_signed_in_and_removed(migrated: Shell) -> None:
+    assert migrated("people", "add", "ann", "--email", "ann@example.com", "--group", "finance", "--group", "@cfo") == 0
+    assert migrated("people", "add", "ann", "--slack", "U1") == 0
+    (ann,) = migrated.json("people", "list")
+    assert (ann["email"], ann["slack_id"], ann["groups"]) == ("ann@example.com", "U1", ["finance", "cfo"])
+    assert migrated("people", "add", "bob", "--email", "ann@example.com") == 2
+    assert migrated("people", "add", "@bob") == 2
+    made = migrated.json("people", "link", "ann", "--url", "https://shop.example.com/")
+    token = made["url"].removeprefix("https://shop.example.com/inbox/in/")
+    assert migrated.sql("select token_sha256 from anton.link") == [(hashlib.sha256(token.encode()).hexdigest(),)]
+    assert migrated("people", "link", "zoe") == 1
+    assert migrated("people", "remove", "ann") == 0
+    assert migrated.sql("select active, (select count(*) from anton.link) from anton.person") == [(False, 0)]
+    assert migrated("people", "remove", "ann") == 1
 
 
 def run(words: list[str], folder: Path, url: str) -> subprocess.Popen[str]:

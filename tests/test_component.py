@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 from anton_components.vendor.openai.cognition import OpenAiCompletion
+from anton_components.vendor.rss.poll import Rss
 from anton_components.vendor.slack.action import SlackPostMessage, SlackReact, SlackUpdateMessage
+from anton_components.vendor.slack.approval import SlackAskApproval
 from peers import served
 from pydantic import BaseModel
 from starlette.requests import Request
@@ -18,11 +20,18 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from working import met
 
-from anton import Table, env
+from anton import Approval, Table, action, cron, env, poll, post
 from anton.action import set_effects
 from anton.app import App, declaring
-from anton.component import CALLS, Clients, check_credentials, components_of, echo, fill
-from anton.errors import ConfigError, Discard
+from anton.component import CALLS, Clients, Component, check_credentials, components_of, echo, fill
+from anton.errors import ConfigError, Discard, UnknownOption
+from anton.installed import installed
+from anton.notices import Notices
+from anton.option import options
+from anton.outbox import ActionComponent
+from anton.secret import Env
+
+pytestmark = pytest.mark.once("wires: the server is asked for the same")
 
 
 class Peer:
@@ -293,6 +302,26 @@ def test_a_reaction_that_is_there_already_is_fine(live, peer):
     assert [dead.error.partition(":")[0] for dead in live.dead] == ["no message to react to"]
 
 
+def test_an_approval_is_asked_with_buttons(live, peer):
+    with declaring(live.app):
+        @action(approve=Approval("ann", via=["slack:#c"]))
+        def refund(amount: int) -> None: ...
+
+        Notices().on_new_records(SlackAskApproval(oauth_token="xoxb-good", api=f"{peer.url}/api"))
+    live.migrate()
+    refund.send(5)
+    live.run()
+    (message,) = peer.got
+    assert (message["channel"], message["text"]) == ("#c", "refund: amount 5")
+    pressed = message["blocks"][-1]["elements"]
+    assert [one["action_id"] for one in pressed] == [
+        "anton_approve", "anton_edit", "anton_reject", "anton_open"]
+    assert json.loads(pressed[0]["value"])["approval"] == live.approvals[0].id
+    live.approvals[0].reject(by="ann")
+    live.run()
+    assert [block["type"] for block in peer.got[1]["blocks"]] == ["section"] * 2 and not live.dead
+
+
 # All of them
 
 
@@ -347,12 +376,38 @@ def test_a_live_process_refuses_to_start_without_credentials(monkeypatch, app):
     assert set(components_of(app.app)) == {"OpenAiCompletion", "SlackPostMessage"}
     check_credentials(app.app)
     set_effects("live")
-    with pytest.raises(ConfigError, match=r"OpenAiCompletion \(tests/test_component.py:\d+\) needs OPENAI_API_KEY; "
-                                          r"SlackPostMessage .* needs MY_TOKEN.*anton dev"):
+    with pytest.raises(ConfigError, match=r"OpenAiCompletion \(tests/test_component.py:\d+\) needs OPENAI_API_KEY, "
+                                          r"from https://platform.openai.com/api-keys; "
+                                          r"SlackPostMessage .* needs MY_TOKEN, from https://api.slack.com/apps"
+                                          r".*anton dev"):
         check_credentials(app.app)
     monkeypatch.setenv("OPENAI_API_KEY", "sk")
     monkeypatch.setenv("MY_TOKEN", "xoxb")
     check_credentials(app.app)
+
+
+class Inbox(Component):
+    """Polled, with a key."""
+
+    variable, issued, key, name = "ACME_API_KEY", "https://acme.example/keys", None, "acme inbox"
+
+    def __init__(self, into: Table[Any], *, api_key: Env | str | None = None) -> None:
+        super().__init__(secret=api_key)
+        self.into = into
+
+    async def poll(self, cursor: Any) -> Any:
+        return [], cursor
+
+
+def test_a_live_process_refuses_to_start_without_the_credential_of_what_is_polled(monkeypatch, live):
+    monkeypatch.delenv("ACME_API_KEY", raising=False)
+    with declaring(live.app):
+        poll(Inbox(Table("mails")), every="1m")
+    with pytest.raises(ConfigError, match=r"acme inbox \(tests/test_component.py:\d+\) needs ACME_API_KEY, "
+                                          r"from https://acme.example/keys"):
+        check_credentials(live.app)
+    monkeypatch.setenv("ACME_API_KEY", "key-1")
+    check_credentials(live.app)
 
 
 @pytest.mark.parametrize("prompt, said", [
@@ -367,3 +422,21 @@ def test_a_template_takes_names_and_nothing_else():
     assert fill("{a} and {b}, {0} {a.b} {{c}", {"a": 1, "b": "{a}", "c": 3}) == "1 and {a}, {0} {a.b} {3"
     with pytest.raises(Discard, match='{compltion} in "{compltion}".*Did you mean "completion"'):
         fill("{compltion}", {"completion": "x"})
+
+
+def test_approve_of_what_acts_not_is_refused_with_where_it_goes(live):
+    with declaring(live.app):
+        prompts, ann = Table("prompts"), Approval("ann")
+        for declare in (
+            lambda: OpenAiCompletion(prompts, approve=ann), lambda: Rss("https://a.example", prompts, approve=ann),
+            lambda: prompts.on_new_records(approve=ann)(print), lambda: cron.daily(approve=ann),
+            lambda: post("/x", approve=ann),
+        ):
+            with pytest.raises(UnknownOption, match="say approve= of the @action"):
+                declare()
+
+
+def test_each_component_whose_calls_leave_takes_approve():
+    acting = [one.cls for one in installed() if one.cls and issubclass(one.cls, ActionComponent)]
+    assert len(acting) > 10
+    assert [cls.__name__ for cls in acting if "approve" not in options(cls)] == ["SlackAskApproval"]  # it asks for one

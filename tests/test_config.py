@@ -120,3 +120,22 @@ def test_loopback_is_this_machine(url: str, loopback: bool) -> None:
 def test_the_shipped_schema_is_that_of_the_settings() -> None:
     shipped = Path(config.__file__).with_name("autonomous.schema.json")
     assert json.loads(shipped.read_text()) == config.json_schema()
+
+
+@pytest.mark.parametrize("entry, said", [
+    ({"name": "a", "service": "openai", "api_key": "sk-plain-as-day"}, 'it is secret. Allowed: "env:NAME"'),
+    ({"name": "a", "service": "openai"}, "one of api_key, oauth_token, secret is to be given"),
+    ({"name": "a", "service": "openai", "api_key": "env:A", "oauth_token": "env:B"}, "api_key and oauth_token"),
+    ({"name": "a", "service": "openai", "apikey": "sk-plain-as-day"}, 'Did you mean "api_key"')])
+def test_a_connection_is_a_reference_and_what_is_wrong_with_it_shows_no_secret(entry, said, tmp_path: Path) -> None:
+    (tmp_path / config.FILE).write_text(json.dumps({"connections": [entry]}))
+    with pytest.raises(ConfigError) as caught:
+        config.load(tmp_path)
+    assert said in str(caught.value) and "plain-as-day" not in str(caught.value)
+
+
+def test_a_connection_whose_variable_is_not_set_is_no_error_until_it_is_used(tmp_path: Path) -> None:
+    entry = {"name": "a", "service": "openai", "api_key": "env:NOT_SET", "base_url": "env:NOT_SET_EITHER"}
+    (tmp_path / config.FILE).write_text(json.dumps({"connections": [entry]}))
+    (one,) = config.load(tmp_path).settings.connections
+    assert (one.variable, one.base_url) == ("NOT_SET", "env:NOT_SET_EITHER")

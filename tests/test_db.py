@@ -18,6 +18,7 @@ from working import pooled
 from anton.app import App, declaring
 from anton.db import (
     KEYWORDS,
+    Conn,
     Database,
     Json,
     current_database,
@@ -191,6 +192,20 @@ async def test_a_server_that_does_not_answer_is_tried_by_one_and_the_others_hear
         silent.close()
         for writer in came:
             writer.close()
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError("gone"), asyncio.CancelledError()])
+async def test_a_connection_that_breaks_while_it_is_set_up_is_not_left_open(database, error):
+    came: list[Conn] = []
+
+    class Breaks(Database):
+        async def _set_up(self, conn: Conn) -> None:
+            came.append(conn)
+            raise error
+
+    with pytest.raises((DatabaseUnreachable, asyncio.CancelledError)):
+        await Breaks(database).connect()
+    assert came[0].is_closed()
 
 
 def test_the_process_database_is_the_one_that_was_set(db):

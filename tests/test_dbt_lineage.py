@@ -10,6 +10,7 @@ import pytest
 
 from anton.dbt.lineage import columns, part
 from anton.dbt.manifest import Manifest
+from anton.graph import Graph
 
 DEMO = Path(__file__).parent.parent / "dbt_project"
 ORDERS = {"public.orders": ["id", "customer", "country", "total", "status", "placed_at"]}
@@ -72,6 +73,20 @@ def test_the_project_is_nodes_and_edges_of_the_apps_graph(manifest: Manifest) ->
     assert {node.id for node in found.nodes} == {f"dbt:{name}" for name in (*PARENTS, "countries")}
     assert {("table:orders", "dbt:orders_paid", "reads"), ("dbt:orders_paid", "table:orders_paid", "rebuilt"),
             ("table:countries", "dbt:revenue_by_country", "reads")} <= set(found.edges)
+
+
+def test_a_loop_through_what_dbt_builds_is_one(manifest: Manifest) -> None:
+    found = Graph()
+    made = part(manifest, ORDERS, "public", "shop", ["source.demo.shop.orders"])
+    found.add(*made.nodes)
+    for source, target, *how in made.edges:
+        found.join(source, target, *how)
+    assert found.loops() == []
+    found.join("table:revenue_by_day", "handler:again", "updated")
+    found.join("handler:again", "table:orders", "new")
+    assert found.loops() == [["orders_paid rebuilt", "revenue_by_day", "revenue_by_day updated", "again", "orders new",
+                              "orders_paid", "orders_paid rebuilt"]]
+    assert found.edges["table:countries", "dbt:revenue_by_country"].how == {"reads"}  # nobody waits for that
 
 
 def test_a_model_that_sqlglot_does_not_understand_keeps_its_tables(manifest: Manifest) -> None:

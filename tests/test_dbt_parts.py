@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,11 +20,11 @@ from pg import Pg
 from anton.cli import main
 from anton.dbt.gate import after, gates
 from anton.dbt.init import hooks_missing, init, macro_folder, stamp, with_hooks
-from anton.dbt.manifest import Manifest
+from anton.dbt.manifest import Manifest, fingerprint
 from anton.dbt.profile import outputs, write_profile
 from anton.dbt.project import name_of
 from anton.dbt.requests import wishes_of
-from anton.dbt.runner import check_version
+from anton.dbt.runner import check_version, scratch, sweep
 from anton.dbt.verbs import _absolute
 from anton.errors import ConfigError, DeclarationError
 
@@ -65,6 +70,36 @@ def test_a_model_is_found_by_its_name_and_a_slip_is_named(manifest: Manifest) ->
         manifest.node("cleen")
 
 
+def test_any_other_file_is_another_project_and_only_what_dbt_writes_at_its_root_is_not(tmp_path: Path) -> None:
+    def written(name: str, text: str = "select 1") -> Path:
+        file = tmp_path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+        return file
+
+    project = written("dbt_project.yml", "name: shop\n")
+    model = written("models/logs/daily.sql")
+    before = fingerprint(tmp_path)
+    model.write_text("select 2")
+    assert (now := fingerprint(tmp_path)) != before
+    os.utime(model, ns=(1, 1))                                         # as cp -p and checkouts leave it
+    assert fingerprint(tmp_path) != now and fingerprint(tmp_path) == (now := fingerprint(tmp_path))
+    model.rename(model.with_name("hourly.sql"))
+    assert fingerprint(tmp_path) != now
+    for folder in ("target", "logs"):
+        now = fingerprint(tmp_path)
+        written(f"{folder}/manifest.json")
+        assert fingerprint(tmp_path) == now
+        written(f"models/{folder}/more.sql")
+        assert fingerprint(tmp_path) != now
+    project.write_text("name: shop\ntarget-path: \"out/target\"  # ours\n")
+    now = fingerprint(tmp_path)
+    written("out/target/manifest.json")
+    assert fingerprint(tmp_path) == now
+    written("target/ours.sql")
+    assert fingerprint(tmp_path) != now
+
+
 def request(id: int, **more: Any) -> dict[str, Any]:
     return {"id": id, "models": [], "tables": [], "upstream": False, "gate": False, "full_refresh": False, "vars": {},
             **more}
@@ -103,13 +138,74 @@ def test_folders_that_are_typed_are_those_of_who_typed_them(monkeypatch: pytest.
         "--select", "state:new", "--state", f"{tmp_path}/old", "--defer-state=/x/y", "--vars", "--state"]
 
 
+@pytest.mark.parametrize(("typed", "said"), [
+    (["--target", "prod"], r'it is "dev", of DbtProject\(target=…\)'), (["-t", "prod"], 'it is "dev"'),
+    (["-tprod"], 'it is "dev"'), (["--profile", "x"], "--database URL"), (["--profiles-dir=/x"], "--database URL"),
+    (["--project-dir", "/x"], "--project NAME"), (["--target-path", "/x"], r"\.anton/dbt"),
+    (["--log-path=/x"], "anton dbt log MODEL")])
+def test_an_option_of_dbts_that_anton_sets_is_refused_with_what_to_do(
+        typed: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    init(tmp_path / "dbt_project")
+    assert main(["--database", "postgresql://127.0.0.1:9/x", "dbt", "run", "--select", "a", *typed]) == 2
+    assert re.search(rf"anton dbt run {typed[0]}: Anton sets --.*{said}", capsys.readouterr().err)
+
+
 def test_a_profile_is_what_the_url_says_and_holds_no_password(tmp_path: Path) -> None:
-    output, password = outputs("postgresql://ann:s%40fe@db.example:5433/shop?sslmode=require", "marts", 4)
+    output, needed = outputs("postgresql://ann:s%40fe@db.example:5433/shop?sslmode=require", "marts", 4)
     write_profile(tmp_path, "prod", output)
     assert (output["host"], output["port"], output["user"], output["dbname"], output["sslmode"]) == (
         "db.example", 5433, "ann", "shop", "require")
-    assert password == "s@fe" and "s@fe" not in (tmp_path / "profiles.yml").read_text()
+    assert needed == {"ANTON_DBT_PASSWORD": "s@fe"} and "s@fe" not in (tmp_path / "profiles.yml").read_text()
     assert (tmp_path / "profiles.yml").stat().st_mode & 0o777 == 0o600
+
+
+def test_options_of_the_url_reach_the_server_by_dbts_words_or_libpqs(
+        pg: Pg, monkeypatch: pytest.MonkeyPatch) -> None:
+    more = "options=-c%20statement_timeout%3D4321&connect_timeout=7&target_session_attrs=read-write"
+    output, needed = outputs(f"{pg.url}{'&' if '?' in pg.url else '?'}{more}", "public", 1)
+    assert output["connect_timeout"] == 7 and needed["PGTARGETSESSIONATTRS"] == "read-write"
+    for name, value in needed.items():
+        monkeypatch.setenv(name, value)
+    to = {name: output[name] for name in ("host", "port", "user", "dbname", "connect_timeout")}
+    with psycopg.connect(**to, password=needed["ANTON_DBT_PASSWORD"]) as conn:
+        assert conn.execute("show statement_timeout").fetchone() == ("4321ms",)
+
+
+@pytest.mark.parametrize(("url", "said"), [
+    ("postgresql://ann@a:5432,b:5433/shop", 'several hosts, "a:5432,b:5433".*dbt connects to one'),
+    ("postgresql://ann@/shop?host=a,b", 'several hosts, "a,b"'),
+    ("postgresql://a:x/shop", 'port of the database is "x"; allowed'),
+    ("postgresql://a/shop?connect_timeout=soon", 'connect_timeout of the database is "soon"; allowed'),
+    ("postgresql://a/shop?ssl_mode=require", '"ssl_mode".*Did you mean "sslmode".*Allowed with dbt: .*sslmode'),
+    ("postgresql://a/shop?tcp_user_timeout=9", 'the option "tcp_user_timeout", which dbt cannot be given')])
+def test_what_of_a_url_dbt_cannot_be_given_is_named(url: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        outputs(url, "public", 1)
+
+
+def test_the_folder_of_a_killed_process_is_swept_and_none_that_is_in_use(tmp_path: Path,
+                                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    code = "import sys; from anton.dbt.runner import scratch; kept = scratch(); print(kept[0], flush=True); input()"
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).parent.parent)}
+    other = subprocess.Popen([sys.executable, "-c", code], env=environment, stdin=subprocess.PIPE,
+                             stdout=subprocess.PIPE, text=True)
+    with other:
+        assert other.stdout is not None
+        theirs = Path(other.stdout.readline().strip())
+        (theirs / "profiles.yml").write_text("{}")
+        ours, lock = scratch()
+        (tmp_path / "anton-dbt-half-made").mkdir()
+        sweep()
+        assert theirs.is_dir() and ours.stat().st_mode & 0o077 == 0
+        other.kill()
+    sweep()
+    assert {one.name for one in tmp_path.iterdir()} == {ours.name, "anton-dbt-half-made"}
+    lock.close()
+    sweep()
+    assert [one.name for one in tmp_path.iterdir()] == ["anton-dbt-half-made"]
 
 
 def test_a_profile_finds_a_unix_socket(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -341,6 +437,19 @@ def test_a_run_under_another_lock_is_not_dead_because_this_one_begins(pg: Pg, as
     assert pg.value("select state from anton.dbt_run where id = %s", typed) == "running"
     pg.sql("select anton.dbt_open('shop', 'shop', 1, 'anton-dbt-y')")
     assert pg.value("select state from anton.dbt_run where id = %s", typed) == "died"
+
+
+def test_what_runs_under_another_lock_is_taken_over_when_its_holder_has_that_no_more(
+        pg: Pg, ask: Any, holder: psycopg.Connection[Any]) -> None:
+    pid = held(holder, "anton-dbt-prod")
+    theirs = ask(models=["a"])
+    begin = "select array_agg(id order by id) from anton.dbt_begin('shop', 'shop', %s, %s, %s)"
+    assert pg.value(begin, [], pid, "anton-dbt-prod") == [theirs]
+    run = "select state from anton.dbt_run where lock = hashtext('anton-dbt-prod')"
+    mine = ask(models=["b"])
+    assert pg.value(begin, [theirs], 1, "anton-dbt-dev") == [mine] and pg.value(run) == "running"
+    holder.rollback()                                                  # the lock goes with its transaction
+    assert pg.value(begin, [], 1, "anton-dbt-dev") == [theirs, mine] and pg.value(run) == "died"
 
 
 def test_a_run_that_was_taken_over_notes_nothing_more(pg: Pg, ask: Any) -> None:

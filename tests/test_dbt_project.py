@@ -18,16 +18,19 @@ from pydantic import BaseModel
 from servers import Server
 from shop import Shop
 
+import anton.worker
 from anton.cli import main
 from anton.db import Portal, set_database
 from anton.dbt.project import DbtProject
 from anton.dbt.requests import alone, wishes_of
-from anton.errors import ConfigError, DeclarationError, WriteError
+from anton.errors import AntonError, ConfigError, DeclarationError, WriteError
 from anton.migrate import migrate
 from anton.rebuilt import Failed, Rebuilt
 from anton.table import Table
 from anton.worker import Worker
 from anton.write import transaction
+
+pytestmark = pytest.mark.once("dbt's processes: what its SQL does is tested by test_dbt_tables.py", "system")
 
 PROJECT = Path(__file__).parent / "data" / "dbt_shop"
 
@@ -428,6 +431,27 @@ def test_a_table_that_was_made_without_hooks_is_found_by_housekeeping(live: Live
     assert live.shop.sql("select problem from anton.findings() where kind = 'dbt'") == []
 
 
+def test_a_worker_at_work_finds_such_a_table_within_a_minute(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 2 * anton.worker.WATCH <= 60                                # since the last look, and asleep until the next
+    monkeypatch.setattr(anton.worker, "WATCH", 0.01)
+    monkeypatch.setattr(anton.worker, "HOUSEKEEPING", float("inf"))    # which would find it, too
+    built = live.shop.sql("select max(id) from anton.dbt_build")[0][0]
+
+    async def watch() -> None:
+        worker = Worker(live.shop.db, live.shop.app)
+        working = asyncio.create_task(worker.run())
+        async with live.shop.db.conn() as look:
+            await look.execute("begin; create table r2 as table revenue; drop table revenue cascade; "
+                               "alter table r2 rename to revenue; commit")
+            await seen(look, f"select exists (select from anton.dbt_build where id > {built} and note ~ 'without')")
+        worker.drain()
+        await working
+
+    live.loop.run(watch())
+    live.revenue.run()
+    live.work()
+
+
 def test_a_name_that_is_no_model_is_refused_with_the_likely_one(live: Live) -> None:
     def declare() -> None:
         DbtProject("dbt_project").model("revenu")
@@ -435,6 +459,20 @@ def test_a_name_that_is_no_model_is_refused_with_the_likely_one(live: Live) -> N
     shop = Shop(live.shop.url, live.shop.folder, "other").declare(declare)
     with pytest.raises(DeclarationError, match='Did you mean "revenue"'):
         shop.migrate()
+
+
+@pytest.mark.parametrize(("model", "remedy"), [
+    ("loose", "Give one column the tests unique and not_null, or the model a primary_key constraint in its contract"),
+    ("big", "It is a view: listen to on_rebuilt"),
+])
+def test_records_of_a_model_without_a_key_are_refused_with_what_to_add(live: Live, model: str, remedy: str) -> None:
+    (live.folder / "models" / "loose.sql").write_text("select 1 as n")
+    shop = Shop(live.shop.url, live.shop.folder, "sixth").declare(
+        lambda: DbtProject("dbt_project").model(model).on_new_records(print, name="never"))
+    with pytest.raises(AntonError, match=f"{model} has no key, so nobody can tell") as e:
+        live.loop.run(migrate(shop.db, shop.app))
+    assert remedy in str(e.value)
+    assert shop.sql("select 1 from anton.handler where name = 'never'") == []
 
 
 def test_a_table_that_the_project_does_not_read_is_refused_with_what_to_write(live: Live) -> None:
@@ -448,6 +486,20 @@ def test_a_table_that_the_project_does_not_read_is_refused_with_what_to_write(li
     assert "models/sources.yml: sources: [{name: app, schema: public, tables: [{name: order_lines}]}]" in str(e.value)
     assert "Its sources are public.orders" in str(e.value)
     assert shop.sql("select to_regclass('order_lines')") == [(None,)]
+
+
+def test_a_handler_of_a_model_that_changes_what_it_is_made_of_is_a_loop_that_is_said(live: Live) -> None:
+    def declare(op: str) -> None:
+        orders = Table("orders", Order)
+        project = DbtProject("dbt_project")
+        project.run_when(orders)
+        event = getattr(project.model("revenue", Revenue), f"on_{op}")
+        event.sql("insert into orders select 1, 'ann', 1", name="again")
+
+    for op in ("updated_records", "rebuilt"):
+        shop = Shop(live.shop.url, live.shop.folder, "fifth").declare(lambda op=op: declare(op))
+        plan = live.loop.run(migrate(shop.db, shop.app, plan=True))
+        assert [note for note in plan.notes if note.startswith("a loop: ") and "again" in note], (op, plan.notes)
 
 
 def test_a_model_whose_build_changed_nothing_builds_nothing_that_waits_for_it(live: Live) -> None:
@@ -509,6 +561,32 @@ def test_commands_that_build_nothing_answer_in_lines(live: Live) -> None:
     assert not done.success and "--vars: 'word' is no mapping" in (done.error or "")
     done = live.loop.run(runner.invoke(["ls", "--wrong"]))
     assert not done.success and "--wrong" in (done.error or "")
+
+
+def test_what_dbt_says_of_each_model_is_kept_and_shown(live: Live, monkeypatch: pytest.MonkeyPatch,
+                                                       capfd: pytest.CaptureFixture[str]) -> None:
+    live.project.run("revenue", "total")
+    live.work()
+    logs = dict(live.shop.sql("select unique_id, log from anton.dbt_result where run_id = "
+                              "(select max(id) from anton.dbt_run)"))
+    assert "OK created sql table model public.revenue" in logs["model.shop.revenue"]
+    assert "public.total" in logs["model.shop.total"] and "public.total" not in logs["model.shop.revenue"]
+    monkeypatch.chdir(live.shop.folder)
+    assert main(["--database", live.shop.url, "dbt", "log", "revenue"]) == 0
+    shown = capfd.readouterr().out
+    assert ": success\n" in shown and logs["model.shop.revenue"] in shown and "public.total" not in shown
+    set_database(live.shop.db)
+    (live.folder / "tests" / "no_total.sql").write_text("select * from {{ ref('total') }}")
+    assert main(["--database", live.shop.url, "dbt", "build", "--select", "total"]) == 1
+    capfd.readouterr()
+    assert main(["--database", live.shop.url, "dbt", "log", "total"]) == 0
+    shown = capfd.readouterr().out
+    (last,), = live.shop.sql("select max(id) from anton.dbt_run")      # what was typed, too
+    assert shown.startswith(f"run {last}, ") and "model public.total" in shown
+    assert main(["--database", live.shop.url, "dbt", "log", "no_total"]) == 0
+    shown = capfd.readouterr().out
+    assert shown.startswith(f"run {last}, ") and ": fail\n" in shown and "no_total" in shown.partition("\n")[2]
+    set_database(live.shop.db)
 
 
 def test_anton_dbt_hands_arguments_on_and_shows_progress(live: Live, monkeypatch: pytest.MonkeyPatch,

@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import socketserver
 import subprocess
 import sys
-from contextlib import suppress
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
@@ -23,9 +26,12 @@ from test_dbt_project import WAITING, Live, live, seen, shared  # noqa: F401  (f
 from anton.cli import main
 from anton.db import Portal, set_database
 from anton.dbt.project import DbtProject
+from anton.dbt.runner import Runner
 from anton.migrate import migrate
 from anton.rebuilt import Rebuilt
 from anton.table import Table
+
+pytestmark = pytest.mark.once("dbt's processes: what its SQL does is tested by test_dbt_tables.py", "system")
 
 
 class DemoOrder(BaseModel):
@@ -67,6 +73,52 @@ def test_a_run_that_was_typed_is_listed_and_can_be_cancelled(live: Live,  # noqa
     assert main([*url, "dbt", "run", "--select", "total"]) == 0        # the lock is free again
     set_database(live.shop.db)
     assert live.last_run() == ("done", {"total": "success"})
+
+
+@contextmanager
+def proxy() -> Iterator[tuple[str, list[str]]]:
+    """The address of a proxy that lets nothing through, and the first lines of what came to it."""
+    asked: list[str] = []
+
+    class Refuse(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            asked.append(self.rfile.readline().decode().strip())
+            self.wfile.write(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Refuse) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}", asked
+        finally:
+            server.shutdown()
+
+
+def test_dbt_sends_nothing_home(live: Live, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """What a process of dbt sends to anybody but the database goes to a proxy, which hears nothing of Anton's."""
+    for name in ("NO_PROXY", "no_proxy", "DO_NOT_TRACK", "DBT_SEND_ANONYMOUS_USAGE_STATS"):
+        monkeypatch.delenv(name, raising=False)
+    with proxy() as (url, asked):
+        home = {"HOME": str(tmp_path), **dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), url)}
+        runner = Runner(live.shop.db, live.folder, tmp_path, name="shop", target="dev", schema="public", threads=1,
+                        env=home)
+
+        async def run() -> None:
+            async with runner:
+                done = await runner.invoke(["build", "--select", "revenue"])
+                assert done.success, done
+                assert runner._scratch is not None
+                cookies = [runner._scratch / ".user.yml", tmp_path / ".dbt" / ".user.yml"]
+                assert not asked and not any(cookie.exists() for cookie in cookies)
+                # as it is without Anton: this would be seen
+                args = ["parse", "--project-dir", live.folder, "--profiles-dir", runner._scratch, "--profile", "anton",
+                        "--target-path", tmp_path / "target", "--log-path", tmp_path / "logs"]
+                plain = await asyncio.create_subprocess_exec(
+                    sys.executable, "-m", "dbt.cli.main", *map(str, args), env={**os.environ, **home},
+                    stdout=asyncio.subprocess.DEVNULL)
+                assert await plain.wait() == 0 and any(cookie.exists() for cookie in cookies)
+
+        live.loop.run(run())
+        assert asked and all(line.startswith(("CONNECT ", "POST ", "GET ")) for line in asked)
 
 
 def test_two_real_runs_at_once_go_one_after_the_other(live: Live) -> None:  # noqa: F811

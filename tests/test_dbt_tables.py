@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -145,6 +146,65 @@ def test_an_incremental_model_may_get_a_column_while_it_is_built(dbt: Project, p
     assert [(e.op, e.key, e.new["n"]) for e in pg.events(every)] == [("u", 6, 5)]
 
 
+@pytest.mark.parametrize("how", ["table", "anton_table"])
+def test_a_column_that_comes_is_no_update_and_what_else_differs_is(dbt: Project, pg: Pg, how: str) -> None:
+    dbt.model("daily", "select id, name from src", materialized=how, unique_key="id")
+    register(pg, "daily", "id")
+    every = pg.listen("daily", "new", "updated", "deleted", read="change")
+    rebuilt = pg.listen("daily", "rebuilt")
+    dbt("run")
+    pg.sql("update src set name = 'x' where id = 3", *CHANGE[1:])
+    dbt.model("daily", "select id, name, n from src", materialized=how, unique_key="id")
+    dbt("run")
+    pg.sql("select anton.mend()")                                      # what was kept whole would be captured now
+    events = pg.events(every)
+    assert {(e.op, e.key, e.degraded) for e in events} == {("d", 1, None), ("u", 3, None), ("n", 6, None)}
+    assert len(events) == 3
+    images = {e.op: (e.old and e.old.get("n"), e.new and e.new["n"]) for e in events}
+    assert images == {"d": (None, None), "u": (None, 30), "n": (None, 60)}
+    told = [event.key for event in pg.events(rebuilt)][1]
+    assert (told["new"], told["updated"], told["deleted"]) == (1, 1, 1)
+    assert told["changed"] and told["schema_changed"]
+    assert pg.sql("select id, n from daily order by id") == pg.sql("select id, n from src order by id")
+
+
+def test_a_column_that_a_failed_build_left_empty_is_no_update_when_it_is_filled(dbt: Project, pg: Pg) -> None:
+    pg.sql("create table ok (id int)")
+    dbt.model("daily", "select id, name from src", materialized="anton_table", unique_key="id")
+    register(pg, "daily", "id")
+    every = pg.listen("daily", "new", "updated", "deleted", read="change")
+    rebuilt = pg.listen("daily", "rebuilt")
+    dbt("run")
+    dbt.model(
+        "daily",
+        "select id, name, n / (select count(*) from ok) as n from src",
+        materialized="anton_table",
+        unique_key="id",
+    )
+    with pytest.raises(Failed, match="division by zero"):
+        dbt("run")
+    assert pg.value("select count(*) from daily where n is null") == 5
+    pg.sql("select anton.mend()", "insert into ok values (1)")         # its triggers know the column by now
+    dbt("run")
+    assert pg.events(every) == []
+    told = [event.key for event in pg.events(rebuilt)]
+    assert [(one["updated"], one["changed"], one["schema_changed"]) for one in told] == [
+        (None, True, False),
+        (0, True, True),
+    ]
+    assert pg.sql("select id, n from daily order by id") == pg.sql("select id, n from src order by id")
+
+
+def test_a_key_that_gets_a_column_makes_the_table_anew(dbt: Project, pg: Pg) -> None:
+    dbt.model("daily", "select id, name from src", materialized="anton_table", unique_key="id")
+    dbt("run")
+    first = pg.value("select 'daily'::regclass::oid")
+    dbt.model("daily", "select id, name, n from src", materialized="anton_table", unique_key=["id", "n"])
+    dbt("run")
+    assert pg.value("select 'daily'::regclass::oid") != first
+    assert pg.sql("select * from daily order by id") == pg.sql("select * from src order by id")
+
+
 def test_readers_do_not_wait_while_a_new_column_is_filled(dbt: Project, pg: Pg) -> None:
     dbt.model("daily", "select id, name from src", materialized="anton_table", unique_key="id")
     register(pg, "daily", "id")
@@ -169,6 +229,7 @@ def test_readers_do_not_wait_while_a_new_column_is_filled(dbt: Project, pg: Pg) 
         building.result()
     assert pg.sql("select n from daily order by id") == pg.sql("select n from src order by id")
     assert pg.value("select 'daily'::regclass::oid") == table
+    pg.sql("select anton.mend()")                                      # what was kept whole would be heard now
     assert pg.events(heard) == []                                      # a column that comes is no update
     assert pg.value("select schema_changed from anton.dbt_build order by id desc limit 1")
 
@@ -466,9 +527,9 @@ def test_views_that_others_made_read_the_new_table(dbt: Project, pg: Pg) -> None
     )
 
 
-def test_a_role_that_only_builds_needs_no_right_in_the_runtime_but_to_use_its_schema(
-    dbt: Project, pg: Pg, dbt_child: Child, tmp_path: Path
-) -> None:
+@pytest.fixture
+def theirs(dbt: Project, pg: Pg, dbt_child: Child, tmp_path: Path) -> Iterator[Project]:
+    """A project of a role that has no rights but to build."""
     pg.sql(
         "do $$ begin create role builder login password 'b'; "
         "exception when duplicate_object then null; end $$",
@@ -477,18 +538,29 @@ def test_a_role_that_only_builds_needs_no_right_in_the_runtime_but_to_use_its_sc
         "grant select on src to builder",
     )
     theirs = Project(dbt_child, tmp_path / "theirs", pg.url, user="builder", password="b")
+    yield theirs
+    pg.sql("drop owned by builder")
+
+
+def test_a_role_that_only_builds_needs_no_right_in_the_runtime_but_to_use_its_schema(theirs: Project, pg: Pg) -> None:
     theirs.model("daily", "select * from src", materialized="table")
     theirs.model("hourly", "select * from src", materialized="incremental", unique_key="id")
+    theirs.model("kept", "select id, name from src", materialized="anton_table", unique_key="id")
     heard = {}
-    for name in ("daily", "hourly"):
+    for name in ("daily", "hourly", "kept"):
         register(pg, name, "id")
         heard[name] = pg.listen(name, "new", "updated", "deleted", read="change")
     rebuilt = pg.listen("daily", "rebuilt")
     theirs("run")
     theirs("run")
-    assert [pg.events(one) for one in heard.values()] == [[], []]
+    assert [pg.events(one) for one in heard.values()] == [[], [], []]
     pg.sql(*CHANGE)
     theirs("run")
+    assert {(e.op, e.key) for e in pg.events(heard["kept"])} == {("d", 1), ("n", 6)}
+    theirs.model("kept", "select * from src", materialized="anton_table", unique_key="id")
+    theirs("run", "--select", "kept")
+    pg.sql("select anton.mend()")
+    assert pg.events(heard["kept"]) == [] and pg.value("select n from kept where id = 6") == 60
     assert {(e.op, e.key) for e in pg.events(heard["daily"])} == {("d", 1), ("u", 3), ("n", 6)}
     assert {(e.op, e.key) for e in pg.events(heard["hourly"])} == {("u", 3), ("n", 6)}
     assert len(pg.events(rebuilt)) == 3
@@ -503,7 +575,42 @@ def test_a_role_that_only_builds_needs_no_right_in_the_runtime_but_to_use_its_sc
         conn.execute("create temp table anton_carrier (like src)")     # no changes of others' tables can be made up
         with pytest.raises(psycopg.errors.InsufficientPrivilege, match="src is not the table of"):
             conn.execute("select anton.dbt_attach(%s)", [src])
-    pg.sql("drop table daily, hourly", "revoke all on schema anton, public from builder")
+
+
+def test_records_that_row_security_hides_from_who_builds_are_not_compared(theirs: Project, pg: Pg) -> None:
+    theirs.model("daily", "select * from src", materialized="table")
+    theirs.model("kept", "select * from src", materialized="anton_table", unique_key="id")
+    theirs.model("hourly", "select * from src {% if is_incremental() %} where id >= 3 {% endif %}",
+                 materialized="incremental", unique_key="id")
+    tables, heard, failed, rebuilt = ("daily", "kept", "hourly"), {}, {}, {}
+    for name in tables:
+        register(pg, name, "id")
+        heard[name] = pg.listen(name, "new", "updated", "deleted", read="change")
+        failed[name], rebuilt[name] = pg.listen(name, "failed"), pg.listen(name, "rebuilt")
+    theirs("run")
+    for name in tables:
+        pg.sql(f"create policy few on {name} for select using (n > 20)", f"create policy d on {name} for delete using "
+               "(true)", f"create policy i on {name} for insert with check (true)",
+               f"alter table {name} enable row level security, force row level security")
+        assert len(pg.events(rebuilt[name])) == 1
+    findings = "select subject, remedy from anton.dbt_findings() where problem ~ 'row level security of' order by 1"
+    assert pg.sql(findings) == []
+    pg.sql(*CHANGE)                                                    # 3 is hidden from now on: no delete
+    theirs("run")
+    for name in ("daily", "kept"):
+        assert pg.sql(f"select id, n from {name} order by id") == pg.sql("select id, n from src order by id")
+        assert pg.events(heard[name]) == []
+        assert "not compared" in pg.events(failed[name])[0].key["error"]
+    assert {(e.op, e.key) for e in pg.events(heard["hourly"])} >= {("d", 3), ("n", 3), ("n", 6)}   # as it was written
+    told = [event.key for name in tables for event in pg.events(rebuilt[name])]
+    assert [(one["new"], one["changed"]) for one in told] == [(None, None)] * 3
+    assert [subject for subject, _ in pg.sql(findings)] == ["public.daily", "public.hourly", "public.kept"]
+    for _, remedy in pg.sql(findings):
+        pg.sql(remedy.split(";")[0])
+    assert pg.sql(findings) == []
+    pg.sql("update src set n = 1 where id = 3")
+    theirs("run")
+    assert [(e.op, e.key) for name in tables for e in pg.events(heard[name])] == [("u", 3)] * 3
 
 
 def test_a_writer_of_a_model_cannot_pass_himself_off_as_its_build(dbt: Project, pg: Pg) -> None:

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.once("what the demo prints: the server is asked for the same")
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
@@ -62,7 +64,9 @@ def test_an_edited_demo_prints_what_was_edited_and_sends_nothing(edited):
             r'act +slack → #town +"Bot says: Friendly echo: psql speaks" +\+[\d.]+ ms +captured$',
             r"^3\. .*: 60 more mentions", r"60 in, 60 replies\. Lost 0, doubled 0\.",
             r"^4\. .*: 5,000 records through a Python handler, exactly once: [\d.]+ s = [\d,]+/s on this machine$",
-            r"anton why remarks/1\)"):
+            r'ask +approval/\d+ +"Reply in #weather: Bot says: Friendly echo: may I have a refund\?" +waits',
+            r"act +POST /inbox/\d+ +approved by you, via inbox +\+[\d.]+ ms +captured$",
+            r"^The inbox, .*: http://localhost:\d+/inbox ", r"anton why remarks/1\)"):
         assert re.search(line, done.stdout, re.MULTILINE), f"{line}\n{done.stdout}"
 
 

@@ -15,6 +15,8 @@ import pytest
 
 from anton import template
 
+pytestmark = pytest.mark.once("the app's own process: the server is asked for the same")
+
 REPO = Path(__file__).parent.parent
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import anton
-from anton import errors
+from anton import errors, sqlfile
 from anton.cli import parser
 from anton.config import Settings
 
@@ -108,6 +108,13 @@ def test_every_key_of_autonomous_json_is_documented() -> None:
     for name, field in Settings.model_fields.items():
         if name != "schema_url":
             assert f"`{field.alias or name}" in page, name
+
+
+def test_every_key_of_a_header_of_sql_is_documented() -> None:
+    page = text(REPO / "docs" / "sql-steps.md")
+    for kind, keys in (("handler", sqlfile._HANDLER), ("schedule", sqlfile._SCHEDULE), ("model", sqlfile._MODEL)):
+        (row,) = re.findall(rf"^\| a {kind} \| (.*)\|$", page, re.M)
+        assert {key for key in keys if f"`{key}`" not in row} == set(), kind
 
 
 def test_no_page_holds_a_path_of_a_machine_or_a_secret() -> None:

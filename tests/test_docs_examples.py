@@ -38,6 +38,8 @@ from anton.query import sql
 from anton.table import Table
 from anton.testing import TestApp, set_secrets
 
+pytestmark = pytest.mark.once("what the docs show: the server is asked for the same")
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 

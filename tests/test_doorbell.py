@@ -14,7 +14,7 @@ import pytest
 from working import Bench
 
 from anton import Records, Table
-from anton.db import Database
+from anton.db import Conn, Database
 from anton.doorbell import Answer, Doorbell
 
 HELD = """select exists (select from anton.doorbell() d join pg_locks l on l.locktype = 'advisory' and l.objsubid = 2
@@ -135,7 +135,7 @@ async def test_the_bell_comes_back_when_its_connection_is_lost(db: Database):
 
 FROZEN = """
 import asyncio, sys
-from anton.db import Database
+from anton.db import Conn, Database
 from anton.doorbell import Doorbell
 async def main():
     bell = Doorbell(Database(sys.argv[1]), lambda: None)
@@ -212,3 +212,15 @@ async def test_the_bell_is_let_go_when_the_look_after_an_announcement_fails(db: 
         await bench.sql("insert into failed values (1)")
         await bench.add("a", [{"n": 1}])
         assert await asyncio.wait_for(arrived.get(), 10) == 1
+
+
+async def test_an_announcement_that_is_cancelled_leaves_no_connection_open(database: str):
+    came: list[Conn] = []
+
+    class Cancels(Database):
+        async def call(self, conn: Conn, function: str, *args: Any, **named: Any) -> Any:
+            came.append(conn)
+            await conn.execute("select pg_cancel_backend(pg_backend_pid()), pg_sleep(60)")
+
+    assert await Doorbell(Cancels(database), lambda: None).announce() is Answer.OFF
+    assert len(came) == 1 and came[0].is_closed()

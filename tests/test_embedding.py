@@ -16,6 +16,8 @@ from anton.app import declaring
 from anton.embedding import packed, unpacked, words_vector
 from anton.errors import BadOption, InvalidRecord, Miswired, NoVectors, UnknownOption
 
+pytestmark = pytest.mark.once("wires: the server is asked for the same")
+
 PRICE = {"input": "1000"}                                              # 0.001 a token
 
 
@@ -74,6 +76,29 @@ def test_every_record_gets_its_own_vector_and_many_go_with_one_request(live, llm
         (llm.billed, llm.billed * Decimal("0.001"), 100)]
 
 
+@pytest.mark.parametrize("said", ["stated", "learnt"])
+def test_under_a_limit_of_requests_texts_wait_for_the_next_one_together_and_count_as_one(said, live, llm):
+    if said == "learnt":
+        llm.headers = {"x-ratelimit-limit-requests": "300"}
+    declare(live, llm, memo=False, **({"limit": "300 requests/min"} if said == "stated" else {}))
+    write(live, "first")
+    asked = len(llm.asked)
+    live.tables["notes"].extend([{"id": n, "text": f"{'a' * n} b", "customer": "c"} for n in range(2, 152)])
+    live.run()
+    assert len(live.records("passages")) == 151 and not live.dead
+    made = len(llm.asked)
+    assert made - asked < 50 and max(len(body["input"]) for body in llm.asked) > 20
+    ((seconds,),) = rows(live, "select extract(epoch from next_at - (select min(at) from anton.call)) from anton.quota "
+                               "where unit = 'requests'")
+    assert round(float(seconds) / 60 * 300 * 0.95, 2) >= made - (said == "learnt")  # the first one taught it
+
+
+def test_a_text_too_many_for_a_limit_of_tokens_goes_with_the_next_request(live, llm):
+    declare(live, llm, memo=False, limit="6000 requests/min, 200000 tokens/min")   # 2,000 tokens may be early: 40 texts
+    write(live, *(f"text {n}" for n in range(100)))
+    assert len(live.records("passages")) == 100 and not live.dead and len(llm.asked) > 1
+
+
 def test_equal_texts_are_embedded_once(live, llm):
     declare(live, llm)
     write(live, *["the same"] * 50)
@@ -113,6 +138,14 @@ def test_at_its_budget_it_waits(live, llm):
     done = len(live.records("passages"))
     assert rows(live, "select settled, reserved from anton.spent") == [(done * Decimal("0.2"), 0)]
     assert 30 <= done < 60 and not live.dead
+
+
+def test_a_service_that_says_nothing_of_tokens_leaves_the_cost_unknown(live, llm):
+    llm.silent = True
+    declare(live, llm, None)
+    write(live, "abba")
+    assert [(made["usage"], made["cost"]) for made in live.records("passages")] == [(None, None)]
+    assert rows(live, "select unpriced, cost from anton.list_costs(1)") == [(1, None)]
 
 
 def test_fewer_numbers_are_asked_for(live, llm):

@@ -18,6 +18,8 @@ from anton import Records, Table, cron, post, sql, transaction, web
 from anton.app import App, declaring
 from anton.db import Database
 
+pytestmark = pytest.mark.once("the app's own process: the server is asked for the same")
+
 
 class Item(BaseModel):
     id: int | None = None

@@ -22,6 +22,8 @@ from anton.files import File, Files, _Scan
 from anton.table import Table
 from anton.write import transaction
 
+pytestmark = pytest.mark.once("wires: the server is asked for the same")
+
 
 @pytest.fixture(scope="module")
 def endpoint() -> Iterator[str]:

@@ -174,7 +174,7 @@ def test_the_code_alone_says_what_leads_to_what(wired: Wiring) -> None:
         ("table:praise", "handler:send", "new"), ("handler:send", "action:note", ""),
         ("table:orders", "view:paid", "reads"), ("function:tidy", "table:praise", "deleted"),
         ("table:orders", "model:revenue", "deleted new updated"), ("view:paid", "model:revenue", "reads"),
-        ("model:revenue", "table:revenue", "deleted new updated"),
+        ("model:revenue", "table:revenue", "deleted new rebuilt updated"),
         ("table:orders", "handler:flag", "new updated"), ("view:paid", "handler:flag", "reads"),
         ("handler:flag", "table:big", "new"), ("schedule:clean", "function:tidy", "calls"),
     }

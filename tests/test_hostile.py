@@ -22,6 +22,8 @@ from hypothesis.errors import Unsatisfiable
 
 from chaos import forged, hostile
 
+pytestmark = pytest.mark.once("routes: the server is asked for the same", "system")
+
 ANTON = [sys.executable, "-c", "import sys; from anton.cli import main; sys.exit(main())"]
 EXAMPLES = int(os.environ.get("ANTON_HOSTILE", "400"))                  # of each kind
 

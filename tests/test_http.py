@@ -8,16 +8,19 @@ from typing import Any
 
 import pytest
 from anton_components.vendor.http.action import HttpRequest
+from kept import everything
 from peers import served
 from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 
-from anton import Table
+from anton import Table, action, env
 from anton.app import declaring
 from anton.errors import BadOption
 from anton.reach import addresses, is_public
 from anton.verify import Verifier
+
+pytestmark = pytest.mark.once("wires of components: the server is asked for the same")
 
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 
@@ -91,13 +94,32 @@ def test_nothing_goes_into_a_private_network(host, live, peer):
     assert peer.got == [] and [call.state for call in live.calls] == ["failed"]
 
 
-def test_a_secret_stays_with_its_origin_when_another_is_redirected_to(live, peer):
+def test_a_secret_stays_with_its_origin_and_is_not_brought_back_from_another(live, peer):
     other = peer.url.replace("127.0.0.1", "localhost")
-    peer.answers = [RedirectResponse(f"{other}/there", 307)]
-    ask(live, {"total": 5}, url=f"{peer.url}/x", private=True, secret="tok", headers={"X-Shop": "1"})
-    (_, _, first, _), (method, path, second, _) = peer.got
-    assert first["authorization"] == "Bearer tok" and "authorization" not in second and "x-shop" not in second
-    assert (method, path) == ("POST", "/there")
+    peer.answers = [RedirectResponse(f"{other}/there", 307), RedirectResponse(f"{peer.url}/back", 307)]
+    ask(live, {"total": 5}, url=f"{peer.url}/x", private=True, secret="tok", headers={"X-Shop": "1"},
+        allow=["127.0.0.1", "localhost"])
+    assert [path for _, path, _, _ in peer.got] == ["/x", "/there", "/back"]
+    assert peer.got[0][2]["authorization"] == "Bearer tok"
+    assert [name for _, _, sent, _ in peer.got[1:] for name in ("authorization", "x-shop") if name in sent] == []
+
+
+@pytest.mark.parametrize("secret, allow, there", [
+    (False, None, "{other}/there"), (True, None, "{other}/there"), (False, ["http://127.0.0.1:*/x*"], "/y")])
+def test_a_redirect_leads_to_nothing_that_is_not_allowed(secret, allow, there, live, peer, monkeypatch):
+    monkeypatch.setenv("PARTNER_URL", f"{peer.url}/x")
+    peer.answers = [RedirectResponse(there.format(other=peer.url.replace("127.0.0.1", "localhost")), 307)]
+    ask(live, {"total": 5}, url=env("PARTNER_URL") if secret else f"{peer.url}/x", private=True, allow=allow)
+    assert len(peer.got) == 1 and [call.state for call in live.calls] == ["unknown"]
+
+
+@pytest.mark.parametrize("there, answer", [("/done", 404), ("/done", 429), ("http://127.0.0.1:1/done", None)])
+def test_what_was_taken_before_a_redirect_that_fails_is_not_sent_again(there, answer, live, peer):
+    peer.answers = [RedirectResponse(there, 303)] + ([JSONResponse({}, answer)] if answer else [])
+    ask(live, {"total": 5}, url=f"{peer.url}/x", private=True, allow=["127.0.0.1"])
+    live.advance("1h")
+    assert [call.state for call in live.calls] == ["unknown"]
+    assert [method for method, _, _, _ in peer.got].count("POST") == 1
 
 
 def test_what_cannot_be_is_refused_where_it_is_declared():
@@ -111,3 +133,59 @@ async def test_an_address_inside_of_another_counts_as_itself():
     for text in ("::ffff:10.0.0.1", "64:ff9b::a00:1", "2002:a00:1::"):
         assert not is_public((await addresses(text, 80))[0])
     assert is_public((await addresses("1.1.1.1", 80))[0])
+
+
+def test_an_address_that_is_a_secret_is_in_no_table_error_or_log(live, peer, monkeypatch, caplog):
+    monkeypatch.setenv("PARTNER_URL", f"{peer.url}/hooks/T0/s3cr3t?k=s3cr3t")
+    caplog.set_level("DEBUG")
+    peer.answers = [JSONResponse({"error": "busy"}, 503), JSONResponse({"id": 9}), JSONResponse({}, 404)]
+    ask(live, {"total": 5}, url=env("PARTNER_URL"), private=True, effect="idempotent")
+    live.advance("5m")
+    live.tables["orders"].append({"total": 6})
+    live.run()
+    assert [path for _, path, _, _ in peer.got] == ["/hooks/T0/s3cr3t"] * 3
+    (answer,) = live.records("answers")
+    assert answer["url"] == f"{peer.url}/***"
+    assert [call.state for call in live.calls] == ["sent", "failed"]
+    kept = dict(everything(live))
+    assert any("/***" in rows for rows in kept.values())
+    assert [where for where, rows in kept.items() if "s3cr3t" in rows] == []
+    assert "s3cr3t" not in caplog.text
+
+
+def test_a_secret_address_that_leads_elsewhere_now_is_not_called(live, peer, monkeypatch):
+    monkeypatch.setenv("PARTNER_URL", f"{peer.url}/a")
+    peer.answers = [JSONResponse({"error": "busy"}, 503)]
+    ask(live, {"total": 5}, url=env("PARTNER_URL"), private=True, effect="idempotent")
+    monkeypatch.setenv("PARTNER_URL", "http://other.example/a")
+    live.advance("5m")
+    assert len(peer.got) == 1 and [call.state for call in live.calls] == ["failed"]
+    assert "PARTNER_URL" in live.dead[0].error
+
+
+def test_what_an_answer_says_comes_from_outside(live, peer):
+    seen = []
+    with declaring(live.app):
+        orders, answers = Table("orders"), Table("answers")
+        orders.on_new_records(HttpRequest(f"{peer.url}/x", into=answers, private=True))
+
+        @action(policy=lambda call: seen.append(call.taint) or "send")
+        def tell(text: str) -> None: ...
+
+        @answers.on_new_records(each=True)
+        def pass_on(answer: Any) -> None:
+            tell.send(str(answer["body"]))
+
+    live.migrate()
+    orders.append({"total": 5})
+    live.run()
+    assert seen == [["answers HttpRequest"]]
+
+
+def test_a_call_by_psql_leads_to_no_other_host(live, peer):
+    ask(live, {"total": 5}, url=f"{peer.url}/x", private=True)
+    other = peer.url.replace("127.0.0.1", "localhost")
+    live._fetch("insert into anton.action (app, name, args) values ('" + live.app.name + "', 'HttpRequest', "
+                f"jsonb_build_object('method', 'POST', 'url', '{other}/x', 'json', null)) returning id")
+    live.run()
+    assert len(peer.got) == 1 and [call.state for call in live.calls] == ["sent", "refused"]

@@ -12,20 +12,28 @@ from typing import Any
 import pytest
 from anton_components.vendor.anthropic.cognition import AnthropicCompletion
 from anton_components.vendor.fake.cognition import FakeModel
+from anton_components.vendor.github.action import GitHubComment, GitHubIssue, GitHubLabel
 from anton_components.vendor.http.action import HttpRequest
+from anton_components.vendor.http.webhook import SendWebhook
 from anton_components.vendor.openai.cognition import OpenAiCompletion
 from anton_components.vendor.openai.embedding import OpenAiEmbedding
 from anton_components.vendor.openai.tuning import OpenAiFineTune
+from anton_components.vendor.postgres.action import PostgresWrite
 from anton_components.vendor.rss.poll import Rss
-from anton_components.vendor.slack.action import SlackPostMessage, SlackReact, SlackUpdateMessage
+from anton_components.vendor.s3.action import S3Put
+from anton_components.vendor.slack.action import SlackPostMessage, SlackReact, SlackReply, SlackUpdateMessage
+from anton_components.vendor.slack.approval import SlackAskApproval
+from anton_components.vendor.smtp.action import SendEmail
 from pydantic import BaseModel
 
-from anton import Table, sql
+from anton import Table, poll, sql
 from anton.app import App, declaring
 from anton.cli import main
 from anton.component import Component
-from anton.errors import Miswired
+from anton.errors import MigrationError, Miswired
 from anton.installed import Installed, installed, options_of, page
+
+pytestmark = pytest.mark.once("the app's own process: the server is asked for the same")
 
 REPO = Path(__file__).parent.parent
 PAGES = REPO / "docs" / "components"
@@ -34,17 +42,31 @@ SECRET = "sk-never-to-be-seen"
 MADE: dict[str, Callable[[Table[Any]], Component]] = {                 # one of each, with its secret
     "AnthropicCompletion": lambda table: AnthropicCompletion(table, api_key=SECRET),
     "FakeModel": lambda table: FakeModel(table),
+    "GitHubComment": lambda table: GitHubComment("acme/shop", token=SECRET, into=table),
+    "GitHubIssue": lambda table: GitHubIssue("acme/shop", token=SECRET, into=table),
+    "GitHubLabel": lambda table: GitHubLabel("acme/shop", ["bug"], token=SECRET, into=table),
     "HttpRequest": lambda table: HttpRequest("https://example.com/{order}", secret=SECRET, into=table),
     "OpenAiCompletion": lambda table: OpenAiCompletion(table, api_key=SECRET),
     "OpenAiEmbedding": lambda table: OpenAiEmbedding(table, api_key=SECRET),
     "OpenAiFineTune": lambda table: OpenAiFineTune("replies", api_key=SECRET, examples=sql("select * from made")),
+    "PostgresWrite": lambda table: PostgresWrite(f"postgresql://ann:{SECRET}@x/y", "t", {"id": "{order}"}, into=table),
     "Rss": lambda table: Rss(table, "https://example.com/feed", headers={"Authorization": SECRET}),
+    "S3Put": lambda table: S3Put("shop", access_key="AK", secret_key=SECRET, key="{order}", into=table),
+    "SendEmail": lambda table: SendEmail("x", sender="a@b.example", username="ann", password=SECRET, into=table),
+    "SendWebhook": lambda table: SendWebhook(secret=SECRET, into=table),
+    "SlackAskApproval": lambda table: SlackAskApproval(oauth_token=SECRET),
     "SlackPostMessage": lambda table: SlackPostMessage(oauth_token=SECRET, into=table),
     "SlackReact": lambda table: SlackReact(oauth_token=SECRET),
+    "SlackReply": lambda table: SlackReply(oauth_token=SECRET, into=table),
     "SlackUpdateMessage": lambda table: SlackUpdateMessage(oauth_token=SECRET),
 }
-# polled; bound to its own Table; reads nothing; lacks several
-BOUND = [name for name in MADE if name not in ("Rss", "OpenAiFineTune", "SlackReact", "SlackUpdateMessage")]
+# Why no field of a record can be missing. Checked: their inputs() are empty, all others' are not.
+READS_NOTHING = {
+    "OpenAiFineTune": "bound to its own Table",
+    "Rss": "polled: no records",
+    "SlackAskApproval": "of Notices alone",
+    "SlackReact": "reads where the trace began",
+}
 
 every = pytest.mark.parametrize("one", installed(), ids=lambda one: one.name)
 
@@ -52,6 +74,11 @@ every = pytest.mark.parametrize("one", installed(), ids=lambda one: one.name)
 class Number(BaseModel):
     id: int
     n: int
+
+
+class Entry(BaseModel):
+    guid: str
+    titel: str
 
 
 def test_each_component_of_ours_is_found():
@@ -70,6 +97,15 @@ def test_its_page_is_current(one: Installed):
     assert (PAGES / f"{one.name}.md").read_text() == page(one), "make components"
 
 
+@every
+def test_it_runs_in_an_example_that_is_tested_and_stands_in_the_docs(one: Installed):
+    assert one.cls is not None and one.cls.example, f"{one.name} names no example"
+    folder = REPO / "examples" / one.cls.example
+    assert f"{one.name}(" in (folder / "main.py").read_text() and list(folder.glob("test_*.py"))
+    assert f'"{one.cls.example}"' in (REPO / "tests" / "test_testing.py").read_text()
+    assert f"[{one.name}](components/{one.name}.md)" in (REPO / "docs" / "components.md").read_text()
+
+
 def test_there_is_no_page_of_a_component_that_is_gone():
     assert {file.stem for file in PAGES.glob("*.md")} == set(MADE)
 
@@ -80,18 +116,32 @@ def test_a_secret_is_in_no_repr_and_in_no_definition(name: str, tmp_path: Path):
     with declaring(app):
         component, source = MADE[name](Table("made")), Table("source")
         assert SECRET not in repr(component)
-        if name in BOUND:
+        if name == "Rss":
+            poll(component, every="1m")
+        elif name not in ("OpenAiFineTune", "SlackAskApproval"):       # bound by itself; to Notices
             source.on_new_records(component)
     assert not any(SECRET in json.dumps(handler.definition(), default=str) for handler in app.handlers.values())
 
 
-@pytest.mark.parametrize("name", BOUND)
+@pytest.mark.parametrize("name", MADE)
+def test_what_reads_no_field_is_listed_with_the_reason(name: str):
+    with declaring(App("listed")):
+        assert (not MADE[name](Table("made")).inputs()) == (name in READS_NOTHING)
+
+
+@pytest.mark.parametrize("name", [name for name in MADE if name not in READS_NOTHING])
 def test_wrong_wiring_is_refused_at_migrate(shop, name: str):
     def code() -> None:
         Table("numbers", Number).on_new_records(MADE[name](Table("made")))
 
-    with pytest.raises(Miswired, match=r"it reads .*, which Number of Table\(\"numbers\"\) has not"):
+    with pytest.raises((Miswired, MigrationError), match=r"it reads .*, which Number of Table\(\"numbers\"\) has not"):
         shop.declare(code).migrate()
+    assert not shop.sql("select 1 from anton.handler")
+
+
+def test_wrong_wiring_of_what_is_polled_is_refused_at_migrate(shop):
+    with pytest.raises(Miswired, match=r'Entry of Table\("made"\) needs "titel", which nobody makes'):
+        shop.declare(lambda: poll(MADE["Rss"](Table("made", Entry, key="guid")), every="1m")).migrate()
     assert not shop.sql("select 1 from anton.handler")
 
 

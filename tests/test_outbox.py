@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import base64
+import subprocess
+import sys
 from decimal import Decimal
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 
-from anton import Approval, Table, Webhook, action, transaction
+from anton import Approval, Table, Webhook, action, env, transaction
 from anton.app import declaring
 from anton.errors import BadOption, BadSignature, Discard, InvalidRecord, Retry, WorldError
+from anton.secret import forget, reveal
 
 
 class Peer:
@@ -315,6 +320,40 @@ def test_what_is_made_of_records_from_outside_is_tainted_all_along_its_way(live)
     assert states(live) == ["refused", "sent"]
 
 
+def test_taint_is_known_when_a_call_is_made_and_a_chain_that_cannot_be_followed_is_tainted(live):
+    with declaring(live.app):
+        letters, notes = Table("letters"), Table("notes")
+        Webhook("/letters", letters, verify=False)
+
+        @action(policy="case when taint = '{}' then 'send' else 'refuse: ' || taint[1] end")
+        def answer(text: str) -> None: ...
+
+        @letters.on_new_records(each=True)
+        def reply(letter: Any) -> None:
+            answer.send("letter")
+
+        @notes.on_new_records(each=True)
+        def note(note: Any) -> None:
+            answer.send("note")
+
+    live.migrate()
+    sql(live, "select anton.stop_actions()")
+    live.post("/letters", json={})
+    notes.append({})
+    live.run()
+    assert sorted(row["taint"] for row in sql(live, "select taint from anton.action")) == [[], ["webhook /letters"]]
+    sql(live, "delete from anton.receipt")                             # as time does, while calls may still wait
+    sql(live, "select anton.start_actions()")
+    live.run()
+    assert {(call.text, call.state, call.error) for call in live.calls} == {
+        ("letter", "refused", "webhook /letters"), ("note", "sent", None)}
+    sql(live, "insert into anton.receipt (id, slot, at, handler_id, n, change_ids, los, his, causes) select -n, 0, "
+              "anton.now(), h.id, 1, '{}', '{}', '{}', array[case when n > 1 then 1 - n end] "
+              "from generate_series(1, 66) n, anton.handler h where h.name = 'note'")
+    (row,) = sql(live, "select anton.taint_of(-65), anton.taint_of(-66) as longer, anton.taint_of(-99) as gone")
+    assert tuple(row) == ([], ["unknown"], ["unknown"])
+
+
 # Declarations
 
 
@@ -330,3 +369,185 @@ def test_what_cannot_be_is_refused_where_it_is_declared(app):
             action(name="c")(pay)(3)
 
 
+# Policies in SQL
+
+
+POLICY = """case when (args ->> 'amount')::numeric > 100 then 'refuse: too much'
+                 when requested_by = 'eve' or taint <> '{}' then 'ask: who asks?'   -- a remark
+                 when (select count(*) from anton.action a where a.name = call.name and a.state = 'sent') > 1 then 'ask'
+                 else 'send' end"""
+
+
+def test_a_policy_in_sql_sees_who_what_how_much_and_taint(live, peer):
+    with declaring(live.app):
+        letters = Table("letters")
+        Webhook("/letters", letters, verify=False)
+
+        @action(policy=POLICY, approve=Approval("@finance", when=lambda args: False), concurrency=1)
+        def refund(order_id: int, amount: Decimal, *, key: str) -> Any:
+            return peer.take(order_id, amount, key)
+
+        @letters.on_new_records(each=True)
+        def ask(letter: Any) -> None:
+            refund.send(4, 1)
+
+    live.migrate()
+    refund.send(1, 5)
+    refund.send(2, 500)
+    refund.send(3, 5, by="eve")
+    live.run()
+    live.post("/letters", json={})
+    live.run()
+    refund.send(5, 5)
+    live.run()
+    refund.send(6, 5)
+    live.run()
+    assert {call.order_id: call.state for call in live.calls} == {
+        1: "sent", 2: "refused", 3: "waiting", 4: "waiting", 5: "sent", 6: "waiting"}
+    assert live.calls[1].error == "too much"
+    live.approvals[0].approve(by="ann")
+    live.run()
+    assert [order for order, _, _ in peer.got] == [1, 5, 3]
+
+
+def test_a_policy_in_sql_that_says_nothing_known_or_asks_nobody_refuses(live, peer):
+    refund = declare(live, peer, policy="case when (args ->> 'order_id')::int = 1 then null else 'ask' end")
+    refund.send(1, 5)
+    refund.send(2, 5)
+    live.run()
+    assert states(live) == ["refused", "refused"] and peer.got == []
+    assert "send, ask, refuse" in live.calls[0].error and "no approve= says whom" in live.calls[1].error
+
+
+@pytest.mark.parametrize("policy", ["amuont > 5", "'send'; drop table x", "select 1 from", "'send') from x --"])
+def test_a_policy_that_postgres_cannot_ask_is_refused_at_migrate(policy, live, peer):
+    with pytest.raises(Exception, match="policy of action refund"):
+        declare(live, peer, policy=policy)
+
+
+@pytest.mark.parametrize("policy", [lambda call: ("refuse", "no"), "'refuse: no'"])
+def test_a_captured_call_is_judged_too(policy, app, peer):
+    refund = declare(app, peer, policy=policy)
+    refund.send(1, 5)
+    app.run()
+    assert [(call.state, call.error) for call in app.calls] == [("refused", "no")]
+
+
+@pytest.mark.parametrize("options", [
+    {"policy": "'ask'"}, {"policy": lambda call: "ask"}, {"approve": Approval("@finance", when=lambda args: True)}])
+@pytest.mark.parametrize("effect", ["unsafe", "idempotent"])
+def test_a_verdict_and_a_token_by_psql_send_nothing(effect, options, live, peer):
+    refund = declare(live, peer, effect=effect, **{"approve": Approval("@finance", when=lambda args: False), **options})
+    refund.send(7, 5)
+    sql(live, "update anton.action set state = 'sending', token = 5, attempt = 1, verdict = jsonb_build_object("
+              "'verdict', 'pass', 'args_sha256', anton.args_hash(args))")
+    live.run()
+    live.advance("1h")
+    assert peer.got == [] and states(live) == ["unknown"]
+    call_sql(live, "retry_action", 1)
+    live.run()
+    assert peer.got == [] and states(live) == ["waiting"]
+
+
+def test_a_secret_among_the_arguments_is_refused_in_any_spelling(live, peer, monkeypatch):
+    monkeypatch.setenv("SHOP_TOKEN", "tok-73ab91-c0ffee+/")
+    token = reveal(env("SHOP_TOKEN"))
+    sent = []
+    with declaring(live.app):
+        @action
+        def tell(text: str) -> None:
+            sent.append(text)
+    live.migrate()
+    for text in (token, f"a{token}b", token.upper(), quote(token), token.encode().hex(), token[::-1],
+                 *(base64.b64encode(b"x" * n + token.encode() + b"yz").decode() for n in range(3)), "tok-73ab91"):
+        tell.send(text)
+    live.run()
+    forget(token)
+    assert sent == ["tok-73ab91"] and states(live) == ["refused"] * 9 + ["sent"]
+
+
+ALLOWED = [
+    ("*.example.com", "https://a.example.com/x", True), ("*.example.com", "https://A.Example.Com:8443", True),
+    ("*.Example.com", "https://user:word@a.example.com/?q=@evil.com", True),
+    ("*.example.com", "https://evil.com%2f.example.com/", False),
+    ("*.example.com", "https:/evil.com/.example.com", False), ("*.example.com", "https:evil.com/.example.com", False),
+    ("*.example.com", "//evil.com/a.example.com", False), ("*.example.com", "\x01//evil.com/a.example.com", False),
+    ("*.example.com", "ht\ttps://evil.com/a.example.com", False),
+    ("*.example.com", "https://evil.com\uff0f.example.com", False),
+    ("*.example.com", "https://[::1].example.com/", False),
+    ("*.example.com", "https://a.example.com%00.evil.com", False),
+    ("*.example.com", "https://a.example.com@b.example.com@evil.com/", False),
+    ("https://*.example.com", "https://a.example.com/x?y#z", True),
+    ("https://*.example.com", "https://a.example.com:443", True),
+    ("https://*.example.com:*", "https://a.example.com:8", True),
+    ("https://*.example.com", "https://a.example.com:8443/", False),
+    ("https://*.example.com", "http://a.example.com", False),
+    ("https://*.example.com", "https://evil.com/.example.com", False),
+    ("https://*.example.com", "https://evil.com#.example.com", False),
+    ("https://*.example.com", "https://evil.com?.example.com", False),
+    ("https://*.example.com", "https://evil.com:443.example.com", False),
+    ("https://*.example.com", "https://a.example.com@evil.com", False),
+    ("https://*.example.com", "https://evil.com@a.example.com@evil.com", False),
+    ("https://*.example.com", "https://evil.com\\.example.com", False),
+    ("https://api.example.com*", "https://api.example.com.evil.com", False),
+    ("https://api.x.com/v1/*", "https://api.x.com/v1/a?b=/v2/", True),
+    ("https://api.x.com/v1/*", "https://api.x.com/v2/v1/", False),
+    ("https://api.x.com/v1/*", "https://api.x.com/v1/../admin", False),
+    ("https://api.x.com/v1/*", "https://api.x.com/v1/.%2E%2fadmin", False),
+    ("https://api.x.com/v1/*", "https://api.x.com/?/v1/", False),
+    ("https://api.x.com/v1?id=*", "https://api.x.com/v1?id=7", True),
+    ("https://api.x.com/v1?id=*", "https://api.x.com/v1?all&id=7", False),
+    ("*@x.com", "a@x.com", True), ("*@x.com", "Ann <a@X.com>, \"B, C\" <b@x.com>; d@x.com", True),
+    ("*@x.com", "a@x.com, b@evil.com", False), ("*@x.com", "b@evil.com, a@x.com", False),
+    ("*@x.com", "b@evil.com;a@x.com", False), ("*@x.com", "b@evil.com a@x.com", False),
+    ("*@x.com", "\"a@x.com\" <b@evil.com>", False), ("*@x.com", "b@evil.com <a@x.com>", False),
+    ("*@x.com", "b@evil.com\n, a@x.com", False), ("*@x.com", "us: b@evil.com, a@x.com", False),
+    ("*@x.com", "b@evil.com (, a@x.com", False), ("*@x.com", "\"b@evil.com,\"@x.com", False),
+    ("*x.com", "b@evil.com, a@x.com", False), ("#general", "#general", True), ("@ann", "@ann", True)]
+
+
+def test_a_value_is_allowed_by_its_parts_as_all_clients_read_them(live):
+    async def ask() -> Any:
+        async with live.db.conn() as conn:
+            return [await conn.fetchval("select anton.allowed($1, array[$2])", value, pattern)
+                    for pattern, value, _ in ALLOWED]
+
+    assert [one for one, ok in zip(ALLOWED, live.db.run(ask()), strict=True) if one[2] is not ok] == []
+
+
+# Threads and keeping
+
+
+def test_a_body_that_hangs_keeps_no_process_from_ending():
+    code = ("import asyncio, threading; from anton.threads import in_thread\n"
+            "async def main():\n"
+            "    stuck = asyncio.ensure_future(in_thread(threading.Event().wait))\n"
+            "    print(await in_thread(lambda: 'other'))\n"
+            "    stuck.cancel()\n"
+            "asyncio.run(main())")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "other\n"
+
+
+def test_done_calls_are_forgotten_and_what_waits_failed_is_unknown_or_was_approved_is_kept(live, peer):
+    refund = declare(live, peer, approve=Approval("@finance", when=lambda args: args.amount > 10, timeout="365d"))
+    refund.send(1, 5)
+    live.run()
+    peer.raises = [Discard("no")]
+    refund.send(2, 5)
+    live.run()
+    peer.after = TimeoutError("no answer")
+    refund.send(3, 5)
+    live.run()
+    for order in (4, 5):
+        refund.send(order, 50)
+    live.run()
+    live.approvals[0].approve(by="ann")
+    live.run()
+    assert states(live) == ["sent", "failed", "unknown", "sent", "waiting"]
+    live.advance("89d")
+    assert call_sql(live, "forget_actions", live.now) == 0
+    live.advance("2d")
+    call_sql(live, "forget_actions", live.now)
+    assert [(call.order_id, call.state) for call in live.calls] == [
+        (2, "failed"), (3, "unknown"), (4, "sent"), (5, "waiting")]

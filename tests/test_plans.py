@@ -206,7 +206,8 @@ def claim_leased_and_ack(watched: Watched) -> None:
         watched.run("select * from anton.leased($1)", args=(TOKEN,))
         watched.run("select * from anton.heartbeat(1, $1, '30 s')", args=([TOKEN],))
         if jobs:
-            watched.run("select anton.ack($1, $2, 1, 0)", args=(TOKEN, [job[0] for job in jobs]))
+            receipt = watched.run("select anton.ack($1, $2, 1, 0)", args=(TOKEN, [job[0] for job in jobs]))
+            watched.run("select anton.taint_of($1)", args=receipt[0])
     claim(watched, watched.small, watched.large, watched.images)
     settle(watched)
 
@@ -277,6 +278,12 @@ def looking(watched: Watched) -> None:
     watched.run("select * from anton.reclaim(1, $1, $2, '30 s', 1)", args=(TOKEN, handlers), but="lease")
     watched.run("select * from anton.reclaim_together(1, $1, $2, '30 s')", args=(TOKEN, handlers), but="lease")
     watched.run("select anton.thaw('30 s')", but="lease")
+
+
+@pytest.mark.system("the embedded Postgres has no auto_explain, and so only scans are seen there")
+def test_here_plans_are_looked_at_themselves(pg: Pg) -> None:
+    pg.sql("load 'auto_explain'")
+
 
 
 CHECKS = (looking, capture, claim_leased_and_ack, fetch_of_rows_and_images, settling_by_record, sql_handlers, models,

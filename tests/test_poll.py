@@ -18,6 +18,8 @@ from anton.app import App, declaring
 from anton.db import Database
 from anton.errors import BadOption, BadSignature, DuplicateName, UnknownHandler, UnknownOption, WorldError
 
+pytestmark = pytest.mark.once("wires: the server is asked for the same")
+
 MINUTE = timedelta(minutes=1)
 
 

@@ -23,6 +23,8 @@ from anton.sense import Request, get, post, put
 from anton.table import Table
 from anton.write import transaction
 
+pytestmark = pytest.mark.once("routes: the server is asked for the same")
+
 
 class Order(BaseModel):
     id: int | None = None

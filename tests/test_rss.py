@@ -23,6 +23,8 @@ from anton.app import App, declaring
 from anton.errors import BadOption, DuplicateName, UnknownOption
 from anton.reach import is_public
 
+pytestmark = pytest.mark.once("wires: the server is asked for the same")
+
 ATOM = """<?xml version="1.0" encoding="utf-8"?>
 <feed xmlns="http://www.w3.org/2005/Atom"><title>Café</title><updated>2026-11-01T00:00:00Z</updated>
 <entry><id>urn:1</id><title>Über &amp; out</title><link href="/one"/><updated>2026-11-01T10:00:00+02:00</updated>

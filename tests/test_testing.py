@@ -20,6 +20,8 @@ from anton.app import declaring
 from anton.errors import BadOption
 from anton.testing import NoNetwork
 
+pytestmark = pytest.mark.once("the app's own process: the server is asked for the same")
+
 
 class Order(BaseModel):
     id: int | None = None
@@ -184,7 +186,8 @@ def test_nothing_reaches_another_machine(app):
         pass
 
 
-@pytest.mark.parametrize("example", ["slack_ai_bot", "feed_reader", "github_hooks", "ticket_triage"])
+@pytest.mark.parametrize("example", ["slack_ai_bot", "feed_reader", "github_hooks", "ticket_triage", "help_desk",
+                                     "tuned_replies", "incident_room", "order_desk"])
 def test_an_example_passes_its_own_tests(example, server):
     """As users run them: pytest in the app's folder, the fixture found by itself."""
     environment = {**os.environ, "ANTON_TEST_DATABASE": server.url()}

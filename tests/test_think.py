@@ -246,6 +246,19 @@ def test_an_odd_count_of_tokens_is_not_known_and_charged_at_the_most(odd, live, 
     assert state == "done" and held == [(cost if odd is True else reserved, Decimal(0))]
 
 
+@pytest.mark.parametrize("said", [None, {"completion_tokens": None}])
+@pytest.mark.parametrize("of", ["openai", "anthropic"])
+def test_a_service_that_says_nothing_of_tokens_is_charged_at_the_most_and_flagged(of, said, live, llm):
+    declare(live, (openai if of == "openai" else anthropic)(llm, max_tokens=10, budget="1 USD/day"))
+    llm.silent, llm.usage = said is None or of == "anthropic", said or {}
+    ask(live, "hi")
+    (answer,) = live.records("answers")
+    assert (answer["usage"], answer["cost"]) == (None, None) and not live.dead
+    ((reserved, cost),) = rows(live, "select reserved, cost from anton.call")
+    assert cost is None and rows(live, "select settled from anton.spent") == [(reserved,)]
+    assert rows(live, "select unpriced from anton.list_costs(1)") == [(1,)]
+
+
 def test_a_call_in_flight_at_a_kill_is_unknown_and_what_was_answered_is_not_paid_again(live, llm):
     declare(live, openai(llm, max_tokens=10, budget="1 USD/day"))
     llm.script(*["answer"] * 3, "hang")

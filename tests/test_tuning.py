@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator
+from decimal import Decimal
 from typing import Any
 
+import orjson
 import pytest
 from anton_components.vendor.openai.cognition import OpenAiCompletion
 from anton_components.vendor.openai.tuning import OpenAiFineTune
@@ -16,10 +18,11 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from anton import Table, sql
+from anton import Approval, Table, action, sql
 from anton import tuning as tunings
 from anton.app import declaring
-from anton.errors import BadOption, UnknownOption
+from anton.cli import main
+from anton.errors import BadOption, Miswired, UnknownOption
 
 GOOD = sql("select data ->> 'prompt' as prompt, data ->> 'reply' as completion from rated "
            "where (data ->> 'rating')::int > 0 order by id")
@@ -53,7 +56,10 @@ class Service(Llm):
 
     async def make(self, request: Request) -> Response:
         body = await request.json()
-        if set(body) - {"training_file", "model", "suffix", "metadata"} or body["training_file"] not in self.files:
+        epochs = body.get("method", {"supervised": {"hyperparameters": {"n_epochs": 1}}})
+        known = {"training_file", "model", "suffix", "metadata", "method"}
+        if set(body) - known or not 1 <= epochs["supervised"]["hyperparameters"]["n_epochs"] <= 50 or (
+                body["training_file"] not in self.files):
             return JSONResponse({"error": {"message": "wrong job"}}, 400)
         if body["model"] == "none":
             return JSONResponse({"error": {"message": "model none cannot be tuned"}}, 400)
@@ -146,6 +152,55 @@ def test_what_was_approved_is_learnt_and_the_alias_means_what_came_of_it(live, s
     assert asked_of(live, service) == "base"
 
 
+def judged(app: Any, service: Service, *decisions: str, **options: Any) -> OpenAiFineTune:
+    """An app whose refunds were decided: 5 approved, 6 made 3, 7 rejected, 8 by nobody."""
+    with declaring(app.app):
+        complaints = Table("complaints")
+
+        @action(approve=Approval("ann", timeout="1h"))
+        def refund(amount: int) -> None: ...
+
+        @complaints.on_new_records(each=True)
+        def complain(complaint: Any) -> None:
+            refund.send(amount=complaint["total"])
+
+        tune = OpenAiFineTune("judge", model="base", least=1, examples=refund.calls.lessons(*decisions),
+                              api_key="sk-good", base_url=f"{service.url}/v1", **options)
+    app.migrate()
+    complaints.extend({"total": total} for total in (5, 6, 7, 8))
+    app.run()
+    of = {one.amount: one for one in app.approvals}
+    of[5].approve(by="ann")
+    of[6].approve(by="ann", edit={"amount": 3})
+    of[7].reject(by="ann", why="no receipt")
+    app.advance("2h")
+    assert {call.state for call in app.calls} == {"sent", "rejected", "expired"}
+    return tune
+
+
+def test_edits_and_rejections_become_examples_of_what_people_make_of_calls(live, service):
+    run(live, judged(live, service, "edited", "rejected", allow_pii=True))
+    lines = [[json.loads(one["content"]) for one in line["messages"]] for line in service.files["file-1"]]
+    assert [(asked["action"], asked["args"], asked["record"]["data"], became) for asked, became in lines] == [
+        ("refund", {"amount": 6}, {"total": 6}, {"decision": "approve", "args": {"amount": 3}}),
+        ("refund", {"amount": 7}, {"total": 7}, {"decision": "reject", "why": "no receipt"})]
+
+
+def test_without_words_all_that_a_person_decided_is_an_example_and_what_ran_out_is_none(live, service):
+    run(live, judged(live, service, allow_pii=True))
+    assert last(live).examples == 3
+
+
+def test_lessons_of_calls_reach_no_model_unless_that_is_allowed(live, service):
+    with pytest.raises(Miswired, match=r"lessons.*allow_pii"):
+        judged(live, service)
+
+
+def test_a_lesson_is_approved_edited_or_rejected(live):
+    with declaring(live.app), pytest.raises(BadOption, match="refused"):
+        action(name="pay")(lambda amount: None).calls.lessons("refused")
+
+
 def test_a_newer_run_that_fails_leaves_the_alias_as_it_was(live, service):
     tune = declare(live, service)
     run(live, tune)
@@ -199,6 +254,88 @@ def test_a_run_that_cannot_be_says_why_and_sends_no_job(options, error, live, se
     live.migrate()
     run(live, tune)
     assert last(live).state == "failed" and error in last(live).error and not service.jobs and not live.dead
+
+
+def calls(app: Any, what: str) -> list[Any]:
+    return [tuple(row) for row in app._fetch(f"select {what} from {{schema}}.call where handler = 'tune_replies' "
+                                             "order by id")]
+
+
+def spent(app: Any) -> list[Any]:
+    return [tuple(row) for row in app._fetch("select settled, reserved from {schema}.spent")]
+
+
+PAID = {"price": {"input": "1000"}, "epochs": 2, "budget": "5 USD/month"}  # 0.001 a token
+
+
+def test_a_job_is_a_row_of_the_ledger_reserved_before_and_settled_after(live, service, capsys):
+    tune = declare(live, service, **PAID)
+    run(live, tune)
+    bytes = sum(len(orjson.dumps(line)) for line in service.files["file-1"])
+    held = Decimal(2 * bytes) / 1000
+    assert calls(live, "state, model, reserved, reserved_tokens") == [("asking", "base", held, 2 * bytes)]
+    assert spent(live) == [(0, held)]
+    (job,) = service.jobs.values()
+    assert job["method"]["supervised"]["hyperparameters"] == {"n_epochs": 2}
+    service.end("succeeded", fine_tuned_model="ft:1")
+    live.advance("2m")
+    assert calls(live, "id, state, answered_by, tokens_in, cost") == [
+        (last(live).call, "done", "ft:1", 99, Decimal("0.099"))]
+    assert spent(live) == [(Decimal("0.099"), 0)]
+    capsys.readouterr()
+    assert main(["costs", "list", "--json", "--database", live.db.dsn]) == 0
+    (line,) = json.loads(capsys.readouterr().out)
+    assert (line["handler"], line["tokens_in"], float(line["cost"])) == ("tune_replies", 99, 0.099)
+
+
+def test_a_job_that_can_cost_more_than_its_budget_waits_and_is_not_made(live, service):
+    tune = declare(live, service, **{**PAID, "budget": "0.1 USD/month"})
+    run(live, tune)
+    assert last(live).state == "new" and not service.jobs and not service.files and not live.dead
+    (why,) = live._fetch("select why from {schema}.status where handler = 'tune_replies'")[0]
+    assert "of 0.1 usd/month are spent by handler tune_replies, and this call can cost" in why
+
+
+def test_a_run_that_is_begun_again_is_charged_once(live, service):
+    tune = declare(live, service, **PAID)
+    service.down = True
+    run(live, tune)
+    service.down = False
+    live.advance("2m")
+    service.end("succeeded", fine_tuned_model="ft:1")
+    live.advance("2m")
+    assert calls(live, "state, cost") == [("done", Decimal("0.099"))] and spent(live) == [(Decimal("0.099"), 0)]
+
+
+@pytest.mark.parametrize("status, tokens, state, cost, settled", [
+    ("failed", None, "unknown", None, "most"), ("cancelled", 40, "done", Decimal("0.04"), Decimal("0.04")),
+    ("succeeded", None, "done", None, "most")])
+def test_what_a_service_does_not_say_is_charged_at_the_most_and_flagged(status, tokens, state, cost, settled, live,
+                                                                        service):
+    tune = declare(live, service, **PAID)
+    run(live, tune)
+    ((most,),) = calls(live, "reserved")
+    service.end(status, trained_tokens=tokens, fine_tuned_model="ft:1" if status == "succeeded" else None)
+    live.advance("2m")
+    assert calls(live, "state, cost") == [(state, cost)]
+    assert spent(live) == [(most if settled == "most" else settled, 0)]
+
+
+def test_without_a_price_the_cost_of_a_job_is_unknown_and_says_so(live, service):
+    tune = declare(live, service)
+    run(live, tune)
+    service.end("succeeded", fine_tuned_model="ft:1")
+    live.advance("2m")
+    assert calls(live, "state, tokens_in, cost") == [("done", 99, None)]
+    assert [tuple(row) for row in live._fetch("select unpriced, cost from {schema}.list_costs(1)")] == [(1, None)]
+
+
+@pytest.mark.parametrize("options, why", [
+    ({"budget": "1 USD/day", "price": {"input": 1}}, "epochs="), ({"budget": "1 USD/day", "epochs": 1}, "price="),
+    ({"epochs": 0}, "from 1 to 50")])
+def test_a_budget_needs_to_know_what_a_job_can_cost(options, why, app):
+    with declaring(app.app), pytest.raises(BadOption, match=why):
+        OpenAiFineTune("x", examples=GOOD, **options)
 
 
 def test_where_effects_are_captured_nothing_is_sent(app, service):

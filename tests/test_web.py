@@ -32,6 +32,8 @@ from anton.table import Table
 from anton.verify import SCHEMES, Hmac
 from anton.write import transaction
 
+pytestmark = pytest.mark.once("routes: the server is asked for the same")
+
 
 class Order(BaseModel):
     id: int | None = None

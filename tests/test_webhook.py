@@ -31,6 +31,8 @@ from anton.table import Table
 from anton.verify import SCHEMES, Hmac
 from chaos.proxy import Cut, Proxy
 
+pytestmark = pytest.mark.once("routes: the server is asked for the same")
+
 SECRET = "s3cret-of-at-least-24-bytes"
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-import pytest
 from servers import free_port
 
 from anton import Table, relation
@@ -190,7 +189,7 @@ def pooled(server: Any, name: str, folder: Path, size: int = 2) -> Iterator[str]
     """The URL of this database behind a pgbouncer in transaction mode, of `size` connections. name "*": any."""
     binary = shutil.which("pgbouncer", path="/usr/sbin:/usr/bin:/opt/homebrew/bin")
     if binary is None:
-        pytest.skip("no pgbouncer on this machine: apt-get install -y pgbouncer")
+        raise RuntimeError("no pgbouncer on this machine. Type: sudo apt-get install -y pgbouncer")
     parts = urlsplit(server.url("postgres" if name == "*" else name))
     query = {key: values[0] for key, values in parse_qs(parts.query).items()}
     host, at = query.get("host") or parts.hostname or "localhost", query.get("port") or parts.port or 5432

@@ -46,7 +46,7 @@ class Child:
         self.project, self.macros, self.out = project, macros, out
         self.vars = {} if schema == "anton" else {"anton_schema": schema}
         self.manifest: Any = None
-        self.seen: tuple[int, int] | None = None                       # of the files that the manifest was made of
+        self.seen: tuple[int, str] | None = None                       # of the files that the manifest was made of
         self.job: dict[str, Any] = {}
         self.jobs: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
 

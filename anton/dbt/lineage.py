@@ -6,7 +6,7 @@ Columns are read from the SQL that dbt compiled; what sqlglot does not understan
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from anton.db import quote
@@ -16,17 +16,26 @@ from anton.graph import Node, Part
 if TYPE_CHECKING:
     from anton.lineage import Column
 
+CHANGES = ("new", "updated", "deleted", "truncate")
 
-def part(manifest: Manifest, tables: Mapping[str, Iterable[str]], default: str, app: str) -> Part:
-    """The project as nodes and edges. tables: columns of the app's Tables, by "public.orders". default: its schema."""
-    nodes, edges = [], []
+
+def part(manifest: Manifest, tables: Mapping[str, Iterable[str]], default: str, app: str,
+         heard: Collection[str] = ()) -> Part:
+    """The project as nodes and edges. tables: columns of the app's Tables, by "public.orders". default: its schema.
+
+    heard: sources and nodes whose changes have what is downstream of them built.
+    """
+    nodes, edges = [], list[tuple[str, ...]]()
+    heard = {*heard, *manifest.downstream(heard)}
     for node in manifest.nodes.values():
         if node.materialized == "ephemeral":
             continue
         nodes.append(Node("dbt", node.name, app, node.file, node.materialized))
         edges.append((f"dbt:{node.name}", f"table:{_shown(manifest, node.id, default)}", "rebuilt"))
-        edges += [(f"table:{_shown(manifest, parent, default)}", f"dbt:{node.name}", "reads")
-                  for parent in sorted(manifest.reads(node.id))]
+        for parent in sorted(manifest.reads(node.id)):
+            above = manifest.nodes.get(parent)
+            words = ("reads",) if parent not in heard else CHANGES if above is None else ("rebuilt",)
+            edges.append((f"table:{_shown(manifest, parent, default)}", f"dbt:{node.name}", *words))
     return Part(nodes, edges, columns(manifest, tables, default))
 
 

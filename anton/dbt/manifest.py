@@ -5,7 +5,9 @@ Made by child.py of dbt's own manifest, and kept in .anton/dbt/PROJECT.json for 
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +15,8 @@ from typing import Any
 
 from anton.errors import DeclarationError, did_you_mean
 
-SKIPPED = {"target", "logs", ".git", ".anton", "__pycache__", ".venv", "node_modules"}
+SKIPPED = (".git", ".anton", "__pycache__", ".venv", "node_modules")    # at a project's root: nothing of dbt's
+WRITTEN = {"target-path": "target", "log-path": "logs"}                # where dbt writes, unless dbt_project.yml says
 
 
 @dataclass(frozen=True)
@@ -135,16 +138,29 @@ class Manifest:
         return found
 
 
-def fingerprint(folder: Path) -> tuple[int, int]:
-    """Of all files of a project: how many, and when the last one changed."""
-    count, newest = 0, 0
+def fingerprint(folder: Path) -> tuple[int, str]:
+    """Of all files of a project, but those that dbt writes: how many, and a hash of paths, sizes and times."""
+    count, found = 0, hashlib.blake2b(digest_size=16)
+    skipped = _skipped(folder)
     for root, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [one for one in folders if one not in SKIPPED]
-        newest = max(newest, Path(root).stat().st_mtime_ns)
-        for file in files:
+        folders[:] = sorted(one for one in folders if Path(root, one) not in skipped)
+        for file in sorted(files):
             try:
-                newest = max(newest, Path(root, file).stat().st_mtime_ns)
+                stat = Path(root, file).stat()
             except OSError:
                 continue
             count += 1
-    return count, newest
+            path = f"{root[len(str(folder)):]}/{file}"
+            found.update(f"{path}\0{stat.st_size} {stat.st_mtime_ns}\n".encode(errors="surrogateescape"))
+    return count, found.hexdigest()
+
+
+def _skipped(folder: Path) -> set[Path]:
+    """Folders of a project that hold nothing of it; others of such names, as models/logs, are read."""
+    try:
+        text = (folder / "dbt_project.yml").read_text()
+    except (OSError, UnicodeDecodeError):
+        text = ""
+    said = dict(re.findall(r"""^(target-path|log-path)\s*:\s*["']?([^"'#\n]*[^"'#\s])""", text, re.MULTILINE))
+    written = {Path(os.path.normpath(folder / said.get(key, usual))) for key, usual in WRITTEN.items()}
+    return {folder / name for name in SKIPPED} | written - {folder}

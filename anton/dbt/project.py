@@ -28,7 +28,7 @@ from pydantic import BaseModel
 from anton.app import App, current_app, place_of_caller
 from anton.columns import MODELLESS, Shape
 from anton.db import Conn, Database, quote, split_name
-from anton.dbt.lineage import part
+from anton.dbt.lineage import part, relation
 from anton.dbt.manifest import Manifest, Node, fingerprint
 from anton.dbt.requests import Requests
 from anton.dbt.runner import Runner
@@ -85,6 +85,7 @@ class DbtProject:
         self.name = name_of(self.folder)
         self.handler = f"dbt:{self.name}"
         self.whens: list[When] = []
+        self.timed: dict[str, tuple[str, ...]] = {}                    # schedules, and the models that each builds
         self.models: dict[str, DbtModel[Any]] = {}
         self.app.claim_name("handler", self.handler, self.place)
         self.app.projects[self.handler] = self
@@ -130,7 +131,9 @@ class DbtProject:
         def build() -> None:
             self.run(*models, upstream=upstream, gate=gate, full_refresh=full_refresh)
 
-        cron(times, name=f"{self.handler} at {times}" + (f" {' '.join(models)}" if models else ""), tz=tz)(build)
+        name = f"{self.handler} at {times}" + (f" {' '.join(models)}" if models else "")
+        cron(times, name=name, tz=tz)(build)
+        self.timed[name] = tuple(models)
 
     def run(self, *models: str, upstream: bool = False, gate: bool = False, full_refresh: bool = False,
             vars: Mapping[str, Any] | None = None, timeout: Length | None = None) -> None:
@@ -230,7 +233,24 @@ class DbtProject:
             if not isinstance(table, DbtModel):
                 tables[f"{quote(schema or default)}.{quote(name)}"] = [
                     column.name for column in (table.shape.table_columns if table.shape else MODELLESS)]
-        return part(self._manifest, tables, default, self.app.name)
+        heard = self._manifest.of_tables(self._place(when.table, default) for when in self.whens)
+        found = part(self._manifest, tables, default, self.app.name, heard)
+        nodes = {node.name: node for node in self._manifest.nodes.values() if node.materialized != "ephemeral"}
+        timed = [(f"schedule:{name}", f"table:{node_name(nodes[model], default)}", "rebuilt")
+                 for name, models in self.timed.items() for model in models or nodes if model in nodes]
+        return Part(found.nodes, [*found.edges, *timed], found.columns)
+
+    def built_by(self, default: str) -> dict[str, set[tuple[str, str]]]:
+        """What a change that run_when() waits for leads to, by the name of its handler: tables that are rebuilt."""
+        assert self._manifest is not None
+        below = {when.name: self._manifest.downstream(self._manifest.of_tables([self._place(when.table, default)]))
+                 for when in self.whens}
+        return {name: {(relation(self._manifest, id), "rebuilt") for id in ids} for name, ids in below.items()}
+
+    @staticmethod
+    def _place(table: Table[Any], default: str) -> tuple[str, str]:
+        schema, name = split_name(table.name)
+        return schema or default, name
 
     def settle(self, schema: str) -> None:
         """Gives its models the names of their relations."""

@@ -24,7 +24,7 @@ from anton.ctx import Ctx
 from anton.db import Conn, Database, split_name
 from anton.dbt.gate import after, compiled, gates
 from anton.dbt.manifest import Manifest
-from anton.dbt.runner import Done, Result, Runner
+from anton.dbt.runner import Done, Logs, Result, Runner, note, told
 from anton.errors import DbtFailed, DeclarationError, WorldError
 from anton.op import WHOLE, Call
 from anton.write import scope
@@ -123,7 +123,7 @@ class Requests:
             manifest = await project.examine(db, runner.schema)
             wishes, refused = wishes_of(manifest, rows)
             results: dict[str, Result] = {}
-            logs: dict[str, list[str]] = {}
+            logs: Logs = {}
             errors: dict[int, str] = dict(refused)
             invocation = None
             for wish in wishes:
@@ -140,8 +140,6 @@ class Requests:
                 await db.call(conn, "dbt_put_back", run, str(error), project.name, self._named(rows))
             raise
         self.seconds |= {one.node: one.seconds for one in results.values() if one.ok}
-        told = [{"node": one.node, "status": one.status, "seconds": one.seconds, "message": one.message,
-                 "log": "\n".join(logs.get(one.node, ())) or None} for one in results.values()]
         failed = [{"node": one.node, "status": one.status, "message": one.message or one.status}
                   for one in results.values() if not one.ok and one.node in manifest.nodes]
         for one in results.values():                                   # of tests, on_failed of the models they read
@@ -155,7 +153,8 @@ class Requests:
 
         async def finish(conn: Conn) -> bool:
             state = "failed" if errors else "done"
-            if not await db.call_value(conn, "dbt_finish", run, state, summary, list(errors), told):
+            if not await db.call_value(conn, "dbt_finish", run, state, summary, list(errors),
+                                       told(results.values(), logs)):
                 return False
             for one in failed:
                 await db.call(conn, "dbt_failed", project.name, one["node"], one["message"], one["status"], invocation)
@@ -172,7 +171,7 @@ class Requests:
         return sorted(node.id for node in manifest.nodes.values() if node.name in names or node.id in names)
 
     async def _build(self, db: Database, runner: Runner, manifest: Manifest, wish: Wish, rows: Sequence[Any],
-                     logs: dict[str, list[str]]) -> Done:
+                     logs: Logs) -> Done:
         """One invocation, or one for each level where leaving out what has not changed is likely to pay."""
         if not wish.nodes:
             return Done(True)
@@ -184,8 +183,7 @@ class Requests:
         built = set[str]()
 
         def heard(event: dict[str, Any]) -> None:
-            if event.get("node") and event.get("text"):
-                logs.setdefault(event["node"], []).append(event["text"])
+            note(logs, event)
             if event["event"] == "NodeFinished" and event.get("status") == "success":
                 built.add(event["node"])
                 self._built.add(event["node"])

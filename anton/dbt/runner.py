@@ -21,19 +21,20 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any, Self
 
 from anton.db import Database
-from anton.dbt.profile import PASSWORD, outputs, write_profile
+from anton.dbt.profile import outputs, write_profile
 from anton.errors import ConfigError, DbtFailed
 from anton.share import share
 
 JOBS = 500  # of one child
 GRACE = 2.0  # seconds between SIGINT and SIGKILL
+SCRATCH = "anton-dbt-"  # folders in the system's temp folder
 LINE = 1 << 27  # bytes: the longest line, which holds what is known of the manifest
 QUIET = ("--no-send-anonymous-usage-stats", "--no-version-check", "--no-use-colors", "--log-level", "none",
          "--log-level-file", "none")
@@ -41,6 +42,7 @@ BUILDS = ("run", "build", "seed", "snapshot")
 ALONE = ("--no-populate-cache",)  # of one node; with several dbt has to know that a swapped table took its views along
 
 Heard = Callable[[dict[str, Any]], None]
+Logs = dict[str, list[str]]  # by node: what dbt said of it
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,18 @@ class Done:
     invocation: str | None = None
 
 
+def note(logs: Logs, event: Mapping[str, Any]) -> None:
+    """Adds what was heard to the log of the node that it is about."""
+    if event.get("node") and event.get("text"):
+        logs.setdefault(event["node"], []).append(event["text"])
+
+
+def told(results: Iterable[Result], logs: Logs) -> list[dict[str, Any]]:
+    """What dbt_finish() keeps of each node."""
+    return [{"node": one.node, "status": one.status, "seconds": one.seconds, "message": one.message,
+             "log": "\n".join(logs.get(one.node, ())) or None} for one in results]
+
+
 class Died(Exception):
     """The child ended before its job did."""
 
@@ -100,6 +114,7 @@ class Runner:
         self._jobs = 0
         self._turn = asyncio.Lock()
         self._scratch: Path | None = None
+        self._owned: IO[bytes] | None = None
         self._slot: IO[bytes] | None = None
         self._at: Path | None = None
         self._stderr: asyncio.Task[None] | None = None
@@ -231,12 +246,13 @@ class Runner:
                               folder=str(self.folder))
         await self._end()
         if self._scratch is None:
-            self._scratch = Path(tempfile.mkdtemp(prefix="anton-dbt-"))
+            sweep()
+            self._scratch, self._owned = scratch()
             self._at = self._place()
-        output, password = outputs(self.db.dsn, self.schema, self.threads)
+        output, needed = outputs(self.db.dsn, self.schema, self.threads)
         write_profile(self._scratch, self.target, output)
         paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
-        env = {**os.environ, **self.env, PASSWORD: password, "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        env = {**os.environ, **self.env, **needed, "PYTHONPATH": os.pathsep.join(filter(None, paths)),
                "PYTHONUNBUFFERED": "1", "DO_NOT_TRACK": "1", "DBT_SEND_ANONYMOUS_USAGE_STATS": "false"}
         assert self._at is not None
         self._child = await asyncio.create_subprocess_exec(
@@ -306,6 +322,29 @@ class Runner:
         if self._scratch is not None:
             shutil.rmtree(self._scratch, ignore_errors=True)
             self._scratch = None
+        if self._owned is not None:
+            self._owned.close()
+            self._owned = None
+
+
+def scratch() -> tuple[Path, IO[bytes]]:
+    """A new folder for this user alone, and the open lock in it that says that it is in use: see sweep()."""
+    folder = Path(tempfile.mkdtemp(prefix=SCRATCH))
+    lock = (folder / "new").open("wb")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    (folder / "new").rename(folder / "lock")                           # nobody sees it unlocked
+    return folder, lock
+
+
+def sweep() -> None:
+    """Removes the folders of processes that were killed, and no other: the kernel let go of their locks."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{SCRATCH}*"):
+        with contextlib.suppress(OSError):                             # in use, or half made
+            if folder.lstat().st_uid != os.getuid():
+                continue
+            with (folder / "lock").open("rb") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def check_installed() -> None:

@@ -16,7 +16,7 @@ from anton.dbt.lineage import relation
 from anton.dbt.manifest import Manifest
 from anton.dbt.project import DbtProject
 from anton.dbt.requests import alone
-from anton.dbt.runner import BUILDS, Done, Heard, Runner
+from anton.dbt.runner import BUILDS, Done, Heard, Logs, Runner, note, told
 from anton.errors import ConfigError, did_you_mean
 from anton.status import Row, ask, layout
 from anton.verbs import FOUND, OK, emit, open_app_database, query
@@ -24,6 +24,14 @@ from anton.verbs import FOUND, OK, emit, open_app_database, query
 Args = argparse.Namespace
 
 PATHS = ("--state", "--defer-state")  # options that name a folder, as seen from where the command is typed
+SET = {                                                                # dbt's options that are Anton's, and what to do
+    "--target": 'it is "{target}", of DbtProject(target=…). Give another one there',
+    "--profile": "Anton makes it, of its own database. For another one: --database URL",
+    "--profiles-dir": "Anton makes the profile, of its own database. For another one: --database URL",
+    "--project-dir": "it is {folder}. For another project: --project NAME, or its path",
+    "--target-path": "it is a folder of {home}, which no other run uses at that time. Read it there",
+    "--log-path": "it is a folder of {home}. What dbt said of a model: anton dbt log MODEL",
+}
 PASSED = {
     "run": "Build models, as dbt run: anton dbt run --select revenue+.",
     "build": "Build models, seeds and snapshots, and test them, as dbt build.",
@@ -97,6 +105,14 @@ def dbt_runs(args: Args) -> int:
     return OK
 
 
+def dbt_log(args: Args) -> int:
+    """Show what dbt said of a model in its last runs, the newest last."""
+    rows = query(args, lambda db, conn: ask(db, conn, "list_dbt_log", args.model, args.limit))
+    emit(args, rows, "\n".join(f"run {row['run']}, {row['at']:%Y-%m-%d %H:%M:%S} UTC: {row['status']}\n"
+                               + (row["log"] or row["message"] or "") for row in rows) or "none")
+    return OK
+
+
 def dbt_cancel(args: Args) -> int:
     """End runs: their queries in Postgres, and dbt. No id: all that run. They are not tried again.
 
@@ -162,7 +178,9 @@ def _finding(subject: str, problem: str) -> Row:
 
 
 def _pass(verb: str, args: Args) -> int:
-    project, db = _project(args), open_app_database(args)
+    project = _project(args)
+    _check(verb, args.passed, project)
+    db = open_app_database(args)
     try:
         done = asyncio.run(_run(project, db, [verb, *_absolute(args.passed)], quiet=args.json or verb == "ls"))
     except KeyboardInterrupt:
@@ -184,8 +202,8 @@ def _pass(verb: str, args: Args) -> int:
 async def _run(project: DbtProject, db: Database, words: list[str], quiet: bool) -> Done:
     """One command with its progress as it comes. What builds, waits until nobody else builds the project."""
     def heard(event: dict[str, Any]) -> None:
-        told = event["level"] in ("info", "warn", "error") and event["event"] not in ("Formatting", "ListCmdOut")
-        if told and not quiet:
+        shown = event["level"] in ("info", "warn", "error") and event["event"] not in ("Formatting", "ListCmdOut")
+        if shown and not quiet:
             print(event["text"], flush=True)
 
     try:
@@ -202,10 +220,16 @@ async def _run(project: DbtProject, db: Database, words: list[str], quiet: bool)
 
 async def _build(project: DbtProject, db: Database, runner: Runner, words: list[str], heard: Heard) -> Done:
     """Builds when nobody else does, as a run that `anton dbt runs` shows and `anton dbt cancel` ends."""
+    logs: Logs = {}
+
+    def both(event: dict[str, Any]) -> None:
+        note(logs, event)
+        heard(event)
+
     async with alone(db, runner.application) as (lost, holder):
         async with db.tx() as conn:
             run = await db.call_value(conn, "dbt_open", project.app.name, project.name, holder, runner.application)
-        work = asyncio.ensure_future(runner.invoke(words, heard=heard, keep=True))
+        work = asyncio.ensure_future(runner.invoke(words, heard=both, keep=True))
         either: set[asyncio.Future[Any]] = {work, lost}
         try:
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
@@ -219,11 +243,9 @@ async def _build(project: DbtProject, db: Database, runner: Runner, words: list[
         if work.cancelled():
             return Done(False, f"run {run} was cancelled, or its connection broke: dbt was ended", cancelled=True)
         done = work.result()
-        results = [{"node": one.node, "status": one.status, "seconds": one.seconds, "message": one.message, "log": None}
-                   for one in done.results]
         async with db.tx() as conn:
             state = "done" if done.success else "failed"
-            await db.call(conn, "dbt_finish", run, state, done.error, [], results)
+            await db.call(conn, "dbt_finish", run, state, done.error, [], told(done.results, logs))
     await _tell(db, project, done)
     return done
 
@@ -235,6 +257,16 @@ async def _tell(db: Database, project: DbtProject, done: Done) -> None:
             if not one.ok and one.type in ("model", "seed", "snapshot"):
                 await db.call(conn, "dbt_failed", project.name, one.node, one.message or one.status, one.status,
                               done.invocation)
+
+
+def _check(verb: str, words: Iterable[str], project: DbtProject) -> None:
+    """Raises ConfigError for an option of dbt's that Anton sets, as what was typed would not hold."""
+    for word in words:
+        option = "--target" if word.startswith("-t") else word.partition("=")[0]
+        if option in SET:
+            why = SET[option].format(target=project.target, folder=project.folder,
+                                     home=project.app.folder / ".anton" / "dbt")
+            raise ConfigError(f"anton dbt {verb} {word}: Anton sets {option}: {why}", option=option)
 
 
 def _absolute(words: Iterable[str]) -> list[str]:

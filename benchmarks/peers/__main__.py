@@ -18,8 +18,8 @@ from typing import Any
 
 from benchmarks.harness import WrongResult, median, percentile
 from benchmarks.peers import report
-from benchmarks.peers.known import Peer, node_installed, peers, python_installed
-from benchmarks.peers.program import Program
+from benchmarks.peers.known import PINNED, Peer, node_installed, peers, python_installed
+from benchmarks.peers.program import Process, Program
 from benchmarks.server import Conn, Server, connect, server
 from benchmarks.subject import number
 
@@ -27,7 +27,10 @@ RUNS = 2  # of each number of processes
 PROCESSES = (1, 2)
 PROBES, RATE, WARM = 500, 100, 50
 KILLS = 3
-WAIT = 90  # seconds for the work of killed workers to be done by others
+KILLED = 400  # jobs for each kill
+QUICK_WAIT = 20
+WRITTEN = "select count(*) from effects"
+WAIT = 75  # seconds for the work of a killed worker to be done by another
 
 
 def main() -> int:
@@ -51,9 +54,11 @@ def main() -> int:
             "at": datetime.now(UTC).isoformat(timespec="seconds"),
             "postgres": place.version,
             "cores": os.cpu_count(),
+            "pinned": PINNED,
             "seconds": round(time.monotonic() - began),
-            "wait_s": WAIT,
+            "wait_s": QUICK_WAIT if arguments.quick else WAIT,
             "kills": KILLS,
+            "killed_jobs": KILLED,
             "probes": PROBES - WARM,
             "rate": RATE,
         }
@@ -67,7 +72,8 @@ def main() -> int:
 def measure(place: Server, peer: Peer, quick: bool) -> dict[str, Any]:
     """One peer's row."""
     row: dict[str, Any] = {
-        "name": peer.name, "version": peer.version, "settings": peer.settings, "recovers": peer.recovers,
+        "name": peer.name, "version": peer.version, "settings": peer.settings,
+        "bulk": peer.bulk, "single": peer.single, "default": peer.default, "tuned": peer.tuned, "commits": peer.commits,
     }  # fmt: skip
     parts: list[Callable[[Server, Peer, bool], dict[str, Any]]] = [rates]
     if peer.rates_only:
@@ -97,39 +103,58 @@ def database(place: Server, peer: Peer, kind: str, lease: float = 0) -> Any:
 
 
 def rates(place: Server, peer: Peer, quick: bool) -> dict[str, Any]:
-    """Enqueue in bulk with no worker, then drain, with 1 and with 2 processes; the better median counts."""
-    jobs = peer.jobs // 10 if quick else peer.jobs
+    """Enqueue in bulk with no worker, then drain, with 1 and with 2 processes; the better median counts.
+
+    Then the same of jobs enqueued one by one; there only the enqueueing counts.
+    """
+    jobs, singles = ((peer.jobs // 10, peer.singles // 10) if quick else (peer.jobs, peer.singles))
+    times = range(1 if quick else RUNS)
     runs: dict[int, list[tuple[float, float]]] = {}
     with database(place, peer, peer.kind) as (conn, program):
         for processes in PROCESSES:
-            for _ in range(1 if quick else RUNS):
+            for _ in times:
                 conn.execute("checkpoint")
                 enqueued = program.enqueue(jobs)
-                working = [program.work() for _ in range(processes)]
-                try:
-                    began = time.perf_counter()
-                    for worker in working:
-                        worker.go()
-                    if not drained(conn, peer, 120):
-                        raise WrongResult(f"work was left after 120 s of draining {jobs} jobs")
-                    runs.setdefault(processes, []).append((enqueued, time.perf_counter() - began))
-                    seen = [worker.end()["calls"] for worker in working]
-                finally:
-                    for worker in working:
-                        worker.kill()
-                calls = max(seen) if peer.counts_all else sum(seen)
-                if peer.kind == "noop" and calls != jobs:
-                    raise WrongResult(f"{calls} calls for {jobs} jobs")
+                runs.setdefault(processes, []).append((enqueued, drain(conn, program, processes, jobs)))
+        one_by_one = []
+        for _ in times:
+            conn.execute("checkpoint")
+            one_by_one.append(program.single(singles))
+            drain(conn, program, PROCESSES[-1], singles)
     best, seconds = min(((n, median(drain for _, drain in each)) for n, each in runs.items()), key=lambda x: x[1])
     enqueue = median(enqueued for each in runs.values() for enqueued, _ in each)
     return {
         "jobs": jobs,
+        "singles": singles,
         "processes": best,
         "enqueue_per_s": round(jobs / enqueue),
+        "single_per_s": round(singles / median(one_by_one)),
         "drain_per_s": round(jobs / seconds),
         "end_to_end_per_s": round(jobs / (enqueue + seconds)),
         "drain_s": {n: [round(drain, 3) for _, drain in each] for n, each in runs.items()},
     }
+
+
+def drain(conn: Conn, program: Program, processes: int, jobs: int) -> float:
+    """Seconds that so many workers, connected before, take for the jobs that are there; each was called once."""
+    peer = program.peer
+    working: list[Process] = []
+    try:
+        working += [program.work() for _ in range(processes)]
+        began = time.perf_counter()
+        for worker in working:
+            worker.go()
+        if not drained(conn, peer, 120):
+            raise WrongResult(f"work was left after 120 s of draining {jobs} jobs")
+        seconds = time.perf_counter() - began
+        seen = [worker.end()["calls"] for worker in working]
+    finally:
+        for worker in working:
+            worker.kill()
+    calls = max(seen) if peer.counts_all else sum(seen)
+    if peer.kind == "noop" and calls != jobs:
+        raise WrongResult(f"{calls} calls for {jobs} jobs")
+    return seconds
 
 
 def pickup(place: Server, peer: Peer, quick: bool) -> dict[str, Any]:
@@ -158,31 +183,56 @@ def waits(committed: dict[int, int], started: list[tuple[int, int]], warm: int) 
 
 
 def recovery(place: Server, peer: Peer, quick: bool) -> dict[str, Any]:
-    """SIGKILL to a worker in the middle of its work, another started at once, three times; then up to 90 s."""
-    count = peer.killed
-    with database(place, peer, "insert", peer.lease) as (conn, program):
-        program.enqueue(count)
+    """What kills do: to jobs that write by a connection of their own and as they commit, as it comes and tuned."""
+    found = {}
+    for writes in ("own", "commit") if peer.commits else ("own",):
+        if peer.lease:
+            found[writes] = {"default": killed(place, peer, writes, 0, 1, quick)} if writes == "own" else {}
+            found[writes]["tuned"] = killed(place, peer, writes, peer.lease, 1 if quick else KILLS, quick)
+        else:
+            found[writes] = {"default": killed(place, peer, writes, 0, 1 if quick else KILLS, quick)}
+    if peer.supervised:
+        kills = 1 if quick else KILLS
+        found["child"] = {"default": killed(place, peer, "own", 0, kills, quick, child=True)}
+    return {"recovery": found}
+
+
+def killed(
+    place: Server, peer: Peer, kind: str, lease: float, kills: int, quick: bool, child: bool = False
+) -> dict[str, Any]:
+    """SIGKILL to a worker in the middle of `KILLED` jobs, another started at once; so many times, each on new jobs.
+
+    child: only the worker's own process is killed, and the one that is its parent starts the next.
+    seconds: from each kill until the peer's own tables hold no job; None when that took longer than `WAIT`.
+    """
+    wait = QUICK_WAIT if quick else WAIT
+    seconds: list[float | None] = []
+    with database(place, peer, kind, lease) as (conn, program):
         worker = program.work().go()
         try:
-            for kill in range(1, KILLS + 1):
-                done = number(conn, "select count(*) from effects")
-                most = max(done, kill * count // 8)
-                if not until(lambda most=most: number(conn, "select count(*) from effects") > most, 30):
-                    raise WrongResult(f"after 30 s the worker had not written {most + 1} rows")
-                worker.kill()
-                killed = time.monotonic()
-                worker = program.work().go()
-            recovered = drained(conn, peer, (10 if quick else WAIT) - (time.monotonic() - killed))
-            seconds = time.monotonic() - killed
+            for first in range(0, kills * KILLED, KILLED):
+                written = number(conn, WRITTEN)
+                program.enqueue(KILLED, first)
+                if not until(lambda most=written + KILLED // 4: number(conn, WRITTEN) >= most, 30):
+                    raise WrongResult(f"after 30 s the worker had not written {KILLED // 4} rows")
+                (worker.kill_child if child else worker.kill)()
+                began = time.monotonic()
+                if number(conn, f"select count(distinct job) from effects where job >= {first}") == KILLED:
+                    raise WrongResult("the worker had written everything before it was killed")
+                if not child:
+                    worker = program.work().go()
+                done = drained(conn, peer, wait)
+                seconds.append(round(time.monotonic() - began, 1) if done else None)
+                if not done:
+                    wait = 5  # what is there waits for longer than this run does
         finally:
             worker.kill()
-        lost, doubled = lost_and_doubled(conn, count)
+        lost, doubled = lost_and_doubled(conn, kills * KILLED)
     return {
-        "killed_jobs": count,
-        "recovery_s": round(seconds, 1) if recovered and not lost else None,
-        "lost": lost,
-        "doubled": doubled,
-    }
+        "lease_s": lease or None, "kills": kills, "jobs": kills * KILLED, "seconds": seconds,
+        "recovery_s": None if lost else max((each for each in seconds if each), default=None),
+        "lost": lost, "doubled": doubled,
+    }  # fmt: skip
 
 
 def lost_and_doubled(conn: Conn, count: int) -> tuple[int, int]:

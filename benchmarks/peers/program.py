@@ -36,9 +36,14 @@ class Program:
         if done.returncode:
             raise WrongResult(f"{self.peer.name} install ended with {done.returncode}: {done.stderr[-800:]}")
 
-    def enqueue(self, count: int) -> float:
-        """Seconds to enqueue jobs 0 .. count-1 in bulk."""
-        with self.process("enqueue", str(count)) as process:
+    def enqueue(self, count: int, first: int = 0) -> float:
+        """Seconds to enqueue `count` jobs in bulk, numbered from `first` on."""
+        with self.process("enqueue", str(count), str(first)) as process:
+            return float(process.go().answer())
+
+    def single(self, count: int) -> float:
+        """Seconds to enqueue jobs 0 .. count-1, each by a call and a commit of its own, 16 at a time."""
+        with self.process("single", str(count)) as process:
             return float(process.go().answer())
 
     def work(self) -> Process:
@@ -98,7 +103,15 @@ class Process:
     def kill(self) -> None:
         """SIGKILL to it and all that it started, children included."""
         if self._process.poll() is None:
-            for pid in tree(self._process.pid):
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+            _kill(tree(self._process.pid))
             self._process.wait()
+
+    def kill_child(self) -> None:
+        """SIGKILL to what it started that started nothing itself: not to the parents, who may see it."""
+        _kill([pid for pid in tree(self._process.pid) if len(tree(pid)) == 1])
+
+
+def _kill(pids: list[int]) -> None:
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)

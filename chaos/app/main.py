@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import time
@@ -46,6 +47,9 @@ out_ask = Table("public.out_ask")
 out_lots = Table("public.out_lots")
 out_strike = Table("public.out_strike")
 shared = Table("public.shared")
+gated = Table("public.gated")
+out_hold = Table("public.out_hold")
+out_alone = Table("public.out_alone")
 ping = Table("public.ping")
 pong = Table("public.pong")
 hooked = Table("hooked")
@@ -204,6 +208,22 @@ clash.on_new_records.sql(
     name="across",
     into=shared,
 )
+
+
+@gated.on_new_records(each=True, concurrency=3)
+async def hold(record: Any) -> None:
+    points.note("in", handler="hold", key=0, id=record["id"])
+    await asyncio.sleep(0.03)
+    points.note("out", handler="hold", key=0, id=record["id"])
+    out_hold.append({"src": record["id"]})
+
+
+@gated.on_new_records(each=True, concurrency=1, per="kind")
+def alone(record: Any) -> None:
+    points.note("in", handler="alone", key=record["kind"], id=record["id"])
+    time.sleep(0.03)
+    points.note("out", handler="alone", key=record["kind"], id=record["id"])
+    out_alone.append({"src": record["id"]})
 
 
 @ping.on_new_records

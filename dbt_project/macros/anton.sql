@@ -1,4 +1,4 @@
-{#- Anton's dbt macros, version 3. `anton dbt init` puts them into a project and `anton doctor` compares the version; change nothing here.
+{#- Anton's dbt macros, version 5. `anton dbt init` puts them into a project and `anton doctor` compares the version; change nothing here.
 
     Two lines of dbt_project.yml, under models:, seeds: and snapshots: each, make builds fire events:
 

@@ -1,11 +1,11 @@
-{#- Anton's dbt macros, version 3. A table whose rows change in place: only those that differ are written, so its triggers, grants,
+{#- Anton's dbt macros, version 5. A table whose rows change in place: only those that differ are written, so its triggers, grants,
     policies, keys, readers and outside views stay as they are, and each change is an event.
 
         {{ config(materialized='anton_table', unique_key='id') }}          one column, or a list of them
 
     The key may come from a primary_key constraint or from the tests unique and not_null, too. New columns are added first,
-    in a short transaction of their own, as readers wait for it; when one goes, or has another type, and with --full-refresh, the table is
-    made anew and swapped in, as dbt's `table` is. -#}
+    in a short transaction of their own, as readers wait for it, and filled without an event; when one goes, or has another type, with --full-refresh, and
+    while row level security holds for who builds it, the table is made anew and swapped in, as dbt's `table` is. -#}
 
 {% materialization anton_table, adapter='postgres' %}
   {%- set existing = load_cached_relation(this) -%}
@@ -17,10 +17,10 @@
   {{ drop_relation_if_exists(load_cached_relation(intermediate)) }}
   {{ drop_relation_if_exists(load_cached_relation(backup)) }}
 
-  {%- set place = {'in_place': existing is not none and existing.is_table and not should_full_refresh()} -%}
+  {%- set place = {'added': [], 'in_place': existing is not none and existing.is_table and not should_full_refresh() and not anton_table_hidden(existing)} -%}
   {{ run_hooks(pre_hooks, inside_transaction=False) }}
   {%- if place.in_place -%}
-    {% do anton_table_widen(target_relation, sql) %}
+    {%- do place.update(added=anton_table_widen(target_relation, sql, key)) -%}
   {%- endif -%}
   {{ run_hooks(pre_hooks, inside_transaction=True) }}
 
@@ -42,9 +42,17 @@
   {%- endif -%}
 
   {%- if place.in_place -%}
-    {% do run_query('analyze ' ~ temp ~ ' (' ~ anton_table_list(key) ~ ')') %}
+    {#- without it the planner takes the key for a bad one to hash by; 300 rows of it will do, as the table goes -#}
+    {% do run_query('set local default_statistics_target = 1; analyze ' ~ temp ~ ' (' ~ anton_table_list(key) ~ '); set local default_statistics_target to default') %}
     {% do run_query(anton_table_key_sql(target_relation, key)) %}
-    {% do run_query(anton_table_diff_sql(target_relation, temp, key, want)) %}
+    {%- set came = anton_table_came(place.added) -%}
+    {% do run_query(anton_table_diff_sql(target_relation, temp, key, want, came)) %}
+    {%- if came -%}
+      {#- no record is another because a column came, as for every other kind of table -#}
+      {%- if anton_active() %}{% do run_query(anton_call('dbt_hush', anton_build())) %}{% endif -%}
+      {% do run_query(anton_table_update_sql(target_relation, key, want, 'c')) %}
+      {%- if anton_active() %}{% do run_query(anton_call('dbt_speak', anton_build())) %}{% endif -%}
+    {%- endif -%}
     {% call statement('main') %}
       {{ anton_table_apply_sql(target_relation, load_result('anton_fill')['response'].rows_affected, key, want) }}
     {% endcall %}
@@ -83,24 +91,38 @@
   {{ return(key) }}
 {%- endmacro %}
 
-{#- columns that the model has and its table lacks are added and committed, before the long part -#}
-{% macro anton_table_widen(relation, sql) -%}
+{#- whether row level security hides rows of it from this role: who does not see them cannot change them in place -#}
+{% macro anton_table_hidden(relation) -%}
+  {{ return(run_query("select pg_catalog.row_security_active($anton$" ~ relation.include(database=false) ~ "$anton$::pg_catalog.regclass)").rows[0][0]) }}
+{%- endmacro %}
+
+{#- columns that the model has and its table lacks are added and committed, before the long part; which -#}
+{% macro anton_table_widen(relation, sql, key) -%}
   {% call statement('anton_shape') %}
     create temp table anton_table_shape on commit drop as ({{ anton_table_select(sql) }}) with no data
   {% endcall %}
   {%- set have, want = anton_columns(relation.include(database=false)), anton_columns('pg_temp.anton_table_shape') -%}
-  {%- set added = [] -%}
+  {%- set added, alters = [], [] -%}
   {%- for name in want if name not in have -%}
-    {%- do added.append('add column if not exists ' ~ adapter.quote(name) ~ ' ' ~ want[name]) -%}
+    {%- do added.append(name) -%}
+    {%- do alters.append('add column if not exists ' ~ adapter.quote(name) ~ ' ' ~ want[name]) -%}
   {%- endfor -%}
   {%- set same = [] -%}
   {%- for name in have if want.get(name) == have[name] -%}{%- do same.append(name) -%}{%- endfor -%}
-  {%- if added and same | length == have | length -%}
-    {% do run_query('alter table ' ~ relation ~ ' ' ~ added | join(', ')) %}
+  {%- if added and same | length == have | length and not added | select('in', key) | list -%}
+    {% do run_query('alter table ' ~ relation ~ ' ' ~ alters | join(', ')) %}
   {%- endif -%}
   {% do adapter.commit() %}
   {#- psycopg2 began the first one, and believes it open: it begins no other by itself -#}
   {% do run_query('begin') %}
+  {{ return(added) }}
+{%- endmacro %}
+
+{#- columns that its last build did not have: those that this one added, and what one that failed after that left, empty -#}
+{% macro anton_table_came(added) -%}
+  {%- if anton_active() %}{% do run_query(anton_call('dbt_came', anton_build())) %}{% endif -%}
+  {%- set left = run_query("select coalesce(nullif(pg_catalog.current_setting('anton.came', true), ''), '[]')").rows[0][0] -%}
+  {{ return((added + fromjson(left, [])) | unique | list) }}
 {%- endmacro %}
 
 {#- the SELECT, with the types of its contract where it has one -#}
@@ -157,22 +179,31 @@
 
 {#- nearly no row differs, which the planner cannot know: it would not read in parallel. Compiling does not pay.
     4 MB, the default of work_mem, would hash a million rows by way of files. -#}
-{% macro anton_table_diff_sql(target_relation, temp, key, want) -%}
-  {%- set odd = ('json', 'xml', 'point', 'polygon', 'txid_snapshot', 'pg_snapshot', 'box', 'line', 'lseg', 'path', 'circle') -%}
+{% macro anton_table_diff_sql(target_relation, temp, key, want, came) -%}
   set local parallel_setup_cost = 0; set local parallel_tuple_cost = 0; set local jit = off;
   select pg_catalog.set_config('work_mem', '32MB', true) where pg_catalog.pg_size_bytes(pg_catalog.current_setting('work_mem')) < 33554432;
   create temp table anton_table_diff on commit drop as
-  select anton_t.ctid as anton_row, case when anton_s.ctid is null then 'd' when anton_t.ctid is null then 'n' else 'u' end as anton_op, anton_s.*
+  select anton_t.ctid as anton_row, case when anton_s.ctid is null then 'd' when anton_t.ctid is null then 'n'{% if came %} when not (false{{ anton_table_differs(key + came, want) }}) then 'c'{% endif %} else 'u' end as anton_op, anton_s.*
     from {{ target_relation }} anton_t full join {{ temp }} anton_s on {{ anton_table_match(key, 'anton_t', 'anton_s') }}
-   where anton_t.ctid is null or anton_s.ctid is null
-   {%- for name, type in want.items() if name not in key -%}
-     {%- set cast = '::text' if type.split('[')[0].split('(')[0] in odd else '' %} or anton_t.{{ adapter.quote(name) }}{{ cast }} is distinct from anton_s.{{ adapter.quote(name) }}{{ cast }}
-   {%- endfor -%}
+   where anton_t.ctid is null or anton_s.ctid is null{{ anton_table_differs(key, want) }}
+{%- endmacro %}
+
+{#- or one of its columns but these differs -#}
+{% macro anton_table_differs(but, want) -%}
+  {%- set odd = ('json', 'xml', 'point', 'polygon', 'txid_snapshot', 'pg_snapshot', 'box', 'line', 'lseg', 'path', 'circle') -%}
+  {%- for name, type in want.items() if name not in but -%}
+    {%- set cast = '::text' if type.split('[')[0].split('(')[0] in odd else '' %} or anton_t.{{ adapter.quote(name) }}{{ cast }} is distinct from anton_s.{{ adapter.quote(name) }}{{ cast }}
+  {%- endfor -%}
+{%- endmacro %}
+
+{#- op: u, or c for records in which nothing differs but columns that came -#}
+{% macro anton_table_update_sql(target_relation, key, want, op) -%}
+  update {{ target_relation }} t set {% for name in want.keys() | reject('in', key) %}{{ adapter.quote(name) }} = d.{{ adapter.quote(name) }}{{ ', ' if not loop.last }}{% endfor %}
+    from pg_temp.anton_table_diff d where d.anton_op = '{{ op }}' and t.ctid = d.anton_row
 {%- endmacro %}
 
 {#- rows: how many the model gives -#}
 {% macro anton_table_apply_sql(target_relation, rows, key, want) -%}
-  {%- set others = want.keys() | reject('in', key) | list -%}
   do $anton$
   declare v_had bigint; v_new bigint; v_updated bigint; v_deleted bigint;
   begin
@@ -185,10 +216,9 @@
     if v_deleted > 0 then
       delete from {{ target_relation }} t using pg_temp.anton_table_diff d where d.anton_op = 'd' and t.ctid = d.anton_row;
     end if;
-    {%- if others %}
+    {%- if want.keys() | reject('in', key) | list %}
     if v_updated > 0 then
-      update {{ target_relation }} t set {% for name in others %}{{ adapter.quote(name) }} = d.{{ adapter.quote(name) }}{{ ', ' if not loop.last }}{% endfor %}
-        from pg_temp.anton_table_diff d where d.anton_op = 'u' and t.ctid = d.anton_row;
+      {{ anton_table_update_sql(target_relation, key, want, 'u') }};
     end if;
     {%- endif %}
     if v_new > 0 then

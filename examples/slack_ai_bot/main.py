@@ -1,6 +1,7 @@
 """A Slack bot that answers when it is mentioned, and learns from the reactions to its replies.
 
     mention --> prompt --> completion --> reply where the mention came from        reactions --> training file, daily
+                                          (a reply that speaks of money waits for a person of @team: /inbox)
 
 Try it: anton dev. For real: set SLACK_SIGNING_SECRET, SLACK_TOKEN and OPENAI_API_KEY, then anton serve and anton work.
 """
@@ -13,10 +14,11 @@ from pathlib import Path
 from anton_components.vendor.openai.cognition import OpenAiCompletion
 from anton_components.vendor.slack.action import SlackPostMessage
 
-from anton import Records, Request, Table, Webhook, cron, env, post
+from anton import Approval, Records, Request, Table, Webhook, cron, env, post
 
 SIGNING_SECRET = env("SLACK_SIGNING_SECRET")
 TRAINING_FILE = Path(__file__).with_name("training.jsonl")
+MONEY = ("refund", "discount", "free of charge", "$", "€")
 VOTES = {"+1": 1, "thumbsup": 1, "heart": 1, "-1": -1, "thumbsdown": -1}
 
 slack_mentions = Table("slack_mentions")
@@ -42,8 +44,11 @@ def handle_new_slack_mentions(new_records: Records):
 
 prompts.on_new_records(OpenAiCompletion(completions, api_key="xxxx", temperature=0.8))
 
+team = Approval("@team", when=lambda reply: any(word in reply.text.lower() for word in MONEY), editable=["text"],
+                preview="Reply in {channel}: {text}")
+
 completions.on_new_records(SlackPostMessage(oauth_token="xxxx", message_template="{completion}", channel="#general",
-                                            into=slack_responses))
+                                            into=slack_responses, approve=team))
 
 reactions_webhook = Webhook("/slack-reactions", slack_reactions, verify="slack", secret=SIGNING_SECRET)
 

@@ -35,6 +35,15 @@ def test_a_prompt_from_sql_is_answered_in_the_general_channel(app):
     assert [(call.channel, call.text) for call in app.outbox] == [("#general", "Friendly echo: hello")]
 
 
+def test_a_reply_that_speaks_of_money_waits_for_a_person_who_may_change_it(app):
+    app.model.reply("Sure, here is a refund of 500.")
+    mention(app)
+    assert app.outbox == [] and app.approvals[0].preview == "Reply in C0LUNCH: Sure, here is a refund of 500."
+    app.approvals[0].approve(by="ann", edit={"text": "I have asked Ann."})
+    app.run()
+    assert [call.text for call in app.outbox] == ["I have asked Ann."]
+
+
 @pytest.mark.parametrize("headers", [{}, {"X-Slack-Signature": "v0=00", "X-Slack-Request-Timestamp": "1"}])
 def test_a_forged_request_gets_401_and_leaves_no_row(app, headers):
     for path in ("/slack-mentions", "/slack-reactions"):

@@ -104,7 +104,21 @@ def test_with_what_the_database_knows_the_model_is_right(asking, model):
     tell(asking)
     assert deliver(asking) >= 9
     assert any(call.text.startswith("Urgent, for network: it is down again") for call in asking.outbox)
-    assert len(asking.outbox) == 2 and len(model.asked) == len(TICKETS)
+    posted = [call for call in asking.outbox if call.name == "SlackPostMessage"]
+    assert len(posted) == 2 and len(model.asked) == len(TICKETS)
+
+
+def test_a_refund_waits_for_a_person_who_changes_the_amount(asking):
+    tell(asking)
+    deliver(asking)
+    (asked,) = asking.approvals
+    assert asked.preview == "Refund 20 EUR to bolt for ticket 3" and asking.records("refunds") == []
+    (message,) = [call for call in asking.outbox if call.name == "SlackAskApproval"]
+    assert (message.channel, message.text) == ("#billing", asked.preview)
+    asked.approve(by="ann", edit={"amount": "12.50"})
+    asking.run()
+    (call,) = [call for call in asking.outbox if call.name == "refund"]
+    assert (call.ticket, call.amount, call.state) == (3, "12.50", "captured")
 
 
 def test_without_it_the_same_model_guesses(asking):

@@ -1,12 +1,13 @@
 // pg-boss: insert() of many, batches of 500 fetched without a pause, each job a call of its own, woken by NOTIFY.
+// Where a job's write is to commit with the job (transactional), a batch is one transaction: there of 20 jobs.
 import { PgBoss } from "pg-boss";
-import { lease, main, pool } from "./common.mjs";
+import { kind, lease, main, pool } from "./common.mjs";
 
 const QUEUE = "trivial";
 const CHUNK = 5000;
 const boss = new PgBoss({
   application_name: "pgboss",
-  max: 10,
+  max: 16,
   schedule: false,
   useListenNotify: true,
   ...(lease ? { superviseIntervalSeconds: 1, monitorIntervalSeconds: 1, maintenanceIntervalSeconds: 1 } : {}),
@@ -21,18 +22,22 @@ await main({
     await boss.stop({ graceful: false });
   },
   connect: () => boss.start(),
-  async bulk(count) {
-    for (let from = 0; from < count; from += CHUNK) {
-      const size = Math.min(CHUNK, count - from);
-      await boss.insert(QUEUE, Array.from({ length: size }, (_, i) => ({ data: { job: from + i } })));
+  async bulk(jobs) {
+    for (let from = 0; from < jobs.length; from += CHUNK) {
+      await boss.insert(QUEUE, jobs.slice(from, from + CHUNK).map((job) => ({ data: { job } })));
     }
   },
   one: (job) => boss.send(QUEUE, { job }),
   async work(handle) {
     await boss.start();
-    const options = { batchSize: 500, localConcurrency: 2, burstWhenBatchFull: true, pollingIntervalSeconds: 0.5 };
-    await boss.work(QUEUE, options, async (jobs) => {
-      await Promise.all(jobs.map((job) => handle(job.data.job)));
+    const size = kind === "commit"
+      ? { transactional: true, batchSize: 20, localConcurrency: 4 }
+      : { batchSize: 500, localConcurrency: 2 };
+    // A job that comes back after its worker died is not notified: a worker that listens polls for it each 30 s.
+    const polling = { pollingIntervalSeconds: 0.5, ...(lease ? { notifyPollingIntervalSeconds: 1 } : {}) };
+    const options = { ...size, ...polling, burstWhenBatchFull: true };
+    await boss.work(QUEUE, options, async (jobs, db) => {
+      await Promise.all(jobs.map((job) => handle(job.data.job, db)));
     });
   },
 });

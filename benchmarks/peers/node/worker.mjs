@@ -5,12 +5,12 @@ import { logger, preset } from "./settings.mjs";
 
 const BULK = `
 select count(*) from graphile_worker.add_jobs(array(
-  select row('trivial', json_build_object('job', i), null, null, null, null, null, null)::graphile_worker.job_spec
-    from generate_series(0, $1::int - 1) i))`;
+  select row('trivial', json_build_object('job', j), null, null, null, null, null, null)::graphile_worker.job_spec
+    from unnest($1::int[]) j))`;
 
 await main({
   install: () => runMigrations({ preset, logger }),
-  bulk: (count) => pool.query(BULK, [count]),
+  bulk: (jobs) => pool.query(BULK, [jobs]),
   one: (job) => pool.query("select from graphile_worker.add_job('trivial', $1)", [{ job }]),
   work: (handle) => run({ preset, logger, noHandleSignals: true, taskList: { trivial: ({ job }) => handle(job) } }),
 });

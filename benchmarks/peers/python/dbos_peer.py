@@ -1,15 +1,18 @@
 """DBOS: a queue of durable workflows, polled every 10 ms; many enqueued in one transaction.
 
-Without its paid Conductor, a process takes back at its start what the process of the same executor id held.
+Without its paid Conductor, a process takes back at its start what the process of the same executor id held. Where a
+job's write is to be done once, it is a step in a transaction of DBOS' data source.
 """
 
 import asyncio
 import os
 import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import sqlalchemy
-from common import Handler, command
-from dbos import DBOS, DBOSClient
+from common import CALLERS, KIND, Handler, command
+from dbos import DBOS, AsyncSQLAlchemyDatasource, DBOSClient
 from psycopg_pool import ConnectionPool
 
 URL = sqlalchemy.URL.create(
@@ -21,6 +24,7 @@ URL = sqlalchemy.URL.create(
 ).render_as_string(hide_password=False)
 QUEUE = "trivial"
 handlers: list[Handler] = []
+sources: list[AsyncSQLAlchemyDatasource] = []
 
 
 @DBOS.workflow(name="trivial")
@@ -42,19 +46,24 @@ def launch() -> None:
     DBOS.register_queue(QUEUE, polling_interval_sec=0.01)
 
 
+async def row(job: int) -> None:
+    await sources[0].sql_session().execute(sqlalchemy.text("insert into effects (job) values (:job)"), {"job": job})
+
+
 async def main() -> None:
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(32))  # enqueue_async runs in its threads
     options = {"workflow_name": "trivial", "queue_name": QUEUE, "app_version": "1", "application_name": "peers"}
     clients: list[DBOSClient] = []
+    if sys.argv[1] in ("enqueue", "single", "drip"):
+        clients.append(DBOSClient(system_database_url=URL, system_database_pool_size=CALLERS))
+    if KIND == "commit" and sys.argv[1] in ("install", "work"):
+        engine = {"pool_size": 10, "max_overflow": 0}
+        sources.append(await AsyncSQLAlchemyDatasource.create(URL, engine_kwargs=engine))
 
-    def client() -> DBOSClient:
-        if not clients:
-            clients.append(DBOSClient(system_database_url=URL))
-        return clients[0]
-
-    def all_of(count: int) -> None:
+    def all_of(jobs: Sequence[int]) -> None:
         with sqlalchemy.create_engine(URL).begin() as conn:
-            for job in range(count):
-                client().enqueue_in_transaction(conn, options, job)
+            for job in jobs:
+                clients[0].enqueue_in_transaction(conn, options, job)
 
     async def work(handler: Handler) -> None:
         handlers.append(handler)
@@ -63,17 +72,23 @@ async def main() -> None:
     # Workflows run in an event loop of DBOS' own: a pool of threads serves any.
     pool = ConnectionPool(min_size=5, max_size=10, kwargs={"autocommit": True}, open=sys.argv[1] == "work")
 
-    def write(job: int) -> None:
+    def insert(job: int) -> None:
         with pool.connection() as conn:
             conn.execute("insert into effects (job) values (%s)", (job,))
+
+    async def write(job: int) -> None:
+        if sources:
+            await sources[0].run_tx_step_async({"name": "row"}, row, job)
+        else:
+            await asyncio.to_thread(insert, job)
 
     await command(
         sys.argv[1:],
         install=lambda: asyncio.to_thread(launch),
-        bulk=lambda count: asyncio.to_thread(all_of, count),
-        one=lambda job: client().enqueue_async(options, job),
+        bulk=lambda jobs: asyncio.to_thread(all_of, jobs),
+        one=lambda job: clients[0].enqueue_async(options, job),
         work=work,
-        insert=lambda job: asyncio.to_thread(write, job),
+        write=write,
     )
     os._exit(0)
 

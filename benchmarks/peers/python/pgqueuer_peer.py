@@ -2,6 +2,7 @@
 
 import asyncio
 import sys
+from collections.abc import Sequence
 from datetime import timedelta
 
 import asyncpg
@@ -15,12 +16,11 @@ running = set()
 
 
 async def main() -> None:
-    pool = await asyncpg.create_pool(min_size=5, max_size=20)
+    pool = await asyncpg.create_pool(min_size=16, max_size=20)
     queries = Queries(AsyncpgPoolDriver(pool))
 
-    async def bulk(count: int) -> None:
-        jobs = [str(job).encode() for job in range(count)]
-        await queries.enqueue(["trivial"] * count, jobs, [0] * count)
+    async def bulk(jobs: Sequence[int]) -> None:
+        await queries.enqueue(["trivial"] * len(jobs), [str(job).encode() for job in jobs], [0] * len(jobs))
 
     async def work(handler: Handler) -> None:
         pgq = PgQueuer.from_asyncpg_pool(pool)
@@ -29,7 +29,9 @@ async def main() -> None:
         async def trivial(job):
             await handler(int(job.payload))
 
-        lease = {"heartbeat_timeout": timedelta(seconds=LEASE)} if LEASE else {}
+        # An idle worker looks for stale jobs each dequeue_timeout.
+        times = {"heartbeat_timeout": LEASE, "dequeue_timeout": 1} if LEASE else {}
+        lease = {name: timedelta(seconds=seconds) for name, seconds in times.items()}
         running.add(asyncio.create_task(pgq.run(batch_size=BATCH, **lease)))
 
     await command(
@@ -38,7 +40,7 @@ async def main() -> None:
         bulk=bulk,
         one=lambda job: queries.enqueue("trivial", str(job).encode()),
         work=work,
-        insert=lambda job: pool.execute("insert into effects (job) values ($1)", job),
+        write=lambda job: pool.execute("insert into effects (job) values ($1)", job),
     )
 
 

@@ -8,6 +8,7 @@ import asyncio
 import logging
 import os
 import sys
+from collections.abc import Sequence
 
 import procrastinate
 from common import LEASE, Handler, command
@@ -17,7 +18,7 @@ running = set()
 
 
 async def main() -> None:
-    app = procrastinate.App(connector=procrastinate.PsycopgConnector(conninfo="", min_size=5, max_size=25))
+    app = procrastinate.App(connector=procrastinate.PsycopgConnector(conninfo="", min_size=16, max_size=25))
     handlers: list[Handler] = []
 
     @app.task(name="trivial")
@@ -34,8 +35,8 @@ async def main() -> None:
 
     async with app.open_async():
 
-        async def bulk(count: int) -> None:
-            await trivial.batch_defer_async(*({"job": job} for job in range(count)))
+        async def bulk(jobs: Sequence[int]) -> None:
+            await trivial.batch_defer_async(*({"job": job} for job in jobs))
 
         async def work(handler: Handler) -> None:
             handlers.append(handler)
@@ -56,7 +57,7 @@ async def main() -> None:
             bulk=bulk,
             one=lambda job: trivial.defer_async(job=job),
             work=work,
-            insert=lambda job: app.connector.execute_query_async(
+            write=lambda job: app.connector.execute_query_async(
                 "insert into effects (job) values (%(job)s)", job=job
             ),
         )

@@ -13,15 +13,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
-from anton.ask import Question, Reply, SendError, status_error
-from anton.completion import Completion, Options
-from anton.component import Clients, tls
-from anton.db import to_json
-from anton.errors import ConfigError
-from anton.limit import learnt
-from anton.price import Prices
-from anton.secret import Env
-from anton.table import Table
+from anton import Table
+from anton.kit import (
+    Clients,
+    Completion,
+    CompletionOptions,
+    ConfigError,
+    Env,
+    Prices,
+    Question,
+    Reply,
+    SendError,
+    learnt,
+    status_error,
+    tls,
+    to_json,
+)
 
 MODEL = "claude-haiku-4-5"
 HOME = "https://api.anthropic.com"
@@ -40,14 +47,16 @@ class AnthropicCompletion(Completion):
 
     service = "Anthropic"
     variable = "ANTHROPIC_API_KEY"
+    issued = "https://console.anthropic.com/settings/keys"
+    example = "help_desk"
     home = HOME
     prices = Prices.load(Path(__file__).with_name("prices.json"))
 
-    def __init__(self, table: Table[Any], *, api_key: Env | str | None = None, model: str | Sequence[str] = MODEL,
-                 **options: Unpack[Options]) -> None:
+    def __init__(self, into: Table[Any], *, api_key: Env | str | None = None, model: str | Sequence[str] = MODEL,
+                 **options: Unpack[CompletionOptions]) -> None:
         if options.get("max_tokens") is None:
             options["max_tokens"] = MAX_TOKENS
-        super().__init__(table, model=model, secret=api_key, **options)
+        super().__init__(into, model=model, secret=api_key, **options)
         self._clients = Clients(lambda key: _package().AsyncAnthropic(
             api_key=key, base_url=self.base_url or HOME, timeout=self.timeout, max_retries=0,
             http_client=_package().DefaultAsyncHttpxClient(verify=tls())))
@@ -91,17 +100,20 @@ def _body(question: Question) -> dict[str, Any]:
 
 
 def _reply(headers: Mapping[str, str], reply: Any, question: Question) -> Reply:
-    usage = getattr(reply, "usage", None)
-    if usage is None:
+    if getattr(reply, "content", None) is None:
         raise SendError("down", f"answered what is no message: {reply!r}"[:500], paid=True)
     text = "".join(block.text for block in reply.content if block.type == "text")
     tool = next((block.input for block in reply.content if block.type == "tool_use"), None)
     if tool is not None:
         text = to_json(tool).decode()
-    cached, written = usage.cache_read_input_tokens or 0, usage.cache_creation_input_tokens or 0
+    usage = getattr(reply, "usage", None)                              # other servers say less, or nothing
+    cached = getattr(usage, "cache_read_input_tokens", None) or 0
+    written = getattr(usage, "cache_creation_input_tokens", None) or 0
+    told = getattr(usage, "input_tokens", None)
     finish = {"max_tokens": "length", "model_context_window_exceeded": "length", "refusal": "refused"}
-    return Reply(text, reply.model or question.model, usage.input_tokens + cached + written, usage.output_tokens,
-                 cached, written, finish.get(reply.stop_reason or "", "stop"), learnt(headers))
+    return Reply(text, reply.model or question.model, None if told is None else told + cached + written,
+                 getattr(usage, "output_tokens", None), cached, written,
+                 finish.get(reply.stop_reason or "", "stop"), learnt(headers))
 
 
 def _status_error(error: Any, question: Question) -> SendError:

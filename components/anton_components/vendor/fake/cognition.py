@@ -11,12 +11,8 @@ from typing import Any, Unpack
 
 from pydantic import BaseModel
 
-from anton.ask import Question, Reply
-from anton.completion import Completion, Options
-from anton.component import echo
-from anton.db import to_json
-from anton.price import Price
-from anton.table import Table
+from anton import Table
+from anton.kit import Completion, CompletionOptions, Price, Question, Reply, echo, to_json
 
 FREE = Price.of({"input": 0, "output": 0}, "free")
 
@@ -29,10 +25,11 @@ class FakeModel(Completion):
     """
 
     service = "Fake"
+    example = "incident_room"
 
-    def __init__(self, table: Table[Any], *, answer: Callable[[str], Any] | None = None, model: str = "fake",
-                 **options: Unpack[Options]) -> None:
-        super().__init__(table, model=model, **options)
+    def __init__(self, into: Table[Any], *, answer: Callable[[str], Any] | None = None, model: str = "fake",
+                 **options: Unpack[CompletionOptions]) -> None:
+        super().__init__(into, model=model, **options)
         self._answer_of = answer
 
     @property

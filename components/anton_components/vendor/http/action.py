@@ -9,54 +9,71 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import logging
 import re
 import time
 from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any, Literal
 from urllib.parse import quote
 
 import orjson
 
-from anton.approval import Approval
-from anton.calls import Call
-from anton.component import Clients, fill, names_of, placeholders
-from anton.ctx import Ctx
-from anton.db import to_json
-from anton.errors import BadOption, Discard, WorldError, one_of
-from anton.outbox import ActionComponent
-from anton.reach import addresses, is_public
-from anton.secret import Env, reveal
-from anton.table import Table
-from anton.verify import SCHEMES
+from anton import Approval, Ctx, Discard, Table
+from anton.kit import (
+    SCHEMES,
+    ActionComponent,
+    BadOption,
+    Call,
+    Clients,
+    Env,
+    WorldError,
+    addresses,
+    current_database,
+    fill,
+    is_public,
+    names_of,
+    one_of,
+    placeholders,
+    reveal,
+    to_json,
+)
 
 METHODS = ("POST", "PUT", "PATCH", "DELETE", "GET")
 REDIRECTS = 5
 MOST = 1_000_000  # bytes of an answer that are kept
+_QUIET = ContextVar("_QUIET", default=False)  # what httpx logs has the address in it
+_HOST = re.compile(r"https?://(?:[^/?#]*@)?([A-Za-z0-9._-]+)(?=[:/?#]|$)")
 _ONE = re.compile(r"\{([A-Za-z_]\w*)\}")
 
 
 class HttpRequest(ActionComponent):
     """A request for each record; {name} in the url and in json is the record's value (in the url quoted).
 
-    url: a text or env(…). method: POST PUT PATCH DELETE GET. json: what is sent, in any shape; None: the record.
-    headers: sent along, to the url's own origin only; so is secret, as "Authorization: Bearer …" or, with sign=,
-    what it is signed with: "standard_webhooks" and other services of verify=. map: the record's names for those in
-    braces. Each request has the header Idempotency-Key. effect: "unsafe", or "idempotent" where the other side
-    drops a second one with the same key. allow: hosts, "*.example.com". private: whether it may lead into private
-    networks (10.0.0.1, localhost); redirects are looked at, too. timeout: seconds for all of it. into: gets
-    {"status", "body", "url", "record_id"}; body is JSON or text, the first MB of it. approve, cap: as of actions.
-    An answer of 4xx is a dead letter. Raises BadOption.
+    url: a text, or env(…) for one that is a secret: then only its host is kept and shown. method: POST PUT PATCH DELETE
+    GET. json: what is sent, in any shape; None: the record. headers: sent along, to the url's own origin only; so is
+    secret, as "Authorization: Bearer …" or, with sign=, what it is signed with: "standard_webhooks" and other services
+    of verify=. map: the record's names for those in braces. Each request has the header Idempotency-Key. effect:
+    "unsafe", or "idempotent" where the other side drops a second one with the same key. allow: hosts, "*.example.com",
+    or "https://*.example.com/api/*"; default the url's host. private: whether it may lead into private networks
+    (10.0.0.1, localhost). Each redirect is held to both, and headers and secret are left behind. timeout: seconds for
+    all of it. into: gets {"status", "body", "url", "record_id"}; body is JSON or text, the first MB of it.
+    approve, cap: as of actions. An answer of 4xx is a dead letter. Raises BadOption.
     """
 
     service = "HTTP"
+    outside = True
+    example = "incident_room"
 
     def __init__(self, url: str | Env, *, method: str = "POST", json: Any = None,
                  headers: Mapping[str, str] | None = None, secret: Env | str | None = None, sign: str | None = None,
                  effect: Literal["unsafe", "idempotent"] = "unsafe", allow: Sequence[str] | None = None,
                  private: bool = False, timeout: float = 30.0, into: Table[Any] | None = None,
                  approve: Approval | None = None, cap: str | Sequence[str] = (),
-                 map: Mapping[str, str] | None = None) -> None:
-        super().__init__(secret=secret, map=map)
+                 map: Mapping[str, str] | None = None, connection: str | None = None) -> None:
+        super().__init__(secret=secret, map=map, connection=connection)
+        if self.address(None) is not None:
+            raise BadOption("connection", connection, "HttpRequest", "one without base_url: the url says where")
         for option, value, known in (("method", method, METHODS), ("sign", sign, (None, *SCHEMES))):
             if value not in known:
                 raise BadOption(option, value, "HttpRequest", one_of([str(one) for one in known if one]))
@@ -78,59 +95,99 @@ class HttpRequest(ActionComponent):
 
     def options(self) -> dict[str, Any]:
         """Options of its Action."""
+        allow = self.allow or self._hosts()
         return {**super().options(), "approve": self.approve, "cap": self.cap,
-                "allow": {"url": self.allow} if self.allow else None, "timeout": self.timeout * 2 + 5}
+                "allow": {"url": allow} if allow else None, "timeout": self.timeout * 2 + 5}
+
+    def _hosts(self) -> list[str]:
+        """The host that its url has: no call by psql leads to another one."""
+        found = _HOST.match(self._url) if isinstance(self._url, str) else None
+        return [found[1].lower()] if found else []
 
     def inputs(self) -> Mapping[str, Any]:
         """What url and json name; of any type."""
         named = set() if isinstance(self._url, Env) else placeholders(self._url)
         return dict.fromkeys(named | placeholders(str(self.json or "")), Any)
 
+    def outputs(self) -> Mapping[str, Any]:
+        """What `into` gets."""
+        return {"status": int | None, "body": Any, "url": str, "record_id": Any}
+
     async def args(self, record: Any, ctx: Ctx) -> dict[str, Any]:
         """The request for one record."""
-        url = reveal(self._url) or ""
 
         def quoted(found: re.Match[str]) -> str:
             return quote(fill(found[0], record, self.map), safe="")
 
         body = _plain(record) if self.json is None else _filled(self.json, record, self.map)
-        return {"method": self.method, "url": _ONE.sub(quoted, url), "json": None if self.method == "GET" else body}
+        url = _hidden(reveal(self._url) or "") if isinstance(self._url, Env) else _ONE.sub(quoted, self._url)
+        return {"method": self.method, "url": url, "json": None if self.method == "GET" else body}
 
     async def send(self, args: Mapping[str, Any], key: str) -> dict[str, Any]:
         """The request, and what came back. Redirects are followed with care: each is looked at anew."""
         async with asyncio.timeout(self.timeout):
-            return await self._send(args, key)
+            if not isinstance(self._url, Env):
+                return await self._send(args, args["url"], key)
+            secret = reveal(self._url) or ""
+            if _hidden(secret) != args["url"]:                         # what was asked for, and perhaps approved
+                raise Discard(f"the call is for {args['url']}, and {self._url.name} says {_hidden(secret)} now")
+            status, was = importlib.import_module("httpx").HTTPStatusError, _QUIET.set(True)
+            try:
+                return {**await self._send(args, secret, key), "url": args["url"]}
+            except status as error:                                    # its text has the address
+                text = f"{error.response.status_code} of {args['url']}"
+                raise status(text, request=error.request, response=error.response) from None
+            finally:
+                _QUIET.reset(was)
 
-    async def _send(self, args: Mapping[str, Any], key: str) -> dict[str, Any]:
-        httpx = importlib.import_module("httpx")
-        client, home = await self._clients.get(""), httpx.URL(args["url"])
-        method, url = args["method"], home
+    async def _send(self, args: Mapping[str, Any], address: str, key: str) -> dict[str, Any]:
+        home = importlib.import_module("httpx").URL(address)
+        method, url, at_home, taken = args["method"], home, True, False
         body = b"" if args["json"] is None else to_json(args["json"])
         for hop in range(REDIRECTS + 1):
-            target, extensions = url, {}
-            if not self.private:
-                try:
-                    address = await self._public(url)
-                except (Discard, WorldError):
-                    if hop == 0:
-                        raise
+            at_home = at_home and _origin(url) == _origin(home)        # who was away may return with another's errand
+            if hop > 0 and not await self._allowed(url, home):
+                raise RuntimeError(f"{home.host} redirects to {url.host}, which is not among what is allowed")
+            try:
+                found = await self._once(method, url, body, key, at_home, last=hop == REDIRECTS)
+            except Exception as error:
+                if hop > 0 and isinstance(error, (Discard, WorldError)):
                     raise RuntimeError(f"{home.host} redirects to {url.host}, where a request may not go") from None
-                target, extensions = url.copy_with(host=address), {"sni_hostname": url.host}
-            headers = {"User-Agent": "Anton", "Host": url.netloc.decode(), "Idempotency-Key": key}
-            headers |= {"Content-Type": "application/json"} if body else {}
-            if (url.scheme, url.host, url.port) == (home.scheme, home.host, home.port):
-                headers |= self._headers | self._signed(body, key, str(url), method)
-            async with client.stream(method, target, content=body, headers=headers, extensions=extensions,
-                                     follow_redirects=False) as response:
-                if response.has_redirect_location and hop < REDIRECTS:
-                    url = url.join(response.headers["location"])
-                    if response.status_code not in (307, 308):
-                        method, body = "GET", b""
-                    if url.scheme in ("http", "https"):
-                        continue
-                response.raise_for_status()
-                return {"status": response.status_code, "url": str(url), **await _answer(response)}
+                if not taken:
+                    raise                                              # else whoever refuses now, the first one did not
+                what = type(error).__name__
+                raise RuntimeError(f"{home.host} took it and redirects to {url.host}: {what}") from None
+            if isinstance(found, dict):
+                return found
+            url, keeps = found
+            if not keeps:
+                taken = taken or method != "GET"
+                method, body = "GET", b""
         raise RuntimeError(f"{home.host} redirects more than {REDIRECTS} times")
+
+    async def _once(self, method: str, url: Any, body: bytes, key: str, at_home: bool, last: bool) -> Any:
+        """One request: what came back, or where it redirects to and whether method and body stay as they are."""
+        client, target, extensions = await self._clients.get(""), url, {}
+        if not self.private:
+            target, extensions = url.copy_with(host=await self._public(url)), {"sni_hostname": url.host}
+        headers = {"User-Agent": "Anton", "Host": url.netloc.decode(), "Idempotency-Key": key}
+        headers |= {"Content-Type": "application/json"} if body else {}
+        headers |= self._headers | self._signed(body, key, str(url), method) if at_home else {}
+        async with client.stream(method, target, content=body, headers=headers, extensions=extensions,
+                                 follow_redirects=False) as response:
+            if response.has_redirect_location and not last:
+                there = url.join(response.headers["location"])
+                if there.scheme in ("http", "https"):
+                    return there, response.status_code in (307, 308)
+            response.raise_for_status()
+            return {"status": response.status_code, "url": str(url), **await _answer(response)}
+
+    async def _allowed(self, url: Any, home: Any) -> bool:
+        """Whether a redirect may go there: what the database says of calls."""
+        db = current_database()
+        text = _hidden(str(url)) if isinstance(self._url, Env) else str(url)
+        async with db.conn() as conn:
+            return bool(await db.call_value(conn, "allowed", text, self.allow or self._hosts() or [home.host]))
 
     async def _public(self, url: Any) -> str:
         """The address to connect to: asked again, a name may say something else. Raises Discard for a private one."""
@@ -153,6 +210,19 @@ class HttpRequest(ActionComponent):
         key = call.subject[1] if call.subject else [None]
         return {"status": None, "body": None, "url": call.args["url"], **(result or {}),
                 "record_id": key[0] if len(key) == 1 else None}
+
+
+logging.getLogger("httpx").addFilter(lambda _: not _QUIET.get())
+
+
+def _origin(url: Any) -> tuple[str, str, int | None]:
+    return url.scheme, url.host, url.port
+
+
+def _hidden(url: str) -> str:
+    """Where a secret address leads, and no more of it."""
+    found = importlib.import_module("httpx").URL(url)
+    return f"{found.scheme}://{found.netloc.decode()}/***"
 
 
 async def _answer(response: Any) -> dict[str, Any]:

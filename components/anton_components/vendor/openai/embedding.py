@@ -14,13 +14,8 @@ from typing import Any, Unpack
 
 from anton_components.vendor.openai.cognition import HOME, answering, client
 
-from anton.ask import SendError
-from anton.component import Clients
-from anton.embedding import Embedded, Embedding, Options
-from anton.limit import learnt
-from anton.price import Prices
-from anton.secret import Env
-from anton.table import Table
+from anton import Table
+from anton.kit import Clients, Embedded, Embedding, EmbeddingOptions, Env, Prices, SendError, learnt
 
 MODEL = "text-embedding-3-small"
 
@@ -28,20 +23,23 @@ MODEL = "text-embedding-3-small"
 class OpenAiEmbedding(Embedding):
     """Embeds the text of each record by a model of OpenAI, or of another server that speaks its protocol (base_url=).
 
-    api_key: a value or env(…); default OPENAI_API_KEY. model: default text-embedding-3-small. All else as Embedding has
-    it: dimensions, memo, budget, limit, price, timeout, map. Without a key, and where nothing may leave, an echo
-    embeds instead, by the words of a text; a live process refuses to start without one.
+    api_key: a value or env(…); default OPENAI_API_KEY. model: default text-embedding-3-small; what two of them make
+    is not to be compared. All else as Embedding has it: dimensions, memo, budget, limit, price, timeout, map.
+    Without a key, and where nothing may leave, an echo embeds instead, by the words of a text; a live process
+    refuses to start without one.
     """
 
     service = "OpenAI"
     variable = "OPENAI_API_KEY"
+    issued = "https://platform.openai.com/api-keys"
+    example = "help_desk"
     home = HOME
     prices = Prices.load(Path(__file__).with_name("prices.json"))
     sizes = {"text-embedding-3-small": 1536, "text-embedding-3-large": 3072, "text-embedding-ada-002": 1536}
 
-    def __init__(self, table: Table[Any], *, api_key: Env | str | None = None, model: str = MODEL,
-                 **options: Unpack[Options]) -> None:
-        super().__init__(table, model=model, secret=api_key, **options)
+    def __init__(self, into: Table[Any], *, api_key: Env | str | None = None, model: str = MODEL,
+                 **options: Unpack[EmbeddingOptions]) -> None:
+        super().__init__(into, model=model, secret=api_key, **options)
         self._clients = Clients(lambda key: client(self.name, key, self.base_url, self.timeout))
 
     async def prepare(self) -> None:
@@ -60,6 +58,5 @@ class OpenAiEmbedding(Embedding):
             raise SendError("down", f"answered without a vector: {reply!r}"[:500], paid=True)
         if any(isinstance(one.embedding[0], list) for one in data):
             raise SendError("wrong", f"{model} answers a vector for each token: it is no model for embeddings")
-        usage = getattr(reply, "usage", None)
-        return Embedded([one.embedding for one in data], reply.model or model, usage.prompt_tokens if usage else None,
-                        learnt(raw.headers))
+        tokens = getattr(getattr(reply, "usage", None), "prompt_tokens", None)
+        return Embedded([one.embedding for one in data], reply.model or model, tokens, learnt(raw.headers))

@@ -14,12 +14,7 @@ from typing import Any
 
 from anton_components.vendor.openai.cognition import HOME, answering, client
 
-from anton.ask import SendError
-from anton.component import Clients
-from anton.errors import WorldError
-from anton.query import Sql
-from anton.secret import Env
-from anton.tuning import FineTune, Job, Refused
+from anton.kit import Clients, Env, FineTune, Job, Refused, SendError, Sql, WorldError
 
 MODEL = "gpt-4.1-mini-2025-04-14"
 _KEY = "anton"  # of a job's metadata: which run it is of
@@ -28,13 +23,16 @@ _KEY = "anton"  # of a job's metadata: which run it is of
 class OpenAiFineTune(FineTune):
     """Tunes a model of OpenAI, or of another server with its files and fine_tuning/jobs (base_url=).
 
-    api_key: a value or env(…); default OPENAI_API_KEY. model: default gpt-4.1-mini-2025-04-14. All else as FineTune has
-    it: examples, system, least, look, timeout. A job is found by its run's key before another is made, so that a worker
+    api_key: a value or env(…); default OPENAI_API_KEY. model: default gpt-4.1-mini-2025-04-14. examples:
+    sql("select prompt, completion from … where …"). All else as FineTune has it: system, least, look, epochs, budget,
+    price, timeout, allow_pii, connection. A job is found by its run's key before another is made, so that a worker
     that dies pays for none twice.
     """
 
     service = "OpenAI"
     variable = "OPENAI_API_KEY"
+    issued = "https://platform.openai.com/api-keys"
+    example = "tuned_replies"
     home = HOME
 
     def __init__(self, alias: str, *, examples: Sql, api_key: Env | str | None = None, model: str = MODEL,
@@ -52,11 +50,13 @@ class OpenAiFineTune(FineTune):
     async def start(self, file: str, key: str) -> Job:
         """One POST /fine_tuning/jobs, if none has the key."""
         client = await self._client()
+        settings = {"method": {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": self.epochs}}}}
         with _refusing(self.name, self.timeout):
             made = await client.fine_tuning.jobs.list(metadata={_KEY: key}, limit=100)
             known = next((job for job in made.data if (job.metadata or {}).get(_KEY) == key), None)
             return _job(known or await client.fine_tuning.jobs.create(
                 training_file=file, model=self.model, suffix=self.alias[:18], metadata={_KEY: key},
+                **(settings if self.epochs is not None else {}),
                 extra_headers={"Idempotency-Key": key}))
 
     async def job(self, id: str) -> Job:

@@ -17,11 +17,8 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
-from anton.action import effects
-from anton.component import Clients, Component
-from anton.errors import BadOption, ConfigError, WorldError
-from anton.reach import addresses, is_public
-from anton.table import Table
+from anton import Table
+from anton.kit import BadOption, Clients, Component, ConfigError, WorldError, addresses, effects, is_public
 
 MOST = 10_000_000  # bytes of a feed
 LONGEST = timedelta(days=1)  # of a Retry-After that is believed
@@ -30,26 +27,28 @@ _ACCEPT = "application/atom+xml, application/rss+xml, application/xml;q=0.9, tex
 
 
 class Rss(Component):
-    """A feed, for poll(). Each entry that was not there before becomes a record of `table`:
+    """A feed, for poll(). Each entry that was not there before becomes a record of `into`:
 
-    {"guid", "title", "link", "summary", "author", "published", "updated", "tags", "feed"}. published, updated: UTC, or
-    None. tags: a list of text. feed: the URL without its query. guid: the entry's own id, else its link, else its
-    title; the key. Texts are "" where the entry has none, and their HTML is sanitized. Where `table` has a model,
-    only its fields. map: {"guid": "id"} when the table calls a field otherwise. headers: sent along, such as
-    Authorization; to the url's origin only, not to where a redirect leads. timeout: seconds for one answer. private:
-    whether redirects may lead into private networks (10.0.0.1, localhost); where the url itself does, they may. A feed
-    that did not change is not sent again (ETag, Last-Modified). Raises BadOption.
+    {"guid", "title", "link", "summary", "author", "published", "updated", "tags", "feed"}. published, updated: UTC,
+    or None. tags: a list of text. feed: the URL without its query. guid: the entry's own id, else its link, else
+    its title; the key. Texts are "" where the entry has none, and their HTML is sanitized. Where `into` has a
+    model, only its fields. into: where they go; the first argument. url: an address, such as
+    "https://example.com/feed.xml". map: {"guid": "id"} when the table calls a field otherwise. headers: sent along,
+    such as Authorization; to the url's origin only, not to where a redirect leads. timeout: seconds for one answer.
+    private: whether redirects may lead into private networks (10.0.0.1, localhost); where the url itself does, they
+    may. A feed that did not change is not sent again (ETag, Last-Modified). Raises BadOption.
     """
 
     service = "RSS"
+    example = "feed_reader"
 
-    def __init__(self, table: Table[Any], url: str, *, headers: Mapping[str, str] | None = None,
+    def __init__(self, into: Table[Any], url: str, *, headers: Mapping[str, str] | None = None,
                  timeout: float = 30.0, map: Mapping[str, str] | None = None, private: bool = False) -> None:
         super().__init__(map=map)
-        parts = urlsplit(url) if isinstance(url, str) else urlsplit("")
+        parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise BadOption("url", url, "Rss", 'an address, such as "https://example.com/feed.xml"')
-        self.into = table
+        self.into = into
         self.feed = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"  # a query may hold a secret
         self.key = self.map.get("guid", "guid")
         self.timeout = timeout
@@ -62,6 +61,12 @@ class Rss(Component):
     def name(self) -> str:
         """What its poll is called: "rss example.com/feed.xml". Two that differ in their query alone need name=."""
         return f"rss {self.feed.partition('://')[2]}"
+
+    def outputs(self) -> Mapping[str, Any]:
+        """What its Table gets, by the names that map= gives."""
+        made: dict[str, Any] = {**dict.fromkeys(("guid", "title", "link", "summary", "author", "feed"), str),
+                                **dict.fromkeys(("published", "updated"), datetime | None), "tags": list[str]}
+        return {self.map.get(name, name): kind for name, kind in made.items()}
 
     async def poll(self, cursor: Any) -> tuple[list[dict[str, Any]], Any]:
         """The feed's entries, and {"feed", "etag", "modified"}; nothing when it has not changed.

@@ -10,15 +10,9 @@ import uuid
 from collections.abc import Mapping
 from typing import Any
 
-from anton.approval import Approval
-from anton.calls import Call
-from anton.component import Clients, fill, placeholders
-from anton.ctx import Ctx
-from anton.errors import Discard, WorldError
+from anton import Approval, Ctx, Discard, Table
+from anton.kit import ActionComponent, Call, Clients, Env, WorldError, fill, placeholders
 from anton.meaning import SlackChannel
-from anton.outbox import ActionComponent
-from anton.secret import Env
-from anton.table import Table
 
 API = "https://slack.com/api"
 _NAMESPACE = uuid.UUID("2b1f4f0e-6c2f-4a52-9d43-5f0f7b1c3c55")
@@ -29,18 +23,23 @@ _UNWELL = {"ratelimited", "rate_limited", "internal_error", "fatal_error", "serv
 
 
 class _Slack(ActionComponent):
-    """What all calls of Slack have in common."""
+    """What all calls of Slack have in common.
+
+    oauth_token: a value or env(…); default SLACK_TOKEN. api: where Slack is. timeout: seconds for one answer. approve:
+    whom to ask before.
+    """
 
     service = "Slack"
     variable = "SLACK_TOKEN"
+    issued = "https://api.slack.com/apps"
     effect = "idempotent"
     into: Table[Any] | None = None
 
     def __init__(self, oauth_token: Env | str | None, api: str, timeout: float, map: Mapping[str, str] | None,
-                 approve: Approval | None) -> None:
-        super().__init__(secret=oauth_token, map=map)
+                 approve: Approval | None, connection: str | None) -> None:
+        super().__init__(secret=oauth_token, map=map, connection=connection)
         self.approve = approve
-        self.api = api.rstrip("/")
+        self.api = (self.address(None if api == API else api) or API).rstrip("/")
         self.timeout = timeout
         self._clients = Clients(lambda token: importlib.import_module("httpx").AsyncClient(
             timeout=timeout, headers={"Authorization": f"Bearer {token}"}))
@@ -61,7 +60,8 @@ class _Slack(ActionComponent):
         if error in _UNWELL:
             raise WorldError(f"Slack answered {error}")
         what = "message" if method == "chat.postMessage" else method
-        raise Discard(f"Slack refused the {what} to {body['channel']}: {error}")
+        where = f" to {body['channel']}" if "channel" in body else ""
+        raise Discard(f"Slack refused the {what}{where}: {error}")
 
 
 class SlackPostMessage(_Slack):
@@ -75,11 +75,13 @@ class SlackPostMessage(_Slack):
     a second message with the same client_msg_id, so a call whose outcome is not known is made again with the same.
     """
 
+    example = "slack_ai_bot"
+
     def __init__(self, *, oauth_token: Env | str | None = None, message_template: str = "{text}",
                  channel: str | None = None, into: Table[Any] | None = None, api: str = API,
                  timeout: float = 30.0, map: Mapping[str, str] | None = None,
-                 approve: Approval | None = None) -> None:
-        super().__init__(oauth_token, api, timeout, map, approve)
+                 approve: Approval | None = None, connection: str | None = None) -> None:
+        super().__init__(oauth_token, api, timeout, map, approve, connection)
         self.message_template = message_template
         self.channel = channel
         self.into = into
@@ -90,7 +92,7 @@ class SlackPostMessage(_Slack):
 
     def outputs(self) -> Mapping[str, Any]:
         """What `into` gets."""
-        return {"channel": SlackChannel, "thread_ts": str, "ts": str, "text": str}
+        return {"channel": SlackChannel, "thread_ts": str | None, "ts": str, "text": str, "record_id": Any}
 
     async def args(self, record: Any, ctx: Ctx) -> dict[str, Any]:
         """The message for one record, and the record's id."""
@@ -118,6 +120,43 @@ class SlackPostMessage(_Slack):
         return {"ts": reply["ts"], "channel": reply["channel"]}
 
 
+class SlackReply(_Slack):
+    """Replies in the thread of a message, for each record: what SlackPostMessage's `into` holds names the message.
+
+    oauth_token: a value or env(…); default SLACK_TOKEN. message_template: {name} is the record's value. The record has
+    "channel" and "ts"; map: {"ts": "posted"} when they have other names. broadcast: whether the channel sees it, too.
+    into: a Table that gets {"channel", "thread_ts", "ts", "text", "record_id"}. approve: whom to ask before. api: where
+    Slack is. timeout: seconds for one answer. A reply whose outcome is not known is made again with the same
+    client_msg_id, which Slack drops.
+    """
+
+    example = "order_desk"
+
+    def __init__(self, *, oauth_token: Env | str | None = None, message_template: str = "{text}",
+                 broadcast: bool = False, into: Table[Any] | None = None, api: str = API, timeout: float = 30.0,
+                 map: Mapping[str, str] | None = None, approve: Approval | None = None,
+                 connection: str | None = None) -> None:
+        super().__init__(oauth_token, api, timeout, map, approve, connection)
+        self.message_template, self.broadcast, self.into = message_template, broadcast, into
+
+    def inputs(self) -> Mapping[str, Any]:
+        """What the template names, and the message."""
+        return {**dict.fromkeys(placeholders(self.message_template), Any), "channel": str, "ts": str}
+
+    def outputs(self) -> Mapping[str, Any]:
+        """What `into` gets."""
+        return {"channel": SlackChannel, "thread_ts": str, "ts": str, "text": str, "record_id": Any}
+
+    async def args(self, record: Any, ctx: Ctx) -> dict[str, Any]:
+        """The reply for one record."""
+        return {"channel": self.read(record, "channel"), "thread_ts": self.read(record, "ts"),
+                "text": fill(self.message_template, record, self.map),
+                **({"reply_broadcast": True} if self.broadcast else {})}
+
+    row = SlackPostMessage.row
+    send = SlackPostMessage.send
+
+
 class SlackUpdateMessage(_Slack):
     """Changes a message that was posted, for each record: what SlackPostMessage's `into` holds names it.
 
@@ -126,10 +165,12 @@ class SlackUpdateMessage(_Slack):
     is. timeout: seconds for one answer.
     """
 
+    example = "incident_room"
+
     def __init__(self, *, oauth_token: Env | str | None = None, message_template: str = "{text}", api: str = API,
                  timeout: float = 30.0, map: Mapping[str, str] | None = None,
-                 approve: Approval | None = None) -> None:
-        super().__init__(oauth_token, api, timeout, map, approve)
+                 approve: Approval | None = None, connection: str | None = None) -> None:
+        super().__init__(oauth_token, api, timeout, map, approve, connection)
         self.message_template = message_template
 
     def inputs(self) -> Mapping[str, Any]:
@@ -155,10 +196,12 @@ class SlackReact(_Slack):
     timeout: seconds for one answer.
     """
 
+    example = "incident_room"
+
     def __init__(self, emoji: str = "eyes", *, oauth_token: Env | str | None = None, api: str = API,
                  timeout: float = 30.0, map: Mapping[str, str] | None = None,
-                 approve: Approval | None = None) -> None:
-        super().__init__(oauth_token, api, timeout, map, approve)
+                 approve: Approval | None = None, connection: str | None = None) -> None:
+        super().__init__(oauth_token, api, timeout, map, approve, connection)
         self.emoji = emoji.strip(":")
 
     async def args(self, record: Any, ctx: Ctx) -> dict[str, Any]:

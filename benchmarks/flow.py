@@ -1,0 +1,136 @@
+"""Flow: what limits over all processes let through, counted by the receiver of the calls."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from benchmarks.harness import Row, Rows, Run, WrongResult, at_least, at_most, bench
+from benchmarks.server import Conn, connect
+from benchmarks.subject import check, migrate, number, wait_for, wait_idle, worker, workers
+
+LIMIT, SERVED = 10, 0.1  # of app_limit; seconds that the receiver takes for a call
+PROCESSES = "8"
+KEYS = 10_000  # of the records of app_per
+
+
+class Receiver:
+    """Answers each connection after SERVED seconds. most: that were open at a time; a killed caller's is closed.
+
+    seconds: that all were open, together.
+    """
+
+    def __init__(self) -> None:
+        self.now = self.most = self.over = self.served = 0
+        self.seconds = 0.0
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.now += 1
+        began = time.perf_counter()
+        try:
+            if self.now > LIMIT:                                       # unless one's end only waits to be read
+                await asyncio.sleep(SERVED / 4)
+                self.over += self.now > LIMIT
+            self.most = max(self.most, self.now)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(reader.read(1), SERVED)
+                return
+            self.served += 1
+        finally:
+            self.now -= 1
+            self.seconds += time.perf_counter() - began
+            with contextlib.suppress(OSError):
+                writer.write(b"1")
+                writer.close()
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[int]:
+        """Its port."""
+        loop = asyncio.new_event_loop()
+        thread = threading.Thread(target=loop.run_forever, daemon=True)
+        thread.start()
+        server = asyncio.run_coroutine_threadsafe(asyncio.start_server(self._serve, "127.0.0.1", 0), loop).result(5)
+        try:
+            yield server.sockets[0].getsockname()[1]
+        finally:
+            loop.call_soon_threadsafe(loop.stop)
+            thread.join(5)
+
+
+def _kill(conn: Conn) -> None:
+    row = conn.execute("select pid from anton.worker where stopped_at is null order by random() limit 1").fetchone()
+    if row is not None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(str(row[0])), signal.SIGKILL)
+
+
+@bench(at_least("limit_used", 0.9), at_most("limit_violations", 0, "records"))
+def limit(run: Run) -> Rows:
+    """concurrency=10 over 8 processes: records that call the receiver, half of them in peace, half while workers are
+    killed; then a million that each take one of ten locks, while workers are killed."""
+    records, kills, storm = run.size(6_000, 400), run.size(20, 4), run.size(1_000_000, 2_000)
+    receiver = Receiver()
+    with (receiver.listening() as port, tempfile.TemporaryDirectory() as locks, run.server.database("limit") as url,
+          connect(url) as conn):
+        os.environ |= {"BENCH_RECEIVER": str(port), "BENCH_LOCKS": locks}
+        for table in ("limited", "locked"):
+            conn.execute(f"create table {table} (id bigint generated always as identity primary key, n bigint)")
+        migrate(url, "app_limit")
+        add = f"insert into limited (n) select g from generate_series(1, {records // 2}) g"
+        with worker(conn, url, "app_limit", "--processes", PROCESSES):
+            wait_for(lambda: workers(conn) >= int(PROCESSES), 60, "all processes to register")
+            time.sleep(1)                                              # their starts are not measured
+            began = time.perf_counter()
+            conn.execute(add)
+            took = wait_idle(conn) - began
+            used, full = records // 2 * SERVED / LIMIT / took, receiver.seconds / LIMIT / took
+            conn.execute(add)
+            for _ in range(kills):
+                time.sleep(0.4)
+                _kill(conn)
+            wait_idle(conn)
+            conn.execute(f"insert into locked (n) select g from generate_series(1, {storm}) g")
+            end = time.monotonic() + 900
+            while number(conn, "select count(*) from (select from anton.job limit 1) j"):
+                if time.monotonic() > end:
+                    raise WrongResult(f"{number(conn, 'select count(*) from anton.job')} jobs were left after 900 s")
+                time.sleep(2)
+                _kill(conn)
+                kills += 1
+            wait_idle(conn)
+        check(conn, "select 1 where false", "select 1 where false")
+        over = receiver.over + sum(file.stat().st_size for file in Path(locks).glob("over"))
+    detail: dict[str, object] = {"records": records, "storm": storm, "processes": int(PROCESSES), "kills": kills,
+                                "most_at_a_time": receiver.most, "served": receiver.served, "open": full}
+    return {"limit_used": Row(used, detail=detail), "limit_violations": Row(over, detail=detail)}
+
+
+@bench(at_least("per_key_vs_none", 0.5))
+def per_key(run: Run) -> Rows:
+    """concurrency=10 for each of 10,000 keys against no limit: records that do nothing, two processes."""
+    records, rates = run.size(400_000, 20_000), dict[str, list[float]]()
+    for _ in range(run.times):
+        for table in ("unlimited", "keyed"):
+            with run.server.database("per_key") as url, connect(url) as conn:
+                for name in ("unlimited", "keyed"):
+                    conn.execute(f"create table {name} (id bigint generated always as identity primary key, "
+                                 "customer int)")
+                migrate(url, "app_per")
+                with worker(conn, url, "app_per", "--processes", "2"):
+                    wait_for(lambda: workers(conn) >= 2, 60, "all processes to register")
+                    began = time.perf_counter()
+                    conn.execute(f"insert into {table} (customer) "
+                                 f"select g::bigint * 7919 % {KEYS} from generate_series(1, {records}) g")
+                    rates.setdefault(table, []).append(records / (wait_idle(conn) - began))
+                check(conn, "select 1 where false", "select 1 where false")
+    best = {table: statistics.median(found) for table, found in rates.items()}
+    detail: dict[str, object] = {"records_per_s": best, "records": records}
+    return {"per_key_vs_none": Row(best["keyed"] / best["unlimited"], detail=detail)}

@@ -1,0 +1,88 @@
+"""Limits: handlers that may run so many records at a time over all processes, while these are killed.
+
+A call notes its begin and its end. One that a killed process ran counts until just before it was killed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import signal
+import time
+from collections import Counter
+from collections.abc import Hashable, Iterable
+from typing import Any
+
+from chaos.cell import Cell
+from chaos.faults import PATIENCE, WORKERS, Result, fault
+
+MOST = {"hold": 3, "alone": 1}  # of the app; alone: of each kind
+KINDS = "abcdef"
+
+
+@fault("F1", "SIGKILL of workers in handlers with a limit, of the handler or of each key, over all processes")
+def limited(cell: Cell, n: int) -> Result:
+    """No more run at a time than the limit, the dead hold no permits, and all is worked."""
+    result, ids, died, kept = Result(), itertools.count(1), dict[int, float](), 0
+    cell.start(WORKERS)
+    end = time.monotonic() + 30 + 5 * n
+    while len(died) < n and time.monotonic() < end:
+        for kind in KINDS:
+            cell.add("gated", [next(ids) for _ in range(2)], kind)
+        cell.look()
+        busy = sorted({pid for _, _, _, pid in inside(cell.events, died)})
+        if busy and cell.random.random() < 0.7:
+            pid = cell.random.choice(busy)
+            died[pid] = time.time()
+            cell.signal(pid, signal.SIGKILL)
+        time.sleep(cell.random.uniform(0.05, 0.4))
+        (now,) = cell.one(
+            "select count(*) from anton.permit p join anton.worker w on w.id = p.worker_id "
+            "where w.stopped_at is not null and p.lease_until > anton.now()"
+        )
+        kept = max(kept, now)
+    took = cell.drain(PATIENCE)
+    cell.look()
+    result.n, result.verdict = len(died), cell.check()
+    result.verdict.require(took is not None, f"not drained, and nothing acked for {PATIENCE:g} s")
+    most = Counter[str]()
+    for (handler, key), found in calls(cell.events, died).items():
+        most[handler] = max(most[handler], overlap(found))
+        result.verdict.require(most[handler] <= MOST[handler], f"{handler} ran {most[handler]} times at once ({key})")
+    result.verdict.require(kept == 0, f"{kept} permits are held by the dead")
+    result.more |= {"most": dict(most), "drain_s": took}
+    return result
+
+
+Call = tuple[float, float]
+
+
+def inside(events: Iterable[dict[str, Any]], died: dict[int, float]) -> list[tuple[str, int, float, int]]:
+    """Calls that have begun and not ended, of the living: handler, record, when, pid."""
+    began: dict[tuple[str, int, int], float] = {}
+    for event in events:
+        if event["what"] == "in":
+            began[event["handler"], event["id"], event["pid"]] = event["at"]
+        elif event["what"] == "out":
+            began.pop((event["handler"], event["id"], event["pid"]), None)
+    return [(handler, id, at, pid) for (handler, id, pid), at in began.items() if pid not in died]
+
+
+def calls(events: Iterable[dict[str, Any]], died: dict[int, float]) -> dict[tuple[str, Hashable], list[Call]]:
+    """From when to when each call was made, by handler and what has the limit."""
+    began: dict[tuple[str, int, int], tuple[float, Hashable]] = {}
+    found: dict[tuple[str, Hashable], list[Call]] = {}
+    for event in events:
+        if event["what"] == "in":
+            began[event["handler"], event["id"], event["pid"]] = event["at"], event["key"]
+        elif event["what"] == "out":
+            at, key = began.pop((event["handler"], event["id"], event["pid"]))
+            found.setdefault((event["handler"], key), []).append((at, event["at"]))
+    for (handler, _, pid), (at, key) in began.items():
+        found.setdefault((handler, key), []).append((at, max(at, died.get(pid, at))))
+    return found
+
+
+def overlap(found: list[Call]) -> int:
+    """How many of these were going on at once, at most."""
+    steps = sorted([(end, -1) for _, end in found] + [(begin, +1) for begin, _ in found])
+    return max(itertools.accumulate(step for _, step in steps), default=0)

@@ -1,0 +1,91 @@
+"""Slack's actions on the wire, beside the requests that slack_sdk makes for the same."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import parse_qsl
+
+import pytest
+from anton_components.vendor.slack.action import SlackPostMessage, SlackReact, SlackReply, SlackUpdateMessage
+from peers import served
+from slack_sdk import WebClient
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from anton import Table
+from anton.app import declaring
+
+pytestmark = pytest.mark.once("wires of components: the server is asked for the same")
+
+TOKEN = "xoxb-never-to-be-seen"
+NEEDED = {"chat.postMessage": {"channel", "text"}, "chat.update": {"channel", "ts", "text"},
+          "reactions.add": {"channel", "timestamp", "name"}}
+
+
+class Peer:
+    """Slack: refuses who has no token and what lacks an argument, in JSON or as a form."""
+
+    def __init__(self) -> None:
+        self.got: list[tuple[str, dict[str, Any]]] = []
+        self.url = ""
+
+    async def take(self, request: Request) -> Response:
+        method, raw = request.url.path.removeprefix("/api/"), await request.body()
+        kind = request.headers.get("content-type", "")
+        body = json.loads(raw) if kind.startswith("application/json") else dict(parse_qsl(raw.decode()))
+        if request.headers.get("authorization") != f"Bearer {TOKEN}":
+            return JSONResponse({"ok": False, "error": "invalid_auth"})
+        if method not in NEEDED or not NEEDED[method] <= set(body):
+            return JSONResponse({"ok": False, "error": "invalid_arguments"})
+        self.got.append((method, body))
+        return JSONResponse({"ok": True, "channel": body["channel"], "ts": "7.5"})
+
+
+@pytest.fixture
+def peer() -> Iterator[Peer]:
+    made = Peer()
+    with served(Route("/api/{method}", made.take, methods=["POST"])) as url:
+        made.url = f"{url}/api"
+        yield made
+
+
+EVENT = {"payload": {"event": {"channel": "C1", "ts": "1.5"}}}
+CALLS = {
+    "post": (lambda **given: SlackPostMessage(channel="C1", **given),
+             lambda sdk: sdk.chat_postMessage(channel="C1", text="hi", thread_ts="1.5")),
+    "reply": (lambda **given: SlackReply(broadcast=True, **given),
+              lambda sdk: sdk.chat_postMessage(channel="C2", text="hi", thread_ts="3.5", reply_broadcast=True)),
+    "update": (SlackUpdateMessage, lambda sdk: sdk.chat_update(channel="C2", ts="3.5", text="hi")),
+    "react": (lambda **given: SlackReact("eyes", **given),
+              lambda sdk: sdk.reactions_add(channel="C1", timestamp="1.5", name="eyes")),
+}
+
+
+@pytest.mark.parametrize("what", CALLS)
+def test_it_asks_for_what_slacks_own_library_asks_for(what, live, peer):
+    make, theirs = CALLS[what]
+    with declaring(live.app):
+        texts = Table("texts")
+        texts.on_new_records(make(oauth_token=TOKEN, api=peer.url))
+    live.migrate()
+    texts.append({"text": "hi", "channel": "C2", "ts": "3.5", **EVENT})
+    live.run()
+    theirs(WebClient(token=TOKEN, base_url=f"{peer.url}/"))
+    (method, ours), (wanted, body) = peer.got
+    assert (ours.pop("client_msg_id", None) is not None) is (method == "chat.postMessage")
+    assert (method, ours) == (wanted, body)
+    assert [call.state for call in live.calls] == ["sent"]
+
+
+def test_what_a_reply_gave_names_it_for_the_next(live, peer):
+    with declaring(live.app):
+        texts, posts = Table("texts"), Table("posts")
+        texts.on_new_records(SlackReply(oauth_token=TOKEN, api=peer.url, into=posts, map={"ts": "posted"}))
+    live.migrate()
+    texts.append({"text": "hi", "channel": "C2", "posted": "3.5"})
+    live.run()
+    (row,) = live.records("posts")
+    assert (row["channel"], row["thread_ts"], row["ts"], row["text"]) == ("C2", "3.5", "7.5", "hi")
