@@ -8,16 +8,18 @@ The question is a row of anton.approval; decide() in the database answers it, wh
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
 from anton.app import current_app, place_of_caller
 from anton.duration import duration
-from anton.errors import BadOption, UnknownOption, one_of
+from anton.errors import BadOption, UnknownOption, did_you_mean, one_of
 
 Length = str | float | timedelta
 ON_TIMEOUT = ("reject", "approve")
+CHANNELS = ("inbox", "email")
 DAY = "24h"
 
 
@@ -49,6 +51,10 @@ class Approval:
         for option, names in (("via", via), ("editable", editable or ()), ("remind", remind)):
             if isinstance(names, str) or not all(isinstance(name, str) for name in names):
                 raise BadOption(option, names, of, f'a list of texts, such as {option}=["…"]')
+        for channel in via:
+            if channel not in CHANNELS and not re.fullmatch(r"slack:\S+", channel):
+                raise BadOption("via", channel, of, f'{one_of(CHANNELS)}, or a channel of Slack: "slack:#finance"'
+                                f"{did_you_mean(channel, CHANNELS)}")
         self.who = who
         self.via = tuple(via)
         self.timeout = duration(timeout, "timeout", of)

@@ -31,7 +31,7 @@ MAILER = "anton_components.vendor.smtp.notice"
 
 
 class Notice(BaseModel):
-    """kind: asked, reminder, escalated, decided. via: "email" to a person's address, "slack" to a channel."""
+    """kind: asked, reminder, escalated, edited, decided. via: "email" to a person's address, "slack" to a channel."""
 
     id: int
     at: datetime
@@ -97,7 +97,8 @@ async def compose(db: Database, app: App, notice: Notice) -> Message:
     Raises DecisionRefused where they may not decide it any more.
     """
     url = await people.link(db, str(notice.person), base_of(app), approval=notice.approval_id)
-    again = {"reminder": "It still waits for you. ", "escalated": "Nobody has decided it yet. "}.get(notice.kind, "")
+    again = {"reminder": "It still waits for you. ", "escalated": "Nobody has decided it yet. ",
+             "edited": "It was edited since, and needs your voice as it is now. "}.get(notice.kind, "")
     text = f"{notice.subject}\n\n{again}Look at it and decide, once, by this link, which is yours alone:\n{url}\n"
     return Message(notice.to, f"To decide: {notice.subject}", text)
 
@@ -110,7 +111,7 @@ def mail_by_default(app: App) -> None:
     if "email" not in app.channels or not os.environ.get("SMTP_HOST", "").strip():
         return
     taken = [one.where or "" for one in app.handlers.values() if isinstance(one.table, Notices)]
-    if any("email" in where or "via" not in where for where in taken):
+    if any("email" in where for where in taken):                       # one without where= takes all, and may but count
         return
     connections = app.settings.connections if app.settings is not None else ()
     connection = next((one.name for one in connections if one.service.lower() == "smtp"), None)

@@ -29,6 +29,7 @@ from anton.db import Conn, Database
 from anton.errors import (
     BadOption,
     BadSignature,
+    DecisionRefused,
     Discard,
     InvalidRecord,
     UnknownOption,
@@ -38,6 +39,7 @@ from anton.errors import (
 from anton.event import Event
 from anton.handler import HandlerSpec
 from anton.notices import mail_by_default
+from anton.record import Appended
 from anton.relation import described
 from anton.sender import Sender
 from anton.sink import Columns, reasons
@@ -124,7 +126,8 @@ class Action:
 
     def send(self, *args: Any, approve: Approval | None = None, key: str | None = None, by: str | None = None,
              **named: Any) -> Any:
-        """Records one call, to commit with what surrounds it; returns its record, as append() does.
+        """Records one call, to commit with what surrounds it; returns its record, as append() does; with key= it has no id
+        yet, as there may be such a call already: select(idempotency_key=…).
 
         args, named: its arguments, checked at once. approve: whom to ask about this call; it adds to what is declared,
         never takes away. key: an idempotency key of your own: a second call with the same is none. by: the person who
@@ -161,7 +164,7 @@ class Action:
             relation = described(current.db, outbox_name(self.app))
             current.add(Rows("insert", relation, tuple(row), [who, tuple(row.values())],
                              ("app", "name", "idempotency_key")))
-            return None
+            return Appended(tuple(row), tuple(row.values()))
         sink = current.sinks.get(self.calls)
         if sink is None:
             current.check()
@@ -374,8 +377,12 @@ async def decide(db: Database, app: Any, approval: int, person: str, decision: L
 def edited(app: Any, shown: Mapping[str, Any], edit: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of an approval, as show_approval() has it, with what a person changed, checked by the action.
 
-    Those of an action that is not declared here are checked by its sender. Raises InvalidRecord.
+    Raises InvalidRecord, and DecisionRefused where its action is not declared here.
     """
     args = {**shown["args"], **edit}
     declared = app.actions.get(shown["name"]) if shown["app"] == app.name else None
-    return args if declared is None else declared.checked(**args)
+    if declared is None:
+        raise DecisionRefused(f'approval {shown["id"]}: action {shown["name"]} of app {shown["app"]} is not declared here, so '
+                              "nobody could check what was edited. Decide it without an edit, or where its app is: "
+                              "anton --app MODULE approvals approve, or its inbox")
+    return declared.checked(**args)

@@ -14,8 +14,6 @@ import secrets
 from collections.abc import Sequence
 from datetime import timedelta
 
-import asyncpg
-
 from anton.db import Database
 from anton.errors import BadOption
 
@@ -34,7 +32,8 @@ async def put(db: Database, name: str, email: str | None = None, slack: str | No
               groups: Sequence[str] | None = None) -> None:
     """Adds a person, or changes what is known of them; None leaves it. groups: all of theirs, with or without @.
 
-    Raises BadOption for what cannot be, or is another's.
+    One word means one person: a name, an e-mail address or a Slack id, in any case. Raises BadOption for what cannot be,
+    or is another's.
     """
     of = f'the person "{name}"'
     if not _NAME.fullmatch(name):
@@ -45,12 +44,8 @@ async def put(db: Database, name: str, email: str | None = None, slack: str | No
     for word in words or ():
         if not _NAME.fullmatch(word):
             raise BadOption("group", word, of, "a word, such as finance; * is in all groups")
-    try:
-        async with db.tx() as conn:
-            await db.call(conn, "put_person", name, email, slack, words)
-    except asyncpg.UniqueViolationError as error:
-        option, value = ("email", email) if "email" in str(error.constraint_name) else ("slack", slack)
-        raise BadOption(option, value, of, "one that nobody else has: anton people list") from error
+    async with db.tx() as conn:
+        await db.call(conn, "put_person", name, email, slack, words)
 
 
 async def link(db: Database, person: str, base: str, *, approval: int | None = None,

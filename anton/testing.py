@@ -103,7 +103,7 @@ class Asked:
 
         async def work() -> Any:
             async with test.db.tx() as conn:
-                if not await conn.fetchval(f"select 1 from {quote(test.db.schema)}.person where name = $1", by):
+                if await test.db.call_value(conn, "person_of", by) is None:
                     groups = [one[1:] for one in self.approvers if one.startswith("@")]
                     await test.db.call_value(conn, "put_person", by, None, None, groups)
             return await decide(test.db, test.app, self.id, by, what, via, edit=edit, why=why)

@@ -154,7 +154,11 @@ begin
     elsif new.token is not null or new.attempt <> 0 or new.approval_id is not null or new.verdict is not null or new.resolved_by is not null then
       v_why := 'token, attempt, approval_id, verdict and resolved_by are set by the runtime';
     end if;
+    new.requested_by := coalesce(person_of(new.requested_by), new.requested_by);
     new.idempotency_key := coalesce(new.idempotency_key, gen_random_uuid()::text);
+    if new.requested_by is not null then
+      new.requested_by := coalesce(person_of(new.requested_by), new.requested_by);
+    end if;
     if new.cause is not null then                            -- what it rests on is not kept as long as it may wait
       v_taint := taint_of(new.cause);
       new.taint := case when new.taint = '{}' then v_taint else array(select distinct t from unnest(new.taint || v_taint) t order by t) end;
@@ -327,7 +331,7 @@ end $$;
 -- retry_action(action, person) -> its state: a call that failed, or that is unknown and did not happen, is sent again; what guards it holds as before
 create or replace function retry_action(p_action bigint, p_person text default null) returns text language plpgsql volatile set search_path from current as $$
 begin
-  update action set state = 'ready', resolved_by = p_person, error = null where id = p_action and state in ('failed', 'unknown');
+  update action set state = 'ready', resolved_by = coalesce(person_of(p_person), p_person), error = null where id = p_action and state in ('failed', 'unknown');
   if not found then
     raise exception using errcode = 'NT008', message = coalesce((select format('call %s of action %s is %s', id, name, state) from action where id = p_action), format('no call %s', p_action)),
       hint = 'what failed, or is unknown, can be sent again: anton actions list --state unknown';
@@ -340,7 +344,7 @@ end $$;
 create or replace function resolve_action(p_action bigint, p_state text, p_person text default null, p_result jsonb default null) returns text
 language plpgsql volatile set search_path from current as $$
 begin
-  update action set state = p_state, resolved_by = p_person, result = coalesce(p_result, result), sent_at = case when p_state = 'sent' then coalesce(sending_at, now()) end
+  update action set state = p_state, resolved_by = coalesce(person_of(p_person), p_person), result = coalesce(p_result, result), sent_at = case when p_state = 'sent' then coalesce(sending_at, now()) end
    where id = p_action and state = 'unknown' and p_state in ('sent', 'failed');
   if not found then
     raise exception using errcode = 'NT008', message = coalesce((select format('call %s of action %s is %s', id, name, state) from action where id = p_action), format('no call %s', p_action)),

@@ -10,6 +10,38 @@ language sql volatile set search_path from current as $$
   returning id
 $$;
 
+-- is_called(person, word) -> whether it is theirs: their name, e-mail address or Slack id, in any case
+create or replace function is_called(p person, p_word text) returns boolean language sql immutable set search_path from current as $$
+  select coalesce(lower(btrim(p_word)) in (lower(p.name), lower(p.email), lower(p.slack_id)), false)
+$$;
+
+-- person_of(word) -> the name of whom it means; null: nobody
+create or replace function person_of(p_word text) returns text language sql stable set search_path from current as $$
+  select p.name from person p where is_called(p, p_word) order by p.name = p_word desc, p.active desc, p.id limit 1
+$$;
+
+-- guard_person(): one word means one person, whoever writes
+create or replace function guard_person() returns trigger language plpgsql volatile security definer set search_path from current as $$
+declare v_option text; v_word text; v_other text;
+begin
+  if tg_op = 'INSERT' and exists (select from person where name = new.name)     -- it changes that one, or is refused by its key
+     or tg_op = 'UPDATE' and (new.name, new.email, new.slack_id) is not distinct from (old.name, old.email, old.slack_id) then
+    return new;
+  end if;
+  perform pg_advisory_xact_lock(1634628724, (select oid::int from pg_namespace where nspname = current_schema()));   -- two would not see each other
+  select w.option, w.word, p.name into v_option, v_word, v_other
+    from (values ('name', new.name), ('email', new.email), ('slack', new.slack_id)) w (option, word) join person p on p.id <> new.id and is_called(p, w.word) limit 1;
+  if v_other is not null then
+    raise exception using errcode = 'NT004',
+      message = format('%s="%s" of the person "%s" is not possible: "%s" is known by it, and one word means one person, in any case', v_option, v_word, new.name, v_other),
+      hint = format('Change what is known of them: anton people add %s; or see who there is: anton people list', v_other);
+  end if;
+  return new;
+end $$;
+
+create or replace trigger person_guard before insert or update on person for each row execute function guard_person();
+revoke all on function guard_person() from public;               -- a trigger needs none of it
+
 -- may_decide(person, approvers) -> whether they are among them: by name, or by a group; the group * is in all groups
 create or replace function may_decide(p person, p_approvers text[]) returns boolean language sql stable set search_path from current as $$
   select p.active and (p.name = any (p_approvers) or '*' = any (p.groups) and cardinality(p_approvers) > 0
@@ -23,12 +55,12 @@ $$;
 
 -- may_see(person, approval) -> whether it is any of their business: who may decide it, who asked for it, and who sees all
 create or replace function may_see(p person, a approval) returns boolean language sql stable set search_path from current as $$
-  select coalesce(p.active and (p.name = a.requested_by or may_decide(p, a.approvers) or '*' = any (p.groups)), false)
+  select coalesce(p.active and (is_called(p, a.requested_by) or may_decide(p, a.approvers) or '*' = any (p.groups)), false)
 $$;
 
 -- approvers_of(approval) -> the people who may decide it
 create or replace function approvers_of(p_approval bigint) returns setof person language sql stable set search_path from current as $$
-  select p.* from approval a join person p on may_decide(p, a.approvers) and p.name is distinct from a.requested_by where a.id = p_approval order by p.name
+  select p.* from approval a join person p on may_decide(p, a.approvers) and not is_called(p, a.requested_by) where a.id = p_approval order by p.name
 $$;
 
 -- texts(list) -> the texts of a JSON array; of anything else none
@@ -38,8 +70,8 @@ $$;
 
 -- voices(approval, among) -> how many of them have approved it, as its arguments are, and may now
 create or replace function voices(a approval, p_among text[]) returns bigint language sql stable set search_path from current as $$
-  select count(distinct p.name) from approval_event e join person p on p.name = e.person
-   where e.approval_id = a.id and e.kind = 'voted' and e.args_sha256 = a.args_sha256 and p.name is distinct from a.requested_by and may_decide(p, p_among)
+  select count(distinct lower(p.name)) from approval_event e join person p on p.name = e.person
+   where e.approval_id = a.id and e.kind = 'voted' and e.args_sha256 = a.args_sha256 and not is_called(p, a.requested_by) and may_decide(p, p_among)
 $$;
 
 -- lacking(approval) -> whose voices are still to come, null when all are there
@@ -192,14 +224,14 @@ end $$;
 create or replace function decide(p_approval bigint, p_person text, p_decision text, p_via text, p_args_sha256 text, p_edit jsonb default null, p_why text default null,
   out won boolean, out state text, out decided_by text, out decided_via text, out decided_at timestamptz, out next bigint)
 language plpgsql volatile set search_path from current as $$
-declare v approval; p person; v_now timestamptz := now(); v_why text; v_args jsonb; v_bad text;
+declare v approval; p person; v_now timestamptz := now(); v_why text; v_args jsonb; v_bad text; v_edited boolean;
 begin
   select * into v from approval where id = p_approval for update;
-  select * into p from person where name = p_person;
+  select * into p from person where name = person_of(p_person);
   v_why := case when v.id is null then format('no approval %s', p_approval)
                 when p_decision is null or p_decision not in ('approve', 'reject') then format('the decision "%s" is none: approve or reject', p_decision)
                 when p.id is null then format('nobody is called "%s"', p_person)
-                when v.requested_by = p.name then format('%s asked for it, and nobody approves their own', p.name)
+                when is_called(p, v.requested_by) then format('%s asked for it, and nobody approves their own', p.name)
                 when not may_decide(p, v.approvers) then format('%s is not among those who may: %s', p.name, array_to_string(v.approvers, ', ')) end;
   if v_why is null and v.state = 'pending' and v.expires_at <= v_now then
     perform expire_approval(v.id);
@@ -235,7 +267,8 @@ begin
     update approval set state = 'rejected', decided_by = p.name, decided_via = p_via, decided_at = v_now, why = p_why, due_at = null where id = v.id;
     update action set state = 'rejected', error = p_why where id = v.action_id;
   else
-    if v_args <> v.args then
+    v_edited := v_args <> v.args;
+    if v_edited then
       perform note_event(v.id, 'edited', p.name, p_via, args_hash(v_args), changed_args(v.args, v_args));
       update approval set before = coalesce(before, args), after = v_args, args = v_args, args_sha256 = args_hash(v_args) where id = v.id returning * into v;
     end if;
@@ -243,6 +276,9 @@ begin
       perform note_event(v.id, 'voted', p.name, p_via, v.args_sha256);
     end if;
     if lacking(v) is not null then
+      if v_edited then
+        perform tell(v.id, 'edited');                            -- what they are asked for is another thing now
+      end if;
       won := true; state := 'pending';
       return;
     end if;
@@ -386,7 +422,7 @@ create or replace function guard_voice() returns trigger language plpgsql volati
 declare a approval; p person; v_why text;
 begin
   select * into a from approval where id = new.approval_id for update;
-  select * into p from person where name = new.person;
+  select * into p from person where name = person_of(new.person);
   v_why := case when a.id is null then 'there is no such approval'
                 when a.state <> 'pending' then format('it is %s', a.state)
                 when new.kind in ('voted', 'edited', 'rejected') and new.person is null then 'a voice is somebody''s'
@@ -394,7 +430,7 @@ begin
                      and not (new.via is not distinct from 'timeout' and a.on_timeout = 'approve' and a.expires_at <= now()) then 'time approves nothing of it now'
                 when new.person is not null then case
                   when p.id is null then format('nobody is called "%s"', new.person)
-                  when p.name = a.requested_by then format('%s asked for it, and nobody approves their own', p.name)
+                  when is_called(p, a.requested_by) then format('%s asked for it, and nobody approves their own', p.name)
                   when not may_decide(p, a.approvers) then format('%s is not among those who may: %s', p.name, array_to_string(a.approvers, ', '))
                   when a.expires_at <= now() then 'its time is over'
                   when new.kind <> 'edited' and new.args_sha256 is distinct from a.args_sha256 then 'its arguments are not those that were shown; look again'
@@ -406,6 +442,7 @@ begin
     raise exception using errcode = 'NT009', message = format('approval %s: no event "%s": %s', new.approval_id, new.kind, v_why),
       hint = 'people decide by: select decide(approval, person, ''approve'' or ''reject'', via, args_sha256)';
   end if;
+  new.person := coalesce(p.name, new.person);
   return new;
 end $$;
 

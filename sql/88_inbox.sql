@@ -11,7 +11,7 @@ $$;
 create or replace function drop_person(p_name text) returns boolean language plpgsql volatile set search_path from current as $$
 declare v_id int;
 begin
-  update person set active = false, email = null, slack_id = null, groups = '{}' where name = p_name and active returning id into v_id;
+  update person set active = false, email = null, slack_id = null, groups = '{}' where name = person_of(p_name) and active returning id into v_id;
   delete from session where person_id = v_id;
   delete from link where person_id = v_id and used_at is null;
   return v_id is not null;
@@ -22,11 +22,11 @@ create or replace function make_link(p_person text, p_token_sha256 text, p_for i
 language plpgsql volatile set search_path from current as $$
 declare p person; a approval; v_until timestamptz := now() + p_for; v_why text;
 begin
-  select * into p from person where name = p_person and active;
+  select * into p from person where name = person_of(p_person) and active;
   select * into a from approval where id = p_approval;
   v_why := case when p.id is null then format('nobody is called "%s"', p_person)
                 when p_approval is not null and a.id is null then format('no approval %s', p_approval)
-                when a.id is not null and a.requested_by = p.name then format('%s asked for it, and nobody approves their own', p.name)
+                when a.id is not null and is_called(p, a.requested_by) then format('%s asked for it, and nobody approves their own', p.name)
                 when a.id is not null and not may_decide(p, a.approvers) then format('%s is not among those who may: %s', p.name, array_to_string(a.approvers, ', ')) end;
   if v_why is not null then
     raise exception using errcode = 'NT009', message = 'no link: ' || v_why, hint = 'anton people list';
@@ -93,7 +93,7 @@ create or replace function inbox(p_app text, p_person text, p_limit int default 
   id bigint, name text, preview text, at timestamptz, expires_at timestamptz, requested_by text, supersedes bigint, taint text[], quorum int, voices int)
 language sql stable set search_path from current as $$
   select a.id, a.name, a.preview, a.at, a.expires_at, a.requested_by, a.supersedes, a.taint, a.quorum, v.voices
-    from person p join approval a on a.state = 'pending' and a.app = p_app and a.requested_by is distinct from p.name and may_decide(p, a.approvers)
+    from person p join approval a on a.state = 'pending' and a.app = p_app and not is_called(p, a.requested_by) and may_decide(p, a.approvers)
    cross join lateral (select count(distinct e.person)::int as voices, coalesce(bool_or(e.person = p.name), false) as mine
                          from approval_event e where e.approval_id = a.id and e.kind = 'voted' and e.args_sha256 = a.args_sha256) v
    where p.name = p_person and p.active and not v.mine and a.expires_at > now() order by a.expires_at, a.id limit p_limit
@@ -127,7 +127,7 @@ begin
   v_voices := array(select distinct e.person from approval_event e where e.approval_id = a.id and e.kind = 'voted' and e.args_sha256 = a.args_sha256);
   v_why := case when a.state <> 'pending' then format('it is %s', a.state) when a.expires_at <= now() then 'its time is over'
                 when p.id is null or not p.active then format('nobody is called "%s"', p_person)
-                when a.requested_by = p.name then 'you asked for it, and nobody approves their own'
+                when is_called(p, a.requested_by) then 'you asked for it, and nobody approves their own'
                 when not may_decide(p, a.approvers) then format('you are not among those who may: %s', array_to_string(a.approvers, ', '))
                 when p.name = any (v_voices) then 'you have approved it; others have to, too' end;
   return show_approval(a.id) || jsonb_build_object('may', v_why is null, 'why_not', v_why, 'changed', v_changed, 'voices', to_jsonb(v_voices),

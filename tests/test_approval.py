@@ -101,6 +101,49 @@ def test_nobody_approves_what_they_asked_for_nor_what_is_not_theirs(live, sent):
     assert sent == []
 
 
+ANN = ("ann", "Ann", "ANN@Example.com", "u012abc", " ann ")
+
+
+def test_nobody_approves_what_they_asked_for_in_another_spelling_nor_gives_two_voices(live, sent):
+    refund = declare(live, sent, Approval("@finance", quorum=2))
+    refund.send(7, 5, by="Bob")                                        # before anybody knows bob
+    sql(live, "select anton.put_person('ann', 'Ann@example.com', 'U012ABC', '{finance}'), "
+              "anton.put_person('bob', p_groups => '{finance}')")
+    for spelling in ANN:
+        refund.send(7, 5, by=spelling)
+    live.run()
+    of_bob, *of_ann = live.approvals
+    for approval, spelling in zip(of_ann, ANN, strict=True):
+        with pytest.raises(DecisionRefused, match="ann asked for it, and nobody approves their own"):
+            approval.approve(by=spelling)
+    with pytest.raises(DecisionRefused, match="bob asked for it"):
+        of_bob.approve(by="bob")
+    for spelling in ANN:
+        assert of_bob.approve(by=spelling)["state"] == "pending"
+    assert [tuple(row) for row in sql(live, "select person, count(*) from anton.approval_event where kind = 'voted' "
+                                            "group by 1")] == [("ann", 1)]
+    assert {row[0] for row in sql(live, "select requested_by from anton.action")} == {"Bob", "ann"}
+    live.run()
+    assert sent == []
+
+
+def test_two_people_that_differ_in_case_alone_as_older_releases_took_them_have_one_voice(live, sent):
+    refund = declare(live, sent, Approval("@finance", quorum=2))
+    sql(live, "alter table anton.person disable trigger all")
+    sql(live, "select anton.put_person(name, p_groups => '{finance}') from unnest(array['ann', 'Ann', 'bob']) name")
+    sql(live, "alter table anton.person enable trigger all")
+    refund.send(7, 5)
+    refund.send(8, 5, by="ANN")
+    live.run()
+    first, second = live.approvals
+    for name in ("ann", "Ann"):
+        assert first.approve(by=name)["state"] == "pending"
+        with pytest.raises(DecisionRefused, match="nobody approves their own"):
+            second.approve(by=name)
+    assert first.approve(by="bob")["state"] == "approved"
+    sql(live, "select anton.put_person('ann', p_groups => '{finance,cfo}')")    # and still can be changed
+
+
 def decide(app: Any, approval: int, person: str, sha256: str | None = None) -> Any:
     async def work() -> Any:
         async with app.db.tx() as conn:

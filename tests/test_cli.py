@@ -376,11 +376,15 @@ def test_people_are_added_listed_signed_in_and_removed(migrated: Shell) -> None:
     assert (ann["email"], ann["slack_id"], ann["groups"]) == ("ann@example.com", "U1", ["finance", "cfo"])
     assert migrated("people", "add", "bob", "--email", "ann@example.com") == 2
     assert migrated("people", "add", "@bob") == 2
+    for words in (["Ann"], ["ANN@example.com"], ["u1"], ["bob", "--email", "ANN@example.com"], ["bob", "--slack", "Ann"]):
+        assert migrated("people", "add", *words) == 2
+    assert [row["name"] for row in migrated.json("people", "list")] == ["ann"]
     made = migrated.json("people", "link", "ann", "--url", "https://shop.example.com/")
     token = made["url"].removeprefix("https://shop.example.com/inbox/in/")
     assert migrated.sql("select token_sha256 from anton.link") == [(hashlib.sha256(token.encode()).hexdigest(),)]
     assert migrated("people", "link", "zoe") == 1
-    assert migrated("people", "remove", "ann") == 0
+    assert migrated("people", "link", "ANN@example.com") == 0
+    assert migrated("people", "remove", "Ann") == 0
     assert migrated.sql("select active, (select count(*) from anton.link) from anton.person") == [(False, 0)]
     assert migrated("people", "remove", "ann") == 1
 

@@ -101,7 +101,8 @@ def message(approval: Mapping[str, Any], kind: str, channel: str, base: str) -> 
         by = f" by {approval['decided_by']}" if approval["decided_by"] else ""
         text = _escaped(f"{approval['state'].capitalize()}{by}: {preview}")
         return _message(channel, text, [_section(text, _PLAIN), _section(f"<{url}|See it>")])
-    said = {"reminder": "It still waits: ", "escalated": "Nobody has decided it yet: "}.get(kind, "")
+    said = {"reminder": "It still waits: ", "escalated": "Nobody has decided it yet: ",
+            "edited": "It was edited, and waits as it is now: "}.get(kind, "")
     text = _escaped(said + preview)
     args = "\n".join(f"*{_escaped(name)}*\n```{_fenced(value)}```" for name, value in approval["args"].items())
     seen = _size(args) <= _MOST
