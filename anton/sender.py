@@ -78,7 +78,7 @@ class Sender:
             if row["verdict"] == "send":
                 break
             if again is not None:                                      # it did not happen, and may not any more
-                await self._end(db, call, again, "failed", None, row["reason"])
+                await self._end(db, call, again, "failed", None, row["reason"], False)
                 return
             happened = await self._probe(db, call, row["held"], row["reason"])
             if happened is not False:
@@ -103,7 +103,10 @@ class Sender:
                 error = Retry(f"it did not happen: {say(error)}")
             refused = isinstance(error, Discard) or 400 <= status_of(error) < 500 and status_of(error) not in (408, 429)
             over = refused or (last and isinstance(error, Retry)) or (last and not did_not_happen(error))
-            await self._end(db, call, token, "failed" if over else "retrying", None, say(error))
+            doubt = None if did_not_happen(error) else True
+            if action.effect == "unsafe":                              # probe= said that none of them happened
+                doubt = False
+            await self._end(db, call, token, "failed" if over else "retrying", None, say(error), doubt)
             if refused and not isinstance(error, Discard):
                 raise Discard(say(error)) from error
             raise error from (None if error is raised else raised)
@@ -111,9 +114,10 @@ class Sender:
         if await self._end(db, call, token, "sent", result, None):
             self._into(db, call, returned)
 
-    async def _end(self, db: Database, call: Call, token: int, state: str, result: Any, error: str | None) -> bool:
+    async def _end(self, db: Database, call: Call, token: int, state: str, result: Any, error: str | None,
+                   doubt: bool | None = None) -> bool:
         async with db.tx() as conn:
-            return bool(await db.call_value(conn, "end_action", call.id, token, state, result, error))
+            return bool(await db.call_value(conn, "end_action", call.id, token, state, result, error, doubt))
 
     async def _probe(self, db: Database, call: Call, token: int, held_back: str | None = None) -> bool | None:
         """Asks whether it happened. True: it did, and is settled; False: it did not; None: nobody can tell.
@@ -175,7 +179,7 @@ class Sender:
 
     async def _capture(self, db: Database, call: Call, verdict: dict[str, Any] | None) -> None:
         """Nothing leaves: what would be sent is captured, what has to be approved is asked for."""
-        if call.state not in ("new", "ready", "retrying"):
+        if call.state not in ("new", "ready", "retrying", "failed"):
             return
         what = await _value(db, "note_verdict", call.id, verdict)
         if what == "ask":

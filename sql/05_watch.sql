@@ -39,6 +39,18 @@ language sql stable set search_path from current as $$
    order by a.attnum
 $$;
 
+-- table_key(relation) -> the columns of its primary key, else of a unique index of NOT NULL columns, and their types; nulls where it has neither
+create or replace function table_key(p_rel oid, out keys text[], out types text[]) language sql stable set search_path from current as $$
+  select array_agg(a.attname::text order by k.pos), array_agg(format_type(a.atttypid, a.atttypmod) order by k.pos)
+    from (select i.* from pg_index i
+           where i.indrelid = p_rel and i.indisunique and i.indisvalid and i.indimmediate and i.indpred is null and i.indexprs is null
+             and (i.indisprimary or not exists (
+               select from unnest(i.indkey[0:i.indnkeyatts - 1]) c join pg_attribute a on a.attrelid = p_rel and a.attnum = c where not a.attnotnull))
+           order by i.indisprimary desc, i.indnkeyatts, i.indexrelid limit 1) i
+    cross join lateral unnest(i.indkey[0:i.indnkeyatts - 1]) with ordinality k (num, pos)
+    join pg_attribute a on a.attrelid = p_rel and a.attnum = k.num
+$$;
+
 -- dbt_model_of(table) -> the dbt model that makes it, nulls when none does; the table need not be there
 create or replace function dbt_model_of(p_table text) returns dbt_model language sql stable set search_path from current as $$
   select m.* from (select parse_ident(p_table) as parts) x
@@ -68,14 +80,7 @@ begin
     raise exception using errcode = 'NT002', message = format('"%s" is no table', p_table),
       hint = 'only ordinary and partitioned tables fire events';
   end if;
-  select array_agg(a.attname::text order by k.pos), array_agg(format_type(a.atttypid, a.atttypmod) order by k.pos) into v_keys, v_types
-    from (select i.* from pg_index i
-           where i.indrelid = v_rel and i.indisunique and i.indisvalid and i.indimmediate and i.indpred is null and i.indexprs is null
-             and (i.indisprimary or not exists (
-               select from unnest(i.indkey[0:i.indnkeyatts - 1]) c join pg_attribute a on a.attrelid = v_rel and a.attnum = c where not a.attnotnull))
-           order by i.indisprimary desc, i.indnkeyatts, i.indexrelid limit 1) i
-    cross join lateral unnest(i.indkey[0:i.indnkeyatts - 1]) with ordinality k (num, pos)
-    join pg_attribute a on a.attrelid = v_rel and a.attnum = k.num;
+  select k.keys, k.types into v_keys, v_types from table_key(v_rel) k;
   if v_keys is null and m.key <> '{}' and coalesce(v_relkind, 'r') = 'r' then
     select array_agg(k order by o), array_agg(coalesce(format_type(a.atttypid, a.atttypmod), 'text') order by o) into v_keys, v_types
       from unnest(m.key) with ordinality x (k, o) left join pg_attribute a on a.attrelid = v_rel and a.attname = k and not a.attisdropped

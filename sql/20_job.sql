@@ -287,7 +287,7 @@ end $$;
 create or replace function bury(p_token bigint, p_id bigint, p_ordinal int, p_reason text, p_error text, p_traceback text)
 returns bigint language plpgsql volatile set search_path from current
 set jit = off set enable_seqscan = off as $$
-declare v lease; v_dead bigint := nextval('change_seq');
+declare v lease; v_dead bigint := nextval('change_seq'); v_key jsonb;
 begin
   v := settle(p_token, p_id, array[p_ordinal]);
   insert into dead (id, handler_id, change_id, ordinal, op, key, cols, news, olds, attempt, reason, error, traceback,
@@ -299,7 +299,9 @@ begin
               else c.keys -> (p_ordinal - 1) end,
          c.cols, c.news[:][p_ordinal:p_ordinal], c.olds[:][p_ordinal:p_ordinal],
          v.attempt + 1, p_reason, p_error, p_traceback, v.cause, v.depth, v.trace, v.tenant, v.origin, now()
-    from (select 1) one left join change c on c.id = v.change_id;
+    from (select 1) one left join change c on c.id = v.change_id
+  returning key into v_key;
+  perform note_death(v.handler_id, v_key, p_error);
   return v_dead;
 end $$;
 

@@ -40,14 +40,29 @@ begin
   return jsonb_build_object('verdict', v_word, 'by', 'policy', 'why', v_why);
 end $$;
 
+-- guard_rule(): what is declared of actions, and what their caps have used, changes through put_action(), retire_actions() and begin_action()
+create or replace function guard_rule() returns trigger language plpgsql volatile set search_path from current as $$
+begin
+  if current_setting('anton.rule', true) is distinct from 'on' then
+    raise exception using errcode = 'NT008', message = format('%s takes no %s by hand', tg_table_name, tg_op),
+      hint = case tg_table_name when 'action_rule' then 'change the action in its app''s code, then: anton migrate' else 'caps are counted where calls begin' end;
+  end if;
+  return null;
+end $$;
+
+create or replace trigger rule_guard before insert or update or delete or truncate on action_rule for each statement execute function guard_rule();
+create or replace trigger used_guard before insert or update or delete or truncate on action_used for each statement execute function guard_rule();
+
 -- put_action(rule): what an app declares of an action; keys are the columns of action_rule
 create or replace function put_action(d jsonb) returns void language sql volatile set search_path from current as $$
   select policy_checked(d ->> 'name', d ->> 'policy_sql');
+  select set_config('anton.rule', 'on', true);
   insert into action_rule (app, name, effect, gate, policy, policy_sql, probe, approval, allow, caps, handler)
   values (d ->> 'app', d ->> 'name', d ->> 'effect', d ->> 'gate', (d ->> 'policy')::boolean, d ->> 'policy_sql', (d ->> 'probe')::boolean,
           coalesce(d -> 'approval', '{}'), coalesce(d -> 'allow', '{}'), coalesce(d -> 'caps', '[]'), d ->> 'handler')
   on conflict (app, name) do update set effect = excluded.effect, gate = excluded.gate, policy = excluded.policy, policy_sql = excluded.policy_sql, probe = excluded.probe,
-     approval = excluded.approval, allow = excluded.allow, caps = excluded.caps, handler = excluded.handler, missing_at = null
+     approval = excluded.approval, allow = excluded.allow, caps = excluded.caps, handler = excluded.handler, missing_at = null;
+  select set_config('anton.rule', '', true)
 $$;
 
 -- action_state(app, name) -> all that put_action() may change, as text; null when unknown
@@ -56,9 +71,12 @@ create or replace function action_state(p_app text, p_name text) returns text la
 $$;
 
 -- retire_actions(app, names) -> those that vanished from the app's code: nothing of theirs is sent any more
-create or replace function retire_actions(p_app text, p_names text[]) returns setof text language sql volatile set search_path from current as $$
-  update action_rule set missing_at = now() where app = p_app and missing_at is null and name <> all (p_names) returning name
-$$;
+create or replace function retire_actions(p_app text, p_names text[]) returns setof text language plpgsql volatile set search_path from current as $$
+begin
+  perform set_config('anton.rule', 'on', true);
+  return query update action_rule set missing_at = now() where app = p_app and missing_at is null and name <> all (p_names) returning name;
+  perform set_config('anton.rule', '', true);
+end $$;
 
 -- vanished_actions(app, names) -> those that retire_actions() would retire
 create or replace function vanished_actions(p_app text, p_names text[]) returns setof text language sql stable set search_path from current as $$
@@ -142,6 +160,11 @@ create or replace function unapproved(a action, r action_rule) returns boolean l
           or ((r.gate = 'when' or r.policy) and (a.verdict ->> 'verdict' = 'pass' and a.verdict ->> 'args_sha256' = args_hash(a.args)) is not true))
 $$;
 
+-- mark_action(action): its next change is one of the runtime's; guard_action() takes no other
+create or replace function mark_action(p_action bigint) returns void language sql volatile set search_path from current as $$
+  select set_config('anton.call', p_action::text, true)
+$$;
+
 -- guard_action(): what may become of a call, whoever writes
 create or replace function guard_action() returns trigger language plpgsql volatile security definer set search_path from current as $$
 declare v_rule action_rule; v_why text; v_taint text[];
@@ -151,8 +174,9 @@ begin
       v_why := format('a call begins as new, not as %s', new.state);
     elsif jsonb_typeof(new.args) <> 'object' then
       v_why := 'its args are no object';
-    elsif new.token is not null or new.attempt <> 0 or new.approval_id is not null or new.verdict is not null or new.resolved_by is not null then
-      v_why := 'token, attempt, approval_id, verdict and resolved_by are set by the runtime';
+    elsif new.token is not null or new.attempt <> 0 or new.approval_id is not null or new.verdict is not null or new.resolved_by is not null
+          or new.counted <> '[]' or new.in_doubt then
+      v_why := 'token, attempt, approval_id, verdict, resolved_by, counted and in_doubt are set by the runtime';
     end if;
     new.requested_by := coalesce(person_of(new.requested_by), new.requested_by);
     new.idempotency_key := coalesce(new.idempotency_key, gen_random_uuid()::text);
@@ -164,10 +188,10 @@ begin
       new.taint := case when new.taint = '{}' then v_taint else array(select distinct t from unnest(new.taint || v_taint) t order by t) end;
     end if;
     new.taint_known := true;
-  elsif (new.id, new.app, new.name, new.idempotency_key, new.at, new.requested_by, new.subject, new.cause)
-        is distinct from (old.id, old.app, old.name, old.idempotency_key, old.at, old.requested_by, old.subject, old.cause)
+  elsif (new.id, new.app, new.name, new.idempotency_key, new.at, new.requested_by, new.subject, new.cause, new.trace, new.depth)
+        is distinct from (old.id, old.app, old.name, old.idempotency_key, old.at, old.requested_by, old.subject, old.cause, old.trace, old.depth)
         or new.gate is distinct from old.gate or new.approve is distinct from old.approve or not new.taint @> old.taint or new.taint_known is distinct from old.taint_known then
-    v_why := 'app, name, idempotency_key, gate, approve, taint, requested_by, subject and cause of a call stay as they are';
+    v_why := 'app, name, idempotency_key, gate, approve, taint, requested_by, subject, cause, trace and depth of a call stay as they are';
   elsif new.args is distinct from old.args and not (old.state = 'waiting' and new.state = 'ready') then
     v_why := 'its arguments change by an edit in its approval only';
   elsif new.state = old.state and new.state <> 'sending' and new.token is not distinct from old.token then
@@ -176,12 +200,15 @@ begin
       when 'new' then new.state in ('waiting', 'sending', 'captured', 'refused', 'failed')
       when 'waiting' then new.state in ('ready', 'rejected', 'expired', 'superseded')
       when 'ready' then new.state in ('waiting', 'sending', 'captured', 'refused', 'failed')
-      when 'retrying' then new.state in ('waiting', 'sending', 'captured', 'refused', 'failed')
+      when 'retrying' then new.state in ('waiting', 'sending', 'captured', 'refused', 'failed', 'unknown')
       when 'sending' then new.state in ('sending', 'sent', 'failed', 'unknown', 'retrying')
-      when 'failed' then new.state in ('ready', 'waiting', 'sending')
+      when 'failed' then new.state in ('ready', 'waiting', 'sending', 'captured', 'refused')
       when 'unknown' then new.state in ('ready', 'sent', 'failed')
       else false end) then
     v_why := format('it is %s, which does not become %s', old.state, new.state);
+  elsif old.state = 'waiting' and not exists (select from approval p where p.id = new.approval_id and p.action_id = new.id
+            and p.state = case new.state when 'ready' then 'approved' else new.state end and (new.state <> 'ready' or p.args_sha256 = args_hash(new.args))) then
+    v_why := format('no approval of it is %s with these arguments', case new.state when 'ready' then 'approved' else new.state end);
   elsif new.state = 'sending' then
     select * into v_rule from action_rule where app = new.app and name = new.name and missing_at is null;
     v_why := case when v_rule.name is null then 'its app does not declare it (any more)'
@@ -192,6 +219,12 @@ begin
                   else forbidden(new) end;
   elsif old.state = 'sending' and new.token is distinct from old.token then
     v_why := 'another sender has it';
+  end if;
+  if tg_op = 'UPDATE' and v_why is null then
+    v_why := case when new.approval_id is distinct from old.approval_id
+                       and not exists (select from approval p where p.id = new.approval_id and p.action_id = new.id and p.state = 'pending') then 'that approval asks nobody about it'
+                  when current_setting('anton.call', true) is distinct from new.id::text then 'it changes by what becomes of it, not by an update' end;
+    perform set_config('anton.call', '', true);
   end if;
   if v_why is not null then
     raise exception using errcode = 'NT008', message = format('call %s of action %s: %s', new.id, new.name, v_why),
@@ -205,6 +238,18 @@ end $$;
 
 create or replace trigger action_guard before insert or update on action for each row execute function guard_action();
 revoke all on function guard_action() from public;               -- a trigger needs none of it
+
+-- guard_kept(): calls are kept, with their keys, until forget_actions() forgets them
+create or replace function guard_kept() returns trigger language plpgsql volatile set search_path from current as $$
+begin
+  if current_setting('anton.forget', true) is distinct from 'on' then
+    raise exception using errcode = 'NT008', message = format('%s takes no %s by hand: a key whose call is gone would be sent again', tg_table_name, tg_op),
+      hint = 'calls that are done are forgotten after the setting action_days';
+  end if;
+  return null;
+end $$;
+
+create or replace trigger action_kept before delete or truncate on action for each statement execute function guard_kept();
 
 -- caps_of(action, rule) -> its caps, in the order in which they are locked, and what the call needs of each
 create or replace function caps_of(a action, r action_rule) returns table (amount numeric, "of" text, period text, needs numeric)
@@ -225,7 +270,7 @@ create or replace function begin_action(p_action bigint, p_token bigint, p_verdi
 returns table (verdict text, state text, args jsonb, idempotency_key text, attempt int, held bigint, result jsonb, reason text, after interval)
 language plpgsql volatile set search_path from current as $$
 #variable_conflict use_column
-declare a action; r action_rule; c record; v_now timestamptz := now(); v_since timestamptz; v_used numeric; v_old boolean;
+declare a action; r action_rule; c record; v_now timestamptz := now(); v_since timestamptz; v_used numeric; v_had numeric; v_needs numeric; v_counted jsonb := '[]'; v_old boolean;
 begin
   select * into a from action where id = p_action for update;
   select * into r from action_rule x where x.app = a.app and x.name = a.name and x.missing_at is null;
@@ -254,42 +299,55 @@ begin
     return next; return;
   end if;
   if reason is not null then
+    perform mark_action(a.id);
     update action set state = case when a.state in ('new', 'ready', 'retrying') then 'refused' else 'failed' end, error = reason, verdict = a.verdict, taint = a.taint where id = a.id;
     state := case when a.state in ('new', 'ready', 'retrying') then 'refused' else 'failed' end;
     return next; return;
   elsif unapproved(a, r) or v_old then
+    perform mark_action(a.id);
     update action set verdict = a.verdict, taint = a.taint where id = a.id;
     verdict := 'ask'; reason := a.verdict ->> 'why';
     return next; return;
   end if;
-  if a.attempt = 0 then                                    -- counted once, however often it is tried
-    for c in select * from caps_of(a, r) loop
-      v_since := period_start(c.period, v_now);
-      insert into action_used (app, name, "of", period, since) values (a.app, a.name, c."of", c.period, v_since) on conflict do nothing;
-      select amount into v_used from action_used u
-       where (u.app, u.name, u."of", u.period, u.since) = (a.app, a.name, c."of", c.period, v_since) for update;
-      if (v_used + c.needs <= c.amount and c.needs >= 0) is not true then
-        verdict := 'capped'; after := period_end(c.period, v_now) - v_now;
-        reason := format('the cap of %s %s is used up: %s of it are, and this call needs %s', trim_scale(c.amount),
-                         concat_ws(' ', coalesce(nullif(c."of", ''), 'calls'), case when c.period = 'total' then 'in all' else 'a ' || c.period end),
-                         trim_scale(v_used), coalesce(trim_scale(c.needs)::text, 'what nobody knows'));
-        return next; return;
-      end if;
-    end loop;
-    update action_used u set amount = u.amount + c.needs from caps_of(a, r) c
-     where (u.app, u.name, u."of", u.period, u.since) = (a.app, a.name, c."of", c.period, period_start(c.period, v_now));
-  end if;
-  update action set state = 'sending', token = p_token, attempt = a.attempt + 1, sending_at = v_now, verdict = a.verdict, taint = a.taint, error = null where id = a.id;
+  a.in_doubt := p_again is distinct from a.token and (a.in_doubt or a.state = 'sending');
+  perform set_config('anton.rule', 'on', true);
+  for c in select * from caps_of(a, r) loop                -- counted once in a period, however often it is tried; an edit makes it more or less
+    v_since := period_start(c.period, v_now);
+    insert into action_used (app, name, "of", period, since) values (a.app, a.name, c."of", c.period, v_since) on conflict do nothing;
+    select amount into v_used from action_used u
+     where (u.app, u.name, u."of", u.period, u.since) = (a.app, a.name, c."of", c.period, v_since) for update;
+    v_had := coalesce((select max((x ->> 'amount')::numeric) from jsonb_array_elements(a.counted) x
+                        where x ->> 'of' = c."of" and x ->> 'period' = c.period and (x ->> 'since')::timestamptz = v_since), 0);
+    v_needs := case when a.in_doubt then greatest(c.needs, v_had) else c.needs end;  -- what may have left counts
+    if (v_used - v_had + v_needs <= c.amount and c.needs >= 0) is not true then
+      perform set_config('anton.rule', '', true);
+      verdict := 'capped'; after := period_end(c.period, v_now) - v_now;
+      reason := format('the cap of %s %s is used up: %s of it are, and this call needs %s', trim_scale(c.amount),
+                       concat_ws(' ', coalesce(nullif(c."of", ''), 'calls'), case when c.period = 'total' then 'in all' else 'a ' || c.period end),
+                       trim_scale(v_used - v_had), coalesce(trim_scale(c.needs)::text, 'what nobody knows'));
+      return next; return;
+    end if;
+    v_counted := v_counted || jsonb_build_object('of', c."of", 'period', c.period, 'since', v_since, 'amount', v_needs, 'more', v_needs - v_had);
+  end loop;
+  update action_used u set amount = u.amount + n.more from jsonb_to_recordset(v_counted) n ("of" text, period text, since timestamptz, more numeric)
+   where (u.app, u.name, u."of", u.period, u.since) = (a.app, a.name, n."of", n.period, n.since);
+  perform set_config('anton.rule', '', true);
+  perform mark_action(a.id);
+  update action set state = 'sending', token = p_token, attempt = a.attempt + 1, sending_at = v_now, verdict = a.verdict, taint = a.taint, error = null,
+         counted = v_counted, in_doubt = a.in_doubt where id = a.id;
   verdict := 'send'; state := 'sending'; attempt := a.attempt + 1; held := p_token; reason := null;
   return next;
 end $$;
 
 -- end_action(action, token, state, result, error) -> whether it is this sender's: what became of it
 --   sent | failed | unknown | retrying (it did not happen, and is tried again)
+--   doubt  true: this attempt may have happened; false: none of them did; null: this one did not. What failed in doubt is unknown
 -- A sender that is late, and was given up as unknown, may still say that it was sent.
-create or replace function end_action(p_action bigint, p_token bigint, p_state text, p_result jsonb default null, p_error text default null) returns boolean
+drop function if exists end_action(bigint, bigint, text, jsonb, text);
+create or replace function end_action(p_action bigint, p_token bigint, p_state text, p_result jsonb default null, p_error text default null,
+  p_doubt boolean default null) returns boolean
 language plpgsql volatile set search_path from current as $$
-declare a action;
+declare a action; v_doubt boolean;
 begin
   select * into a from action where id = p_action for update;
   if a.token is distinct from p_token or not (a.state = 'sending' or a.state = 'unknown' and p_state = 'sent') then
@@ -298,15 +356,45 @@ begin
   if a.cause is not null then                              -- what listens to calls goes on with the chain
     perform enter(a.cause, a.depth, a.trace, null);
   end if;
-  update action set state = p_state, result = p_result, error = p_error, sent_at = case when p_state = 'sent' then now() end where id = p_action;
+  v_doubt := p_state <> 'sent' and coalesce(p_doubt, a.in_doubt);
+  perform mark_action(p_action);
+  update action set state = case when p_state = 'failed' and v_doubt then 'unknown' else p_state end, in_doubt = v_doubt,
+         result = p_result, error = p_error, sent_at = case when p_state = 'sent' then now() end where id = p_action;
   return true;
+end $$;
+
+-- note_death(handler, key, error): the job of a call is a dead letter. What was begun, or is in doubt, is unknown; what was not, failed. Of a handler
+-- that is no sender nothing
+create or replace function note_death(p_handler int, p_key jsonb, p_error text) returns void language plpgsql volatile set search_path from current
+set jit = off set enable_seqscan = off as $$
+declare
+  r action_rule; a action; v_doubt boolean;
+  v_context text := coalesce(current_setting('anton.context', true), ''); v_tenant text := coalesce(current_setting('anton.tenant', true), '');
+begin
+  select x.* into r from handler h join action_rule x on x.app = h.app and x.handler = h.name where h.id = p_handler;
+  if r.name is null then
+    return;
+  end if;
+  select * into a from action where id = (p_key ->> 0)::bigint and app = r.app and name = r.name and state in ('new', 'ready', 'retrying', 'sending') for update;
+  if a.id is null then
+    return;
+  end if;
+  v_doubt := a.state = 'sending' or a.in_doubt;
+  if a.cause is not null then                              -- what listens to calls goes on with the chain
+    perform enter(a.cause, a.depth, a.trace, null);
+  end if;
+  perform mark_action(a.id);
+  update action set state = case when v_doubt then 'unknown' else 'failed' end, in_doubt = v_doubt,
+         error = case when v_doubt then 'an attempt did not end, and whether it happened is not known: ' else '' end || p_error where id = a.id;
+  perform set_config('anton.context', v_context, true), set_config('anton.tenant', v_tenant, true);
 end $$;
 
 -- capture_action(action) -> whether it is captured now: it counts as done, and nothing leaves
 create or replace function capture_action(p_action bigint) returns boolean language plpgsql volatile set search_path from current as $$
 begin
+  perform mark_action(p_action);
   update action a set state = 'captured' from action_rule r
-   where a.id = p_action and a.state in ('new', 'ready', 'retrying') and r.app = a.app and r.name = a.name and not unapproved(a, r) and not outdated(a);
+   where a.id = p_action and a.state in ('new', 'ready', 'retrying', 'failed') and r.app = a.app and r.name = a.name and not unapproved(a, r) and not outdated(a);
   return found;
 end $$;
 
@@ -316,7 +404,7 @@ declare a action; r action_rule; v_why text;
 begin
   select * into a from action where id = p_action for update;
   select * into r from action_rule x where x.app = a.app and x.name = a.name and x.missing_at is null;
-  if a.id is null or a.state not in ('new', 'ready', 'retrying') then
+  if a.id is null or a.state not in ('new', 'ready', 'retrying', 'failed') then
     return 'over';
   end if;
   a.taint := case when a.cause is not null and a.taint = '{}' and not a.taint_known then taint_of(a.cause) else a.taint end;
@@ -324,6 +412,7 @@ begin
   a.verdict := coalesce(p_verdict || jsonb_build_object('args_sha256', args_hash(a.args)), a.verdict);
   v_why := case when r.name is null then 'its app does not declare it (any more)'
                 when a.verdict ->> 'verdict' = 'refuse' then coalesce(a.verdict ->> 'why', 'a policy refuses it') else forbidden(a) end;
+  perform mark_action(a.id);
   update action set state = case when v_why is null then a.state else 'refused' end, error = coalesce(v_why, error), verdict = a.verdict, taint = a.taint where id = a.id;
   return case when v_why is not null then 'refused' when unapproved(a, r) or outdated(a) then 'ask' else 'capture' end;
 end $$;
@@ -331,7 +420,8 @@ end $$;
 -- retry_action(action, person) -> its state: a call that failed, or that is unknown and did not happen, is sent again; what guards it holds as before
 create or replace function retry_action(p_action bigint, p_person text default null) returns text language plpgsql volatile set search_path from current as $$
 begin
-  update action set state = 'ready', resolved_by = coalesce(person_of(p_person), p_person), error = null where id = p_action and state in ('failed', 'unknown');
+  perform mark_action(p_action);
+  update action set state = 'ready', resolved_by = coalesce(person_of(p_person), p_person), error = null, in_doubt = false where id = p_action and state in ('failed', 'unknown');
   if not found then
     raise exception using errcode = 'NT008', message = coalesce((select format('call %s of action %s is %s', id, name, state) from action where id = p_action), format('no call %s', p_action)),
       hint = 'what failed, or is unknown, can be sent again: anton actions list --state unknown';
@@ -344,7 +434,8 @@ end $$;
 create or replace function resolve_action(p_action bigint, p_state text, p_person text default null, p_result jsonb default null) returns text
 language plpgsql volatile set search_path from current as $$
 begin
-  update action set state = p_state, resolved_by = coalesce(person_of(p_person), p_person), result = coalesce(p_result, result), sent_at = case when p_state = 'sent' then coalesce(sending_at, now()) end
+  perform mark_action(p_action);
+  update action set state = p_state, in_doubt = false, resolved_by = coalesce(person_of(p_person), p_person), result = coalesce(p_result, result), sent_at = case when p_state = 'sent' then coalesce(sending_at, now()) end
    where id = p_action and state = 'unknown' and p_state in ('sent', 'failed');
   if not found then
     raise exception using errcode = 'NT008', message = coalesce((select format('call %s of action %s is %s', id, name, state) from action where id = p_action), format('no call %s', p_action)),
@@ -367,6 +458,7 @@ end $$;
 -- settle_action(action) -> whether it is the first to: what a call gives into= is written once, whichever job comes to it
 create or replace function settle_action(p_action bigint) returns boolean language plpgsql volatile set search_path from current as $$
 begin
+  perform mark_action(p_action);
   update action set settled_at = now() where id = p_action and settled_at is null;
   return found;
 end $$;
@@ -377,9 +469,11 @@ create or replace function forget_actions(p_now timestamptz) returns bigint lang
 set enable_seqscan = off set jit = off as $$
 declare v_n bigint;
 begin
+  perform set_config('anton.forget', 'on', true);
   delete from action where id in (
     select a.id from action a where a.state in ('sent', 'captured', 'refused') and a.changed_at < p_now - make_interval(days => greatest(1, coalesce(setting('action_days'), '90')::int))
        and not exists (select from approval p where p.action_id = a.id) order by a.changed_at limit 1000);
   get diagnostics v_n = row_count;
+  perform set_config('anton.forget', '', true);
   return v_n;
 end $$;

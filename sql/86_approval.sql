@@ -84,16 +84,25 @@ $$;
 
 -- record_of(table, key) -> the record as it is now, null when it is gone. table: schema.name, quoted or not; key: [k1, k2, ...]
 create or replace function record_of(p_table text, p_key jsonb) returns jsonb language plpgsql stable set search_path from current as $$
-declare w watched; v_record jsonb;
+declare w watched; v_rel regclass; v_record jsonb;
 begin
   select * into w from watched where p_table in (format('%I.%I', schema_name, table_name), schema_name || '.' || table_name);
-  if w.id is null or w.key_kind = 'none' or to_regclass(format('%I.%I', w.schema_name, w.table_name)) is null then
+  v_rel := case when w.key_kind <> 'none' then to_regclass(format('%I.%I', w.schema_name, w.table_name)) end;
+  if v_rel is null then
     return null;
+  end if;
+  if exists (select from unnest(w.key_columns) c where c not in (select name from table_columns(v_rel))) then   -- renamed since it was looked at
+    select k.keys, k.types into w.key_columns, w.key_types from table_key(v_rel) k;
+    if cardinality(w.key_columns) is distinct from jsonb_array_length(p_key) then
+      return null;
+    end if;
   end if;
   execute format('select to_jsonb(t) from %I.%I t where %s', w.schema_name, w.table_name,
                  (select string_agg(format('t.%I = ($1 ->> %s)::%s', c, o - 1, t), ' and ' order by o) from unnest(w.key_columns, w.key_types) with ordinality x (c, t, o)))
     into v_record using p_key;
   return v_record;
+exception when data_exception then                         -- its key is of another type now
+  return null;
 end $$;
 
 -- preview_of(template, action, args) -> what people read: the template with the arguments in it, read once from left to right, so that a value is
@@ -145,12 +154,25 @@ begin
   perform set_config('anton.event', '', true);
 end $$;
 
+-- steps_of(definition, at) -> [{"at", "to"}]: what is to happen to an approval that is asked then, the earliest first; without "to" a reminder
+create or replace function steps_of(d jsonb, p_at timestamptz) returns jsonb language sql stable set search_path from current as $$
+  select coalesce(jsonb_agg(jsonb_strip_nulls(jsonb_build_object('at', p_at + k, 'to', v)) order by k), '[]')
+    from (select k::interval, v from jsonb_each_text(coalesce(d -> 'escalate', '{}')) x (k, v)
+          union all select k::interval, null from jsonb_array_elements_text(coalesce(d -> 'remind', '[]')) k) x (k, v)
+$$;
+
+-- declared_of(call) -> what its action says of asking people, else what the call says itself; null: nothing does
+create or replace function declared_of(a action) returns jsonb language sql stable set search_path from current as $$
+  select coalesce((select r.approval from action_rule r where r.app = a.app and r.name = a.name and r.approval <> '{}'),
+                  case when texts(a.approve -> 'approvers') <> '{}' then a.approve end)
+$$;
+
 -- ask_approval(action, definition, preview) -> approval id. preview: of workers of the release before; guard_approval() makes it
 -- A call waits for a person: approvers, via, quorum, editable, timeout, on_timeout, escalate ({"1h": "@cfo"}), remind (["1h"]), subjects, reason.
 -- Whom the call alone asks (action.approve) is asked besides those of its action: each have their quorum, and time approves when both say so.
 -- null when it is not to be asked for any more.
 create or replace function ask_approval(p_action bigint, d jsonb, p_preview text default null) returns bigint language plpgsql volatile set search_path from current as $$
-declare a action; v_last approval; v_id bigint; v_now timestamptz := now(); v_escalate jsonb; v_expires timestamptz; v_evidence jsonb; v_also jsonb; v_may text[];
+declare a action; v_last approval; v_id bigint; v_now timestamptz := now(); v_evidence jsonb; v_also jsonb; v_may text[];
 begin
   select * into a from action where id = p_action for update;
   if a.id is null or a.state not in ('new', 'ready', 'retrying', 'failed') then
@@ -170,29 +192,31 @@ begin
       'editable', case when 'array' in (jsonb_typeof(d -> 'editable'), jsonb_typeof(v_also -> 'editable')) then to_jsonb(v_may) end,
       'on_timeout', case when d ->> 'on_timeout' = 'approve' and v_also ->> 'on_timeout' = 'approve' then 'approve' else 'reject' end);
   end if;
-  v_expires := v_now + (d ->> 'timeout')::interval;
-  select coalesce(jsonb_agg(jsonb_strip_nulls(jsonb_build_object('at', v_now + k, 'to', v)) order by k), '[]') into v_escalate  -- without "to": a reminder
-    from (select k::interval, v from jsonb_each_text(coalesce(d -> 'escalate', '{}')) x (k, v)
-          union all select k::interval, null from jsonb_array_elements_text(coalesce(d -> 'remind', '[]')) k) x (k, v);
   insert into approval (action_id, app, name, args, args_sha256, preview, evidence, taint, reason, approvers, via, quorum, editable, requested_by, trace,
-                        on_timeout, expires_at, escalate, due_at, supersedes, difference, at, needs)
+                        on_timeout, expires_at, escalate, supersedes, difference, at, needs)
   values (a.id, a.app, a.name, a.args, args_hash(a.args), p_preview, v_evidence, a.taint, d ->> 'reason',
           array(select jsonb_array_elements_text(d -> 'approvers')), array(select jsonb_array_elements_text(coalesce(d -> 'via', '["inbox"]'))),
           coalesce((d ->> 'quorum')::int, 1), case when jsonb_typeof(d -> 'editable') = 'array' then array(select jsonb_array_elements_text(d -> 'editable')) end,
-          a.requested_by, a.trace, coalesce(d ->> 'on_timeout', 'reject'), v_expires, v_escalate, least(v_expires, (v_escalate -> 0 ->> 'at')::timestamptz),
+          a.requested_by, a.trace, coalesce(d ->> 'on_timeout', 'reject'), v_now + (d ->> 'timeout')::interval, steps_of(d, v_now),
           case when v_last.state in ('superseded', 'approved') then v_last.id end,
           case when v_last.state in ('superseded', 'approved') then jsonb_build_object('args', changed_args(v_last.args, a.args), 'evidence', changed_evidence(v_last.evidence, v_evidence)) end, v_now,
           coalesce(d -> 'needs', '[]'))
   returning id into v_id;
   perform note_event(v_id, 'asked', null, null, args_hash(a.args));
+  perform mark_action(a.id);
   update action set state = 'waiting', approval_id = v_id where id = a.id;
   return v_id;
 end $$;
 
+-- refreshed(approval, now) -> until when people have time, where another one takes its place: as long as they had, where time approves
+create or replace function refreshed(v approval, p_now timestamptz) returns timestamptz language sql immutable set search_path from current as $$
+  select case when v.on_timeout = 'reject' then v.expires_at else p_now + (v.expires_at - v.at) end
+$$;
+
 -- refresh_approval(approval) -> the approval that is asked now: itself, or the one that took its place as a record it rests on had changed.
 -- One that time approves gives people all of its time again.
 create or replace function refresh_approval(p_approval bigint) returns bigint language plpgsql volatile set search_path from current as $$
-declare v approval; v_now jsonb; v_at timestamptz := now(); v_until timestamptz; v_new bigint;
+declare v approval; v_now jsonb; v_at timestamptz := now(); v_new bigint;
 begin
   select * into v from approval where id = p_approval for update;
   if v.state <> 'pending' then
@@ -202,15 +226,15 @@ begin
   if changed_evidence(v.evidence, v_now) = '[]' then
     return v.id;
   end if;
-  v_until := case when v.on_timeout = 'reject' then v.expires_at else v_at + (v.expires_at - v.at) end;
   perform note_event(v.id, 'superseded', null, null, v.args_sha256, jsonb_build_object('evidence', changed_evidence(v.evidence, v_now)));
-  update approval set state = 'superseded', decided_at = v_at, due_at = null where id = v.id;
+  update approval set state = 'superseded', decided_at = v_at where id = v.id;
   insert into approval (action_id, app, name, args, args_sha256, preview, evidence, taint, reason, approvers, via, quorum, editable, requested_by, trace,
-                        on_timeout, expires_at, escalate, due_at, supersedes, difference, at, needs)
+                        on_timeout, expires_at, escalate, supersedes, difference, at, needs)
   values (v.action_id, v.app, v.name, v.args, v.args_sha256, v.preview, v_now, v.taint, v.reason, v.approvers, v.via, v.quorum, v.editable, v.requested_by, v.trace,
-          v.on_timeout, v_until, v.escalate, least(v_until, (v.escalate -> 0 ->> 'at')::timestamptz), v.id, jsonb_build_object('args', '{}'::jsonb, 'evidence', changed_evidence(v.evidence, v_now)), v_at, v.needs)
+          v.on_timeout, refreshed(v, v_at), v.escalate, v.id, jsonb_build_object('args', '{}'::jsonb, 'evidence', changed_evidence(v.evidence, v_now)), v_at, v.needs)
   returning id into v_new;
   perform note_event(v_new, 'asked', null, null, v.args_sha256);
+  perform mark_action(v.action_id);
   update action set approval_id = v_new where id = v.action_id;
   return v_new;
 end $$;
@@ -264,7 +288,8 @@ begin
   end if;
   if p_decision = 'reject' then
     perform note_event(v.id, 'rejected', p.name, p_via, v.args_sha256, jsonb_strip_nulls(jsonb_build_object('why', p_why)));
-    update approval set state = 'rejected', decided_by = p.name, decided_via = p_via, decided_at = v_now, why = p_why, due_at = null where id = v.id;
+    update approval set state = 'rejected', decided_by = p.name, decided_via = p_via, decided_at = v_now, why = p_why where id = v.id;
+    perform mark_action(v.action_id);
     update action set state = 'rejected', error = p_why where id = v.action_id;
   else
     v_edited := v_args <> v.args;
@@ -283,7 +308,8 @@ begin
       return;
     end if;
     perform note_event(v.id, 'approved', p.name, p_via, v.args_sha256);
-    update approval set state = 'approved', decided_by = p.name, decided_via = p_via, decided_at = v_now, due_at = null where id = v.id;
+    update approval set state = 'approved', decided_by = p.name, decided_via = p_via, decided_at = v_now where id = v.id;
+    perform mark_action(v.action_id);
     update action set state = 'ready', args = v.args where id = v.action_id;
   end if;
   select true, a.state, a.decided_by, a.decided_via, a.decided_at into won, state, decided_by, decided_via, decided_at from approval a where a.id = v.id;
@@ -300,11 +326,13 @@ begin
     return;
   elsif v.on_timeout = 'approve' then
     perform note_event(v.id, 'approved', null, 'timeout', v.args_sha256);
-    update approval set state = 'approved', decided_via = 'timeout', decided_at = v_now, due_at = null where id = v.id;
+    update approval set state = 'approved', decided_via = 'timeout', decided_at = v_now where id = v.id;
+    perform mark_action(v.action_id);
     update action set state = 'ready', args = v.args where id = v.action_id;
   else
     perform note_event(v.id, 'expired', null, 'timeout', v.args_sha256);
-    update approval set state = 'expired', decided_via = 'timeout', decided_at = v_now, due_at = null where id = v.id;
+    update approval set state = 'expired', decided_via = 'timeout', decided_at = v_now where id = v.id;
+    perform mark_action(v.action_id);
     update action set state = 'expired', error = format('nobody decided approval %s in time', v.id) where id = v.action_id;
   end if;
 end $$;
@@ -314,28 +342,35 @@ create or replace function grown(p_needs jsonb, p_who text) returns jsonb langua
   select jsonb_set(p_needs, '{0,approvers}', (p_needs #> '{0,approvers}') || to_jsonb(p_who))
 $$;
 
--- work_approvals() -> how many had something due: an escalation, or the timeout
+-- work_approval(approval): what is due of it: a reminder, an escalation, or the end of its time
+create or replace function work_approval(v approval) returns void language plpgsql volatile set search_path from current as $$
+declare v_to text := v.escalate -> 0 ->> 'to';
+begin
+  if v.expires_at <= now() then
+    perform expire_approval(v.id);
+  elsif v_to is null then
+    perform note_event(v.id, 'reminded', null, null, v.args_sha256);
+    update approval set escalate = escalate - 0 where id = v.id;
+    perform tell(v.id, 'reminder');
+  else
+    perform note_event(v.id, 'escalated', null, null, v.args_sha256, jsonb_build_object('to', v_to));
+    update approval set approvers = case when v_to = any (approvers) then approvers else approvers || v_to end, escalate = escalate - 0,
+           needs = case when texts(needs #> '{0,approvers}') @> array[v_to] or needs = '[]' then needs else grown(needs, v_to) end where id = v.id;
+    perform tell(v.id, 'escalated', array[v_to]);
+  end if;
+end $$;
+
+-- work_approvals() -> how many had something due. One that cannot be done says so in its error, is tried again in a minute, and holds up no other
 create or replace function work_approvals() returns int language plpgsql volatile set search_path from current as $$
-declare v approval; v_now timestamptz := now(); v_to text; v_n int := 0;
+declare v approval; v_now timestamptz := now(); v_n int := 0;
 begin
   for v in select * from approval where state = 'pending' and due_at <= v_now order by due_at limit 100 for update skip locked loop
     v_n := v_n + 1;
-    if v.expires_at <= v_now then
-      perform expire_approval(v.id);
-      continue;
-    end if;
-    v_to := v.escalate -> 0 ->> 'to';
-    if v_to is null then
-      perform note_event(v.id, 'reminded', null, null, v.args_sha256);
-      update approval set escalate = escalate - 0, due_at = least(expires_at, (escalate -> 1 ->> 'at')::timestamptz) where id = v.id;
-      perform tell(v.id, 'reminder');
-      continue;
-    end if;
-    perform note_event(v.id, 'escalated', null, null, v.args_sha256, jsonb_build_object('to', v_to));
-    update approval set approvers = case when v_to = any (approvers) then approvers else approvers || v_to end, escalate = escalate - 0,
-           needs = case when texts(needs #> '{0,approvers}') @> array[v_to] or needs = '[]' then needs else grown(needs, v_to) end,
-           due_at = least(expires_at, (escalate -> 1 ->> 'at')::timestamptz) where id = v.id;
-    perform tell(v.id, 'escalated', array[v_to]);
+    begin
+      perform work_approval(v);
+    exception when others then
+      update approval set error = sqlerrm, retry_at = v_now + interval '1 minute' where id = v.id;
+    end;
   end loop;
   return v_n;
 end $$;
@@ -361,26 +396,39 @@ create or replace function loosened(p approval, r action_rule, c action) returns
                    and not (asks(p.needs, texts(d -> 'approvers') || array(select value from jsonb_each_text(coalesce(d -> 'escalate', '{}'))),
                                               coalesce((d ->> 'quorum')::int, 1)) and asks(p.needs, also, coalesce((c.approve ->> 'quorum')::int, 1)))
                 then format('its call is approved by %s, too', array_to_string(also, ', '))
-              when p.on_timeout <> 'reject' and (p.on_timeout is distinct from d ->> 'on_timeout' or also <> '{}' and p.on_timeout is distinct from c.approve ->> 'on_timeout') then 'its action is not approved by time'
-              when p.on_timeout <> 'reject' and not exists (select from approval b where b.id = p.supersedes and b.action_id = p.action_id and b.state = 'superseded'
-                                                                  and p.expires_at >= now() + (b.expires_at - b.at) - interval '1 minute')
-                   and p.expires_at < now() + (d ->> 'timeout')::interval - interval '1 minute' then 'its action gives people more time' end
+              when p.on_timeout <> 'reject' and (p.on_timeout is distinct from d ->> 'on_timeout' or also <> '{}' and p.on_timeout is distinct from c.approve ->> 'on_timeout') then 'its action is not approved by time' end
     from (select coalesce(r.approval, case when own <> '{}' then c.approve end), case when r.approval is null then '{}' else own end from texts(c.approve -> 'approvers') own) x (d, also)
    where d is not null
+$$;
+
+-- noted(approval, kind) -> whether this transaction has noted that of it, as its arguments and who decided it are
+create or replace function noted(a approval, p_kind text) returns boolean language sql stable set search_path from current as $$
+  select exists (select from approval_event e where e.approval_id = a.id and e.kind = p_kind and e.xid = pg_current_xact_id_if_assigned() and e.args_sha256 = a.args_sha256
+                    and (a.state = 'pending' or e.person is not distinct from a.decided_by and e.via is not distinct from a.decided_via))
 $$;
 
 -- guard_approval(): what may become of an approval, whoever writes. The preview is always that of its arguments
 create or replace function guard_approval() returns trigger language plpgsql volatile security definer set search_path from current as $$
 declare
-  v_why text; v_rule action_rule; v_call action;
-  v_free text[] := '{state,args,args_sha256,before,after,approvers,needs,escalate,due_at,decided_by,decided_via,decided_at,why}';
+  v_why text; v_rule action_rule; v_call action; v_last approval; d jsonb;
+  v_free text[] := '{state,args,args_sha256,before,after,approvers,needs,escalate,due_at,decided_by,decided_via,decided_at,why,error,retry_at}';
 begin
   if tg_op = 'DELETE' then
     v_why := 'approvals are kept';
   elsif tg_op = 'INSERT' then
     select r.* into v_rule from action a join action_rule r on r.app = a.app and r.name = a.name where a.id = new.action_id and r.approval <> '{}';
     select * into v_call from action where id = new.action_id;
+    select * into v_last from approval b where b.id = new.supersedes and b.action_id = new.action_id and b.state = 'superseded' and noted(b, 'superseded');
+    d := declared_of(v_call);
+    new.at := now();
+    if v_last.id is not null then                          -- until when, and what follows, is as it was, or as it is declared: never what an insert says
+      new.escalate := v_last.escalate; new.expires_at := refreshed(v_last, new.at);
+    elsif d is not null then
+      new.escalate := steps_of(d, new.at); new.expires_at := new.at + (d ->> 'timeout')::interval;
+    end if;
     v_why := case when new.state <> 'pending' then 'an approval begins as pending'
+                  when coalesce(new.decided_by, new.decided_via, new.why, new.error, new.decided_at::text, new.retry_at::text, new.before::text, new.after::text) is not null
+                    then 'nobody has decided it yet'
                   when (new.app, new.name) is distinct from (v_call.app, v_call.name) or new.requested_by is distinct from v_call.requested_by
                        or new.supersedes is null and new.args is distinct from v_call.args then 'it is not about its call: app, name, args, requested_by' when new.args_sha256 <> args_hash(new.args) then 'args_sha256 is not that of its args'
                   when cardinality(new.approvers) = 0 then 'nobody may decide it' else loosened(new, v_rule, v_call) end;
@@ -393,18 +441,32 @@ begin
     v_why := 'approvers grow as escalate says';
   elsif new.needs <> old.needs and (new.needs is distinct from grown(old.needs, old.escalate -> 0 ->> 'to') or (old.escalate -> 0 ->> 'at')::timestamptz > now()) then
     v_why := 'those who are asked for one call grow as escalate says';
-  elsif new.escalate is distinct from old.escalate and new.escalate is distinct from old.escalate - 0 then
-    v_why := 'escalate goes on step by step';
+  elsif new.escalate is distinct from old.escalate and (new.escalate is distinct from old.escalate - 0 or not noted(new, 'escalated') and not noted(new, 'reminded')) then
+    v_why := 'escalate goes on step by step, each noted';
+  elsif new.state = old.state and (new.decided_by, new.decided_via, new.decided_at, new.why) is distinct from (old.decided_by, old.decided_via, old.decided_at, old.why) then
+    v_why := 'nobody has decided it yet';
+  elsif new.retry_at > now() + interval '1 minute' then
+    v_why := 'what could not be done is tried again in a minute';
   elsif new.args_sha256 is distinct from args_hash(new.args) then
     v_why := 'args_sha256 is not that of its args';
-  elsif new.args <> old.args and (not exists (select from approval_event e where e.approval_id = new.id and e.kind = 'edited' and e.args_sha256 = new.args_sha256)
+  elsif new.args <> old.args and (not noted(new, 'edited')
                                   or (new.before, new.after) is distinct from (coalesce(old.before, old.args), new.args)) then
     v_why := 'its arguments are edited by who decides it';
+  elsif new.state <> old.state and not noted(new, new.state) then
+    v_why := format('it becomes %s with its event, in one transaction', new.state);
+  elsif new.state = 'expired' and (new.expires_at <= now()) is not true then
+    v_why := 'its time is not over';
   elsif new.state = 'approved' then
     v_why := case when not (new.decided_via = 'timeout' and new.on_timeout = 'approve' and new.expires_at <= now()) then lacking(new) end;
   end if;
   if v_why is not null then
     raise exception using errcode = 'NT009', message = format('approval %s: %s', coalesce(new.id, old.id), v_why), hint = 'people decide through decide()';
+  end if;
+  if tg_op = 'UPDATE' and (new.state, new.escalate) is distinct from (old.state, old.escalate) then
+    new.error := null; new.retry_at := null;
+  end if;
+  if tg_op <> 'DELETE' then
+    new.due_at := case when new.state = 'pending' then greatest(least(new.expires_at, (new.escalate -> 0 ->> 'at')::timestamptz), new.retry_at) end;
   end if;
   if tg_op = 'INSERT' or new.args <> old.args then
     select preview_of(coalesce(nullif(r.approval ->> 'preview', ''), a.approve ->> 'preview'), a.name, new.args) into new.preview
@@ -443,6 +505,7 @@ begin
       hint = 'people decide by: select decide(approval, person, ''approve'' or ''reject'', via, args_sha256)';
   end if;
   new.person := coalesce(p.name, new.person);
+  new.xid := pg_current_xact_id();
   return new;
 end $$;
 
@@ -469,7 +532,7 @@ $$;
 -- show_approval(id) -> the approval, its history and who may decide it, as JSON; null when there is none
 create or replace function show_approval(p_approval bigint) returns jsonb language sql stable set search_path from current as $$
   select to_jsonb(a) || jsonb_build_object(
-           'events', (select coalesce(jsonb_agg(to_jsonb(e) - 'approval_id' order by e.id), '[]') from approval_event e where e.approval_id = a.id),
+           'events', (select coalesce(jsonb_agg(to_jsonb(e) - array['approval_id', 'xid'] order by e.id), '[]') from approval_event e where e.approval_id = a.id),
            'people', (select coalesce(jsonb_agg(p.name), '[]') from approvers_of(a.id) p))
     from approval a where a.id = p_approval
 $$;
