@@ -26,7 +26,7 @@ from anton.calls import Call
 from anton.ctx import Ctx
 from anton.db import Database
 from anton.errors import CapReached, Discard, Retry, WorldError
-from anton.fate import say, status_of
+from anton.fate import is_world, say, status_of
 from anton.op import Call as Step
 from anton.secret import has_secret
 from anton.sink import reasons
@@ -102,10 +102,9 @@ class Sender:
                     return
                 error = Retry(f"it did not happen: {say(error)}")
             refused = isinstance(error, Discard) or 400 <= status_of(error) < 500 and status_of(error) not in (408, 429)
-            over = refused or (last and isinstance(error, Retry)) or (last and not did_not_happen(error))
-            doubt = None if did_not_happen(error) else True
-            if action.effect == "unsafe":                              # probe= said that none of them happened
-                doubt = False
+            over = refused or (last and (isinstance(error, Retry) or not is_world(error)))
+            # an unsafe one is here when it did not happen, or when probe= said so
+            doubt = False if action.effect == "unsafe" else None if did_not_happen(error) else True
             await self._end(db, call, token, "failed" if over else "retrying", None, say(error), doubt)
             if refused and not isinstance(error, Discard):
                 raise Discard(say(error)) from error

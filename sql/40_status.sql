@@ -77,6 +77,9 @@ begin
            format('anton actions list --name %s --state unknown; then resolve or retry', a.name)
       from action a where a.state = 'unknown' group by a.app, a.name;
   return query
+    select 'approval', a.app || '.' || a.name, format('what is due of approval %s cannot be done: %s', a.id, a.error), format('anton approvals show %s; it is tried again each minute', a.id)
+      from approval a where a.state = 'pending' and a.error is not null order by a.id;
+  return query
     select 'action', 'all', 'actions are stopped: no call leaves', 'anton actions start' where setting('actions') = 'stopped';
   return query
     select 'table', format('%I.%I', w.schema_name, w.table_name), 'is gone', 'bring it back, or take its handlers out of the code and migrate'

@@ -281,7 +281,7 @@ def test_a_retry_sends_nothing_that_rests_on_what_has_changed(live):
     live.run()
     assert sent == [] and len(live.approvals) == 1
     live.approvals[0].approve(by="ann")
-    sql(live, "update anton.action set state = 'sending', token = 5, attempt = 1")    # its sender was killed
+    sql(live, "select anton.begin_action(id, 5) from anton.action")                    # its sender was killed
     live.tables["complaints"].select().update(total=2)
     live.run()
     assert sent == [] and [(call.state, call.error) for call in live.calls] == [
@@ -390,6 +390,117 @@ def test_no_statement_sends_what_nobody_approved(statement, live, sent):
     assert sent == []
 
 
+BY_HAND = [
+    "update anton.action_rule set gate = 'open', approval = '{}'", "update anton.action_rule set missing_at = null",
+    "insert into anton.action_rule (app, name) values ('other', 'refund')", "delete from anton.action_rule",
+    "truncate anton.action_rule", "update anton.action_used set amount = 0", "delete from anton.action_used",
+    "update anton.action set attempt = 1", "update anton.action set approval_id = null",
+    "update anton.action set verdict = jsonb_build_object('verdict', 'pass', 'args_sha256', anton.args_hash(args))",
+    "update anton.action set counted = '[]', in_doubt = true", "update anton.action set trace = 1, depth = 0",
+    "update anton.action set state = 'rejected', error = 'no'", "update anton.action set settled_at = anton.now()",
+    "delete from anton.action where approval_id is null", "truncate anton.action cascade",
+    "do $$ begin perform anton.mark_action(id) from anton.action; update anton.action set state = 'ready'; end $$",
+    "do $$ begin perform anton.mark_action(id) from anton.action; update anton.action set state = 'expired'; end $$"]
+
+
+def test_neither_rules_nor_calls_nor_what_caps_have_used_change_by_a_statement(live, sent):
+    asked(live, sent, cap="5 amount/day")
+    tables = "(select to_jsonb(r) from anton.action_rule r), (select to_jsonb(a) from anton.action a)"
+    before = [tuple(row) for row in sql(live, f"select {tables}")]
+    for statement in BY_HAND:
+        with pytest.raises(Exception, match="by hand|changes by what becomes of it|stay as they are|no approval of it"
+                                            "|that approval asks nobody|append-only") as refused:
+            sql(live, statement)
+        assert refused.value.sqlstate in ("NT008", "NT009"), statement
+    assert [tuple(row) for row in sql(live, f"select {tables}")] == before
+    live.approvals[0].approve(by="ann")
+    live.run()
+    assert sent == [(7, 5)]
+
+
+UNDECIDED = [
+    ("state = 'rejected', decided_by = 'ann', decided_via = 'psql'", "becomes rejected with its event"),
+    ("state = 'superseded'", "becomes superseded with its event"),
+    ("state = 'expired', decided_via = 'timeout'", "becomes expired with its event"),
+    ("decided_by = 'ann', why = 'no'", "nobody has decided it yet"),
+    ("retry_at = anton.now() + interval '1 day'", "tried again in a minute"),
+    ("escalate = escalate - 0", "each noted")]
+
+
+def test_a_decision_without_its_event_is_none(live, sent):
+    asked(live, sent, Approval("@finance", escalate={"1h": "@cfo"}))
+    for given, said in UNDECIDED:
+        with pytest.raises(Exception, match=said) as refused:
+            sql(live, f"update anton.approval set {given}")
+        assert refused.value.sqlstate == "NT009"
+    with pytest.raises(Exception, match="its time is not over"):
+        sql(live, "do $$ begin perform anton.note_event(id, 'expired', null, null, args_sha256) from anton.approval; "
+                  "update anton.approval set state = 'expired'; end $$")
+    live.approvals[0].approve(by="ann")
+    (row,) = sql(live, "select count(*) from anton.approval a join anton.approval_event e on e.approval_id = a.id "
+                       "where a.state = 'approved' and e.kind = 'approved' and e.xid is not null")
+    assert row["count"] == 1
+
+
+def test_until_when_and_what_follows_is_as_declared_whatever_an_insert_says(live, sent):
+    refund = declare(live, sent, Approval("@finance", timeout="2h", escalate={"1h": "@cfo"}))
+    refund.send(7, 5)
+    sql(live, "insert into anton.approval (action_id, app, name, args, args_sha256, preview, approvers, due_at, at, "
+              "expires_at, escalate) select id, app, name, args, anton.args_hash(args), '', '{@finance}', '2000-01-01', "
+              "'2000-01-01', '2000-01-02', '[{\"at\": \"2000-01-01\", \"to\": \"eve\"}]' from anton.action")
+    (row,) = sql(live, "select due_at - at as due, expires_at - at as over, escalate -> 0 ->> 'to' as to, "
+                       "at > anton.now() - interval '1 day' as now from anton.approval")
+    assert (row["due"].total_seconds(), row["over"].total_seconds(), row["to"], row["now"]) == (3600, 7200, "@cfo", True)
+
+
+def test_one_approval_that_cannot_be_worked_on_says_why_and_holds_up_no_other(live, sent):
+    refund = declare(live, sent, Approval("@finance", via=["slack:#finance"], timeout="1h"))
+    for order in range(3):
+        refund.send(order, 5)
+    live.run()
+    first, *_ = live.approvals
+    sql(live, f"alter table anton.notice add constraint broken check (approval_id <> {first.id}) not valid")
+    live.advance("2h")
+    assert [call.state for call in live.calls] == ["waiting", "expired", "expired"]
+    (row,) = sql(live, "select error from anton.approval where state = 'pending'")
+    assert "broken" in row["error"]
+    assert "what is due of approval" in str(sql(live, "select problem from anton.findings()"))
+    sql(live, "alter table anton.notice drop constraint broken")
+    live.advance("2m")
+    assert [call.state for call in live.calls] == ["expired"] * 3
+    assert sql(live, "select from anton.approval where error is not null or due_at is not null") == []
+
+
+def test_a_key_column_that_was_renamed_breaks_nothing(live, sent):
+    asked(live, sent)
+    table = live.tables["complaints"].name
+    sql(live, f"alter table {table} rename column id to number")
+    first = live.approvals[0].approve(by="ann")
+    assert (first["won"], first["state"]) == (False, "superseded")
+    (second,) = live.approvals
+    assert second.evidence[0]["record"]["number"] == 1
+    second.approve(by="ann")
+    live.run()
+    assert sent == [(7, 5)]
+
+
+def test_a_cap_counts_an_amount_that_was_edited_and_a_call_once_in_each_period(live):
+    sent = Refusing([0])
+    asked(live, sent, cap="10 amount/day", probe=lambda call: False)
+    live.approvals[0].approve(by="ann")
+    live.run()
+    assert [call.state for call in live.calls] == ["failed"]
+    for amount, used, is_sent in ((11, 5, False), (8, 8, True)):
+        live.tables["complaints"].select().update(total=amount)        # so that it is asked about again
+        if not is_sent:
+            sql(live, "select anton.retry_action(id) from anton.action")
+        live.run()
+        live.approvals[0].approve(by="ann", edit={"amount": amount})
+        live.run()
+        assert sql(live, "select amount from anton.action_used")[0]["amount"] == used
+        assert bool(sent) == is_sent, amount
+
+
 def test_neither_a_replay_nor_a_retry_nor_another_handler_sends_what_nobody_approved(live, sent):
     refund = asked(live, sent)
     with pytest.raises(Exception, match="waiting"):
@@ -411,7 +522,7 @@ def test_neither_a_replay_nor_a_retry_nor_another_handler_sends_what_nobody_appr
 def test_an_action_that_its_app_gave_up_sends_nothing_more(live, sent):
     refund = declare(live, sent, None)
     refund.send(7, 5)
-    sql(live, "update anton.action_rule set missing_at = anton.now()")
+    sql(live, "select anton.retire_actions($1, '{}')", live.app.name)
     live.run()
     assert sent == [] and live.calls[0].state == "refused"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import subprocess
 import sys
@@ -262,6 +263,99 @@ def test_a_cap_lets_through_what_it_says_and_the_rest_waits_for_the_next_day(liv
     assert len(peer.got) == 5
 
 
+def test_a_call_that_is_sent_again_in_another_period_counts_there(live, peer):
+    refund = declare(live, peer, cap="10 amount/day")
+    peer.raises = [Discard("no such order")]
+    refund.send(7, 6)
+    live.run()
+    live.advance("25h")
+    call_sql(live, "retry_action", 1)
+    live.run()
+    refund.send(8, 5)
+    live.run()
+    assert states(live) == ["sent", "new"]
+    assert [row["amount"] for row in sql(live, "select amount from anton.action_used order by since")] == [6, 6]
+    live.advance("25h")
+    assert states(live) == ["sent", "sent"]
+
+
+def test_of_two_calls_at_once_one_gets_what_is_left_of_a_cap(live, peer):
+    refund = declare(live, peer, cap="1/day")
+    refund.send(7, 5)
+    refund.send(8, 5)
+
+    async def begin(conn: Any, first: bool) -> str:
+        which = "min" if first else "max"
+        return str(await conn.fetchval(f"select verdict from anton.begin_action((select {which}(id) from anton.action), 5)"))
+
+    async def race() -> list[str]:
+        async with live.db.conn() as one, live.db.conn() as two, live.db.conn() as watch:
+            pid = await two.fetchval("select pg_backend_pid()")
+            async with one.transaction():
+                first = await begin(one, True)
+                second = asyncio.ensure_future(begin(two, False))
+                while not second.done() and not await watch.fetchval("select pg_blocking_pids($1) <> '{}'", pid):
+                    await asyncio.sleep(0)
+            return [first, await second]
+
+    assert live.db.run(race()) == ["send", "capped"]
+
+
+DEATH = """
+do $$
+declare j record;
+begin
+  select * into j from anton.claim(anton.register_worker('a', 'host', 1, 'v'), 5, array(select id from anton.handler where name = 'send_refund'),
+                                   '{{1}}', '{{1}}', '{{0}}', '1 minute');
+  {begun}
+  perform anton.bury(5, j.id, j.lo, 'crashed', 'killed', null);
+end $$"""
+
+
+@pytest.mark.parametrize("effect, begun, state", [
+    ("unsafe", True, "unknown"), ("idempotent", True, "unknown"), ("unsafe", False, "failed")])
+def test_a_call_whose_job_died_is_unknown_where_it_was_begun_and_failed_where_it_was_not(effect, begun, state, live, peer):
+    refund = declare(live, peer, effect=effect)
+    refund.send(7, 5)
+    sql(live, DEATH.format(begun="perform anton.begin_action(min(id), 9) from anton.action;" if begun else ""))
+    assert states(live) == [state] and live.calls[0].error.endswith("killed")
+    live.run()
+    assert peer.got == []
+    if begun:
+        call_sql(live, "retry_action", 1)
+    else:
+        sql(live, "select anton.replay(id) from anton.dead")
+    live.run()
+    assert states(live) == ["sent"] and len(peer.got) == 1
+
+
+def test_a_captured_call_whose_dead_letter_is_replayed_is_captured(app, peer):
+    refund = declare(app, peer)
+    refund.send(7, 5)
+    sql(app, DEATH.format(begun=""))
+    assert states(app) == ["failed"]
+    sql(app, "select anton.replay(id) from anton.dead")
+    app.run()
+    assert states(app) == ["captured"] and peer.got == []
+
+
+@pytest.mark.parametrize("raised, state", [
+    ([RuntimeError("broke")] * 2, "unknown"), ([RuntimeError("broke"), Retry("later")], "unknown"),
+    ([RuntimeError("broke"), Discard("no")], "unknown"), ([Retry("later")] * 2, "failed"),
+    ([RuntimeError("broke"), TimeoutError("no answer")], "sent")])     # while the world is away it is tried on
+def test_an_idempotent_call_that_is_tried_no_more_is_unknown_where_any_attempt_is_in_doubt(raised, state, live, peer):
+    refund = declare(live, peer, effect="idempotent", attempts=2)
+    peer.raises = list(raised)
+    refund.send(7, 5)
+    live.run()
+    live.advance("1h")
+    assert states(live) == [state] and not peer.raises
+    if state != "sent":
+        call_sql(live, "retry_action", 1)
+        live.run()
+    assert states(live) == ["sent"] and len(peer.got) == 1
+
+
 def test_stopped_actions_wait_and_go_on(live, peer):
     refund = declare(live, peer)
     sql(live, "select anton.stop_actions()")
@@ -439,12 +533,9 @@ def test_a_captured_call_is_judged_too(policy, app, peer):
 def test_a_verdict_and_a_token_by_psql_send_nothing(effect, options, live, peer):
     refund = declare(live, peer, effect=effect, **{"approve": Approval("@finance", when=lambda args: False), **options})
     refund.send(7, 5)
-    sql(live, "update anton.action set state = 'sending', token = 5, attempt = 1, verdict = jsonb_build_object("
-              "'verdict', 'pass', 'args_sha256', anton.args_hash(args))")
-    live.run()
-    live.advance("1h")
-    assert peer.got == [] and states(live) == ["unknown"]
-    call_sql(live, "retry_action", 1)
+    with pytest.raises(Exception, match="call 1 of action refund"):
+        sql(live, "update anton.action set state = 'sending', token = 5, attempt = 1, verdict = jsonb_build_object("
+                  "'verdict', 'pass', 'args_sha256', anton.args_hash(args))")
     live.run()
     assert peer.got == [] and states(live) == ["waiting"]
 
