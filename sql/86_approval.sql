@@ -452,12 +452,12 @@ begin
   elsif new.args <> old.args and (not noted(new, 'edited')
                                   or (new.before, new.after) is distinct from (coalesce(old.before, old.args), new.args)) then
     v_why := 'its arguments are edited by who decides it';
+  elsif new.state = 'approved' and not coalesce(new.decided_via = 'timeout' and new.on_timeout = 'approve' and new.expires_at <= now(), false) and lacking(new) is not null then
+    v_why := lacking(new);
   elsif new.state <> old.state and not noted(new, new.state) then
     v_why := format('it becomes %s with its event, in one transaction', new.state);
   elsif new.state = 'expired' and (new.expires_at <= now()) is not true then
     v_why := 'its time is not over';
-  elsif new.state = 'approved' then
-    v_why := case when not (new.decided_via = 'timeout' and new.on_timeout = 'approve' and new.expires_at <= now()) then lacking(new) end;
   end if;
   if v_why is not null then
     raise exception using errcode = 'NT009', message = format('approval %s: %s', coalesce(new.id, old.id), v_why), hint = 'people decide through decide()';

@@ -285,8 +285,8 @@ def test_of_two_calls_at_once_one_gets_what_is_left_of_a_cap(live, peer):
     refund.send(8, 5)
 
     async def begin(conn: Any, first: bool) -> str:
-        which = "min" if first else "max"
-        return str(await conn.fetchval(f"select verdict from anton.begin_action((select {which}(id) from anton.action), 5)"))
+        which = f"(select {'min' if first else 'max'}(id) from anton.action)"
+        return str(await conn.fetchval(f"select verdict from anton.begin_action({which}, 5)"))
 
     async def race() -> list[str]:
         async with live.db.conn() as one, live.db.conn() as two, live.db.conn() as watch:
@@ -305,8 +305,8 @@ DEATH = """
 do $$
 declare j record;
 begin
-  select * into j from anton.claim(anton.register_worker('a', 'host', 1, 'v'), 5, array(select id from anton.handler where name = 'send_refund'),
-                                   '{{1}}', '{{1}}', '{{0}}', '1 minute');
+  select * into j from anton.claim(anton.register_worker('a', 'host', 1, 'v'), 5, array(
+    select id from anton.handler where name = 'send_refund'), '{{1}}', '{{1}}', '{{0}}', '1 minute');
   {begun}
   perform anton.bury(5, j.id, j.lo, 'crashed', 'killed', null);
 end $$"""
@@ -314,7 +314,7 @@ end $$"""
 
 @pytest.mark.parametrize("effect, begun, state", [
     ("unsafe", True, "unknown"), ("idempotent", True, "unknown"), ("unsafe", False, "failed")])
-def test_a_call_whose_job_died_is_unknown_where_it_was_begun_and_failed_where_it_was_not(effect, begun, state, live, peer):
+def test_a_call_whose_job_died_is_unknown_where_it_was_begun_and_else_failed(effect, begun, state, live, peer):
     refund = declare(live, peer, effect=effect)
     refund.send(7, 5)
     sql(live, DEATH.format(begun="perform anton.begin_action(min(id), 9) from anton.action;" if begun else ""))
