@@ -437,9 +437,9 @@ begin
   elsif to_jsonb(new) - v_free is distinct from to_jsonb(old) - v_free then
     v_why := 'what is asked, of whom, and until when stays as it is';
   elsif new.approvers <> old.approvers and (new.approvers is distinct from old.approvers || (old.escalate -> 0 ->> 'to')
-                                            or (old.escalate -> 0 ->> 'at')::timestamptz > now()) then
+                                            or (old.escalate -> 0 ->> 'at')::timestamptz > now() or new.escalate = old.escalate) then
     v_why := 'approvers grow as escalate says';
-  elsif new.needs <> old.needs and (new.needs is distinct from grown(old.needs, old.escalate -> 0 ->> 'to') or (old.escalate -> 0 ->> 'at')::timestamptz > now()) then
+  elsif new.needs <> old.needs and (new.needs is distinct from grown(old.needs, old.escalate -> 0 ->> 'to') or (old.escalate -> 0 ->> 'at')::timestamptz > now() or new.escalate = old.escalate) then
     v_why := 'those who are asked for one call grow as escalate says';
   elsif new.escalate is distinct from old.escalate and (new.escalate is distinct from old.escalate - 0 or not noted(new, 'escalated') and not noted(new, 'reminded')) then
     v_why := 'escalate goes on step by step, each noted';

@@ -447,8 +447,8 @@ def test_until_when_and_what_follows_is_as_declared_whatever_an_insert_says(live
     refund = declare(live, sent, Approval("@finance", timeout="2h", escalate={"1h": "@cfo"}))
     refund.send(7, 5)
     sql(live, "insert into anton.approval (action_id, app, name, args, args_sha256, preview, approvers, due_at, at, "
-              "expires_at, escalate) select id, app, name, args, anton.args_hash(args), '', '{@finance}', "
-              "'2000-01-01', '2000-01-01', '2000-01-02', '[{\"at\": \"2000-01-01\", \"to\": \"eve\"}]' from anton.action")
+              "expires_at, escalate) select id, app, name, args, anton.args_hash(args), '', '{@finance}', '2000-01-01',"
+              " '2000-01-01', '2000-01-02', '[{\"at\": \"2000-01-01\", \"to\": \"eve\"}]' from anton.action")
     (row,) = sql(live, "select due_at - at as due, expires_at - at as over, escalate -> 0 ->> 'to' as to, "
                        "at > anton.now() - interval '1 day' as now from anton.approval")
     assert (row["due"], row["over"], row["to"]) == (timedelta(hours=1), timedelta(hours=2), "@cfo") and row["now"]
