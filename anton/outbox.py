@@ -126,8 +126,8 @@ class Action:
 
     def send(self, *args: Any, approve: Approval | None = None, key: str | None = None, by: str | None = None,
              **named: Any) -> Any:
-        """Records one call, to commit with what surrounds it; returns its record, as append() does; with key= it has no id
-        yet, as there may be such a call already: select(idempotency_key=…).
+        """Records one call, to commit with what surrounds it; returns its record, as append() does; with key= it has no
+        id yet, as there may be such a call already: select(idempotency_key=…).
 
         args, named: its arguments, checked at once. approve: whom to ask about this call; it adds to what is declared,
         never takes away. key: an idempotency key of your own: a second call with the same is none. by: the person who
@@ -380,9 +380,9 @@ def edited(app: Any, shown: Mapping[str, Any], edit: Mapping[str, Any]) -> dict[
     Raises InvalidRecord, and DecisionRefused where its action is not declared here.
     """
     args = {**shown["args"], **edit}
-    declared = app.actions.get(shown["name"]) if shown["app"] == app.name else None
+    declared: Action | None = app.actions.get(shown["name"]) if shown["app"] == app.name else None
     if declared is None:
-        raise DecisionRefused(f'approval {shown["id"]}: action {shown["name"]} of app {shown["app"]} is not declared here, so '
-                              "nobody could check what was edited. Decide it without an edit, or where its app is: "
-                              "anton --app MODULE approvals approve, or its inbox")
+        raise DecisionRefused(f'approval {shown["id"]}: action {shown["name"]} of app {shown["app"]} is not declared '
+                              "here, so nobody could check what was edited. Decide it without an edit, or where its "
+                              "app is: anton --app MODULE approvals approve, or its inbox")
     return declared.checked(**args)

@@ -319,7 +319,8 @@ def call_in(shell: Shell, state: str) -> int:
     """A call of an action in this state; its number."""
     [(id,)] = shell.sql("insert into anton.action (app, name, args) values ('my-bot', 'Post', '{\"to\": \"ann\"}') "
                         "returning id")
-    shell.sql("insert into anton.action_rule (app, name) values ('my-bot', 'Post') on conflict do nothing")
+    shell.sql("select anton.put_action(jsonb_build_object('app', 'my-bot', 'name', 'Post', 'effect', 'unsafe', "
+              "'gate', 'open', 'policy', false, 'probe', false))")
     shell.sql(f"select anton.begin_action({id}, 5)")
     shell.sql(f"select anton.end_action({id}, 5, '{state}')")
     return int(id)
@@ -376,7 +377,8 @@ def test_people_are_added_listed_signed_in_and_removed(migrated: Shell) -> None:
     assert (ann["email"], ann["slack_id"], ann["groups"]) == ("ann@example.com", "U1", ["finance", "cfo"])
     assert migrated("people", "add", "bob", "--email", "ann@example.com") == 2
     assert migrated("people", "add", "@bob") == 2
-    for words in (["Ann"], ["ANN@example.com"], ["u1"], ["bob", "--email", "ANN@example.com"], ["bob", "--slack", "Ann"]):
+    for words in (["Ann"], ["ANN@example.com"], ["u1"], ["bob", "--email", "ANN@example.com"],
+                  ["bob", "--slack", "Ann"]):
         assert migrated("people", "add", *words) == 2
     assert [row["name"] for row in migrated.json("people", "list")] == ["ann"]
     made = migrated.json("people", "link", "ann", "--url", "https://shop.example.com/")
