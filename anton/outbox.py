@@ -382,7 +382,8 @@ def edited(app: Any, shown: Mapping[str, Any], edit: Mapping[str, Any]) -> dict[
     args = {**shown["args"], **edit}
     declared = app.actions.get(shown["name"]) if shown["app"] == app.name else None
     if declared is None:
-        raise DecisionRefused(f'approval {shown["id"]}: action {shown["name"]} of app {shown["app"]} is not declared here, so '
-                              "nobody could check what was edited. Decide it without an edit, or where its app is: "
-                              "anton --app MODULE approvals approve, or its inbox")
+        raise DecisionRefused(f'approval {shown["id"]}: action {shown["name"]} of the app {shown["app"]} is not declared in '
+                              f"the app {app.name}, which cannot check what was edited. Nothing was decided. Decide it "
+                              "without an edit, or where its app's code is: in its inbox, by anton approvals in its "
+                              "folder, or with --app")
     return declared.checked(**args)

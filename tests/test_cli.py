@@ -360,6 +360,10 @@ def test_approvals_are_listed_shown_and_decided(migrated: Shell) -> None:
     assert [row["id"] for row in migrated.json("approvals", "list")] == [second, first]
     assert migrated.json("approvals", "show", str(first))["people"] == ["ann", "bob"]
     assert migrated("approvals", "approve", str(first), "--by", "eve") == 1
+    assert migrated("approvals", "approve", str(first), "--by", "ann", "--set", "to=bob") == 1
+    assert "action Post of the app my-bot is not declared" in migrated.err
+    (migrated.folder / "main.py").write_text("from anton import action\n\n@action\ndef Post(to: str) -> None: ...\n")
+    assert migrated("approvals", "approve", str(first), "--by", "ann", "--set", "cc=bob") == 1 and "cc" in migrated.err
     assert migrated("approvals", "approve", str(first), "--by", "ann", "--set", "to=bob") == 0
     assert migrated("approvals", "reject", str(second), "--by", "bob", "--why", "too late") == 0
     assert migrated.sql("select state, decided_by, why, args ->> 'to' from anton.approval order by id") == [
