@@ -32,8 +32,8 @@ async def put(db: Database, name: str, email: str | None = None, slack: str | No
               groups: Sequence[str] | None = None) -> None:
     """Adds a person, or changes what is known of them; None leaves it. groups: all of theirs, with or without @.
 
-    One word means one person: a name, an e-mail address or a Slack id, in any case. Raises BadOption for what cannot be,
-    or is another's.
+    One word means one person: a name, an e-mail address or a Slack id, in any case. Raises BadOption for what cannot
+    be, or is another's.
     """
     of = f'the person "{name}"'
     if not _NAME.fullmatch(name):

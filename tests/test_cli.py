@@ -361,7 +361,7 @@ def test_approvals_are_listed_shown_and_decided(migrated: Shell) -> None:
     assert migrated.json("approvals", "show", str(first))["people"] == ["ann", "bob"]
     assert migrated("approvals", "approve", str(first), "--by", "eve") == 1
     assert migrated("approvals", "approve", str(first), "--by", "ann", "--set", "to=bob") == 1
-    assert "action Post of the app my-bot is not declared" in migrated.err
+    assert "does not declare the action Post of the app my-bot" in migrated.err
     (migrated.folder / "main.py").write_text("from anton import action\n\n@action\ndef Post(to: str) -> None: ...\n")
     assert migrated("approvals", "approve", str(first), "--by", "ann", "--set", "cc=bob") == 1 and "cc" in migrated.err
     assert migrated("approvals", "approve", str(first), "--by", "ann", "--set", "to=bob") == 0
@@ -380,7 +380,8 @@ def test_people_are_added_listed_signed_in_and_removed(migrated: Shell) -> None:
     assert (ann["email"], ann["slack_id"], ann["groups"]) == ("ann@example.com", "U1", ["finance", "cfo"])
     assert migrated("people", "add", "bob", "--email", "ann@example.com") == 2
     assert migrated("people", "add", "@bob") == 2
-    for words in (["Ann"], ["ANN@example.com"], ["u1"], ["bob", "--email", "ANN@example.com"], ["bob", "--slack", "Ann"]):
+    for words in (["Ann"], ["ANN@example.com"], ["u1"], ["bob", "--email", "ANN@example.com"],
+                  ["bob", "--slack", "Ann"]):
         assert migrated("people", "add", *words) == 2
     assert [row["name"] for row in migrated.json("people", "list")] == ["ann"]
     made = migrated.json("people", "link", "ann", "--url", "https://shop.example.com/")
