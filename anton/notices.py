@@ -106,7 +106,7 @@ async def compose(db: Database, app: App, notice: Notice) -> Message:
 
 
 def mail_by_default(app: App) -> None:
-    """Has notices mailed, where SMTP_HOST is set, approvals go by e-mail, and no handler of the app says that it does so.
+    """Has notices mailed, where SMTP_HOST is set, approvals go by e-mail, and no handler of the app says that it does.
 
     It says so by where="via = 'email'"; one of all notices may be but a log of them. Raises ConfigError for a variable
     of SMTP that is missing or wrong.
