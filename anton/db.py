@@ -129,6 +129,12 @@ def translated(error: BaseException) -> AntonError | None:
                          f"{error.args[0]}. {hint[:1].upper()}{hint[1:]}" if hint else str(error.args[0]))
 
 
+def lacks_runtime(schema: str, error: BaseException) -> bool:
+    """Whether this says that the database lacks what `anton migrate` makes in the runtime's schema, or some of it."""
+    named = f"{schema}." in str(error) or f'"{schema}"' in str(error)
+    return named and str(getattr(error, "sqlstate", "")) in ("3F000", "42883", "42P01")   # no schema, function, table
+
+
 def is_away(error: BaseException) -> bool:
     """Whether this says that the database is away: not reachable, starting, stopping, full, or the connection broke."""
     if isinstance(error, asyncpg.InterfaceError):                      # asyncpg's own; also raised for wrong arguments

@@ -89,6 +89,11 @@ def migrated(anton: Shell) -> Shell:
     return anton
 
 
+def test_before_it_is_migrated_a_database_is_told_what_it_lacks(anton: Shell) -> None:
+    assert anton("approvals", "list") == 2
+    assert 'schema "anton" does not exist' in anton.err and "anton migrate" in anton.err
+
+
 BROKEN = """
 from anton import Discard, Records, Table, cron
 from pydantic import BaseModel
