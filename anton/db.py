@@ -125,8 +125,9 @@ def translated(error: BaseException) -> AntonError | None:
     if not isinstance(error, asyncpg.PostgresError):
         return None
     hint = getattr(error, "hint", None)
-    return from_sqlstate(error.sqlstate,
-                         f"{error.args[0]}. {hint[:1].upper()}{hint[1:]}" if hint else str(error.args[0]))
+    if hint and not hint.startswith("anton "):                         # a command stays as it is typed
+        hint = hint[:1].upper() + hint[1:]
+    return from_sqlstate(error.sqlstate, f"{error.args[0]}. {hint}" if hint else str(error.args[0]))
 
 
 def lacks_runtime(schema: str, error: BaseException) -> bool:
