@@ -24,7 +24,7 @@ from pydantic_core import from_json
 from starlette.exceptions import HTTPException
 from starlette.requests import Request as Incoming
 
-from anton.db import current_database, is_away
+from anton.db import current_database, is_away, lacks_runtime
 from anton.errors import InvalidRecord, QueryError, RowChanged, UnknownTable, WriteRefused
 from anton.sink import NUL
 from anton.verify import Verifier
@@ -38,7 +38,6 @@ NOT_READY = "the database is not ready for this release; send it again"
 UNSIGNED = "the request is not signed as it must be"  # the log says why: who sends it learns nothing of the secrets
 NOT_PUBLIC = "not open to the public"
 RETRY_AFTER = 2  # seconds, said with a 503
-_NO_RUNTIME = ("3F000", "42883", "42P01")  # SQLSTATEs: no such schema, function, table
 _MANY = ("Too many", "Field exceeded", "Part exceeded")  # how Starlette's 400s for forms beyond its limits begin
 _MAYBE_INFINITE = re.compile(rb"[eE]\+?\d{3}|\d{309}")
 # A value that Postgres has no place for; what else is of class 22, such as a division by zero, is the query's doing.
@@ -90,10 +89,7 @@ def check_json(body: bytes, whole: bool) -> None:
 
 def is_unmigrated(error: BaseException) -> bool:
     """Whether this says that the database lacks what `anton migrate` makes: the runtime of this release, or a Table."""
-    if isinstance(error, UnknownTable):
-        return True
-    schema, text = current_database().schema, str(error)
-    return str(getattr(error, "sqlstate", "")) in _NO_RUNTIME and (f"{schema}." in text or f'"{schema}"' in text)
+    return isinstance(error, UnknownTable) or lacks_runtime(current_database().schema, error)
 
 
 def try_later(error: BaseException, what: str) -> str | None:

@@ -125,8 +125,15 @@ def translated(error: BaseException) -> AntonError | None:
     if not isinstance(error, asyncpg.PostgresError):
         return None
     hint = getattr(error, "hint", None)
-    return from_sqlstate(error.sqlstate,
-                         f"{error.args[0]}. {hint[:1].upper()}{hint[1:]}" if hint else str(error.args[0]))
+    if hint and not hint.startswith("anton "):                         # a command stays as it is typed
+        hint = hint[:1].upper() + hint[1:]
+    return from_sqlstate(error.sqlstate, f"{error.args[0]}. {hint}" if hint else str(error.args[0]))
+
+
+def lacks_runtime(schema: str, error: BaseException) -> bool:
+    """Whether this says that the database lacks what `anton migrate` makes in the runtime's schema, or some of it."""
+    named = f"{schema}." in str(error) or f'"{schema}"' in str(error)
+    return named and str(getattr(error, "sqlstate", "")) in ("3F000", "42883", "42P01")   # no schema, function, table
 
 
 def is_away(error: BaseException) -> bool:

@@ -203,7 +203,7 @@ class Declared:
             wrong, notes = check_adopted(shape, found)
             if wrong:
                 self.plan.refused.append(ModelMismatch(one.shown, wrong, table.place))
-            self.plan.notes += [f"{one.shown}: {note}" for note in notes]
+            self.plan.notes += [f"{one.shown}: {note}" for note in notes if not table.read_only]   # the runtime's own
         return one
 
     async def _oid(self, schema: str, name: str) -> int | None:

@@ -39,39 +39,59 @@ async def started(server: Any, serving: asyncio.Task[Any]) -> bool:
 
 async def follow(db: Database, say: Callable[[str], Any] = print) -> None:
     """Says what happens from now on, a line each, until it is cancelled. Meant for one database's development."""
-    async with db.conn() as conn:
-        start = (await ask(db, conn, "flow_from"))[0]
-    said = {"act": Seen(start["after_action"]), "rest": Seen(start["after"])}
+    following = await watch(db)
     while True:
-        async with db.conn() as conn:
-            rows = await ask(db, conn, "flow", said["rest"].after, said["act"].after)
-        for row in sorted(rows, key=lambda row: row["at"]):
-            if said["act" if row["kind"] == "act" else "rest"].new(row["id"]):
-                say(line(row))
+        for text in await following.look():
+            say(text)
         await asyncio.sleep(EVERY)
 
 
+async def watch(db: Database) -> Watch:
+    """What looks for all that happens from now on."""
+    async with db.conn() as conn:
+        start = (await ask(db, conn, "flow_from"))[0]
+    return Watch(db, Seen(start["after"]), Seen(start["after_action"]))
+
+
+class Watch:
+    """What was said so far: of calls, and of the rest."""
+
+    def __init__(self, db: Database, rest: Seen, acts: Seen) -> None:
+        self._db, self._rest, self._acts = db, rest, acts
+
+    async def look(self) -> list[str]:
+        """A line for each that is new, or has become something else."""
+        async with self._db.conn() as conn:
+            rows = await ask(self._db, conn, "flow", self._rest.after, self._acts.after, 2 * Seen.BACK)
+        return [line(row) for row in sorted(rows, key=lambda row: row["at"]) if self._new(row)]
+
+    def _new(self, row: Row) -> bool:
+        return self._acts.new(row["id"], row["outputs"][0]) if row["kind"] == "act" else self._rest.new(row["id"])
+
+
 class Seen:
-    """Numbers that were met. They become visible in the order of commits, so the last few are asked for again."""
+    """Numbers that were met, and their states. They become visible in the order of commits, so the last few are asked
+    for again.
+    """
 
     BACK = 100
 
     def __init__(self, start: int) -> None:
         self._start = start
-        self._met: set[int] = set()
+        self._met: dict[int, str] = {}
 
     @property
     def after(self) -> int:
         """Ask for what is greater than this."""
         return max(self._start, max(self._met, default=0) - self.BACK)
 
-    def new(self, number: int) -> bool:
-        """True the first time."""
-        if number in self._met:
+    def new(self, number: int, state: str = "") -> bool:
+        """True the first time, and when its state is another one."""
+        if self._met.get(number) == state:
             return False
-        self._met.add(number)
+        self._met[number] = state
         if len(self._met) > 4 * self.BACK:
-            self._met = set(sorted(self._met)[-2 * self.BACK:])
+            self._met = dict(sorted(self._met.items())[-2 * self.BACK:])
         return True
 
 

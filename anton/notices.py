@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -28,6 +29,7 @@ from anton.record import ChangeOp
 from anton.table import Table, _maker
 
 MAILER = "anton_components.vendor.smtp.notice"
+_MAILS = re.compile(r"(?<!\bnot )(?<!\bnot \()\bvia\s*(=\s*|in\s*\([^)]*)'email'", re.IGNORECASE)
 
 
 class Notice(BaseModel):
@@ -104,14 +106,15 @@ async def compose(db: Database, app: App, notice: Notice) -> Message:
 
 
 def mail_by_default(app: App) -> None:
-    """Has notices mailed, where SMTP_HOST is set, approvals go by e-mail, and no handler of the app takes such notices.
+    """Has notices mailed, where SMTP_HOST is set, approvals go by e-mail, and no handler of the app says that it does.
 
-    Raises ConfigError for a variable of SMTP that is missing or wrong.
+    It says so by where="via = 'email'"; one of all notices may be but a log of them. Raises ConfigError for a variable
+    of SMTP that is missing or wrong.
     """
     if "email" not in app.channels or not os.environ.get("SMTP_HOST", "").strip():
         return
-    taken = [one.where or "" for one in app.handlers.values() if isinstance(one.table, Notices)]
-    if any("email" in where for where in taken):                       # one without where= takes all, and may but count
+    wheres = (one.where or "" for one in app.handlers.values() if isinstance(one.table, Notices))
+    if any(_MAILS.search(where) for where in wheres):
         return
     connections = app.settings.connections if app.settings is not None else ()
     connection = next((one.name for one in connections if one.service.lower() == "smtp"), None)

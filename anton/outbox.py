@@ -379,10 +379,10 @@ def edited(app: Any, shown: Mapping[str, Any], edit: Mapping[str, Any]) -> dict[
 
     Raises InvalidRecord, and DecisionRefused where its action is not declared here.
     """
-    args = {**shown["args"], **edit}
     declared: Action | None = app.actions.get(shown["name"]) if shown["app"] == app.name else None
     if declared is None:
-        raise DecisionRefused(f'approval {shown["id"]}: action {shown["name"]} of app {shown["app"]} is not declared '
-                              "here, so nobody could check what was edited. Decide it without an edit, or where its "
-                              "app is: anton --app MODULE approvals approve, or its inbox")
-    return declared.checked(**args)
+        raise DecisionRefused(f'approval {shown["id"]}: the app {app.name} does not declare the action {shown["name"]} '
+                              f"of the app {shown['app']}, so it cannot check what was edited. Nothing was decided. "
+                              "Decide it without an edit, or where its app's code is: in its inbox, by anton "
+                              "approvals in its folder, or with --app")
+    return declared.checked(**{**shown["args"], **edit})

@@ -24,7 +24,7 @@ import orjson
 from anton import config, embedded, migrate, pgcron, schedule, supervisor, template, wiring
 from anton.action import set_effects
 from anton.app import load_app, open_database
-from anton.db import Conn, Database, set_database
+from anton.db import Conn, Database, lacks_runtime, set_database
 from anton.duration import duration
 from anton.errors import AntonError, ConfigError, DatabaseError, ModelFailed
 from anton.status import Row, ask, behind, draw_why, layout, layout_one, status, with_thoughts
@@ -419,13 +419,18 @@ def costs_settle(args: Args) -> int:
 
 
 def query(args: Args, work: Callable[[Database, Conn], Awaitable[T]]) -> T:
-    """Runs work on one connection of the app's database."""
+    """Runs work on one connection of the app's database. Raises ConfigError where that was never migrated."""
     db = open_app_database(args)
 
     async def run() -> T:
         try:
             async with db.conn() as conn:
                 return await work(db, conn)
+        except Exception as error:
+            if not lacks_runtime(db.schema, error):
+                raise
+            raise ConfigError(f'database "{db.name}" lacks what this Anton keeps there: {error}. Run, in the app\'s '
+                              "folder: anton migrate", name=db.name) from error
         finally:
             await db.close()
 

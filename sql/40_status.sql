@@ -501,6 +501,6 @@ language sql stable set search_path from current as $$
   (select d.id, 'dead', d.died_at, h.name, record_name(h.table_id, d.key), 1, '{}', 0, null, d.error
      from dead d join handler h on h.id = d.handler_id where d.id > p_after order by d.id limit p_limit)
   union all
-  (select a.id, 'act', a.at, a.name, null, 1, array[a.state], 0, null, a.args::text from action a
+  (select a.id, 'act', coalesce(a.changed_at, a.at), a.name, null, 1, array[a.state], 0, null, a.args::text from action a
     where a.id > p_after_action and a.state not in ('new', 'ready', 'sending', 'retrying') order by a.id limit p_limit)
 $$;

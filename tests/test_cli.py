@@ -89,6 +89,11 @@ def migrated(anton: Shell) -> Shell:
     return anton
 
 
+def test_before_it_is_migrated_a_database_is_told_what_it_lacks(anton: Shell) -> None:
+    assert anton("approvals", "list") == 2
+    assert 'schema "anton" does not exist' in anton.err and "anton migrate" in anton.err
+
+
 BROKEN = """
 from anton import Discard, Records, Table, cron
 from pydantic import BaseModel
@@ -363,6 +368,10 @@ def test_approvals_are_listed_shown_and_decided(migrated: Shell) -> None:
     assert [row["id"] for row in migrated.json("approvals", "list")] == [second, first]
     assert migrated.json("approvals", "show", str(first))["people"] == ["ann", "bob"]
     assert migrated("approvals", "approve", str(first), "--by", "eve") == 1
+    assert migrated("approvals", "approve", str(first), "--by", "ann", "--set", "to=bob") == 1
+    assert "does not declare the action Post of the app my-bot" in migrated.err
+    (migrated.folder / "main.py").write_text("from anton import action\n\n@action\ndef Post(to: str) -> None: ...\n")
+    assert migrated("approvals", "approve", str(first), "--by", "ann", "--set", "cc=bob") == 1 and "cc" in migrated.err
     assert migrated("approvals", "approve", str(first), "--by", "ann", "--set", "to=bob") == 0
     assert migrated("approvals", "reject", str(second), "--by", "bob", "--why", "too late") == 0
     assert migrated.sql("select state, decided_by, why, args ->> 'to' from anton.approval order by id") == [

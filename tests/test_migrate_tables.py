@@ -14,6 +14,8 @@ from shop import Order, grown, lambda_named, orders
 
 from anton.errors import DatabaseError, Destructive, KeyNeeded, MigrationError, ModelMismatch, NearName
 from anton.migrate import makemigration
+from anton.notices import Notices
+from anton.outbox import action
 from anton.table import Table
 
 # Differences
@@ -132,6 +134,14 @@ def test_a_large_table_is_changed_without_locking_others_out(shop):
 
 ADOPTED = ("create schema shop; create table shop.orders "
            "(id int primary key, customer varchar(80), total numeric(10,2), status text)")
+
+
+def test_of_the_tables_of_the_runtime_an_app_is_told_nothing(shop):
+    def code() -> None:
+        action(lambda_named("refund"))
+        Notices().on_new_records(lambda_named("told"))
+
+    assert shop.declare(code).migrate().notes == []
 
 
 def test_an_adopted_table_is_watched_and_never_altered(shop):

@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 import pytest
 
-from anton import Approval, Table, Webhook, action, env, transaction
+from anton import Approval, Table, Webhook, action, env, flow, transaction
 from anton.app import declaring
 from anton.errors import BadOption, BadSignature, Discard, InvalidRecord, Retry, WorldError
 from anton.secret import forget, reveal
@@ -113,6 +113,28 @@ def test_a_second_call_with_the_same_key_is_none(app, peer):
     refund.send(7, 6, key="order-7")
     app.run()
     assert [(call.amount, call.key) for call in app.outbox] == [("5", "order-7")]
+
+
+def test_who_watches_sees_each_call_and_what_becomes_of_it_however_many_there_are(app, peer):
+    refund = declare(app, peer)
+    watch = app.db.run(flow.watch(app.db))
+    with transaction():
+        for order in range(60):                                        # more than one look brings
+            refund.send(order, 5)
+    app.run()
+    refund.send(99, 5, approve=Approval("ann"))
+    app.run()
+
+    def seen() -> list[str]:
+        lines: list[str] = []
+        while more := app.db.run(watch.look()):
+            lines += more
+        return [line.partition("refund  ")[2].partition("{")[0].strip() for line in lines]
+
+    assert seen() == ["captured"] * 60 + ["waiting"]
+    app.approvals[0].approve(by="ann")
+    app.run()
+    assert seen() == ["captured"]
 
 
 def test_bound_to_a_table_it_calls_once_for_each_record(app, peer):

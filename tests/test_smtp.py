@@ -310,6 +310,18 @@ def test_without_smtp_or_with_a_handler_of_its_own_an_app_has_no_mailer(live, co
         assert list(plain.actions) == ["_pay"]
 
 
+@pytest.mark.parametrize(("where", "mails"), [
+    (None, True), ("kind = 'asked'", True), ("via = 'slack'", True), ("via <> 'email'", True),
+    ("not (via = 'email')", True), ("via not in ('email')", True), ("\"to\" like '%email%'", True),
+    ("via = 'email'", False), ("kind = 'asked' and  VIA='email'", False), ("via in ('slack', 'email')", False)])
+def test_mails_go_by_themselves_until_a_handler_says_that_it_takes_them(configured, where, mails):
+    with declaring(App("email-desk")) as app:
+        action(approve=Approval("ann", via=["email"]))(_pay)
+        Notices().on_new_records(each=True, where=where)(lambda_named("log"))
+        app.finish()
+    assert ("mail_notice" in app.actions) is mails
+
+
 @pytest.mark.parametrize(("variable", "value"), [("SMTP_FROM", ""), ("SMTP_PORT", "smtp"), ("SMTP_TLS", "ssl")])
 def test_smtp_that_is_set_by_half_is_an_error(configured, monkeypatch, variable, value):
     monkeypatch.setenv(variable, value)
