@@ -145,11 +145,11 @@ class Fleet:
         self.child()
         self.process.terminate()
         with suppress(subprocess.TimeoutExpired):
-            self.process.wait(20)
+            self.process.wait(PATIENCE)
         self.process.kill()
         self.process.wait()
         self.log.close()
-        end = time.monotonic() + 20
+        end = time.monotonic() + PATIENCE
         while alive := [pid for pid in self.children if self._lives(pid)]:
             if time.monotonic() > end:
                 break
@@ -214,7 +214,7 @@ def killed_builds(child: Child, folder: Path, url: str, n: int, seed: int) -> Ta
     builds = tally.told
     with _fleet(folder, url, tally) as fleet:
         for who in itertools.cycle(WHO):
-            if tally.killed.total() >= n or tally.turns >= 3 * n:
+            if tally.killed.total() >= n or tally.turns >= 10 * n:
                 break
             tally.turns += 1
             turn = tally.turns
@@ -259,10 +259,10 @@ def _asked(pg: Pg, fleet: Fleet, who: str, chance: random.Random, whole: float) 
     """A run of Anton's whose worker or child is killed, and which is done by who is left."""
     victim = chance.choice(("child", "worker")) if who == "gated" else who
     asked = pg.value("select anton.dbt_ask('shop', 'shop', %s::jsonb)", json.dumps({"gate": who == "gated"}))
-    _until(pg, BUILDING, "a build")
+    over = f"select state not in ('waiting', 'running') from anton.dbt_request where id = {asked}"
+    _until(pg, f"select ({BUILDING}) or ({over})", "a build")           # all of it may pass between two looks
     hit = _amid(pg, chance, whole / 2) and fleet.kill(victim, chance.random() < 0.5)
-    _until(pg, f"select state not in ('waiting', 'running') from anton.dbt_request where id = {asked}", "a request",
-           fleet.revive)
+    _until(pg, over, "a request", fleet.revive)
     if state := pg.value("select nullif(state, 'done') from anton.dbt_request where id = %s", asked):
         raise RuntimeError(f"request {asked} is {state}: " + str(pg.sql("select error from anton.dbt_run")[-1]))
     return hit

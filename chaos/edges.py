@@ -216,7 +216,7 @@ def posts(cell: Cell, n: int) -> Result:
     clients = [threading.Thread(target=post) for _ in range(CLIENTS)]
     for client in clients:
         client.start()
-    end = time.monotonic() + 60 + 3 * n
+    end = time.monotonic() + 60 + 10 * n
     web = 0
     try:
         while kills < n and time.monotonic() < end:

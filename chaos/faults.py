@@ -166,7 +166,7 @@ def poison(cell: Cell, n: int) -> Result:
     result, next_id = Result(), itertools.count(1)
     cell.start(2)
     deaths, rounds = 0, 0
-    end = time.monotonic() + 60 + 3 * n
+    end = time.monotonic() + 60 + 20 * n
     while deaths < n and time.monotonic() < end:
         ids = [next(next_id) for _ in range(cell.random.randint(5, 30))]
         bad = cell.random.choice(ids)
@@ -180,7 +180,7 @@ def poison(cell: Cell, n: int) -> Result:
         cell.history.end(operation, "ok")
         cell.dead.setdefault("risk", Counter())[bad] += 1
         rounds += 1
-        late = time.monotonic() + 40
+        late = time.monotonic() + 120
         while (left := cell.left()) and deaths <= MORTAL * rounds and time.monotonic() < late:
             time.sleep(0.05)
             deaths = sum(event["what"] == "poison" for event in (cell.look(), cell.events)[1])
@@ -352,7 +352,7 @@ def lost_replies(cell: Cell, n: int) -> Result:
             cell.start(WORKERS, url=url)
             time.sleep(1)
             proxy.choose = other.choose = choose
-            end = time.monotonic() + 60 + n
+            end = time.monotonic() + 60 + 10 * n
             while proxy.counts["COMMIT"] < n and time.monotonic() < end:
                 time.sleep(0.1)
                 if cell.left() > 4000:

@@ -44,7 +44,7 @@ def _kills(cell: Cell, n: int, **given: Any) -> Result:
     result, chains, points = Result(), 0, itertools.cycle(point for point in POINTS if point != REAPER)
     late = 0
     with under_load(cell, result, rate=RATE):
-        end = time.monotonic() + 60 + 6 * n
+        end = time.monotonic() + 60 + 20 * n
         while len(cell.kills) < n and time.monotonic() < end:
             with cell.calm():
                 for pid in sorted(cell.workers)[WORKERS:]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import psycopg
 import pytest
 from pg import Pg
@@ -317,10 +315,8 @@ def test_a_handler_is_enabled_between_writers_and_says_which_it_waits_for(orders
             orders.listen("orders", "new", name="second")
         assert "run it again" in (busy.value.diag.message_hint or "")
         orders.sql("reset lock_timeout")
-        started = time.monotonic()
-        with writer.other(lock_timeout="1s") as another:
+        with writer.other(lock_timeout="1s") as another:               # who tried keeps nobody waiting
             another.sql("insert into orders (n) values (2)")
-        assert time.monotonic() - started < 1
         writer.sql("commit")
     orders.sync("orders")
     second = orders.value("select id from anton.handler where name = 'second'")

@@ -45,11 +45,12 @@ SHORT = [  # fault, how often, seed; those that take long come first
     ("L3", 1, SEED),
     ("A3", 3, SEED),
     ("A4", 50_000, SEED),
+    ("H1", 12, SEED),
     ("H2", 4, SEED),
     *(
         (fault, n, SEED)
         for fault, n in {bug.fault: bug.n for bug in PLANTED}.items()
-        if fault not in ("P1a", "P3a", "P3b", "P5", "H2")
+        if fault not in ("P1a", "P3a", "P3b", "P5", "H1", "H2")
     ),
 ]
 SERVER = {"D1", "D2", "H2"}  # these harm all databases of a server: they have one of their own, one after the other

@@ -44,10 +44,8 @@ async def test_an_idle_worker_is_announced_and_woken_by_a_commit_without_polling
     async with bench.running():
         for n in range(20):
             await bench.until(HELD)
-            started = time.monotonic()
             await bench.add("a", [{"n": n}])
-            assert await asyncio.wait_for(arrived.get(), 5) == n
-            assert time.monotonic() - started < 1.0                     # it would look again in 30 s
+            assert await asyncio.wait_for(arrived.get(), 15) == n       # it would look again in 30 s
 
 
 async def test_an_idle_worker_asks_the_database_next_to_nothing(db: Database):
@@ -95,10 +93,10 @@ async def test_an_open_writer_keeps_the_bell_and_the_worker_polls(db: Database):
         await bell.close()
         async with bench.running():
             await bench.add("a", [{"n": 2}])
-            assert await asyncio.wait_for(arrived.get(), 2) == 2
+            assert await asyncio.wait_for(arrived.get(), 15) == 2
             assert not await bench.value(HELD)
     async with bench.running():
-        assert await asyncio.wait_for(arrived.get(), 2) == 1
+        assert await asyncio.wait_for(arrived.get(), 15) == 1
 
 
 async def test_a_call_for_help_wakes_workers_that_are_not_announced(db: Database):
@@ -107,7 +105,7 @@ async def test_a_call_for_help_wakes_workers_that_are_not_announced(db: Database
     announced, waiting = Doorbell(db, lambda: None), Doorbell(db, woken.set)
     assert await announced.announce() is Answer.BELL and await waiting.announce() is Answer.OTHER
     await announced.call_help()
-    await asyncio.wait_for(woken.wait(), 5)
+    await asyncio.wait_for(woken.wait(), 15)
     await announced.close()
     await waiting.close()
 
@@ -119,7 +117,7 @@ async def test_with_the_bell_switched_off_polling_is_enough(db: Database):
     async with bench.running():
         for n in range(5):
             await bench.add("a", [{"n": n}])
-            assert await asyncio.wait_for(arrived.get(), 5) == n
+            assert await asyncio.wait_for(arrived.get(), 15) == n
         assert not await bench.value(HELD)
 
 
@@ -130,7 +128,7 @@ async def test_the_bell_comes_back_when_its_connection_is_lost(db: Database):
         await bench.sql("select pg_terminate_backend(pid) from anton.bell_holder()")
         await bench.until(HELD)
         await bench.add("a", [{"n": 1}])
-        assert await asyncio.wait_for(arrived.get(), 5) == 1
+        assert await asyncio.wait_for(arrived.get(), 15) == 1
 
 
 FROZEN = """
@@ -161,7 +159,7 @@ async def test_an_announcer_that_is_frozen_is_ended_by_a_worker_that_finds_old_j
             while await bench.value("select exists (select from pg_stat_activity where pid = $1)", holder):
                 assert time.monotonic() < end
                 await bench.add("a", [{"n": n}])
-                assert await asyncio.wait_for(arrived.get(), 5) == n
+                assert await asyncio.wait_for(arrived.get(), 15) == n
                 n += 1
             await bench.until(HELD)                                    # and the worker is announced in its place
     finally:
@@ -211,7 +209,7 @@ async def test_the_bell_is_let_go_when_the_look_after_an_announcement_fails(db: 
         await bench.until(f"select not ({HELD})")
         await bench.sql("insert into failed values (1)")
         await bench.add("a", [{"n": 1}])
-        assert await asyncio.wait_for(arrived.get(), 10) == 1
+        assert await asyncio.wait_for(arrived.get(), 15) == 1
 
 
 async def test_an_announcement_that_is_cancelled_leaves_no_connection_open(database: str):

@@ -422,8 +422,8 @@ def test_the_limit_holds_when_workers_are_killed_and_what_they_held_comes_back(
     work = anton("work", "--processes", "3")
     try:
         for kill in range(1, 5):
-            until(pg, f"select count(*) >= {kill * 25} from seen")
-            pid = pg.value("select pid from seen where till is null order by id desc limit 1")
+            pid = until(pg, "select pid from seen where till is null and exists (select from seen having count(*) >= "
+                            f"{kill * 25}) order by id desc limit 1")
             pg.sql("update seen set till = clock_timestamp() where till is null and pid = %s", args=(pid,))
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -440,11 +440,13 @@ def test_the_limit_holds_when_workers_are_killed_and_what_they_held_comes_back(
     assert pg.value("select sum(n) from anton.receipt") == 200
 
 
-def until(pg: Pg, text: str, patience: float = 60.0) -> None:
+def until(pg: Pg, text: str, patience: float = 60.0) -> Any:
+    """What the query gives as soon as that is a row with something true."""
     end = time.monotonic() + patience
-    while not pg.value(text):
+    while not (rows := pg.sql(text)) or not rows[0][0]:
         assert time.monotonic() < end, text
         time.sleep(0.01)
+    return rows[0][0]
 
 
 async def test_status_why_and_show_say_that_records_wait_for_a_permit(db: Database) -> None:
