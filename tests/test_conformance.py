@@ -95,6 +95,9 @@ class Peer(Llm):
             return JSONResponse(job)
         if path == "/hook" or path.startswith("/bucket/"):
             return Response()
+        if path == "/orders":
+            sent = dict(request.headers)
+            return JSONResponse({"you sent": sent, given: [sent]}, headers={"x-sent": given})
         if path == "/feed.xml":
             return Response(FEED, headers={"content-type": "application/rss+xml"})
         if path.startswith("/repos/"):
