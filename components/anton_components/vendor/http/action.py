@@ -57,12 +57,13 @@ class HttpRequest(ActionComponent):
     url: a text, or env(…) for one that is a secret: then only its host is kept and shown. method: POST PUT PATCH DELETE
     GET. json: what is sent, in any shape; None: the record. headers: sent along, texts or env(…), to the url's own
     origin only; so is secret, as "Authorization: Bearer …" or, with sign=, what it is signed with: "standard_webhooks"
-    and other services of verify=. map: the record's names for those in braces. Each request has the header Idempotency-Key. effect:
-    "unsafe", or "idempotent" where the other side drops a second one with the same key. allow: hosts, "*.example.com",
-    or "https://*.example.com/api/*"; default the url's host. private: whether it may lead into private networks
-    (10.0.0.1, localhost). Each redirect is held to both, and headers and secret are left behind. timeout: seconds for
-    all of it. into: gets {"status", "body", "url", "record_id"}; body is JSON or text, the first MB of it, with
-    *** for a secret that the service repeats. approve, cap: as of actions. An answer of 4xx is a dead letter. Raises BadOption.
+    and other services of verify=. map: the record's names for those in braces. Each request has the header
+    Idempotency-Key. effect: "unsafe", or "idempotent" where the other side drops a second one with the same key. allow:
+    hosts, "*.example.com", or "https://*.example.com/api/*"; default the url's host. private: whether it may lead into
+    private networks (10.0.0.1, localhost). Each redirect is held to both, and headers and secret are left behind.
+    timeout: seconds for all of it. into: gets {"status", "body", "url", "record_id"}; body is JSON or text, the first
+    MB of it, with *** for a secret that the service repeats. approve, cap: as of actions. An answer of 4xx is a dead
+    letter. Raises BadOption.
     """
 
     service = "HTTP"
@@ -70,10 +71,10 @@ class HttpRequest(ActionComponent):
     example = "incident_room"
 
     def __init__(self, url: str | Env, *, method: str = "POST", json: Any = None,
-                 headers: Mapping[str, Env | str] | None = None, secret: Env | str | None = None, sign: str | None = None,
-                 effect: Literal["unsafe", "idempotent"] = "unsafe", allow: Sequence[str] | None = None,
-                 private: bool = False, timeout: float = 30.0, into: Table[Any] | None = None,
-                 approve: Approval | None = None, cap: str | Sequence[str] = (),
+                 headers: Mapping[str, Env | str] | None = None, secret: Env | str | None = None,
+                 sign: str | None = None, effect: Literal["unsafe", "idempotent"] = "unsafe",
+                 allow: Sequence[str] | None = None, private: bool = False, timeout: float = 30.0,
+                 into: Table[Any] | None = None, approve: Approval | None = None, cap: str | Sequence[str] = (),
                  map: Mapping[str, str] | None = None, connection: str | None = None) -> None:
         super().__init__(secret=secret, map=map, connection=connection)
         if self.address(None) is not None:
