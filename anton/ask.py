@@ -64,7 +64,8 @@ class Question:
 class Reply:
     """What came back. model: its full name. cached, written: parts of tokens_in. limits: as its headers say.
 
-    finish: "stop", "length" (cut off at max_tokens) or "refused". tokens_in, tokens_out: None when it does not say.
+    finish: "stop", "length" (cut off at max_tokens), "refused", or "empty": there is no answer in what came, which is
+    the text. tokens_in, tokens_out: None when it does not say.
     """
 
     text: str
@@ -81,10 +82,11 @@ class SendError(AntonError):
     """What a provider raises when it has no answer.
 
     kind: "busy" (try again, after so many seconds), "down", "refused" (this question), "wrong" (the key, the model:
-    whatever is asked), "mode" (this mode is not known there). paid: nobody knows whether it is charged for.
+    whatever is asked), "mode" (this mode is not known there), "malformed" (it answered, and not as it should: asked
+    again, it would be paid again). paid: nobody knows whether it is charged for.
     """
 
-    kind: Literal["busy", "down", "refused", "wrong", "mode"]
+    kind: Literal["busy", "down", "refused", "wrong", "mode", "malformed"]
     after: float | None
     paid: bool
     limits: Sequence[Limit]
@@ -172,7 +174,7 @@ class Asker:
                   last: bool = True) -> Answer:
         """The answer to a question. last: there is no other model to ask instead, so that waiting is worth it.
 
-        Raises WorldError, BudgetReached, ModelRefused; SendError of kind "mode".
+        Raises WorldError, BudgetReached, ModelRefused; SendError of kind "mode" or "malformed".
         """
         ledger = ledger_of(db)
         facts = await self._facts(ledger, question, about, price)
@@ -187,7 +189,7 @@ class Asker:
                     if answer is not None:
                         return answer
                 except SendError as error:
-                    if error.kind == "mode":
+                    if error.kind in ("mode", "malformed"):
                         raise
                     if error.kind == "refused":
                         raise ModelRefused(self.provider.service, question.model, error.message) from error
@@ -289,9 +291,7 @@ class Asker:
             sent, started = True, time.perf_counter()
             async with asyncio.timeout(question.timeout):
                 reply = await self.provider.send(replace(question, place=begun.place))
-            reply = replace(reply, text=storable(reply.text), tokens_in=_tokens(reply.tokens_in),
-                            tokens_out=_tokens(reply.tokens_out), cached=_tokens(reply.cached) or 0,
-                            written=_tokens(reply.written) or 0)
+            reply = replace(reply, text=storable(reply.text), **_counted(reply))
         except TimeoutError:
             error = SendError("down", f"no answer in {question.timeout:g} s", paid=True)
             await ledger.end(ended | _failed(error, started))
@@ -322,6 +322,14 @@ class Asker:
 def _tokens(said: Any) -> int | None:
     """A number of tokens as it can be reckoned with; None for what is none: servers say odd things."""
     return int(said) if isinstance(said, int | float) and 0 <= said < 1e15 and said == int(said) else None
+
+
+def _counted(reply: Reply) -> dict[str, Any]:
+    """Its tokens. What is cached is a part of what went in: where a server says more of it, it counted it apart."""
+    cached, written, into = _tokens(reply.cached) or 0, _tokens(reply.written) or 0, _tokens(reply.tokens_in)
+    if into is not None and cached + written > into:
+        into += cached + written
+    return {"tokens_in": into, "tokens_out": _tokens(reply.tokens_out), "cached": cached, "written": written}
 
 
 def _failed(error: SendError, started: float) -> dict[str, Any]:

@@ -156,12 +156,26 @@ _EXACT = (bool, int, float, Decimal, str, uuid.UUID, dt.datetime, dt.date, dt.ti
 _AS_TEXT = (pathlib.PurePath, pydantic.AnyUrl, pydantic.NameEmail)
 _NO_SECRETS = (pydantic.SecretStr, pydantic.SecretBytes)
 _EMPTY = (list, dict, set, frozenset, tuple)
-_ARRAYS = (list, set, frozenset, abc.Sequence, abc.Set, abc.MutableSequence, abc.MutableSet)
+ARRAYS = (list, set, frozenset, abc.Sequence, abc.Set, abc.MutableSequence, abc.MutableSet)
 
 
 def kind_of(annotation: Any, metadata: Sequence[Any] = ()) -> Kind:
     """The Kind of a type annotation. Raises TypeError for what a table should not, or cannot, hold."""
-    while True:                                                        # down to the type that says what it is
+    annotation, origin, metadata = bare(annotation, metadata)
+    if origin in (Union, types.UnionType):
+        return _union(annotation, metadata)
+    vector = next((item for item in metadata if isinstance(item, Vector)), None)
+    kind = _plain(annotation, origin) if vector is None else Kind(f"vector({vector.dimensions})", vector_text)
+    if kind.type == "numeric":
+        digits, places = _said(metadata, "max_digits"), _said(metadata, "decimal_places")
+        if digits is not None and places is not None:
+            kind = replace(kind, type=f"numeric({digits},{places})")
+    return replace(kind, metadata=(*kind.metadata, *metadata))
+
+
+def bare(annotation: Any, metadata: Sequence[Any] = ()) -> tuple[Any, Any, tuple[Any, ...]]:
+    """The type that says what it is, below Annotated, NewType and aliases; its origin; all that is said of it."""
+    while True:
         origin = get_origin(annotation)
         if annotation in _SCALARS if isinstance(annotation, abc.Hashable) else False:
             break
@@ -174,16 +188,7 @@ def kind_of(annotation: Any, metadata: Sequence[Any] = ()) -> Kind:
             annotation = annotation.__value__
         else:
             break
-    metadata = tuple(_flat(metadata))
-    if origin in (Union, types.UnionType):
-        return _union(annotation, metadata)
-    vector = next((item for item in metadata if isinstance(item, Vector)), None)
-    kind = _plain(annotation, origin) if vector is None else Kind(f"vector({vector.dimensions})", vector_text)
-    if kind.type == "numeric":
-        digits, places = _said(metadata, "max_digits"), _said(metadata, "decimal_places")
-        if digits is not None and places is not None:
-            kind = replace(kind, type=f"numeric({digits},{places})")
-    return replace(kind, metadata=(*kind.metadata, *metadata))
+    return annotation, origin, tuple(_flat(metadata))
 
 
 def _plain(annotation: Any, origin: Any) -> Kind:
@@ -191,7 +196,7 @@ def _plain(annotation: Any, origin: Any) -> Kind:
         return _SCALARS[annotation]
     if origin is Literal:
         return _choices([_value(value) for value in get_args(annotation)])
-    if origin in _ARRAYS or (origin is tuple and get_args(annotation)[1:] == (...,)):
+    if origin in ARRAYS or (origin is tuple and get_args(annotation)[1:] == (...,)):
         return _array(kind_of(get_args(annotation)[0]))
     if not isinstance(annotation, type):
         return _JSONB
@@ -346,7 +351,7 @@ def _bounds(form: str, column: str, kind: Kind) -> abc.Iterator[str]:
         if one and places is not None and kind.type == "numeric":
             yield f"scale(trim_scale({column})) <= {places}"
         pattern = getattr(item, "pattern", None)
-        if one and isinstance(pattern, str) and kind.type == "text" and _plain_pattern(pattern):
+        if one and isinstance(pattern, str) and kind.type == "text" and plain_pattern(pattern):
             yield f"{column} ~ {literal(pattern)}"
 
 
@@ -358,7 +363,7 @@ _PATTERN = re.compile(r"""
           | [+*?](?![+*?]) | \{\d{1,3}(?:,\d{0,3})?\}(?![+*?]) )* \$?""", re.VERBOSE)
 
 
-def _plain_pattern(pattern: str) -> bool:
+def plain_pattern(pattern: str) -> bool:
     """True when Python, Rust and Postgres read it alike."""
     return _PATTERN.fullmatch(pattern) is not None
 

@@ -293,7 +293,7 @@ class Completion(Component):
         if self.output is None:
             self._check_whole(answer)
             return None
-        if answer.reply.finish == "refused":
+        if answer.reply.finish in ("refused", "empty"):
             self._check_whole(answer)
         try:
             return parse(self.output, answer.reply.text)
@@ -306,6 +306,8 @@ class Completion(Component):
         reply = answer.reply
         if reply.finish == "refused":
             raise Discard(f"{self.name}: {reply.model} refused to answer: {reply.text}")
+        if reply.finish == "empty":
+            raise Discard(f"{self.name}: {reply.model} answered what is no answer: {reply.text}")
         if reply.finish == "length":
             raise Discard(f"{self.name}: the answer of {reply.model} was cut off at max_tokens={self.max_tokens}. "
                           f"It was: {reply.text}")
@@ -321,8 +323,8 @@ class Completion(Component):
             try:
                 return await self._asker.ask(database(), asked, about, price, last=last)
             except SendError as error:
-                if self._mode is not None or mode == "prompt":
-                    raise Discard(f"{self.name}: {error.message}") from error
+                if error.kind == "malformed" or self._mode is not None or mode == "prompt":
+                    raise Discard(f"{self.name}, {model}: {error.message}") from error
                 self._modes[model] = MODES[MODES.index(mode) + 1]
 
     def _row(self, record: Any, prompt: str, text: str, parsed: BaseModel | None, model: str,

@@ -10,12 +10,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from anton import fits, sqlcheck, sqlfile
-from anton.columns import MODELLESS, Shape
+from anton.columns import MODELLESS, Column, Shape, kind_of
 from anton.db import literal, quote, split_name
 from anton.dbt.manifest import Node
 from anton.dbt.project import DbtModel
@@ -40,6 +40,7 @@ from anton.plan import LOCK_TIMEOUT, Step
 from anton.poll import Poll
 from anton.sqlcheck import SqlStep
 from anton.steps import Steps
+from anton.within import condition
 
 if TYPE_CHECKING:
     from anton.lineage import Tables
@@ -180,7 +181,7 @@ class Declared:
             return await self._model(table)
         schema, name = self.place(table.name)
         shape: Shape[Any] | None = table.shape
-        spec = Spec(schema, name, shape.table_columns if shape else MODELLESS, shape.key if shape else ("id",),
+        spec = Spec(schema, name, self._columns(shape) if shape else MODELLESS, shape.key if shape else ("id",),
                     table.unique, table.index, shape.model.__name__ if shape else "")
         if spec.vectors and not await self.conn.fetchval(HAS_VECTOR):
             self.plan.refused.append(NoVectors(table.name, table.place, spec.vectors[0]))
@@ -205,6 +206,17 @@ class Declared:
                 self.plan.refused.append(ModelMismatch(one.shown, wrong, table.place))
             self.plan.notes += [f"{one.shown}: {note}" for note in notes if not table.read_only]   # the runtime's own
         return one
+
+    def _columns(self, shape: Shape[Any]) -> tuple[Column, ...]:
+        """Those of the table, with what meaning types say of values inside them."""
+        fields, columns = shape.model.model_fields, []
+        for column in shape.table_columns:
+            info = fields.get(column.name)
+            inside = None if info is None else condition(
+                column.name, info.annotation, kind_of(info.annotation, info.metadata), self.run.schema)
+            parts = [part for part in (column.check, inside) if part]
+            columns.append(replace(column, check=" and ".join(parts) or None))
+        return tuple(columns)
 
     async def _oid(self, schema: str, name: str) -> int | None:
         row = await self.conn.fetchrow(

@@ -23,7 +23,7 @@ from anton.outbox import ActionComponent
 from anton.price import Price, Prices
 from anton.query import Sql
 from anton.reach import addresses, is_public
-from anton.secret import Env, reveal
+from anton.secret import Env, hide_within, reveal, revealed, unset_of
 from anton.threads import in_thread
 from anton.tuning import FineTune, Job, Refused
 from anton.verify import SCHEMES
@@ -32,5 +32,6 @@ __all__ = ["SCHEMES", "ActionComponent", "BadOption", "Call", "Clients", "Comple
            "Component", "ConfigError", "DecisionRefused", "Embedded", "Embedding", "EmbeddingOptions", "Env",
            "FineTune", "HandlerSpec", "Job", "Limit", "Notice", "Notices", "Price", "Prices", "Question", "Refused",
            "Reply", "SendError", "Sql", "WorldError", "addresses", "base_of", "compose", "current_app",
-           "current_database", "echo", "effects", "fill", "in_thread", "is_public", "learnt", "names_of", "one_of",
-           "placeholders", "quote", "retry_after", "reveal", "say", "status_error", "status_of", "tls", "to_json"]
+           "current_database", "echo", "effects", "fill", "hide_within", "in_thread", "is_public", "learnt", "names_of",
+           "one_of", "placeholders", "quote", "retry_after", "reveal", "revealed", "say", "status_error",
+           "status_of", "tls", "to_json", "unset_of"]

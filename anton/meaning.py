@@ -11,10 +11,12 @@ one meaning is not wired to a field of another, and a PII field reaches no model
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from decimal import Decimal
-from typing import Annotated, Any, TypeVar, get_args
+from typing import Annotated, Any, ForwardRef, TypeVar, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel, Field
 from pydantic.types import StringConstraints
@@ -57,8 +59,33 @@ PII = Annotated[T, Meaning("PII", personal=True)]
 """PII[str], PII[EmailAddress]: about a person; no component gives it to a model unless it says allow_pii=True."""
 
 
+def fields_of(of: Any) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    """The fields of a model, dataclass, TypedDict or NamedTuple, each a type and what Field() says; {} of all else.
+
+    Where a name in an annotation cannot be found, its text stands for the type.
+    """
+    plain = get_origin(of) or of
+    if not isinstance(plain, type):
+        return {}
+    if issubclass(plain, BaseModel):
+        return {name: (info.annotation, tuple(info.metadata)) for name, info in plain.model_fields.items()}
+    known = getattr(plain, "__pydantic_fields__", None)                # of Pydantic's own dataclasses
+    if known is not None:
+        return {name: (info.annotation, tuple(info.metadata)) for name, info in known.items()}
+    if not (is_dataclass(plain) or hasattr(plain, "__required_keys__") or hasattr(plain, "_fields")):
+        return {}
+    try:
+        hints = get_type_hints(plain, include_extras=True)
+    except NameError:                                                  # a type of a function's own
+        hints = {name: kind for base in reversed(plain.__mro__) for name, kind in inspect.get_annotations(base).items()}
+    return {name: (kind, ()) for name, kind in hints.items()}
+
+
 def meanings(annotation: Any, metadata: tuple[Any, ...] = ()) -> frozenset[Meaning]:
-    """All that an annotation means, that of its parts too: EmailAddress | None, list[PII[str]], a nested model."""
+    """All that an annotation means, that of its parts too: EmailAddress | None, list[PII[str]].
+
+    Of the fields of what is nested (models, dataclasses, TypedDicts, NamedTuples) only what is personal.
+    """
     return frozenset(_meanings(annotation, metadata, set()))
 
 
@@ -66,6 +93,8 @@ def _meanings(annotation: Any, metadata: tuple[Any, ...], seen: set[Any]) -> Ite
     for item in metadata:
         if isinstance(item, Meaning):
             yield item
+    if isinstance(annotation, (str, ForwardRef)) and re.search(r"\bPII\b", str(annotation)):
+        yield Meaning("PII", personal=True)                            # its types are not to be had: the safe side
     if hasattr(annotation, "__value__") and not isinstance(annotation, type):      # type X = …
         yield from _meanings(annotation.__value__, (), seen)
     if hasattr(annotation, "__supertype__"):
@@ -75,10 +104,11 @@ def _meanings(annotation: Any, metadata: tuple[Any, ...], seen: set[Any]) -> Ite
             yield part
         elif part is not annotation:
             yield from _meanings(part, (), seen)
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel) and annotation not in seen:
+    fields = fields_of(annotation)
+    if fields and annotation not in seen:
         seen.add(annotation)
-        for info in annotation.model_fields.values():
-            yield from (one for one in _meanings(info.annotation, tuple(info.metadata), seen) if one.personal)
+        for kind, more in fields.values():
+            yield from (one for one in _meanings(kind, more, seen) if one.personal)
 
 
 def of_model(model: type[BaseModel]) -> dict[str, frozenset[Meaning]]:

@@ -2,6 +2,7 @@
 
     env("SLACK_SIGNING_SECRET")     read when it is used, so a rotated value counts at once
     "xxxx", "", None, unset         not set: what stands in an example is no credential
+    revealed({"X-Key": env("K")})   headers as they are sent
     {"secret": …, "token": …}       for services that ask for a verify token besides
 """
 
@@ -16,6 +17,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 from urllib.parse import unquote
 
 from anton.errors import BadOption, did_you_mean
@@ -23,12 +25,13 @@ from anton.errors import BadOption, did_you_mean
 SHORTEST = 8  # characters of a secret that is hidden in texts: a shorter one may be a word
 _revealed: set[str] = set()
 _URLSAFE = str.maketrans("+/", "-_")
+_TELLING = re.compile(r"auth|token|key|secret|cookie|passw|credential|signature", re.IGNORECASE)
 _PLACEHOLDER = re.compile(r"[xX]{3,}|\*{3,}|<[^<>]*>|")
 
 
 def hush_clients() -> None:
     """HTTP clients log the URL of each request, and its query or user may hold a secret: they only warn."""
-    for name in ("httpx", "httpx2"):
+    for name in ("httpx", "httpx2", "httpcore", "httpcore2"):          # the latter of headers, for DEBUG
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
@@ -79,6 +82,39 @@ def hide(text: str) -> str:
     for value in sorted(_revealed, key=len, reverse=True) if _revealed else ():
         text = text.replace(value, "***")
     return text
+
+
+def hide_within(value: Any) -> Any:
+    """The same for all texts of a JSON value, names among them."""
+    match value:
+        case str():
+            return hide(value)
+        case Mapping():
+            return {hide_within(name): hide_within(one) for name, one in value.items()}
+        case list() | tuple():
+            return [hide_within(one) for one in value]
+    return value
+
+
+def revealed(headers: Mapping[str, Env | str]) -> dict[str, str]:
+    """Headers as they are sent, without those that are not set.
+
+    The value of an env(…), and of a header whose name says that it is a credential, is hidden from now on; so is what
+    stands after "Bearer".
+    """
+    found: dict[str, str] = {}
+    for name, value in headers.items():
+        if not isinstance(value, Env) and not _TELLING.search(name):
+            found[name] = value
+        elif text := reveal(value):
+            found[name] = text
+            reveal(text.rpartition(" ")[2])
+    return found
+
+
+def unset_of(*secrets: object) -> str | None:
+    """The variable of the first env(…) among them that is not set; None: all are."""
+    return next((one.name for one in secrets if isinstance(one, Env) and reveal(one) is None), None)
 
 
 def forget(value: str) -> None:

@@ -43,6 +43,7 @@ class Llm:
         self.arrived: list[tuple[float, int]] = []
         self.billed = 0
         self.usage: dict[str, Any] = {}                                # said instead of what was counted
+        self.raw: list[Any] = []                                       # answers as they are: bytes, or what is JSON
         self.silent = False                                            # says nothing of tokens
         self.url = ""
         self.inflight = self.most = 0                                  # of those it answers; at once
@@ -131,6 +132,10 @@ class Llm:
                            "usage": {"prompt_tokens": tokens, "total_tokens": tokens}})
 
     def _said(self, reply: dict[str, Any]) -> Response:
+        if self.raw:
+            raw = self.raw.pop(0)
+            return Response(raw if isinstance(raw, bytes) else json.dumps(raw),
+                            headers={"content-type": "application/json", **self.headers})
         return JSONResponse({name: value for name, value in reply.items() if name != "usage" or not self.silent},
                             headers=self.headers)
 

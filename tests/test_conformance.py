@@ -9,9 +9,10 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
+import psycopg
 import pytest
 from anton_components.vendor.anthropic.cognition import AnthropicCompletion
 from anton_components.vendor.fake.cognition import FakeModel
@@ -21,9 +22,12 @@ from anton_components.vendor.http.webhook import SendWebhook
 from anton_components.vendor.openai.cognition import OpenAiCompletion
 from anton_components.vendor.openai.embedding import OpenAiEmbedding
 from anton_components.vendor.openai.tuning import OpenAiFineTune
+from anton_components.vendor.postgres.action import PostgresWrite
 from anton_components.vendor.rss.poll import Rss
 from anton_components.vendor.s3.action import S3Put
 from anton_components.vendor.slack.action import SlackPostMessage, SlackReact, SlackReply, SlackUpdateMessage
+from anton_components.vendor.slack.approval import SlackAskApproval
+from anton_components.vendor.smtp.action import SendEmail
 from kept import everything
 from llm import Llm
 from peers import served
@@ -32,15 +36,19 @@ from standardwebhooks.webhooks import WebhookVerificationError
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from test_smtp import PASSWORD, certificate  # noqa: F401  (a fixture)
+from test_smtp import peer as mailbox  # noqa: F401  (a fixture)
 
-from anton import Table, poll, sql
+from anton import Approval, Table, action, poll, sql
 from anton.app import App, declaring
 from anton.cli import main
 from anton.component import Component
 from anton.config import Connection, Settings
 from anton.ctx import Ctx
 from anton.errors import BadOption, UnknownOption, WorldError
+from anton.handler import HandlerSpec
 from anton.installed import installed
+from anton.notices import Notices
 
 pytestmark = pytest.mark.once("wires of components: the server is asked for the same")
 
@@ -95,6 +103,9 @@ class Peer(Llm):
             return JSONResponse(job)
         if path == "/hook" or path.startswith("/bucket/"):
             return Response()
+        if path == "/orders":
+            sent = dict(request.headers)
+            return JSONResponse({"you sent": sent, given: [sent]}, headers={"x-sent": given})
         if path == "/feed.xml":
             return Response(FEED, headers={"content-type": "application/rss+xml"})
         if path.startswith("/repos/"):
@@ -143,16 +154,12 @@ MADE: dict[str, Make] = {                                              # of the 
                                                              message_template="{prompt}"),
 }
 APART = {"Rss", "OpenAiFineTune"}                                      # polled; run by hand: declared below
-# Whose peer does not speak HTTP, or who takes other records: why, and where the same is tested.
-ELSEWHERE = {"PostgresWrite": ("a database", "test_postgres_write.py"), "SendEmail": ("SMTP", "test_smtp.py"),
-             "SlackAskApproval": ("handles Notices alone", "test_component.py")}
+BESIDES = {"PostgresWrite", "SendEmail", "SlackAskApproval"}            # their peer does not speak HTTP; Notices alone
 RECORD = {"prompt": "hi", "channel": "C1", "ts": "1.5", "payload": EVENT}
 
 
 def test_all_that_are_installed_are_looked_at():
-    assert {one.name for one in installed()} == set(MADE) | APART | set(ELSEWHERE)
-    for name, (why, file) in ELSEWHERE.items():
-        assert why and f"{name}(" in (Path(__file__).parent / file).read_text() and name not in {*MADE, *APART}
+    assert {one.name for one in installed()} == set(MADE) | APART | BESIDES
 
 
 def outputs(app: Any) -> list[Any]:
@@ -160,21 +167,27 @@ def outputs(app: Any) -> list[Any]:
         "select (to_jsonb(m) - 'created_at')::text from made m order by id")]
 
 
+def lose_an_ack(source: Table[Any], component: Component, handled: list[str], **options: Any) -> HandlerSpec:
+    """Wires a component so that its first ack is lost. handled: the keys it was called with."""
+    spec = component.bind(source)                                      # type: ignore[attr-defined]
+
+    async def first_in_vain(record: Any, ctx: Ctx) -> Any:
+        done = await spec.fn(record, ctx)
+        handled.append(ctx.key)
+        if len(handled) == 1:                                          # what it wrote goes with its ack
+            raise WorldError("the ack is lost")
+        return done
+
+    source.on_new_records(first_in_vain, each=True, into=spec.into, **options)
+    return spec
+
+
 @pytest.mark.parametrize("name", MADE)
 def test_a_record_that_is_handled_again_after_a_lost_ack_changes_nothing(name, live, peer):
     handled: list[str] = []
     with declaring(live.app):
         asked, made = Table("asked"), Table("made")
-        spec = MADE[name](made, peer.url).bind(asked)
-
-        async def first_in_vain(record: Any, ctx: Ctx) -> Any:
-            done = await spec.fn(record, ctx)                          # type: ignore[misc]
-            handled.append(ctx.key)
-            if len(handled) == 1:                                      # what it wrote goes with its ack
-                raise WorldError("the ack is lost")
-            return done
-
-        asked.on_new_records(first_in_vain, each=True, into=spec.into)
+        spec = lose_an_ack(asked, MADE[name](made, peer.url), handled)
     live.migrate()
     asked.append(RECORD)
     live.run()
@@ -271,6 +284,110 @@ def test_a_secret_is_in_no_table_log_error_or_repr_whether_it_works_or_not(name,
         main(["why", f"asked/{row[0]}", "--database", live.db.dsn])
     said = "".join(capsys.readouterr())
     assert not any(one in said for one in hidden)
+
+
+# Those besides: a mailbox, another database, approvals
+
+
+class Beside:
+    """What a component of BESIDES is wired to. ask: gives it something to do; came: how often that arrived.
+
+    refuse: the other side refuses from now on, with the secret in its words.
+    """
+
+    def __init__(self, live: Any, handled: list[str] | None, request: pytest.FixtureRequest) -> None:
+        self.live, self.handled, self.request, self.secret, self.number = live, handled, request, SECRET, 0
+
+    def wire(self, source: Table[Any], component: Component, **options: Any) -> None:
+        self.component = component
+        if self.handled is None:
+            source.on_new_records(component, **options)
+        else:
+            lose_an_ack(source, component, self.handled, **options)
+
+    def declare(self, name: str) -> None:
+        getattr(self, name)(Table("asked"), Table("made"))
+
+    def ask(self) -> None:
+        self.number += 1
+        if isinstance(self.component, SlackAskApproval):
+            self.refund.send(self.number)
+        else:
+            self.live.tables["asked"].append({**RECORD, "number": self.number})
+
+    def SendEmail(self, asked: Table[Any], made: Table[Any]) -> None:
+        smtp, self.secret = self.request.getfixturevalue("mailbox"), PASSWORD
+        self.wire(asked, SendEmail("localhost", to="bob@x.example", sender="ann@shop.example", username="ann",
+                                   subject="hi", text="{prompt}", password=PASSWORD, port=smtp.server_address[1],
+                                   into=made))
+        self.came = lambda: len(smtp.got)
+        self.refuse = lambda: smtp.answers.update({"MAIL": f"550 we were told {PASSWORD}"})
+
+    def PostgresWrite(self, asked: Table[Any], made: Table[Any]) -> None:
+        other, parts = self.request.getfixturevalue("other"), urlsplit(self.request.getfixturevalue("bare"))
+        user, host = parts.username or "postgres", parts.netloc.rpartition("@")[2]
+        url = parts._replace(netloc=f"{user}:{SECRET}@{host}").geturl()
+        self.wire(asked, PostgresWrite(url, "taken", {"id": "{number}"}, into=made))
+        self.came = lambda: other.execute("select count(*) from taken").fetchone()[0]
+        self.refuse = lambda: other.execute(
+            f"alter table taken add constraint small check (id < 0) not valid; alter table taken rename constraint "
+            f"small to \"told {SECRET}\"")
+
+    def SlackAskApproval(self, asked: Table[Any], made: Table[Any]) -> None:
+        peer = self.request.getfixturevalue("peer")
+
+        @action(approve=Approval("ann", via=["slack:#c"]))
+        def refund(number: int) -> None: ...
+
+        self.refund = refund
+        self.wire(Notices(), SlackAskApproval(oauth_token=SECRET, api=f"{peer.url}/api"))
+        self.came = lambda: sum(path.endswith("chat.postMessage") for path, _, _ in peer.sent)
+        self.refuse = lambda: setattr(peer, "wrong", 401)
+
+
+@pytest.fixture
+def other(bare: str) -> Iterator[Any]:
+    with psycopg.connect(bare, autocommit=True) as conn:
+        conn.execute("create table taken (id int primary key)")
+        yield conn
+
+
+@pytest.mark.parametrize("name", sorted(BESIDES))
+def test_what_is_besides_changes_nothing_either_when_it_is_handled_again(name, live, request):
+    handled: list[str] = []
+    with declaring(live.app):
+        beside = Beside(live, handled, request)
+        beside.declare(name)
+    live.migrate()
+    beside.ask()
+    live.run()
+    assert len(handled) == 1 and outputs(live) == [] and beside.came() == 0
+    live.advance("5m")
+    assert len(handled) == 2 and len(set(handled)) == 1 and not live.dead and beside.came() == 1
+    assert len(outputs(live)) == (name != "SlackAskApproval")
+
+
+@pytest.mark.parametrize("name", sorted(BESIDES))
+def test_a_secret_of_what_is_besides_is_nowhere_either(name, live, request, caplog, capsys):
+    caplog.set_level(logging.DEBUG)
+    with declaring(live.app):
+        beside = Beside(live, None, request)
+        beside.declare(name)
+    live.migrate()
+    beside.ask()
+    live.run()
+    assert beside.came() == 1
+    beside.refuse()
+    beside.ask()
+    live.run()
+    assert live.dead or [call for call in live.calls if call.state not in ("sent", "pending")]
+    assert beside.secret not in repr(beside.component)
+    assert [where for where, rows in everything(live) if beside.secret in rows] == []
+    assert [record.name for record in caplog.records
+            if beside.secret in record.getMessage() + str(record.exc_text)] == []
+    main(["components", "show", name])
+    main(["actions", "list", "--database", live.db.dsn])
+    assert beside.secret not in "".join(capsys.readouterr())
 
 
 # Options

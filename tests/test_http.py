@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from anton_components.vendor.http.action import HttpRequest
+from anton_components.vendor.rss.poll import Rss
 from kept import everything
 from peers import served
 from starlette.requests import Request
@@ -15,9 +16,10 @@ from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 
 from anton import Table, action, env
-from anton.app import declaring
+from anton.app import App, declaring
 from anton.errors import BadOption
 from anton.reach import addresses, is_public
+from anton.secret import hush_clients
 from anton.verify import Verifier
 
 pytestmark = pytest.mark.once("wires of components: the server is asked for the same")
@@ -69,6 +71,33 @@ def test_a_request_is_made_of_the_record_and_what_comes_back_is_written(live, pe
     assert call.key == headers["idempotency-key"] and "tok" not in str(call.args)
     (answer,) = live.records("answers")
     assert (answer["status"], answer["body"]) == (200, {"id": 9}) and answer["record_id"] is not None
+
+
+@pytest.mark.parametrize("answer", [
+    lambda url: JSONResponse({"told": ["sesame-open-1 Bearer key-of-shop-2", {"key-of-shop-2": 1}]}),
+    lambda url: Response("x" * 999_990 + "key-of-shop-2 key-of-shop-2"),
+    lambda url: Response("key-of-shop-2 is wrong, so is sesame-open-1", 401),
+    lambda url: RedirectResponse(f"{url}/there?key=key-of-shop-2", 303, headers={"x-told": "sesame-open-1"})])
+def test_a_secret_in_a_header_is_hidden_where_the_service_repeats_it(answer, live, peer, monkeypatch, caplog):
+    monkeypatch.setenv("SHOP_KEY", "Bearer key-of-shop-2")
+    caplog.set_level("DEBUG")
+    hush_clients()
+    peer.answers = [answer(peer.url)]
+    ask(live, {"total": 5}, url=f"{peer.url}/x", private=True, allow=["127.0.0.1"],
+        headers={"X-Shop": env("SHOP_KEY"), "X-Token": "sesame-open-1", "Accept": "application/json"})
+    sent = peer.got[0][2]
+    assert (sent["x-shop"], sent["x-token"]) == ("Bearer key-of-shop-2", "sesame-open-1")
+    kept = "".join(rows for _, rows in everything(live)) + caplog.text + str(live.dead) + str(live.app.handlers)
+    assert "key-of-sho" not in kept and "sesame-open" not in kept
+    assert all(len(row["body"]) <= 1_000_000 for row in live.records("answers") if isinstance(row["body"], str))
+
+
+def test_a_header_whose_variable_is_not_set_is_named(monkeypatch):
+    monkeypatch.delenv("SHOP_KEY", raising=False)
+    with declaring(App("shop")):
+        made = HttpRequest("https://api.example.com/x", headers={"X-Shop": env("SHOP_KEY")})
+        feed = Rss(Table("news"), "https://example.com/feed.xml", headers={"X-Shop": env("SHOP_KEY")})
+    assert made.unset() == feed.unset() == "SHOP_KEY"
 
 
 def test_a_signed_one_is_a_standard_webhook(live, peer):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from datetime import datetime
 from decimal import Decimal
-from typing import Any
+from typing import Annotated, Any, NamedTuple, NotRequired
+from uuid import uuid4
 
 import psycopg
 import pytest
@@ -15,15 +17,29 @@ from anton_components.vendor.rss.poll import Rss
 from anton_components.vendor.slack.action import SlackPostMessage
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import BaseModel, TypeAdapter, ValidationError, create_model
+from pydantic import (
+    BaseModel,
+    Field,
+    RootModel,
+    StringConstraints,
+    TypeAdapter,
+    ValidationError,
+    create_model,
+    field_serializer,
+    field_validator,
+)
+from pydantic.dataclasses import dataclass as pydantic_dataclass
+from typing_extensions import TypedDict
 
 from anton import Table, poll, sql
 from anton.app import declaring
+from anton.apply import WriteRefused
 from anton.errors import BadOption, InvalidRecord, Miswired
 from anton.meaning import (
     PII,
     EmailAddress,
     Markdown,
+    Meaning,
     Money,
     PersonName,
     PhoneNumber,
@@ -90,6 +106,118 @@ def test_what_a_type_means_is_kept_at_append_and_at_a_psql_insert(app):
                     conn.execute(insert, [value])
 
 
+# Inside lists, dicts and what is nested
+
+
+class Contact(BaseModel):
+    email: EmailAddress
+    site: Url | None = None
+    phones: list[PhoneNumber] | None = None
+
+
+@dataclass
+class Link:
+    url: Url
+    name: str = ""
+
+
+class Paid(TypedDict):
+    amount: Money
+    note: NotRequired[Markdown]
+
+
+class Names(RootModel[list[PersonName]]):
+    pass
+
+
+class Tree(BaseModel):
+    owner: EmailAddress
+    below: list[Tree] = []
+
+
+Plate = Annotated[str, StringConstraints(pattern="^[A-Z]{1,3} [0-9]{1,4}$"), Meaning("Plate")]
+
+
+class Car(BaseModel):
+    plate: Plate
+
+    @field_validator("plate", mode="before")
+    def upper(cls, value: Any) -> Any:
+        return str(value).upper()
+
+    @field_serializer("plate")
+    def lower(self, value: str) -> str:
+        return value.lower()
+
+
+Even = Annotated[int, Field(ge=0, multiple_of=2), Meaning("Even")]
+ANN, BOB = "ann@example.com", "bob@example.com"
+# Of a type: values that it takes, and JSON (of an array: text) that it does not.
+INSIDE: list[tuple[Any, list[Any], list[str]]] = [
+    (list[EmailAddress], [[], [ANN, BOB]], ["{ann@example.com,ann}", "{NULL}", "{{ann@example.com}}"]),
+    (PII[list[EmailAddress]] | None, [None, [ANN]], ["{ann}"]),
+    (list[EmailAddress | None], [[None, ANN]], ["{NULL,ann}"]),
+    (list[Money], [[Decimal("1.25"), Decimal(-3)]], ["{1.25,0.00001}"]),
+    (dict[str, Url], [{}, {"a": "https://a.example.com"}], ['{"a": "ftp://a"}', '{"a": 1}', '{"a": null}', "[]"]),
+    (dict[EmailAddress, int], [{ANN: 1}], ['{"ann": 1}']),
+    (dict[str, list[Even]], [{"a": [0, 2]}], ['{"a": [1]}', '{"a": [-2]}', '{"a": {}}', '{"a": ["x"]}']),
+    (tuple[Plate, Any], [("B 1", None), ("MUC 77", 5)], ['["b 1", 1]', '{"0": "B 1"}']),
+    (Contact, [Contact(email=ANN), Contact(email=ANN, site="https://a.example.com", phones=["+493012345678"])],
+     ['{"email": "ann"}', '{"email": "ann@example.com", "site": "x"}', '{"email": null}', "[]", '"ann@example.com"',
+      '{"email": "ann@example.com", "phones": ["1"]}', '{"email": "ann@example.com", "phones": {}}']),
+    (list[Contact] | None, [None, [], [Contact(email=ANN)]], ['[{"email": "ann"}]', '{"email": "ann@example.com"}']),
+    (Link, [Link("https://a.example.com")], ['{"url": "a", "name": ""}']),
+    (Paid, [{"amount": Decimal("2.5")}, {"amount": Decimal("1E+3"), "note": "x"}],
+     ['{"amount": "0.00001"}', '{"amount": 1e15}', '{"amount": "NaN"}', '{"amount": true}']),
+    (Names, [Names(["Ann"])], ['[""]']),
+    (dict[str, EmailAddress | PhoneNumber], [{"a": ANN, "b": "+493012345678"}], ['{"a": "ann"}']),
+    (Tree, [Tree(owner=ANN, below=[Tree(owner=BOB)])], ['{"owner": "ann", "below": []}']),
+    # What is not held in SQL: what writes itself, a union with a member that may be anything, fields without a meaning.
+    (Car, [Car(plate="b 1")], []), (list[EmailAddress | dict[str, Any]], [[ANN, {"a": 1}]], []),
+    (dict[str, Contact | Any], [{"a": 1}], []), (list[dict[str, str]], [[{"a": "b"}]], [])]
+
+
+def test_what_a_type_means_is_kept_inside_lists_dicts_and_nested_models(app):
+    with declaring(app.app):
+        tables = [Table(f"kept{i}", create_model(f"Kept{i}", id=(int, ...), value=(kind, ...)))
+                  for i, (kind, _, _) in enumerate(INSIDE)]
+    app.migrate()
+    for table, (_, good, _) in zip(tables, INSIDE, strict=True):
+        for number, value in enumerate(good):
+            table.append({"id": number, "value": value})
+    with psycopg.connect(app.db.dsn, autocommit=True) as conn:
+        for table, (_, good, bad) in zip(tables, INSIDE, strict=True):
+            conn.execute(f"insert into {table.name} select id + 100, value from {table.name}")
+            assert [row.value for row in app.records(table.name)] == good * 2
+            for value in bad:
+                with pytest.raises(psycopg.errors.CheckViolation):
+                    conn.execute(f"insert into {table.name} values (1000, %s)", [value])
+
+
+def test_what_is_inside_is_checked_at_append(app):
+    with declaring(app.app):
+        made = Table("made", create_model("Made", id=(int, ...), value=(list[Contact], ...)))
+    app.migrate()
+    with pytest.raises(InvalidRecord, match="email"):
+        made.append({"id": 1, "value": [{"email": "ann"}]})
+    with pytest.raises(WriteRefused, match="made_value_check"):
+        made.append({"id": 1, "value": [Contact.model_construct(email="ann")]})
+
+
+def test_who_may_only_insert_is_held_to_what_is_inside(shop):
+    mail = create_model("Mail", id=(int, ...), to=(list[EmailAddress], ...), cc=(dict[str, Contact], {}))
+    shop.declare(lambda: Table("mails", mail)).migrate()
+    assert not shop.migrate(check=True).drift
+    role = f"writer_{uuid4().hex[:8]}"
+    shop.sql(f"create role {role}; grant insert on mails to {role}")
+    try:
+        shop.sql(f"set role {role}; insert into mails values (1, '{{ann@example.com}}')")
+        with pytest.raises(psycopg.errors.CheckViolation):
+            shop.sql(f"set role {role}; insert into mails values (2, '{{ann}}')")
+    finally:
+        shop.sql(f"drop owned by {role}; drop role {role}")
+
+
 @given(st.text(st.sampled_from("aZ9.@-_+#/:\n é"), max_size=12), st.sampled_from([EmailAddress, Url, PhoneNumber]))
 def test_a_pattern_takes_no_line_break_and_no_blank(text, kind):
     try:
@@ -104,6 +232,66 @@ def test_a_field_means_what_its_parts_mean():
     assert {one.name for one in meanings(PII[EmailAddress] | None)} == {"PII", "EmailAddress"}
     assert {one.name for one in meanings(list[PII[str]])} == {"PII"}
     assert {one.name for one in meanings(nested)} == {"PII"} and not meanings(str)
+
+
+class Person(NamedTuple):
+    name: str
+    mail: PII[str]
+
+
+class Told(TypedDict):
+    at: NotRequired[PII[str]]
+
+
+@dataclass
+class Card:
+    holder: PII[str] = ""
+    others: list[Card] = field(default_factory=list)
+
+
+@pydantic_dataclass
+class Badge:
+    holder: PII[str]
+
+
+class Team(BaseModel):
+    cards: dict[str, list[Card]]
+
+
+@pytest.mark.parametrize("kind", [Person, Told, Card, Badge, Team, list[Card], dict[str, Told], Card | None,
+                                  list[dict[str, Person]], tuple[int, Badge], Annotated[Team, Field()]])
+def test_pii_in_what_is_nested_makes_the_whole_field_pii(kind):
+    assert [one.name for one in meanings(kind)] == ["PII"]
+    assert [one.name for one in meanings(create_model("Outer", inner=(kind, ...)))] == ["PII"]
+
+
+def test_pii_of_a_type_that_cannot_be_looked_up_is_pii():
+    def local() -> Any:
+        Inner = PII[str]
+
+        @dataclass
+        class Outer:
+            name: str
+            inner: PII[Inner]
+
+        return Inner, Outer
+
+    assert [one.name for one in meanings(local()[1])] == ["PII"]
+
+
+def test_pii_in_what_is_nested_reaches_no_model(shop):
+    source = create_model("Source", id=(int, ...), body=(str, ...), card=(Card, ...), told=(list[Told], ...))
+    plain = create_model("Plain", id=(int | None, None), completion=(str, ...), card=(dict[str, Any], ...))
+
+    def said(into: type[BaseModel] = Answer, **options: Any) -> str:
+        return wired(shop, lambda _, to: FakeModel(to, **options), into=into, source=source)
+
+    assert 'gives "card" of Table("questions") to a model, and that is PII' in said(prompt="{body} {card}")
+    assert 'gives "told"' in said(prompt="{body}", system="{told}")
+    assert 'reads "told" of Table("questions")' in said(
+        prompt="{body} {more}", context={"more": sql("select told -> 0 ->> 'at' as x from questions")})
+    assert said(prompt="{body} {card}", allow_pii=True) == ""
+    assert '"card" is carried over: it is PII' in said(plain, prompt="{body}")
 
 
 def test_a_field_that_a_component_reads_and_the_table_has_not_is_refused_with_the_map_that_fits(shop):

@@ -259,6 +259,54 @@ def test_a_service_that_says_nothing_of_tokens_is_charged_at_the_most_and_flagge
     assert rows(live, "select unpriced from anton.list_costs(1)") == [(1,)]
 
 
+USED = {"prompt_tokens": 3, "completion_tokens": 4, "input_tokens": 3, "output_tokens": 4}
+
+
+PAID = Decimal("0.011")
+NO_ANSWERS: list[tuple[Any, Any]] = [                                  # what came; what it cost, None: nobody knows
+    (b'{"choices": [{"message"', None), (b'"so be it"', None), ({"choices": []}, None), ({"choices": [None]}, None),
+    ({"choices": {}, "content": {}, "usage": [1]}, None), ({"choices": [], "content": None, "usage": USED}, PAID),
+    ({"choices": [{"finish_reason": ["stop"]}], "content": [7], "usage": USED}, PAID)]
+
+
+@pytest.mark.parametrize("of, output", [("openai", None), ("openai", Triage), ("anthropic", None)])
+def test_what_is_no_answer_is_a_dead_letter_with_what_came_and_is_asked_and_charged_once(of, output, live, llm):
+    declare(live, (openai if of == "openai" else anthropic)(llm, max_tokens=10, budget="50 USD/day", output=output))
+    for number, (said, _) in enumerate(NO_ANSWERS):
+        llm.raw = [said]
+        ask(live, f"hi {number}")
+    raw = [said.decode() if isinstance(said, bytes) else json.dumps(said, separators=(",", ":"))
+           for said, _ in NO_ANSWERS]
+    assert [text for text, dead in zip(raw, live.dead, strict=True)
+            if text not in dead.error and text.replace(",", ", ").replace(":", ": ") not in dead.error] == []
+    calls = rows(live, "select state, cost, reserved from anton.call order by id")
+    assert [(state, cost) for state, cost, _ in calls] == [
+        ("unknown" if cost is None else "done", cost) for _, cost in NO_ANSWERS]
+    held = sum(reserved if cost is None else cost for _, cost, reserved in calls)
+    assert rows(live, "select settled, reserved from anton.spent") == [(held, Decimal(0))]
+    assert rows(live, "select count(*) from anton.memo") == [(0,)] and not live.records("answers")
+
+
+def test_a_page_of_a_gateway_blames_no_record(live, llm):
+    declare(live, openai(llm))
+    llm.headers = {"content-type": "text/html"}
+    llm.raw = [b"<html>"]
+    ask(live, "hi")
+    assert not live.dead and rows(live, "select state, count(*) from anton.call group by 1 order by 1") == [
+        ("done", 1), ("unknown", 1)]
+
+
+@pytest.mark.parametrize("usage", [
+    {"prompt_tokens": 3, "prompt_tokens_details": {"cached_tokens": 1000}}, {"prompt_tokens_details": 7},
+    {"prompt_tokens_details": {"cached_tokens": [1]}}, {"prompt_tokens_details": {"cached_tokens": -5}}])
+def test_no_count_of_cached_tokens_makes_a_call_cheaper_than_nothing(usage, live, llm):
+    declare(live, openai(llm, max_tokens=10, price={**PRICE, "cached": "1"}))
+    llm.usage = usage
+    ask(live, "what is it")
+    ((into, cached, cost),) = rows(live, "select tokens_in, tokens_cached, cost from anton.call")
+    assert cached <= into and cost >= Decimal("0.011") and len(live.records("answers")) == 1
+
+
 def test_a_call_in_flight_at_a_kill_is_unknown_and_what_was_answered_is_not_paid_again(live, llm):
     declare(live, openai(llm, max_tokens=10, budget="1 USD/day"))
     llm.script(*["answer"] * 3, "hang")

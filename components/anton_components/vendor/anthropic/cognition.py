@@ -8,7 +8,6 @@ The package `anthropic` is imported when the first request is made, never before
 from __future__ import annotations
 
 import importlib
-import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack
@@ -32,6 +31,7 @@ from anton.kit import (
 
 MODEL = "claude-haiku-4-5"
 HOME = "https://api.anthropic.com"
+MOST = 4000  # characters that are kept of what is no answer
 MAX_TOKENS = 4096  # the service wants to be told
 _MODES = ("output_config", "output_format", "schema", "tool_choice", "tools")
 
@@ -71,8 +71,7 @@ class AnthropicCompletion(Completion):
         try:
             async with self._clients.lend(self.credential() or "") as client:
                 raw = await client.messages.with_raw_response.create(**_body(question))
-            parsed = raw.parse()                                       # awaited since 2.0
-            return _reply(raw.headers, await parsed if inspect.isawaitable(parsed) else parsed, question)
+            return _reply(raw.headers, _read(raw.http_response), question)
         except anthropic.APITimeoutError as error:
             raise SendError("down", f"no answer in {question.timeout:g} s", paid=not _never_arrived(error)) from error
         except anthropic.APIConnectionError as error:
@@ -99,21 +98,40 @@ def _body(question: Question) -> dict[str, Any]:
     return body
 
 
-def _reply(headers: Mapping[str, str], reply: Any, question: Question) -> Reply:
-    if getattr(reply, "content", None) is None:
-        raise SendError("down", f"answered what is no message: {reply!r}"[:500], paid=True)
-    text = "".join(block.text for block in reply.content if block.type == "text")
-    tool = next((block.input for block in reply.content if block.type == "tool_use"), None)
+def _read(raw: Any) -> dict[str, Any]:
+    try:
+        reply = raw.json()
+    except ValueError:
+        kind = "down" if "html" in raw.headers.get("content-type", "") else "malformed"   # a page is of a gateway
+        raise SendError(kind, f"answered what is no JSON: {raw.text[:MOST]}", paid=True) from None
+    if not isinstance(reply, dict) or reply.get("type") == "error":
+        kind = "down" if isinstance(reply, dict) else "malformed"
+        raise SendError(kind, f"answered what is no message: {raw.text[:MOST]}", paid=True)
+    return reply
+
+
+def _reply(headers: Mapping[str, str], reply: dict[str, Any], question: Question) -> Reply:
+    content, usage = reply.get("content"), reply.get("usage")          # other servers say less, or nothing
+    blocks = [block for block in content if isinstance(block, dict)] if isinstance(content, list) else []
+    usage = usage if isinstance(usage, dict) else {}
+    text = "".join(str(block.get("text") or "") for block in blocks if block.get("type") == "text")
+    tool = next((block.get("input") for block in blocks if block.get("type") == "tool_use"), None)
     if tool is not None:
         text = to_json(tool).decode()
-    usage = getattr(reply, "usage", None)                              # other servers say less, or nothing
-    cached = getattr(usage, "cache_read_input_tokens", None) or 0
-    written = getattr(usage, "cache_creation_input_tokens", None) or 0
-    told = getattr(usage, "input_tokens", None)
-    finish = {"max_tokens": "length", "model_context_window_exceeded": "length", "refusal": "refused"}
-    return Reply(text, reply.model or question.model, None if told is None else told + cached + written,
-                 getattr(usage, "output_tokens", None), cached, written,
-                 finish.get(reply.stop_reason or "", "stop"), learnt(headers))
+    ends = {"max_tokens": "length", "model_context_window_exceeded": "length", "refusal": "refused"}
+    finish = ends.get(str(reply.get("stop_reason")), "stop")
+    if not isinstance(content, list) or len(blocks) < len(content):
+        if not usage:
+            raise SendError("malformed", f"answered what is no message: {to_json(reply).decode()[:MOST]}",
+                            paid=True)
+        text, finish = to_json(reply).decode(), "empty"                # no answer, and paid all the same
+    cached: Any = usage.get("cache_read_input_tokens") or 0
+    written: Any = usage.get("cache_creation_input_tokens") or 0
+    model, told = reply.get("model"), usage.get("input_tokens")
+    into: Any = told + cached + written if all(isinstance(one, int) for one in (told, cached, written)) else None
+    return Reply(text, model if model and isinstance(model, str) else question.model,
+                 into, usage.get("output_tokens"), cached, written, finish,
+                 learnt(headers))
 
 
 def _status_error(error: Any, question: Question) -> SendError:

@@ -31,17 +31,21 @@ from anton.kit import (
     addresses,
     current_database,
     fill,
+    hide_within,
     is_public,
     names_of,
     one_of,
     placeholders,
     reveal,
+    revealed,
     to_json,
+    unset_of,
 )
 
 METHODS = ("POST", "PUT", "PATCH", "DELETE", "GET")
 REDIRECTS = 5
-MOST = 1_000_000  # bytes of an answer that are kept
+MOST = 1_000_000  # bytes of an answer that are kept,
+MORE = 10_000  # and that are read besides: a secret that is cut in two would not be seen
 _QUIET = ContextVar("_QUIET", default=False)  # what httpx logs has the address in it
 _HOST = re.compile(r"https?://(?:[^/?#]*@)?([A-Za-z0-9._-]+)(?=[:/?#]|$)")
 _ONE = re.compile(r"\{([A-Za-z_]\w*)\}")
@@ -51,14 +55,15 @@ class HttpRequest(ActionComponent):
     """A request for each record; {name} in the url and in json is the record's value (in the url quoted).
 
     url: a text, or env(…) for one that is a secret: then only its host is kept and shown. method: POST PUT PATCH DELETE
-    GET. json: what is sent, in any shape; None: the record. headers: sent along, to the url's own origin only; so is
-    secret, as "Authorization: Bearer …" or, with sign=, what it is signed with: "standard_webhooks" and other services
-    of verify=. map: the record's names for those in braces. Each request has the header Idempotency-Key. effect:
-    "unsafe", or "idempotent" where the other side drops a second one with the same key. allow: hosts, "*.example.com",
-    or "https://*.example.com/api/*"; default the url's host. private: whether it may lead into private networks
-    (10.0.0.1, localhost). Each redirect is held to both, and headers and secret are left behind. timeout: seconds for
-    all of it. into: gets {"status", "body", "url", "record_id"}; body is JSON or text, the first MB of it.
-    approve, cap: as of actions. An answer of 4xx is a dead letter. Raises BadOption.
+    GET. json: what is sent, in any shape; None: the record. headers: sent along, texts or env(…), to the url's own
+    origin only; so is secret, as "Authorization: Bearer …" or, with sign=, what it is signed with: "standard_webhooks"
+    and other services of verify=. map: the record's names for those in braces. Each request has the header
+    Idempotency-Key. effect: "unsafe", or "idempotent" where the other side drops a second one with the same key. allow:
+    hosts, "*.example.com", or "https://*.example.com/api/*"; default the url's host. private: whether it may lead into
+    private networks (10.0.0.1, localhost). Each redirect is held to both, and headers and secret are left behind.
+    timeout: seconds for all of it. into: gets {"status", "body", "url", "record_id"}; body is JSON or text, the first
+    MB of it, with *** for a secret that the service repeats. approve, cap: as of actions. An answer of 4xx is a dead
+    letter. Raises BadOption.
     """
 
     service = "HTTP"
@@ -66,10 +71,10 @@ class HttpRequest(ActionComponent):
     example = "incident_room"
 
     def __init__(self, url: str | Env, *, method: str = "POST", json: Any = None,
-                 headers: Mapping[str, str] | None = None, secret: Env | str | None = None, sign: str | None = None,
-                 effect: Literal["unsafe", "idempotent"] = "unsafe", allow: Sequence[str] | None = None,
-                 private: bool = False, timeout: float = 30.0, into: Table[Any] | None = None,
-                 approve: Approval | None = None, cap: str | Sequence[str] = (),
+                 headers: Mapping[str, Env | str] | None = None, secret: Env | str | None = None,
+                 sign: str | None = None, effect: Literal["unsafe", "idempotent"] = "unsafe",
+                 allow: Sequence[str] | None = None, private: bool = False, timeout: float = 30.0,
+                 into: Table[Any] | None = None, approve: Approval | None = None, cap: str | Sequence[str] = (),
                  map: Mapping[str, str] | None = None, connection: str | None = None) -> None:
         super().__init__(secret=secret, map=map, connection=connection)
         if self.address(None) is not None:
@@ -86,8 +91,8 @@ class HttpRequest(ActionComponent):
         self._clients = Clients(lambda _: importlib.import_module("httpx").AsyncClient(timeout=timeout))
 
     def unset(self) -> str | None:
-        """What to set, when its secret or address is a reference to what is not there."""
-        return next((one.name for one in (self._secret, self._url) if isinstance(one, Env) and not reveal(one)), None)
+        """What to set, when its secret, its address or a header is a reference to what is not there."""
+        return unset_of(self._secret, self._url, *self._headers.values())
 
     def credential(self) -> str | None:
         """Its secret, read now; None without one."""
@@ -172,7 +177,7 @@ class HttpRequest(ActionComponent):
             target, extensions = url.copy_with(host=await self._public(url)), {"sni_hostname": url.host}
         headers = {"User-Agent": "Anton", "Host": url.netloc.decode(), "Idempotency-Key": key}
         headers |= {"Content-Type": "application/json"} if body else {}
-        headers |= self._headers | self._signed(body, key, str(url), method) if at_home else {}
+        headers |= revealed(self._headers) | self._signed(body, key, str(url), method) if at_home else {}
         async with client.stream(method, target, content=body, headers=headers, extensions=extensions,
                                  follow_redirects=False) as response:
             if response.has_redirect_location and not last:
@@ -180,7 +185,7 @@ class HttpRequest(ActionComponent):
                 if there.scheme in ("http", "https"):
                     return there, response.status_code in (307, 308)
             response.raise_for_status()
-            return {"status": response.status_code, "url": str(url), **await _answer(response)}
+            return {"status": response.status_code, "url": hide_within(str(url)), **await _answer(response)}
 
     async def _allowed(self, url: Any, home: Any) -> bool:
         """Whether a redirect may go there: what the database says of calls."""
@@ -229,16 +234,16 @@ async def _answer(response: Any) -> dict[str, Any]:
     """The first MB of what came back, as JSON or text."""
     body = bytearray()
     async for part in response.aiter_bytes():
-        body += part[:MOST - len(body)]
-        if len(body) >= MOST:
+        body += part[:MOST + MORE - len(body)]
+        if len(body) >= MOST + MORE:
             break
     text = bytes(body).decode(errors="replace").replace("\0", "")
     if "json" in response.headers.get("content-type", ""):
         try:
-            return {"body": orjson.loads(text)}
+            return {"body": hide_within(orjson.loads(text))}
         except ValueError:
             pass
-    return {"body": text}
+    return {"body": hide_within(text).encode()[:MOST].decode(errors="ignore")}
 
 
 def _filled(value: Any, record: Any, names: Mapping[str, str]) -> Any:

@@ -25,18 +25,19 @@ class SendWebhook(HttpRequest):
 
     url: "{url}", or any address with {name} in it. json: what is sent, in any shape; None: the record. secret: a value
     or env(…), "whsec_…"; it signs as Standard Webhooks says, and webhook-id stays the same over all attempts. headers:
-    sent along. Any answer but 2xx, and none, is tried again: after 5 s, 5 min, 30 min, 2 h, 5 h, 10 h, 14 h, 20 h and
-    24 h, each with 10 % of jitter; then, and at once for 410 Gone, it is a dead letter. allow: hosts, "*.example.com";
-    private: whether it may lead into private networks; timeout: seconds for one attempt. into: gets {"status", "body",
-    "url", "record_id"}. approve, cap: as of actions. map: the record's names for those in braces. Raises BadOption.
+    sent along, texts or env(…). Any answer but 2xx, and none, is tried again: after 5 s, 5 min, 30 min, 2 h, 5 h, 10 h,
+    14 h, 20 h and 24 h, each with 10 % of jitter; then, and at once for 410 Gone, it is a dead letter. allow: hosts,
+    "*.example.com"; private: whether it may lead into private networks; timeout: seconds for one attempt. into: gets
+    {"status", "body", "url", "record_id"}. approve, cap: as of actions. map: the record's names for those in braces.
+    Raises BadOption.
     """
 
     example = "order_desk"
 
     def __init__(self, url: str = "{url}", *, secret: Env | str, json: Any = None,
-                 headers: Mapping[str, str] | None = None, allow: Sequence[str] | None = None, private: bool = False,
-                 timeout: float = 20.0, into: Table[Any] | None = None, approve: Approval | None = None,
-                 cap: str | Sequence[str] = (), map: Mapping[str, str] | None = None,
+                 headers: Mapping[str, Env | str] | None = None, allow: Sequence[str] | None = None,
+                 private: bool = False, timeout: float = 20.0, into: Table[Any] | None = None,
+                 approve: Approval | None = None, cap: str | Sequence[str] = (), map: Mapping[str, str] | None = None,
                  connection: str | None = None) -> None:
         if not re.match(r"https?://|\{", url):
             raise BadOption("url", url, "SendWebhook", 'a URL, or "{url}" for that of the record')

@@ -29,10 +29,12 @@ from anton.kit import (
     learnt,
     status_error,
     tls,
+    to_json,
 )
 
 MODEL = "gpt-5.4-mini"
 HOME = "https://api.openai.com/v1"
+MOST = 4000  # characters that are kept of what is no answer
 _MODES = ("response_format", "json_schema", "tool_choice", "tools", "grammar")
 
 log = logging.getLogger("anton.think")
@@ -106,27 +108,44 @@ def _read(raw: Any) -> dict[str, Any]:
     try:
         reply = raw.json()
     except ValueError:
-        reply = raw.text
-    if not isinstance(reply, dict) or not reply.get("choices"):
-        raise SendError("down", f"answered without a choice: {reply!r}"[:500], paid=True)
+        kind = "down" if "html" in raw.headers.get("content-type", "") else "malformed"   # a page is of a gateway
+        raise SendError(kind, f"answered what is no JSON: {raw.text[:MOST]}", paid=True) from None
+    if not isinstance(reply, dict) or (reply.get("error") and not reply.get("choices")):
+        kind = "down" if isinstance(reply, dict) else "malformed"
+        raise SendError(kind, f"answered without a choice: {raw.text[:MOST]}", paid=True)
     return reply
 
 
 def _reply(headers: Mapping[str, str], reply: dict[str, Any], question: Question) -> Reply:
-    try:
-        message, finish = reply["choices"][0]["message"], reply["choices"][0].get("finish_reason")
-        text = message.get("content") or ""
-        if message.get("tool_calls"):
-            text = (message["tool_calls"][0].get("function") or {}).get("arguments") or text
-        if message.get("refusal"):
-            text, finish = message["refusal"], "content_filter"
-        usage = reply.get("usage") or {}                               # other servers say less, or nothing
-        cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
-    except (AttributeError, KeyError, IndexError, TypeError) as error:
-        raise SendError("down", f"answered what is no answer: {reply!r}"[:500], paid=True) from error
-    return Reply(text, reply.get("model") or question.model, usage.get("prompt_tokens"), usage.get("completion_tokens"),
-                 cached, finish={"length": "length", "content_filter": "refused"}.get(finish or "", "stop"),
+    choice = _part(reply.get("choices"))
+    message, usage = _dict(choice.get("message")), _dict(reply.get("usage"))  # other servers say less, or nothing
+    text = _dict(_part(message.get("tool_calls")).get("function")).get("arguments") or message.get("content")
+    if isinstance(text, list):                                         # a text in parts
+        text = "".join(str(_dict(part).get("text") or "") for part in text)
+    if isinstance(text, dict):                                         # arguments that are JSON already
+        text = to_json(text).decode()
+    finish = {"length": "length", "content_filter": "refused"}.get(
+        str(choice.get("finish_reason")), "stop")
+    if message.get("refusal"):
+        text, finish = str(message["refusal"]), "refused"
+    if not isinstance(text, str) and finish == "stop" and not (text is None and "content" in message):
+        if not usage:
+            raise SendError("malformed", f"answered without a choice: {to_json(reply).decode()[:MOST]}", paid=True)
+        text, finish = to_json(reply).decode(), "empty"                # no answer, and paid all the same
+    model = reply.get("model")
+    return Reply(text if isinstance(text, str) else "", model if model and isinstance(model, str) else question.model,
+                 usage.get("prompt_tokens"), usage.get("completion_tokens"),
+                 _dict(usage.get("prompt_tokens_details")).get("cached_tokens") or 0, finish=finish,
                  limits=learnt(headers))
+
+
+def _dict(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _part(value: Any) -> dict[str, Any]:
+    """The first of a list, where it is an object."""
+    return _dict(value[0]) if isinstance(value, list) and value else {}
 
 
 def _status_error(error: Any, question: Question | None = None) -> SendError:

@@ -18,7 +18,19 @@ from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 from anton import Table
-from anton.kit import BadOption, Clients, Component, ConfigError, WorldError, addresses, effects, is_public
+from anton.kit import (
+    BadOption,
+    Clients,
+    Component,
+    ConfigError,
+    Env,
+    WorldError,
+    addresses,
+    effects,
+    is_public,
+    revealed,
+    unset_of,
+)
 
 MOST = 10_000_000  # bytes of a feed
 LONGEST = timedelta(days=1)  # of a Retry-After that is believed
@@ -34,15 +46,15 @@ class Rss(Component):
     its title; the key. Texts are "" where the entry has none, and their HTML is sanitized. Where `into` has a
     model, only its fields. into: where they go; the first argument. url: an address, such as
     "https://example.com/feed.xml". map: {"guid": "id"} when the table calls a field otherwise. headers: sent along,
-    such as Authorization; to the url's origin only, not to where a redirect leads. timeout: seconds for one answer.
-    private: whether redirects may lead into private networks (10.0.0.1, localhost); where the url itself does, they
-    may. A feed that did not change is not sent again (ETag, Last-Modified). Raises BadOption.
+    such as Authorization, texts or env(…); to the url's origin only, not to where a redirect leads. timeout: seconds
+    for one answer. private: whether redirects may lead into private networks (10.0.0.1, localhost); where the url
+    itself does, they may. A feed that did not change is not sent again (ETag, Last-Modified). Raises BadOption.
     """
 
     service = "RSS"
     example = "feed_reader"
 
-    def __init__(self, into: Table[Any], url: str, *, headers: Mapping[str, str] | None = None,
+    def __init__(self, into: Table[Any], url: str, *, headers: Mapping[str, Env | str] | None = None,
                  timeout: float = 30.0, map: Mapping[str, str] | None = None, private: bool = False) -> None:
         super().__init__(map=map)
         parts = urlsplit(url)
@@ -62,6 +74,10 @@ class Rss(Component):
         """What its poll is called: "rss example.com/feed.xml". Two that differ in their query alone need name=."""
         return f"rss {self.feed.partition('://')[2]}"
 
+    def unset(self) -> str | None:
+        """What to set, when a header is a reference to what is not there."""
+        return unset_of(*self._headers.values())
+
     def outputs(self) -> Mapping[str, Any]:
         """What its Table gets, by the names that map= gives."""
         made: dict[str, Any] = {**dict.fromkeys(("guid", "title", "link", "summary", "author", "feed"), str),
@@ -71,9 +87,10 @@ class Rss(Component):
     async def poll(self, cursor: Any) -> tuple[list[dict[str, Any]], Any]:
         """The feed's entries, and {"feed", "etag", "modified"}; nothing when it has not changed.
 
-        Raises WorldError when the feed cannot be had, or is none. Where nothing may leave, there is nothing new.
+        Raises WorldError when the feed cannot be had, or is none. Where nothing may leave, or a header is not set,
+        there is nothing new.
         """
-        if effects() == "offline":
+        if effects() == "offline" or self.unset():
             return [], cursor
         before = cursor if isinstance(cursor, Mapping) and cursor.get("feed") == self.feed else {}
         asked = {"If-None-Match": before.get("etag"), "If-Modified-Since": before.get("modified")}
@@ -114,7 +131,7 @@ class Rss(Component):
             headers = {"Accept": _ACCEPT, "User-Agent": "Anton", "Host": url.netloc.decode(), **asked}
             auth = (home.username, home.password) if known and home.userinfo else None
             async with client.stream("GET", target.copy_with(userinfo=b""), auth=auth, extensions=extensions,
-                                     headers=headers | self._headers if known else headers) as response:
+                                     headers=headers | revealed(self._headers) if known else headers) as response:
                 if not response.has_redirect_location:
                     yield response, str(url.copy_with(userinfo=b""))
                     return
