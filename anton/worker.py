@@ -262,11 +262,12 @@ class Worker:
         records = [lane.wants() for lane in wanted]
         jobs = [lane.jobs_for(n) for lane, n in zip(wanted, records, strict=True)]
         after = [lane.start_from(now) for lane in wanted]
+        turns = [lane.turn for lane in wanted]
         self._claiming = queue.token()                                 # a blocked loop reads the answer late
         try:
             async with self.db.conn() as conn:
                 claimed = await queue.claim(self.db, conn, self.id, self._length, [lane.id for lane in wanted], jobs,
-                                            records, after, self._claiming)
+                                            records, after, self._claiming, turns)
         finally:
             self._claiming = 0
         took = time.monotonic() - now

@@ -1,0 +1,97 @@
+-- Tenants: of a handler whose ready jobs name one, a claim takes a share from each of them in turn, however long another's
+-- backlog is. Jobs without a tenant are those of one more, ''. Names are compared byte by byte, as the worker does.
+
+-- weigh_tenant(tenant, weight): so many turns in a row, where others have one; weight 1: as they
+create or replace function weigh_tenant(p_tenant text, p_weight int) returns void language plpgsql volatile set search_path from current as $$
+begin
+  if coalesce(p_tenant, '') = '' or p_weight is null or p_weight not between 1 and 100 then
+    raise exception using errcode = 'NT004', message = format('weight %s of tenant "%s": a tenant has a name, and a weight from 1 to 100',
+      coalesce(p_weight::text, 'null'), p_tenant), hint = 'select weigh_tenant(''acme'', 3)';
+  end if;
+  insert into tenant (name, weight) values (p_tenant, p_weight) on conflict (name) do update set weight = excluded.weight;
+  delete from tenant where name = p_tenant and weight = 1;
+end $$;
+
+-- tenant_weights() -> (tenant, weight) of those that have more than one
+create or replace function tenant_weights() returns table (name text, weight int) language sql stable set search_path from current as $$
+  select name, weight from tenant
+$$;
+
+-- priorities() -> (handler, priority) of the handlers that do not have the usual one
+create or replace function priorities() returns table (handler_id int, priority int) language sql stable set search_path from current as $$
+  select id, priority::int from handler where priority <> 5
+$$;
+
+-- tenants_in_turn(handler, turn, most, end) -> up to so many tenants with ready jobs, from the one behind `turn` on, round
+--   turn  who had the last one; null: begin with ''
+--   end   '' is among them when a job with an id below this one has no tenant
+create or replace function tenants_in_turn(p_handler int, p_turn text, p_most int, p_end bigint) returns text[]
+language plpgsql volatile set search_path from current
+set jit = off set enable_seqscan = off set enable_sort = off as $$
+declare v_found text[] := '{}'; v_at text := p_turn; v_rounds int := 0;
+begin
+  while cardinality(v_found) < p_most loop
+    if v_at is not null then
+      select j.tenant into v_at from job j
+       where j.handler_id = p_handler and j.tenant is not null and j.tenant collate "C" > v_at order by j.tenant collate "C" limit 1;
+    end if;
+    if v_at is null then
+      v_at := '';
+      v_rounds := v_rounds + 1;
+    end if;
+    exit when v_rounds > 2 or v_at = any (v_found);
+    if v_at <> '' or exists (select from job j where j.handler_id = p_handler and j.id < p_end and j.tenant is null) then
+      v_found := v_found || v_at;
+    end if;
+  end loop;
+  return v_found;
+end $$;
+
+-- jobs_in_turn(handler, jobs, records, turn) -> rows of job, locked: at most so many jobs of about so many records
+-- Each tenant gets its share by weight, and what it has no use for goes to the others. At most 32 of them, the next ones with
+-- the next call. Jobs without a tenant are looked for among the oldest 2000: behind more of the others' they wait.
+create or replace function jobs_in_turn(p_handler int, p_jobs int, p_records int, p_turn text) returns tid[]
+language plpgsql volatile set search_path from current
+set jit = off set enable_seqscan = off set enable_sort = off set plan_cache_mode = force_generic_plan as $$
+declare
+  v_end bigint := coalesce((select j.id from job j where j.handler_id = p_handler order by j.id offset 2000 limit 1), 9223372036854775807);
+  v_tenants text[] := tenants_in_turn(p_handler, p_turn, 32, v_end);
+  v_weights int[] := array(select coalesce(w.weight, 1) from unnest(v_tenants) with ordinality t (name, o) left join tenant w using (name) order by o);
+  v_after bigint[] := array_fill(0::bigint, array[cardinality(v_tenants)]);
+  v_jobs int := p_jobs; v_records bigint := p_records;      -- to be had in this round
+  v_share numeric; v_most int; v_rows tid[] := '{}'; v_found tid[]; v_n int; v_size bigint; v_last bigint; v_locked int;
+begin
+  while v_jobs > 0 and v_records > 0 and 0 < any (v_weights) loop
+    v_share := 1.0 / (select sum(w) from unnest(v_weights) w);
+    p_jobs := v_jobs;
+    p_records := v_records;
+    for i in 1 .. cardinality(v_tenants) loop
+      exit when v_jobs <= 0 or v_records <= 0;
+      continue when v_weights[i] = 0;
+      v_most := least(v_jobs, ceil(p_jobs * v_weights[i] * v_share));
+      if v_tenants[i] = '' then
+        select array_agg(x.row), count(*), sum(x.n), max(x.id), max(x.locked) into v_found, v_n, v_size, v_last, v_locked
+          from (select row, n, id, sum(n) over (order by id) - n as before, count(*) over () as locked from (
+                  select j.ctid as row, j.id, j.hi - j.lo + 1 as n from job j
+                   where j.handler_id = p_handler and j.id > v_after[i] and j.id < v_end and j.tenant is null
+                   order by j.id limit v_most for update skip locked) l) x
+         where x.before < ceil(p_records * v_weights[i] * v_share);
+      else
+        select array_agg(x.row), count(*), sum(x.n), max(x.id), max(x.locked) into v_found, v_n, v_size, v_last, v_locked
+          from (select row, n, id, sum(n) over (order by id) - n as before, count(*) over () as locked from (
+                  select j.ctid as row, j.id, j.hi - j.lo + 1 as n from job j
+                   where j.handler_id = p_handler and j.tenant is not null and j.tenant collate "C" = v_tenants[i] and j.id > v_after[i]
+                   order by j.id limit v_most for update skip locked) l) x
+         where x.before < ceil(p_records * v_weights[i] * v_share);
+      end if;
+      if v_n < v_most and v_n = coalesce(v_locked, 0) then
+        v_weights[i] := 0;                                  -- it has no more
+      end if;
+      v_rows := v_rows || v_found;
+      v_after[i] := coalesce(v_last, v_after[i]);
+      v_jobs := v_jobs - v_n;
+      v_records := v_records - coalesce(v_size, 0);
+    end loop;
+  end loop;
+  return v_rows;
+end $$;
