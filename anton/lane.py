@@ -19,7 +19,7 @@ from typing import Any
 from anton.gate import Gate
 from anton.permits import Permits
 from anton.queue import Job
-from anton.rank import PRIORITY, rank
+from anton.rank import PRIORITY
 from anton.turns import Turns
 
 BYTES = 8_000_000  # of the rows of one call, about
@@ -105,8 +105,8 @@ class Lane:
     gate: with per=, which records may run.
     ready: the queue may hold more of it. after: the last job id claimed. width: bytes of its widest rows lately, 0: not
     known; wide: its table has values stored out of line.
-    turn: the tenant that had the last turn in a claim, "" for none. asked, served: when it was last claimed for, and when
-    it got a slot.
+    turn: the tenant that had the last turn in a claim, "" for none. priority: before which lanes it goes; since then it
+    waits to be claimed for, and for a slot: claim_since, slot_since.
     rate: records/s settled lately; seconds: of a call lately. document: the table has no model and was made by Anton.
     had: every column that its table was ever seen with. model: it refreshes one; a job brings all others with it.
     make: an instance of the table's model from a row. down: what the world raised; nothing starts until calls ended.
@@ -149,8 +149,8 @@ class Lane:
     ready: bool = True
     after: int = 0
     turn: str | None = None
-    asked: float = 0.0
-    served: float = 0.0
+    claim_since: float = 0.0
+    slot_since: float = 0.0
     from_start_at: float = 0.0
     from_start_took: float = 0.0
     per_job: float = 0.0
@@ -212,10 +212,6 @@ class Lane:
         target = (free + ahead) * self.batch
         return target - have if have < free * self.batch or 2 * have <= target else 0
 
-    def rank(self, since: float, now: float) -> float:
-        """Before which other lanes it goes; the highest is first. since: when it last had what it waits for."""
-        return rank(self.priority, now - since)
-
     def jobs_for(self, records: int) -> int:
         """How many jobs to ask for, to get that many records."""
         if self.model:
@@ -241,7 +237,7 @@ class Lane:
             self.turn = max([name for name in tenants if name <= (self.turn or "")] or tenants)
         self.ready = full or after > 0 or shared  # only the tail was looked at, or some tenants: look from the start
         self.after = jobs[-1].id if full and jobs and not shared else 0
-        self.asked = now
+        self.claim_since = now
         if not after:
             self.from_start_took = took
         if jobs:
@@ -296,7 +292,7 @@ class Lane:
         queue.extendleft(reversed(passed))
         self.waiting.end()
         self.waiting_records -= size
-        self.served = now
+        self.slot_since = now
         return Batch.of(taken)
 
     def drop(self, tokens: set[int]) -> None:

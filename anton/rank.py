@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-PRIORITY = 5  # of a handler that says nothing; 0 to 9
+PRIORITY, HIGHEST = 5, 9  # of a handler that says nothing; the lowest is 0
 STEP = 1.0  # seconds of waiting that are worth one priority
 
 

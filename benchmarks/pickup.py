@@ -137,3 +137,35 @@ def fair_pickup(run: Run) -> Rows:
             wait_for(lambda: number(conn, "select count(*) from starts") >= count, 60, "all probes to start")
         times = _since(conn, committed)
     return {"fair_pickup_p99_ms": Row(percentile(times, 99), detail={"left_of_deep": left, **_summary(times)})}
+
+
+@bench(at_most("fair_tenant_p99_ms", 250, "ms"))
+def fair_tenant(run: Run) -> Rows:
+    """One handler; tenant A has 1M records, written by statements of 1 and of 1,000 records: pick-up of tenant B's 10,
+    which come one by one, again and again."""
+    deep, count = run.size(1_000_000, 50_000), run.size(10, 10)
+    times, left = list[float](), list[int]()
+    with run.server.database("fair_tenant") as url, connect(url) as conn:
+        conn.execute("create table shared (id bigint generated always as identity primary key, n bigint)")
+        conn.execute("create table starts (id bigint generated always as identity primary key, n bigint, at bigint)")
+        migrate(url, "app_tenant")
+        for _ in range(run.size(10, 1)):
+            conn.execute("set anton.tenant = 'a'")
+            conn.execute(f"do $$ begin for g in 1..{deep // 50} loop insert into shared (n) values (-1); end loop; "
+                         f"for g in 1..{deep * 49 // 50 // 1000} loop insert into shared (n) "
+                         "select -1 from generate_series(1, 1000); end loop; end $$")
+            conn.execute("set anton.tenant = 'b'")
+            conn.execute("truncate starts")
+            committed = {}
+            with worker(conn, url, "app_tenant"):
+                wait_for(lambda: number(conn, "select count(*) from anton.receipt") > 0, 60, "work to begin")
+                for n in range(count):
+                    committed[n] = probe(conn, "shared", n)
+                    time.sleep(_NUMBERS.uniform(0.02, 0.05))
+                left.append(number(conn, "select coalesce(sum(hi - lo + 1), 0) from anton.job"))
+                wait_for(lambda: number(conn, "select count(*) from starts") >= count, 60, "all probes to start")
+            if not left[-1]:
+                raise WrongResult("tenant A was done before B's probes were")
+            times += _since(conn, committed)
+            conn.execute("delete from anton.job")
+    return {"fair_tenant_p99_ms": Row(percentile(times, 99), detail={"left_of_a": left, **_summary(times)})}

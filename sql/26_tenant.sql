@@ -17,6 +17,16 @@ create or replace function tenant_weights() returns table (name text, weight int
   select name, weight from tenant
 $$;
 
+-- set_priority(handler, priority): 0 to 9, null: 5; who goes first where handlers wait for a slot of a worker
+create or replace function set_priority(p_handler int, p_priority text) returns void language plpgsql volatile set search_path from current as $$
+begin
+  if p_priority !~ '^[0-9]$' then
+    raise exception using errcode = 'NT004', hint = '5 is the usual one, 9 goes first',
+      message = format('handler "%s": priority %s is not a whole number from 0 to 9', (select name from handler where id = p_handler), p_priority);
+  end if;
+  update handler set priority = coalesce(p_priority::int, 5) where id = p_handler and priority <> coalesce(p_priority::int, 5);
+end $$;
+
 -- priorities() -> (handler, priority) of the handlers that do not have the usual one
 create or replace function priorities() returns table (handler_id int, priority int) language sql stable set search_path from current as $$
   select id, priority::int from handler where priority <> 5
