@@ -73,7 +73,7 @@ class Each:
         self.inputs = inputs
         self.ctx = ctx
         self.count = len(inputs.items)
-        self.tenant = inputs.batch.jobs[0].tenant
+        self.tenant = inputs.batch.parts[0][0].tenant
         self.chunks: deque[Chunk] = deque()
         self.skipped: deque[int] = deque()
         self.world: BaseException | None = None

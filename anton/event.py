@@ -57,7 +57,8 @@ class Event(Generic[T]):
 
     name, was: what it is called, and was. into: where returned values go. where: SQL on the new row; the old one is
     old. columns: only when one of these changed. read: "now" | "change". since: "now" | "beginning". each: one call a
-    record. batch, max_wait, concurrency, timeout, attempts, backoff, max_lag, on_conflict, per, priority: how it is run.
+    record. batch, max_wait, concurrency, timeout, attempts, backoff, max_lag, on_conflict, per, priority: how it is
+    run.
     """
 
     def __init__(self, table: Table[T], verb: str, ops: tuple[ChangeOp, ...]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -31,7 +31,7 @@ GATHER = 0.25  # seconds that a batch waits for claims that are under way
 TOGETHER = 1000  # records that a lane with each=True reads and settles together; each has a call of its own anyway
 SKIP = 256  # jobs that failed before, or that are new, that a batch of the others looks past
 MOST_JOBS = 1000  # jobs of one claim
-GATED = 8  # batches at a time whose records may all wait for others of their key
+GATED = 8  # batches at a time whose records may all wait for others of their key; or for their tenant's turn
 
 
 class Batch:
@@ -105,8 +105,8 @@ class Lane:
     gate: with per=, which records may run.
     ready: the queue may hold more of it. after: the last job id claimed. width: bytes of its widest rows lately, 0: not
     known; wide: its table has values stored out of line.
-    turn: the tenant that had the last turn in a claim, "" for none. priority: before which lanes it goes; since then it
-    waits to be claimed for, and for a slot: claim_since, slot_since.
+    serves: calls by tenant. turn: the tenant that had the last turn in a claim, "" for none. priority: before which
+    lanes it goes; since when it waits to be claimed for, and for a slot: claim_since, slot_since.
     rate: records/s settled lately; seconds: of a call lately. document: the table has no model and was made by Anton.
     had: every column that its table was ever seen with. model: it refreshes one; a job brings all others with it.
     make: an instance of the table's model from a row. down: what the world raised; nothing starts until calls ended.
@@ -142,6 +142,7 @@ class Lane:
     waiting_records: int = 0
     items: deque[Any] = field(default_factory=deque)
     calls: int = 0
+    serves: Counter[str | None] = field(default_factory=Counter)
     running: int = 0
     again: int = 0
     down: BaseException | None = None
@@ -191,8 +192,22 @@ class Lane:
         if self.down is not None or not room or (self.gate is not None and self.calls >= GATED):
             return False
         if self.each and self.concurrency > 1:
-            return bool(self.waiting) and (not self.items or len(self.items) < room)
+            return bool(self.waiting) and (not self.items or len(self.items) < room or self._left_out())
         return bool(self.waiting) and self.calls < room
+
+    def _left_out(self) -> bool:
+        """The tenant whose turn it is has nothing among what runs."""
+        return self.calls < GATED and self.waiting.key not in self.serves
+
+    def started(self, batch: Batch) -> None:
+        """A call, or records with each, began."""
+        self.calls += 1
+        self.serves[batch.parts[0][0].tenant] += 1
+
+    def ended(self, batch: Batch) -> None:
+        """It ended, well or not."""
+        self.calls -= 1
+        self.serves -= Counter([batch.parts[0][0].tenant])
 
     def wants(self) -> int:
         """How many records to claim now, 0 for none."""

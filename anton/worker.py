@@ -363,11 +363,11 @@ class Worker:
         lane = run.lane
         task = asyncio.create_task(self._runner.run(run), name=lane.name)
         self._active[task] = run
-        lane.calls += 1
+        lane.started(run.batch)
 
         def ended(task: asyncio.Task[None]) -> None:
             del self._active[task]
-            lane.calls -= 1
+            lane.ended(run.batch)
             if lane.down is not None and not lane.calls:
                 self._start_chore(self._surface(lane))
             if not task.cancelled() and task.exception() is not None:

@@ -143,13 +143,13 @@ def fair_pickup(run: Run) -> Rows:
 def fair_tenant(run: Run) -> Rows:
     """One handler; tenant A has 1M records, written by statements of 1 and of 1,000 records: pick-up of tenant B's 10,
     which come one by one, again and again."""
-    deep, count = run.size(1_000_000, 50_000), run.size(10, 10)
+    deep, count = run.size(1_000_000, 300_000), 10
     times, left = list[float](), list[int]()
     with run.server.database("fair_tenant") as url, connect(url) as conn:
         conn.execute("create table shared (id bigint generated always as identity primary key, n bigint)")
         conn.execute("create table starts (id bigint generated always as identity primary key, n bigint, at bigint)")
         migrate(url, "app_tenant")
-        for _ in range(run.size(10, 1)):
+        for _ in range(run.size(5, 1)):
             conn.execute("set anton.tenant = 'a'")
             conn.execute(f"do $$ begin for g in 1..{deep // 50} loop insert into shared (n) values (-1); end loop; "
                          f"for g in 1..{deep * 49 // 50 // 1000} loop insert into shared (n) "

@@ -65,20 +65,20 @@ begin
     perform set_config('synchronous_commit', 'off', true);
   end if;
   with wanted as materialized (
-    select w.handler_id, case when h.failing_since is null then w.jobs else least(w.jobs, 1) end as jobs, w.records, w.after,
-           h.failing_since is not null as failing,
-           -- its order leaves only the index of those with a tenant
-           h.failing_since is null and (select t.tenant from job t where t.handler_id = w.handler_id and t.tenant is not null
-                                         order by t.tenant collate "C" limit 1) is not null as turns
+    select w.handler_id, case when t.turns then 0 when h.failing_since is null then w.jobs else least(w.jobs, 1) end as jobs, w.records,
+           w.after, h.failing_since is not null as failing, t.turns
       from unnest(p_handlers, p_jobs, p_records, p_after) as w (handler_id, jobs, records, after)
       join handler h on h.id = w.handler_id
+      cross join lateral (                                  -- the order leaves only the index of jobs with a tenant
+        select h.failing_since is null and (select j.tenant from job j where j.handler_id = w.handler_id and j.tenant is not null
+                                             order by j.tenant collate "C" limit 1) is not null as turns) t
      where not h.paused and (h.probe_at is null or h.probe_at <= v_now)
   ), locked as materialized (
     select j.row, j.n, j.id, w.handler_id, w.records, w.failing
       from wanted w cross join lateral (
         select job.ctid as row, job.id, job.hi - job.lo + 1 as n from job
          where job.handler_id = w.handler_id and job.id > w.after
-         order by job.id limit case when w.turns then 0 else w.jobs end for update skip locked) j
+         order by job.id limit w.jobs for update skip locked) j
   )
   select array_agg(x.row), bool_or(x.failing), (select array_agg(handler_id) from wanted where turns) into v_rows, v_failing, v_turns
     from (select row, records, failing, sum(n) over (partition by handler_id order by id) - n as before from locked) x

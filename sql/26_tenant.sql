@@ -68,31 +68,31 @@ declare
   v_tenants text[] := tenants_in_turn(p_handler, p_turn, 32, v_end);
   v_weights int[] := array(select coalesce(w.weight, 1) from unnest(v_tenants) with ordinality t (name, o) left join tenant w using (name) order by o);
   v_after bigint[] := array_fill(0::bigint, array[cardinality(v_tenants)]);
-  v_jobs int := p_jobs; v_records bigint := p_records;      -- to be had in this round
-  v_share numeric; v_most int; v_rows tid[] := '{}'; v_found tid[]; v_n int; v_size bigint; v_last bigint; v_locked int;
+  v_jobs bigint := p_jobs; v_records bigint := p_records;   -- that are still wanted; in this round: p_jobs, p_records
+  v_all bigint; v_most int; v_rows tid[] := '{}'; v_found tid[]; v_n int; v_size bigint; v_last bigint; v_locked int;
 begin
   while v_jobs > 0 and v_records > 0 and 0 < any (v_weights) loop
-    v_share := 1.0 / (select sum(w) from unnest(v_weights) w);
+    v_all := (select sum(w) from unnest(v_weights) w);
     p_jobs := v_jobs;
     p_records := v_records;
     for i in 1 .. cardinality(v_tenants) loop
       exit when v_jobs <= 0 or v_records <= 0;
       continue when v_weights[i] = 0;
-      v_most := least(v_jobs, ceil(p_jobs * v_weights[i] * v_share));
+      v_most := least(v_jobs, (p_jobs * v_weights[i] + v_all - 1) / v_all);
       if v_tenants[i] = '' then
         select array_agg(x.row), count(*), sum(x.n), max(x.id), max(x.locked) into v_found, v_n, v_size, v_last, v_locked
           from (select row, n, id, sum(n) over (order by id) - n as before, count(*) over () as locked from (
                   select j.ctid as row, j.id, j.hi - j.lo + 1 as n from job j
                    where j.handler_id = p_handler and j.id > v_after[i] and j.id < v_end and j.tenant is null
                    order by j.id limit v_most for update skip locked) l) x
-         where x.before < ceil(p_records * v_weights[i] * v_share);
+         where x.before < (p_records * v_weights[i] + v_all - 1) / v_all;
       else
         select array_agg(x.row), count(*), sum(x.n), max(x.id), max(x.locked) into v_found, v_n, v_size, v_last, v_locked
           from (select row, n, id, sum(n) over (order by id) - n as before, count(*) over () as locked from (
                   select j.ctid as row, j.id, j.hi - j.lo + 1 as n from job j
                    where j.handler_id = p_handler and j.tenant is not null and j.tenant collate "C" = v_tenants[i] and j.id > v_after[i]
                    order by j.id limit v_most for update skip locked) l) x
-         where x.before < ceil(p_records * v_weights[i] * v_share);
+         where x.before < (p_records * v_weights[i] + v_all - 1) / v_all;
       end if;
       if v_n < v_most and v_n = coalesce(v_locked, 0) then
         v_weights[i] := 0;                                  -- it has no more
