@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import time
+from collections import Counter, deque
 from collections.abc import Iterator
+from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 
+import asyncpg
 import psycopg
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pg import Pg
+from working import Bench, one_handler
 
+from anton import Table, sqlfile
+from anton.app import App, declaring
+from anton.catalogue import read_lanes
+from anton.db import Database
+from anton.each import Each
+from anton.errors import BadOption
+from anton.lane import Batch, Lane
 from anton.rank import rank
 from anton.turns import Turns
+from anton.worker import Worker
 
 KEYS = "abcd"
 STEPS = st.lists(st.one_of(st.tuples(st.just("add"), st.sampled_from(KEYS), st.integers(1, 5)), st.just(("take",))),
@@ -203,3 +216,124 @@ def test_beside_a_handler_with_tenants_another_is_claimed_as_ever(shared: Shared
     shared.sql("insert into plain values (1)", "insert into plain values (2)", "insert into plain values (3)")
     found = Counter((job.handler_id, job.tenant) for job in shared.claim(shared.h, plain, jobs=2)[1])
     assert found == {(shared.h, "a"): 1, (shared.h, "b"): 1, (plain, None): 2}
+
+
+# in a worker
+
+
+async def write(db: Database, tenant: str, rows: int) -> None:
+    """One statement of a tenant."""
+    async with db.conn() as conn, conn.transaction():
+        await conn.execute("select set_config('anton.tenant', $1, true)", tenant)
+        await conn.execute("insert into a (data) select jsonb_build_object('of', $1::text) from generate_series(1, $2)",
+                           tenant, rows)
+
+
+async def test_one_tenant_s_backlog_lets_the_others_have_every_other_call(db: Database) -> None:
+    calls: list[str] = []
+
+    async def handle(records: Any) -> None:
+        calls.append(records[0]["of"])
+
+    bench = await one_handler(db, handle, batch=1, concurrency=1)
+    await write(db, "a", 40)
+    for tenant in "bcb":
+        await write(db, tenant, 1)
+    await bench.work()
+    assert await bench.left() == {} and len(calls) == 43
+    assert {*calls[:3]} == {*"abc"} and calls.index("b", calls.index("b") + 1) < 6
+
+
+async def test_with_each_the_records_of_tenants_lie_in_turn() -> None:
+    lane: Any = SimpleNamespace(items=deque(), waiting=Turns())
+    lane.waiting.weights = {"b": 2}
+    for tenant, n in (("a", 3), ("b", 3), ("a", 1), (None, 1)):
+        of = SimpleNamespace(parts=[(SimpleNamespace(tenant=tenant), [])])
+        inputs: Any = SimpleNamespace(items=["record"] * n, batch=of)
+        Each(None, lane, inputs, None).send()                          # type: ignore[arg-type]
+    assert [each.tenant for each, _ in lane.items] == ["a", "b", "b", None, "a", "b", "a", "a"]
+
+
+def lane_of(id: int, priority: int = 5, **more: Any) -> Lane:
+    return Lane(id, f"h{id}", None, "python", True, "now", False, 100, timedelta(0), 2, timedelta(minutes=5), 5,
+                timedelta(seconds=1), 1, "public.t", ("id",), "int", None, priority=priority, **more)
+
+
+def test_with_each_a_tenant_with_nothing_among_what_runs_is_begun_at_once_and_one_that_has_is_not() -> None:
+    lane = lane_of(1)
+    jobs: list[Any] = [SimpleNamespace(id=n, tenant=tenant, attempt=0, probe=False, waited=0.0, left=range(60), token=1)
+                       for n, tenant in enumerate("aab")]
+    lane.claimed(jobs, 3, 180, 0, 0.0, 0.0)
+    assert lane.turn == "b" and lane.ready and not lane.after
+    begun = []
+    while lane.free():
+        batch = lane.take(1.0)
+        assert batch is not None
+        lane.started(batch)
+        lane.items.extend(batch)
+        begun.append([job.tenant for job in batch.jobs])
+    assert begun == [["a", "a"], ["b"]]
+    lane.claimed(jobs[:1], 1, 60, 0, 2.0, 0.0)
+    assert not lane.free()
+    lane.ended(Batch.of(jobs[:2]))
+    assert lane.free()
+
+
+async def test_where_slots_are_short_the_highest_priority_is_first(db: Database) -> None:
+    calls: list[str] = []
+
+    def declare() -> None:
+        a = Table("a")
+        for name, options in (("low", {"priority": 0}), ("mid", {}), ("high", {"priority": 8})):
+            @a.on_new_records(name=name, **options)
+            async def note(records: Any, name: str = name) -> None:
+                calls.append(name)
+
+        @a.on_new_records(priority=9)
+        async def holds_the_slot(records: Any) -> None:
+            await bench.until("select count(*) = 4 from anton.lease")  # until all are claimed
+
+    bench = await Bench.make(db, declare)
+    await bench.add("a", [{}])
+    await bench.work(slots=1)
+    assert calls == ["high", "mid", "low"] and await bench.left() == {}
+
+
+def test_a_handler_that_has_waited_for_long_enough_goes_before_one_of_a_higher_priority() -> None:
+    worker = Worker(None, App("t"))                                    # type: ignore[arg-type]
+    now = time.monotonic()
+    low, mid, high = lane_of(1, 0, slot_since=now - 9.5), lane_of(2, slot_since=now - 1), lane_of(3, 9, slot_since=now)
+    worker._order.extend([low, mid, high])
+    assert worker._first(lambda lane: True, "slot_since") == [low, high, mid]
+    assert worker._first(lambda lane: lane is not low, "slot_since") == [high, mid]   # low has nothing to wait for
+    assert worker._first(lambda lane: True, "slot_since")[2] == low
+
+
+@pytest.mark.parametrize("priority", [-1, 10, 5.0, "5", True])
+def test_a_priority_that_is_none_is_refused(priority: Any) -> None:
+    with declaring(App("t")), pytest.raises(BadOption, match="a whole number from 0 to 9"):
+        Table("a").on_new_records(lambda records: None, name="h", priority=priority)
+
+
+async def test_the_priority_of_sql_handlers_is_known_and_shown_and_goes_back_to_5(db: Database) -> None:
+    bench = await one_handler(db, lambda records: None, priority=0)
+    assert (await bench.value("select anton.show_handler('handle')"))["priority"] == 0
+    await bench.sql("""select anton.handler('copy', 'a', 'new', 'select 1', '{"priority": 7}')""")
+    assert sorted(await bench.column("select priority from anton.priorities()")) == [0, 7]
+    lanes = await read_lanes(db, bench.app, {})
+    assert sorted(lane.priority for lane in lanes.values()) == [0, 7]
+    await bench.sql("select anton.handler('copy', 'a', 'new', 'select 1')")
+    assert await bench.column("select priority from anton.handler where name = 'copy'") == [5]
+    with pytest.raises(asyncpg.PostgresError, match="priority 12 is not a whole number from 0 to 9"):
+        await bench.sql("""select anton.handler('copy', 'a', 'new', 'select 1', '{"priority": 12}')""")
+
+
+def test_the_header_of_a_sql_file_has_a_priority() -> None:
+    def declared(priority: str) -> Any:
+        header = {"on": "orders new", "priority": priority}
+        return sqlfile.handler(sqlfile.SqlFile("sql/h.sql", "select 1", "handler", header), "t")["priority"]
+
+    assert (declared("0"), declared("9")) == (0, 9)
+    for wrong in ("10", "-1", "high"):
+        with pytest.raises(BadOption, match="a whole number from 0 to 9"):
+            declared(wrong)
