@@ -44,10 +44,10 @@ def waits(conn: Conn, committed: dict[int, int]) -> list[float]:
     """Milliseconds from commit to start of each probe, once all work is done; raises WrongResult as check() does."""
     wait_idle(conn)
     check(conn, "select 1 where false", "select 1 where false")
-    return _since(conn, committed)
+    return since(conn, committed)
 
 
-def _since(conn: Conn, committed: dict[int, int]) -> list[float]:
+def since(conn: Conn, committed: dict[int, int]) -> list[float]:
     """The same while other work goes on; raises WrongResult when a probe was not started, or twice."""
     same_rows(conn, f"select n::bigint from generate_series(0, {len(committed) - 1}) n", "select n from starts")
     found = conn.execute("select n, at from starts").fetchall()
@@ -135,7 +135,7 @@ def fair_pickup(run: Run) -> Rows:
             if not left:
                 raise WrongResult("the deep handler was done before the probes were")
             wait_for(lambda: number(conn, "select count(*) from starts") >= count, 60, "all probes to start")
-        times = _since(conn, committed)
+        times = since(conn, committed)
     return {"fair_pickup_p99_ms": Row(percentile(times, 99), detail={"left_of_deep": left, **_summary(times)})}
 
 
@@ -166,6 +166,6 @@ def fair_tenant(run: Run) -> Rows:
                 wait_for(lambda: number(conn, "select count(*) from starts") >= count, 60, "all probes to start")
             if not left[-1]:
                 raise WrongResult("tenant A was done before B's probes were")
-            times += _since(conn, committed)
+            times += since(conn, committed)
             conn.execute("delete from anton.job")
     return {"fair_tenant_p99_ms": Row(percentile(times, 99), detail={"left_of_a": left, **_summary(times)})}

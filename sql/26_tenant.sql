@@ -80,21 +80,24 @@ begin
       continue when v_weights[i] = 0;
       v_most := least(v_jobs, (p_jobs * v_weights[i] + v_all - 1) / v_all);
       if v_tenants[i] = '' then
-        select array_agg(x.row), count(*), sum(x.n), max(x.id), max(x.locked) into v_found, v_n, v_size, v_last, v_locked
-          from (select row, n, id, sum(n) over (order by id) - n as before, count(*) over () as locked from (
-                  select j.ctid as row, j.id, j.hi - j.lo + 1 as n from job j
-                   where j.handler_id = p_handler and j.id > v_after[i] and j.id < v_end and j.tenant is null
-                   order by j.id limit v_most for update skip locked) l) x
+        with l as materialized (
+          select j.ctid as row, j.id, j.hi - j.lo + 1 as n from job j
+           where j.handler_id = p_handler and j.id > v_after[i] and j.id < v_end and j.tenant is null
+           order by j.id limit v_most for update skip locked)
+        select array_agg(x.row), count(*), sum(x.n), max(x.id), (select count(*) from l) into v_found, v_n, v_size, v_last, v_locked
+          from (select row, n, id, sum(n) over (order by id) - n as before from l) x
          where x.before < (p_records * v_weights[i] + v_all - 1) / v_all;
-      else
-        select array_agg(x.row), count(*), sum(x.n), max(x.id), max(x.locked) into v_found, v_n, v_size, v_last, v_locked
-          from (select row, n, id, sum(n) over (order by id) - n as before, count(*) over () as locked from (
-                  select j.ctid as row, j.id, j.hi - j.lo + 1 as n from job j
-                   where j.handler_id = p_handler and j.tenant is not null and j.tenant collate "C" = v_tenants[i] and j.id > v_after[i]
-                   order by j.id limit v_most for update skip locked) l) x
+      else                                                  -- an equation would let it read all of the handler's jobs by id
+        with l as materialized (
+          select j.ctid as row, j.id, j.hi - j.lo + 1 as n from job j
+           where j.handler_id = p_handler and j.tenant is not null and j.id > v_after[i]
+             and j.tenant collate "C" >= v_tenants[i] and j.tenant collate "C" <= v_tenants[i]
+           order by j.tenant collate "C", j.id limit v_most for update skip locked)
+        select array_agg(x.row), count(*), sum(x.n), max(x.id), (select count(*) from l) into v_found, v_n, v_size, v_last, v_locked
+          from (select row, n, id, sum(n) over (order by id) - n as before from l) x
          where x.before < (p_records * v_weights[i] + v_all - 1) / v_all;
       end if;
-      if v_n < v_most and v_n = coalesce(v_locked, 0) then
+      if v_n < v_most and v_n = v_locked then
         v_weights[i] := 0;                                  -- it has no more
       end if;
       v_rows := v_rows || v_found;
