@@ -108,3 +108,19 @@ begin
   end loop;
   return v_rows;
 end $$;
+
+-- tenants_waiting(handler) -> tenants with ready jobs, at most 33; '' without one; none where no job has one
+create or replace function tenants_waiting(p_handler int) returns text[] language sql volatile set search_path from current as $$
+  select case when t <> array[''] then t else '{}' end from tenants_in_turn(p_handler, null, 33, 9223372036854775807) t
+$$;
+
+-- waits_turn(handler) -> who goes before or beside its ready records
+create or replace function waits_turn(p_handler int) returns text language sql volatile set search_path from current as $$
+  select nullif(concat_ws('; ',
+           case when exists (select from handler o where o.app = h.app and o.priority > h.priority and not o.paused
+                                and exists (select from job j where j.handler_id = o.id))
+                then format('priority %s: handlers of a higher one have ready records and go first', h.priority) end,
+           case when cardinality(t.names) > 32 then 'more than 32 tenants take turns'
+                when cardinality(t.names) > 1 then format('%s tenants take turns', cardinality(t.names)) end), '')
+    from handler h, lateral (select tenants_waiting(h.id) as names) t where h.id = p_handler
+$$;
