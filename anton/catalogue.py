@@ -14,6 +14,7 @@ from anton.gate import Gate
 from anton.handler import EACH_CALLS
 from anton.lane import Lane, lane_of
 from anton.permits import Permits
+from anton.rank import PRIORITY
 from anton.relation import describe_all
 
 
@@ -26,6 +27,8 @@ async def read_lanes(db: Database, app: App, known: Mapping[int, Lane]) -> dict[
         rows = await db.call(conn, "catalogue", app.name)
         limits = {row[0]: (row[1], row[2]) for row in await db.call(conn, "limits")}
         models = {row[0] for row in await db.call(conn, "refreshers")}
+        priorities = {row[0]: row[1] for row in await db.call(conn, "priorities")}
+        weights = {row[0]: row[1] for row in await db.call(conn, "tenant_weights")}
     makers = {table.name: table.make for table in app.tables.values() if table.make is not None}
     lanes: dict[int, Lane] = {}
     codes = {row["id"]: code_of(app, row["name"]) if row["kind"] == "python" and row["app"] == app.name else None
@@ -38,6 +41,8 @@ async def read_lanes(db: Database, app: App, known: Mapping[int, Lane]) -> dict[
             continue                                                   # no code for it here: its jobs wait
         lane = lane_of(row, code)
         lane.model = lane.id in models
+        lane.priority = priorities.get(lane.id, PRIORITY)
+        lane.waiting.weights = weights
         if lane.id in limits:
             _limit(lane, known.get(lane.id), *limits[lane.id])
         if code is not None:

@@ -12,7 +12,8 @@ import asyncio
 import contextvars
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 from anton.db import Database
@@ -22,6 +23,7 @@ from anton.gate import NOTHING, Gate
 from anton.lane import Lane
 from anton.read import Inputs
 from anton.threads import Threads
+from anton.turns import Turns
 from anton.write import WHOLE, Op, Scope, owner, pick
 
 FLUSH = 100  # finished records
@@ -71,6 +73,7 @@ class Each:
         self.inputs = inputs
         self.ctx = ctx
         self.count = len(inputs.items)
+        self.tenant = inputs.batch.parts[0][0].tenant
         self.chunks: deque[Chunk] = deque()
         self.skipped: deque[int] = deque()
         self.world: BaseException | None = None
@@ -85,8 +88,15 @@ class Each:
         self._find: dict[int, int] | None = None
 
     def send(self) -> None:
-        """Puts the items where pullers find them."""
-        self.lane.items.extend((self, item) for item in range(self.count))
+        """Puts the items where pullers find them: those of tenants in turn."""
+        items, entries = self.lane.items, [(self, item) for item in range(self.count)]
+        if items and items[-1][0].tenant != self.tenant:
+            turns = Turns[str | None, Any]()
+            turns.weights = self.lane.waiting.weights
+            for entry in [*_drain(items), *entries]:
+                turns.add(entry[0].tenant, entry)
+            entries = list(turns.all())
+        items.extend(entries)
 
     def position(self, of: object) -> int | None:
         """For of=: which item this is."""
@@ -170,6 +180,13 @@ class Each:
 
     def _all(self) -> bool:
         return self.settled + len(self.finished) + len(self.skipped) >= self.count
+
+
+def _drain(items: deque[Any]) -> Iterator[Any]:
+    """Takes them all, beside pullers that do."""
+    with suppress(IndexError):
+        while True:
+            yield items.popleft()
 
 
 class Puller:

@@ -22,6 +22,7 @@ from anton.duration import duration
 from anton.errors import BadOption, BadSignature, UnknownOption, one_of
 from anton.handler import BATCH, CALLS, EACH_BATCH, EACH_CALLS, MOST, OPTIONS, Component, Handler, Options, interval
 from anton.query import placeholders
+from anton.rank import HIGHEST
 from anton.rebuilt import Failed, Rebuilt
 from anton.record import ChangeOp, Record, Records
 
@@ -56,7 +57,8 @@ class Event(Generic[T]):
 
     name, was: what it is called, and was. into: where returned values go. where: SQL on the new row; the old one is
     old. columns: only when one of these changed. read: "now" | "change". since: "now" | "beginning". each: one call a
-    record. batch, max_wait, concurrency, timeout, attempts, backoff, max_lag, on_conflict: how it is run.
+    record. batch, max_wait, concurrency, timeout, attempts, backoff, max_lag, on_conflict, per, priority: how it is
+    run.
     """
 
     def __init__(self, table: Table[T], verb: str, ops: tuple[ChangeOp, ...]) -> None:
@@ -190,11 +192,12 @@ def _fill(handler: Handler, options: Mapping[str, Any], of: str) -> None:
     handler.read = _choice(options, "read", ("now", "change"), handler.read, of)
     handler.since = _choice(options, "since", ("now", "beginning"), "now", of)
     handler.on_conflict = _choice(options, "on_conflict", ("rerun", "overwrite"), "rerun", of)
-    for option, most in (("batch", MOST), ("concurrency", 10_000), ("attempts", 1000)):
+    for option, least, most in (("batch", 1, MOST), ("concurrency", 1, 10_000), ("attempts", 1, 1000),
+                                ("priority", 0, HIGHEST)):
         value = options.get(option)
         if value is not None:
-            if type(value) is not int or not 1 <= value <= most:
-                raise BadOption(option, value, of, f"a whole number from 1 to {most}")
+            if type(value) is not int or not least <= value <= most:
+                raise BadOption(option, value, of, f"a whole number from {least} to {most}")
             setattr(handler, option, value)
     handler.limit = options.get("concurrency")
     for option in ("max_wait", "timeout", "backoff", "max_lag"):

@@ -20,6 +20,7 @@ from pydantic import BaseModel
 
 from anton.ctx import Ctx
 from anton.errors import BadSignature, ValueWithoutInto, WriteError
+from anton.rank import PRIORITY
 from anton.record import ChangeOp
 from anton.write import OnConflict
 
@@ -50,6 +51,7 @@ class Options(TypedDict, total=False):
     max_lag: str | float | timedelta
     on_conflict: OnConflict
     per: str
+    priority: int
 
 
 OPTIONS = (*Options.__annotations__, "each")
@@ -61,7 +63,7 @@ class Handler:
 
     ops: what it listens to. fn: None for SQL. wants_ctx: it takes a second argument. into: where returned values go.
     limit: calls, or records with each, at a time over all processes; None: concurrency in each of them.
-    per: the column each of whose values has a limit of its own.
+    per: the column each of whose values has a limit of its own. priority: 0 to 9, the highest goes first.
     body, params: its SQL, and {name: [type, text]} bound into it. place: "main.py:12". typed: the options as typed.
     """
 
@@ -86,6 +88,7 @@ class Handler:
     concurrency: int = CALLS
     limit: int | None = None
     per: str | None = None
+    priority: int = PRIORITY
     timeout: timedelta = timedelta(minutes=5)
     attempts: int = 5
     backoff: timedelta = timedelta(seconds=1)
@@ -109,6 +112,7 @@ class Handler:
             "attempts": self.attempts, "backoff": interval(self.backoff), "max_lag": interval(self.max_lag),
             "options": self.typed, **({"limit": self.limit} if self.limit else {}),
             **({"per": self.per} if self.per else {}),
+            **({"priority": self.priority} if self.priority != PRIORITY else {}),
         }
 
     def call(self, subject: Any, ctx: Ctx | None = None) -> None:

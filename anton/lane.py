@@ -1,6 +1,6 @@
 """Lane: one handler as one worker works it. What is claimed and waits, what runs, how much more to claim.
 
-    claim -> lane.waiting -> Batch (one tenant, up to `batch` records) -> a call of the handler
+    claim -> lane.waiting -> Batch (one tenant, up to `batch` records) -> a call of the handler       tenants take turns
 
 Pure bookkeeping: no database, no clock of its own; `now` is the event loop's time in seconds.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -19,6 +19,8 @@ from typing import Any
 from anton.gate import Gate
 from anton.permits import Permits
 from anton.queue import Job
+from anton.rank import PRIORITY
+from anton.turns import Turns
 
 BYTES = 8_000_000  # of the rows of one call, about
 FEW = 16  # records that are read whatever their width
@@ -27,9 +29,9 @@ FAST = 0.5  # seconds: a lane whose calls are quicker claims a batch ahead
 AHEAD = 4  # batches that a lane claims ahead whose calls are five times quicker than that
 GATHER = 0.25  # seconds that a batch waits for claims that are under way
 TOGETHER = 1000  # records that a lane with each=True reads and settles together; each has a call of its own anyway
-SKIP = 256  # jobs of other tenants that a batch looks past
+SKIP = 256  # jobs that failed before, or that are new, that a batch of the others looks past
 MOST_JOBS = 1000  # jobs of one claim
-GATED = 8  # batches at a time whose records may all wait for others of their key
+GATED = 8  # batches at a time whose records may all wait for others of their key; or for their tenant's turn
 
 
 class Batch:
@@ -103,6 +105,8 @@ class Lane:
     gate: with per=, which records may run.
     ready: the queue may hold more of it. after: the last job id claimed. width: bytes of its widest rows lately, 0: not
     known; wide: its table has values stored out of line.
+    serves: calls by tenant. turn: the tenant that had the last turn in a claim, "" for none. priority: before which
+    lanes it goes; since when it waits to be claimed for, and for a slot: claim_since, slot_since.
     rate: records/s settled lately; seconds: of a call lately. document: the table has no model and was made by Anton.
     had: every column that its table was ever seen with. model: it refreshes one; a job brings all others with it.
     make: an instance of the table's model from a row. down: what the world raised; nothing starts until calls ended.
@@ -133,16 +137,21 @@ class Lane:
     make: Callable[[Mapping[str, Any]], Any] | None = None
     permits: Permits | None = None
     gate: Gate | None = None
-    waiting: deque[Job] = field(default_factory=deque)
+    priority: int = PRIORITY
+    waiting: Turns[str | None, Job] = field(default_factory=Turns)
     waiting_records: int = 0
     items: deque[Any] = field(default_factory=deque)
     calls: int = 0
+    serves: Counter[str | None] = field(default_factory=Counter)
     running: int = 0
     again: int = 0
     down: BaseException | None = None
     writes: set[str] = field(default_factory=set)
     ready: bool = True
     after: int = 0
+    turn: str | None = None
+    claim_since: float = 0.0
+    slot_since: float = 0.0
     from_start_at: float = 0.0
     from_start_took: float = 0.0
     per_job: float = 0.0
@@ -183,8 +192,22 @@ class Lane:
         if self.down is not None or not room or (self.gate is not None and self.calls >= GATED):
             return False
         if self.each and self.concurrency > 1:
-            return bool(self.waiting) and (not self.items or len(self.items) < room)
+            return bool(self.waiting) and (not self.items or len(self.items) < room or self._left_out())
         return bool(self.waiting) and self.calls < room
+
+    def _left_out(self) -> bool:
+        """The tenant whose turn it is has nothing among what runs."""
+        return self.calls < GATED and self.waiting.key not in self.serves
+
+    def started(self, batch: Batch) -> None:
+        """A call, or records with each, began."""
+        self.calls += 1
+        self.serves[batch.parts[0][0].tenant] += 1
+
+    def ended(self, batch: Batch) -> None:
+        """It ended, well or not."""
+        self.calls -= 1
+        self.serves -= Counter([batch.parts[0][0].tenant])
 
     def wants(self) -> int:
         """How many records to claim now, 0 for none."""
@@ -223,26 +246,34 @@ class Lane:
         """Takes what a claim brought that was asked for so many jobs and records after an id."""
         records = sum(len(job.left) for job in jobs)
         full = len(jobs) >= asked_jobs or records >= asked_records
-        self.ready = full or after > 0  # only the tail was looked at: look from the start
-        self.after = jobs[-1].id if full and jobs else 0
+        tenants = {job.tenant or "" for job in jobs}
+        shared = bool(tenants - {""})
+        if shared:                                                     # claimed of each in turn, from self.turn on
+            self.turn = max([name for name in tenants if name <= (self.turn or "")] or tenants)
+        self.ready = full or after > 0 or shared  # only the tail was looked at, or some tenants: look from the start
+        self.after = jobs[-1].id if full and jobs and not shared else 0
+        self.claim_since = now
         if not after:
             self.from_start_took = took
         if jobs:
             self.per_job = records / len(jobs)
             if not self.waiting:
                 self.since = now
-            self.waiting.extend(jobs)
+            for job in jobs:
+                self.waiting.add(job.tenant, job)
             self.waiting_records += records
 
     def take(self, now: float, hold: bool = True) -> Batch | None:
         """The next batch to run; None when none is full and the oldest may still wait (then held_until says how long).
 
-        One tenant; what failed before stays apart from what is new, and a probe of a failing handler alone.
+        One tenant, whose turn it is; what failed before stays apart from what is new, and a probe of a failing
+        handler alone.
         """
         self.held_until = None
         if not self.waiting:
             return None
-        first = self.waiting[0]
+        queue = self.waiting.queue
+        first = queue[0]
         if hold and self.max_wait and self.waiting_records < self.batch and not first.probe:
             until = self.since + self.max_wait.total_seconds() - first.waited / 1000
             if until > now:
@@ -261,10 +292,10 @@ class Lane:
         taken: list[Job] = []
         passed: list[Job] = []
         size = 0
-        while self.waiting and size < most and len(passed) < SKIP:
-            job = self.waiting.popleft()
+        while queue and size < most and len(passed) < SKIP:
+            job = queue.popleft()
             fits = not taken or (size + len(job.left) <= most and not job.probe)
-            if fits and job.tenant == first.tenant and (job.attempt > 0) == (first.attempt > 0):
+            if fits and (job.attempt > 0) == (first.attempt > 0):
                 taken.append(job)
                 size += len(job.left)
                 if job.probe:
@@ -273,15 +304,16 @@ class Lane:
                 passed.append(job)
                 if not fits:
                     break
-        self.waiting.extendleft(reversed(passed))
+        queue.extendleft(reversed(passed))
+        self.waiting.end()
         self.waiting_records -= size
+        self.slot_since = now
         return Batch.of(taken)
 
     def drop(self, tokens: set[int]) -> None:
         """Forgets jobs that wait and whose lease is lost."""
-        kept = [job for job in self.waiting if job.token not in tokens]
-        self.waiting = deque(kept)
-        self.waiting_records = sum(len(job.left) for job in kept)
+        self.waiting.keep((job.tenant, job) for job in self.waiting if job.token not in tokens)
+        self.waiting_records = sum(len(job.left) for job in self.waiting)
 
     def turn_into(self, new: Lane) -> None:
         """Takes over what the catalogue says now; what is claimed and runs goes on."""
@@ -310,8 +342,10 @@ class Lane:
             "make",
             "permits",
             "gate",
+            "priority",
         ):
             setattr(self, name, getattr(new, name))
+        self.waiting.weights = new.waiting.weights
 
     def most(self) -> int:
         """Records to read and settle together: those of a batch, as long as they take about BYTES."""
@@ -327,7 +361,7 @@ class Lane:
     def put_back(self) -> list[Job]:
         """All that waits and was not started, for giving back."""
         jobs, self.waiting_records = list(self.waiting), 0
-        self.waiting.clear()
+        self.waiting.keep(())
         return jobs
 
     def took(self, seconds: float, records: int) -> None:

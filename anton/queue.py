@@ -116,14 +116,15 @@ def _jobs(lease: int, rows: list[asyncpg.Record]) -> list[Job]:
 
 
 async def claim(db: Database, conn: Conn, worker: int, lease: timedelta, handlers: list[int], jobs: list[int],
-                records: list[int], after: list[int], mine: int | None = None) -> list[Job]:
+                records: list[int], after: list[int], mine: int | None = None,
+                turns: list[str | None] | None = None) -> list[Job]:
     """Leases up to jobs[i] jobs of about records[i] records, id > after[i], of each handlers[i], by (handler, id).
 
     In a transaction of its own: its commit does not wait for the disk. mine: the token, of whoever has to know it
-    before the answer; None: any.
+    before the answer; None: any. turns[i]: the tenant that had the last turn; of several each gets a share.
     """
     mine = mine or token()
-    return _jobs(mine, await db.call(conn, "claim", worker, mine, handlers, jobs, records, after, lease, True))
+    return _jobs(mine, await db.call(conn, "claim", worker, mine, handlers, jobs, records, after, lease, True, turns))
 
 
 async def reclaim(

@@ -27,10 +27,11 @@ from typing import Any
 from anton import due
 from anton.duration import duration
 from anton.errors import BadOption, DeclarationError, UnknownOption, one_of
+from anton.rank import HIGHEST
 
 OPS = ("new", "updated", "deleted", "truncate", "rebuilt", "failed")
 _HANDLER = ("on", "where", "columns", "read", "since", "batch", "max_wait", "timeout", "attempts", "backoff", "max_lag",
-            "into", "was", "concurrency")
+            "into", "was", "concurrency", "priority")
 _SCHEDULE = ("cron", "tz", "title", "misfire", "overlap", "jitter", "start", "end", "timeout", "attempts", "backoff")
 _MODEL = ("refresh", "key", "incremental", "timeout", "max_wait", "tz", "was")
 _NUMBERS = ("batch", "attempts", "concurrency")
@@ -120,7 +121,11 @@ def handler(file: SqlFile, app: str) -> dict[str, Any]:
     found: dict[str, Any] = {"app": app, "name": file.stem, "table": table, "kind": "sql", "ops": ops,
                              "body": file.text, "since": file.header.get("since", "now")}
     for key, value in file.header.items():
-        if key in _NUMBERS:
+        if key == "priority":
+            if not re.fullmatch("[0-9]", value):
+                raise BadOption(key, value, of, f"a whole number from 0 to {HIGHEST}")
+            found[key] = int(value)
+        elif key in _NUMBERS:
             if not value.isdigit() or not int(value):
                 raise BadOption(key, value, of, "a whole number from 1")
             found[key] = int(value)

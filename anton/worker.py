@@ -4,7 +4,8 @@
 
 One event loop. Each lane (a handler) has slots of its own and the worker a total, filled in turn, so that a deep
 handler starves nobody; a slot is refilled as soon as it is free, and the next claim overlaps with what runs.
-Leases are kept alive from a thread (heartbeat.py). What a dead worker held is suspect: a process of its own runs it.
+Where priorities differ, the highest rank is first (rank.py). Leases are kept alive from a thread (heartbeat.py). What a
+dead worker held is suspect: a process of its own runs it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 
 from anton import queue, schedule
 from anton.action import set_effects
@@ -34,6 +35,7 @@ from anton.leases import Pulse, drop, kept
 from anton.pace import Pace
 from anton.permits import AGAIN, Office
 from anton.queue import Job, Look
+from anton.rank import rank
 from anton.run import Run, Runner
 from anton.share import version
 from anton.suspects import work_suspects
@@ -98,6 +100,7 @@ class Worker:
         self._pace = Pace()
         self._quiet = False                                            # suspects wait for an empty process
         self._hold = True
+        self._ranked = False                                           # handlers have different priorities
         self._claiming = self._unsure = 0
         self._overdue = False                                          # a call that blocks the loop, and was told
         self._refreshed = 0.0
@@ -245,6 +248,7 @@ class Worker:
                 lanes[id].ready = False
         self._lanes = lanes
         self._order = deque(lanes.values())
+        self._ranked = len({lane.priority for lane in lanes.values()}) > 1
         self._office.know(lanes.values())
         self._runner.reader.forget()
 
@@ -262,11 +266,12 @@ class Worker:
         records = [lane.wants() for lane in wanted]
         jobs = [lane.jobs_for(n) for lane, n in zip(wanted, records, strict=True)]
         after = [lane.start_from(now) for lane in wanted]
+        turns = [lane.turn for lane in wanted]
         self._claiming = queue.token()                                 # a blocked loop reads the answer late
         try:
             async with self.db.conn() as conn:
                 claimed = await queue.claim(self.db, conn, self.id, self._length, [lane.id for lane in wanted], jobs,
-                                            records, after, self._claiming)
+                                            records, after, self._claiming, turns)
         finally:
             self._claiming = 0
         took = time.monotonic() - now
@@ -296,6 +301,8 @@ class Worker:
     def _wanted(self) -> list[Lane]:
         """Lanes to claim for, in turn: about as many as there are free slots."""
         most = 2 * (self.slots - len(self._active))
+        if self._ranked:
+            return self._first(lambda lane: lane.ready and bool(lane.wants()), "claim_since")[:max(2, most)]
         found: list[Lane] = []
         for lane in self._order:
             if len(found) >= most:
@@ -311,7 +318,9 @@ class Worker:
     def _dispatch(self) -> None:
         """Starts batches in free slots, one lane after the other."""
         now, until = time.monotonic(), float("inf")
-        for _ in range(len(self._order)):
+        if self._ranked:
+            until = self._dispatch_first(now)
+        for _ in range(0 if self._ranked else len(self._order)):
             if len(self._active) >= self.slots or self.draining:
                 return
             lane = self._order[0]
@@ -325,15 +334,40 @@ class Worker:
         if until < float("inf"):
             self._loop.call_later(max(0.001, until - now), self._wake.set)
 
+    def _dispatch_first(self, now: float) -> float:
+        """As _dispatch(), of the highest rank first, one batch at a time; until when what was held is."""
+        waiting, until = self._first(Lane.free, "slot_since"), float("inf")
+        while waiting and len(self._active) < self.slots and not self.draining:
+            lane = max(waiting, key=lambda lane: rank(lane.priority, now - lane.slot_since))
+            waiting.remove(lane)
+            batch = lane.take(now, self._hold)
+            if batch is None:
+                until = min(until, lane.held_until or until)
+                continue
+            self._start(Run(lane, batch))
+            if lane.free():
+                waiting.append(lane)
+        return until
+
+    def _first(self, waits: Callable[[Lane], bool], since: Literal["claim_since", "slot_since"]) -> list[Lane]:
+        """The lanes that wait for something, the highest rank first; since when is noted of them."""
+        now, found = time.monotonic(), list[Lane]()
+        for lane in self._order:
+            if waits(lane):
+                found.append(lane)
+            else:
+                setattr(lane, since, now)
+        return sorted(found, key=lambda lane: -rank(lane.priority, now - getattr(lane, since)))
+
     def _start(self, run: Run) -> asyncio.Task[None]:
         lane = run.lane
         task = asyncio.create_task(self._runner.run(run), name=lane.name)
         self._active[task] = run
-        lane.calls += 1
+        lane.started(run.batch)
 
         def ended(task: asyncio.Task[None]) -> None:
             del self._active[task]
-            lane.calls -= 1
+            lane.ended(run.batch)
             if lane.down is not None and not lane.calls:
                 self._start_chore(self._surface(lane))
             if not task.cancelled() and task.exception() is not None:

@@ -13,13 +13,26 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.harness import Row, Rows, Run, WrongResult, at_least, at_most, bench
+from benchmarks.harness import MissingPeer, Row, Rows, Run, WrongResult, at_least, at_most, bench, percentile
+from benchmarks.pickup import probe, since
 from benchmarks.server import Conn, connect
-from benchmarks.subject import check, migrate, number, wait_for, wait_idle, worker, workers
+from benchmarks.subject import (
+    check,
+    migrate,
+    number,
+    plain_table,
+    source_table,
+    wait_for,
+    wait_idle,
+    worker,
+    workers,
+)
 
 LIMIT, SERVED = 10, 0.1  # of app_limit; seconds that the receiver takes for a call
 PROCESSES = "8"
 KEYS = 10_000  # of the records of app_per
+_WORKED = ("select coalesce(sum(r.n), 0) from anton.receipt r join anton.handler h on h.id = r.handler_id "
+           "where h.name like '{}'")
 
 
 class Receiver:
@@ -134,3 +147,67 @@ def per_key(run: Run) -> Rows:
     best = {table: statistics.median(found) for table, found in rates.items()}
     detail: dict[str, object] = {"records_per_s": best, "records": records}
     return {"per_key_vs_none": Row(best["keyed"] / best["unlimited"], detail=detail)}
+
+
+@bench(at_most("priority_p99_ms", 250, "ms"), at_least("priority_low_share", 0.002))
+def priority(run: Run) -> Rows:
+    """Calls of 20 ms in 8 slots: pick-up of a handler of priority 9 beside 20 of priority 0 with a backlog; then what
+    share these get while another of priority 9 could fill all slots."""
+    seconds, count = run.size(30, 10), run.size(200, 40)
+    with run.server.database("priority") as url, connect(url) as conn:
+        for table in ("lows", "highs", "probes"):
+            conn.execute(f"create table {table} (id bigint generated always as identity primary key, n bigint)")
+        conn.execute("create table starts (id bigint generated always as identity primary key, n bigint, at bigint)")
+        migrate(url, "app_priority")
+        for table, n in (("lows", 2_000), ("highs", 400 * seconds)):
+            conn.execute(f"insert into {table} (n) select g from generate_series(1, {n}) g")
+        conn.execute("select anton.pause('high')")
+        committed = {}
+        with worker(conn, url, "app_priority", "--slots", "8"):
+            for n in range(count):
+                time.sleep(0.02)
+                committed[n] = probe(conn, "probes", n)
+            wait_for(lambda: number(conn, "select count(*) from starts") >= count, 60, "all probes to start")
+            conn.execute("select anton.resume('high')")
+            before = number(conn, _WORKED.format("high")), number(conn, _WORKED.format("low_%"))
+            time.sleep(seconds)
+            high, low = (number(conn, _WORKED.format(name)) - was
+                         for name, was in zip(("high", "low_%"), before, strict=True))
+        times = since(conn, committed)
+        if not number(conn, "select count(*) from anton.job j join anton.handler h on h.id = j.handler_id "
+                            "where h.name = 'high'"):
+            raise WrongResult("the backlog of priority 9 was done too soon")
+    return {"priority_p99_ms": Row(percentile(times, 99), detail={"p50_ms": percentile(times, 50)}),
+            "priority_low_share": Row(low / (low + high), detail={"low": low, "high": high, "seconds": seconds})}
+
+
+@bench(at_least("flow_free_cost", 0.97))
+def flow_free(run: Run) -> Rows:
+    """The engine without any option of flow control, before against after: 1M records in batches, and 100,000 jobs of
+    one record. BENCH_BEFORE names a checkout of the release before."""
+    before = os.environ.get("BENCH_BEFORE", "")
+    if not Path(before, "benchmarks").is_dir():
+        raise MissingPeer("set BENCH_BEFORE to a checkout of what is to be compared with")
+    took: dict[str, dict[str, list[float]]] = {}
+    for app, records in (("app_batch", run.size(1_000_000, 50_000)), ("app_jobs", run.size(100_000, 5_000))):
+        took[app] = {"before": [], "after": []}
+        with run.server.database("free_before") as old, run.server.database("free_after") as new:
+            sides = {"before": (old, Path(before)), "after": (new, Path(__file__).parent.parent)}
+            for url, repo in sides.values():
+                with connect(url) as conn:
+                    source_table(conn, records)
+                    for table in ("bench_in", "bench_out", "held_in"):
+                        plain_table(conn, table)
+                    migrate(url, app, repo)
+            for _ in range(run.times):
+                for side, (url, repo) in sides.items():
+                    with connect(url) as conn, worker(conn, url, app, repo=repo):
+                        conn.execute("truncate bench_in, bench_out")
+                        conn.execute("checkpoint")
+                        began = time.perf_counter()
+                        conn.execute("insert into bench_in (n, s) select n, s from source")
+                        took[app][side].append(wait_idle(conn) - began)
+                        check(conn, "select n, s from bench_in", "select n, s from bench_out")
+    ratios = {app: statistics.median(sides["before"]) / statistics.median(sides["after"])
+              for app, sides in took.items()}
+    return {"flow_free_cost": Row(min(ratios.values()), detail={"ratios": ratios, "seconds": took})}

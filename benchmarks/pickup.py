@@ -44,10 +44,10 @@ def waits(conn: Conn, committed: dict[int, int]) -> list[float]:
     """Milliseconds from commit to start of each probe, once all work is done; raises WrongResult as check() does."""
     wait_idle(conn)
     check(conn, "select 1 where false", "select 1 where false")
-    return _since(conn, committed)
+    return since(conn, committed)
 
 
-def _since(conn: Conn, committed: dict[int, int]) -> list[float]:
+def since(conn: Conn, committed: dict[int, int]) -> list[float]:
     """The same while other work goes on; raises WrongResult when a probe was not started, or twice."""
     same_rows(conn, f"select n::bigint from generate_series(0, {len(committed) - 1}) n", "select n from starts")
     found = conn.execute("select n, at from starts").fetchall()
@@ -135,5 +135,37 @@ def fair_pickup(run: Run) -> Rows:
             if not left:
                 raise WrongResult("the deep handler was done before the probes were")
             wait_for(lambda: number(conn, "select count(*) from starts") >= count, 60, "all probes to start")
-        times = _since(conn, committed)
+        times = since(conn, committed)
     return {"fair_pickup_p99_ms": Row(percentile(times, 99), detail={"left_of_deep": left, **_summary(times)})}
+
+
+@bench(at_most("fair_tenant_p99_ms", 250, "ms"))
+def fair_tenant(run: Run) -> Rows:
+    """One handler; tenant A has 1M records, written by statements of 1 and of 1,000 records: pick-up of tenant B's 10,
+    which come one by one, again and again."""
+    deep, count = run.size(1_000_000, 300_000), 10
+    times, left = list[float](), list[int]()
+    with run.server.database("fair_tenant") as url, connect(url) as conn:
+        conn.execute("create table shared (id bigint generated always as identity primary key, n bigint)")
+        conn.execute("create table starts (id bigint generated always as identity primary key, n bigint, at bigint)")
+        migrate(url, "app_tenant")
+        for _ in range(run.size(5, 1)):
+            conn.execute("set anton.tenant = 'a'")
+            conn.execute(f"do $$ begin for g in 1..{deep // 50} loop insert into shared (n) values (-1); end loop; "
+                         f"for g in 1..{deep * 49 // 50 // 1000} loop insert into shared (n) "
+                         "select -1 from generate_series(1, 1000); end loop; end $$")
+            conn.execute("set anton.tenant = 'b'")
+            conn.execute("truncate starts")
+            committed = {}
+            with worker(conn, url, "app_tenant"):
+                wait_for(lambda: number(conn, "select count(*) from anton.receipt") > 0, 60, "work to begin")
+                for n in range(count):
+                    committed[n] = probe(conn, "shared", n)
+                    time.sleep(_NUMBERS.uniform(0.02, 0.05))
+                left.append(number(conn, "select coalesce(sum(hi - lo + 1), 0) from anton.job"))
+                wait_for(lambda: number(conn, "select count(*) from starts") >= count, 60, "all probes to start")
+            if not left[-1]:
+                raise WrongResult("tenant A was done before B's probes were")
+            times += since(conn, committed)
+            conn.execute("delete from anton.job")
+    return {"fair_tenant_p99_ms": Row(percentile(times, 99), detail={"left_of_a": left, **_summary(times)})}

@@ -28,32 +28,32 @@ select coalesce((select 'job' from anton.job order by handler_id desc, id desc l
 """
 
 
-def environment() -> dict[str, str]:
-    """Of a process that imports Anton from this repository."""
-    return {**os.environ, "PYTHONPATH": str(_REPO), "PYTHONUNBUFFERED": "1"}
+def environment(repo: Path = _REPO) -> dict[str, str]:
+    """Of a process that imports Anton from this repository, or from another checkout of it."""
+    return {**os.environ, "PYTHONPATH": str(repo), "PYTHONUNBUFFERED": "1"}
 
 
 def _command(url: str, app: str, *words: str) -> list[str]:
     return [*ANTON, "--database", url, "--app", f"benchmarks.{app}", *words]
 
 
-def migrate(url: str, app: str) -> None:
+def migrate(url: str, app: str, repo: Path = _REPO) -> None:
     """Runs `anton migrate` for the app module benchmarks/<app>.py."""
     done = subprocess.run(
-        _command(url, app, "migrate"), env=environment(), cwd=_REPO, capture_output=True, text=True, check=False
+        _command(url, app, "migrate"), env=environment(repo), cwd=repo, capture_output=True, text=True, check=False
     )
     if done.returncode:
         raise RuntimeError(f"anton migrate ended with {done.returncode}: {done.stdout}{done.stderr}")
 
 
 @contextmanager
-def worker(conn: Conn, url: str, app: str, *words: str) -> Iterator[int]:
+def worker(conn: Conn, url: str, app: str, *words: str, repo: Path = _REPO) -> Iterator[int]:
     """A running `anton work`; yields its pid once it has registered, and drains it at the end."""
     before = workers(conn)
     log: IO[str]
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
-            _command(url, app, "work", *words), env=environment(), cwd=_REPO, stdout=log, stderr=log
+            _command(url, app, "work", *words), env=environment(repo), cwd=repo, stdout=log, stderr=log
         )
         try:
             wait_for(lambda: workers(conn) > before, 20, "a worker to register", process, log)

@@ -64,16 +64,38 @@ class Queue:
         """Whether a claim may get anything."""
         return not self.paused and (self.probe_at is None or self.probe_at <= self.now)
 
-    def choose(self, order: list[Part], jobs: int, records: int) -> list[Part]:
-        """What a claim takes. order: the waiting parts by their numbers. Jobs until so many records are there."""
+    def choose(self, order: list[Part], jobs: int, records: int,
+               turn: str | None = None) -> tuple[list[Part], list[Part]]:
+        """What a claim takes, and what it locks. order: the parts that it may lock by their numbers.
+
+        Jobs until so many records are there; where one that waits has a tenant, a share from each tenant, beginning
+        with the one behind `turn`.
+        """
+        names = {self.tenants[part[0]] or "" for part, job in self.jobs.items() if job.place == "job"}
+        if not self.open():
+            return [], []
+        if self.probe_at is not None or names <= {""}:
+            locked = order[: jobs if self.probe_at is None else min(jobs, 1)]
+            return _until(locked, records), locked
+        queues = {name: [part for part in order if (self.tenants[part[0]] or "") == name]
+                  for name in sorted(names, key=lambda name: (turn is not None and name <= turn, name))}
         taken: list[Part] = []
-        size = 0
-        for part in order[: jobs if self.probe_at is None else min(jobs, 1)] if self.open() else []:
-            if size >= records:
-                break
-            size += part[2] - part[1] + 1
-            taken.append(part)
-        return taken
+        locked = []
+        while jobs > 0 and records > 0 and queues:
+            most_jobs, most_records = -(-jobs // len(queues)), -(-records // len(queues))
+            for name, queue in list(queues.items()):
+                if jobs <= 0 or records <= 0:
+                    break
+                some = queue[: min(jobs, most_jobs)]
+                found = _until(some, most_records)
+                locked += some
+                taken += found
+                if len(found) == len(some) < min(jobs, most_jobs):
+                    del queues[name]
+                del queue[: len(found)]
+                jobs -= len(found)
+                records -= sum(hi - lo + 1 for _, lo, hi in found)
+        return sorted(taken, key=order.index), locked
 
     def take(self, token: int, parts: list[Part], at: float) -> None:
         """The claim of that time is committed."""
@@ -211,3 +233,15 @@ class Queue:
             return False
         del self.jobs[part]
         return True
+
+
+def _until(parts: list[Part], records: int) -> list[Part]:
+    """Those from the first on until so many records are there."""
+    found: list[Part] = []
+    size = 0
+    for part in parts:
+        if size >= records:
+            break
+        size += part[2] - part[1] + 1
+        found.append(part)
+    return found

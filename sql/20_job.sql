@@ -34,15 +34,18 @@ create or replace function many(p_rows tid[]) returns setof tid language sql vol
   select unnest(p_rows)
 $$;
 
--- claim(worker, token, handlers, jobs, records, after, lease, lazy) -> leased jobs
+-- claim(worker, token, handlers, jobs, records, after, lease, lazy, turns) -> leased jobs
 -- For each handler i leases at most jobs[i] jobs of about records[i] records with id > after[i]; never waits
 -- for a row another holds. Paused handlers yield nothing, a failing one a single job when its probe is due.
+-- Where ready jobs name a tenant, of each in turn, and after is not looked at; see jobs_in_turn().
 --   token  64 random bits, new for each call: every later call on these jobs must show it
 --   after  0, or the last id claimed, to step over rows a pinned xmin keeps dead
 --   lazy   this transaction holds nothing else and its commit need not reach the disk: a claim that a crash of the
 --          server takes back was never made, and no ack can outlast it
+--   turns  for each handler the tenant that had the last turn; null: begin anew
+drop function if exists claim(int, bigint, int[], int[], int[], bigint[], interval, boolean);
 create or replace function claim(p_worker int, p_token bigint, p_handlers int[], p_jobs int[], p_records int[],
-  p_after bigint[], p_lease interval, p_lazy boolean default false)
+  p_after bigint[], p_lease interval, p_lazy boolean default false, p_turns text[] default null)
 returns table (
   handler_id int, id bigint, change_id bigint, at timestamptz, cause bigint, trace bigint, lo int, hi int,
   attempt smallint, crashes smallint, depth smallint, op "char", tenant text, origin text, settled int[],
@@ -56,15 +59,19 @@ declare
   v_rows tid[];
   v_failing boolean;
   v_probes int[];
+  v_turns int[];
 begin
   if p_lazy then
     perform set_config('synchronous_commit', 'off', true);
   end if;
   with wanted as materialized (
-    select w.handler_id, case when h.failing_since is null then w.jobs else least(w.jobs, 1) end as jobs, w.records, w.after,
-           h.failing_since is not null as failing
+    select w.handler_id, case when t.turns then 0 when h.failing_since is null then w.jobs else least(w.jobs, 1) end as jobs, w.records,
+           w.after, h.failing_since is not null as failing, t.turns
       from unnest(p_handlers, p_jobs, p_records, p_after) as w (handler_id, jobs, records, after)
       join handler h on h.id = w.handler_id
+      cross join lateral (                                  -- the order leaves only the index of jobs with a tenant
+        select h.failing_since is null and (select j.tenant from job j where j.handler_id = w.handler_id and j.tenant is not null
+                                             order by j.tenant collate "C" limit 1) is not null as turns) t
      where not h.paused and (h.probe_at is null or h.probe_at <= v_now)
   ), locked as materialized (
     select j.row, j.n, j.id, w.handler_id, w.records, w.failing
@@ -73,9 +80,14 @@ begin
          where job.handler_id = w.handler_id and job.id > w.after
          order by job.id limit w.jobs for update skip locked) j
   )
-  select array_agg(x.row), bool_or(x.failing) into v_rows, v_failing
+  select array_agg(x.row), bool_or(x.failing), (select array_agg(handler_id) from wanted where turns) into v_rows, v_failing, v_turns
     from (select row, records, failing, sum(n) over (partition by handler_id order by id) - n as before from locked) x
    where x.before < x.records;
+  if v_turns is not null then
+    v_rows := v_rows || array(
+      select unnest(jobs_in_turn(w.handler_id, w.jobs, w.records, w.turn))
+        from unnest(p_handlers, p_jobs, p_records, p_turns) as w (handler_id, jobs, records, turn) where w.handler_id = any (v_turns));
+  end if;
   if v_failing then                                        -- only the worker that got the probe probes
     with probe as (
       update handler h set probe_at = v_until

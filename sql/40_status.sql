@@ -43,7 +43,7 @@ select h.app, h.name as handler,
             when j.n > 0 and l.workers is null then format('records wait and no worker of app %s lives; anton work', h.app)
             when lag.is_behind then format('the oldest record waits %s, max_lag is %s', date_trunc('second', lag.age), h.max_lag)
             when h.feeding then format('existing rows are being fed: %s so far', b.fed)
-            when j.n > 0 then waits_for(h.id) end as why,
+            when j.n > 0 then coalesce(waits_for(h.id), waits_turn(h.id)) end as why,
        h.max_lag, coalesce(lag.is_behind, false) as behind, coalesce(l.workers, 0) as workers, coalesce(l.versions, '{}') as versions
   from handler h join watched w on w.id = h.table_id cross join span
   left join rate on rate.handler_id = h.id
@@ -266,7 +266,7 @@ begin
       select 'delayed', handler_id, id, run_at, error, ids, keys, change_id, lo, hi, settled from delayed where handler_id = any (v_handlers)
       union all
       select 'in flight', handler_id, id, at, null, ids, keys, change_id, lo, hi, settled from lease where handler_id = any (v_handlers))
-    select q.state, q.handler_id, q.at, null::real, case when q.state = 'ready' then waits_for(q.handler_id)
+    select q.state, q.handler_id, q.at, null::real, case when q.state = 'ready' then coalesce(waits_for(q.handler_id), waits_turn(q.handler_id))
                                                                        when q.state = 'in flight' then (select waits_for(h.id) from handler h where h.id = q.handler_id and h.per is not null)
                                                                        else q.error end, null::bigint, q.id, null::int, null::jsonb
       from waiting q
@@ -441,6 +441,7 @@ create or replace function show_handler(p_handler text) returns jsonb language s
          || coalesce((select case when l.per is null then jsonb_build_object('limit', l.most, 'permits_used', permits_used(h.id))
                                   else jsonb_build_object('limit', l.most, 'held_by', (select worker_id from permit where handler_id = h.id and lease_until > now())) end
                         from limits() l where l.handler_id = h.id), '{}')
+         || coalesce((select jsonb_build_object('tenants', t) from tenants_waiting(h.id) t where t <> '{}'), '{}')
     from handler h join status s on s.app = h.app and s.handler = h.name where h.id = find_handler(p_handler)
 $$;
 

@@ -65,7 +65,8 @@ class Pg:
             end loop;
             foreach s in array array['job', 'lease', 'delayed', 'change', 'receipt', 'output', 'dead', 'fed',
                                      'backfill', 'tick', 'schedule', 'action', 'worker', 'handler', 'dbt_result',
-                                     'dbt_request', 'dbt_run', 'dbt_test', 'dbt_build', 'dbt_model', 'watched'] loop
+                                     'dbt_request', 'dbt_run', 'dbt_test', 'dbt_build', 'dbt_model', 'watched',
+                                     'tenant'] loop
               execute format('delete from %I', s);
             end loop;
             delete from setting where name like 'xid of %';
@@ -109,13 +110,15 @@ class Pg:
         return handler
 
     def claim(
-        self, *handlers: int, jobs: int = EVERYTHING, records: int = EVERYTHING, lease: str = "30 s", worker: int = 1
+        self, *handlers: int, jobs: int = EVERYTHING, records: int = EVERYTHING, lease: str = "30 s", worker: int = 1,
+        turn: str | None = None
     ) -> tuple[int, list[Any]]:
-        """The token and the rows of a claim."""
+        """The token and the rows of a claim. turn: the tenant that had the last one."""
         token = random.getrandbits(63)
         with self.conn.cursor(row_factory=psycopg.rows.namedtuple_row) as cursor:
             cursor.execute(
-                "select * from anton.claim(%s, %s, %s::int[], %s::int[], %s::int[], %s::bigint[], %s::interval)",
+                "select * from anton.claim(%s, %s, %s::int[], %s::int[], %s::int[], %s::bigint[], %s::interval, "
+                "false, %s::text[])",
                 (
                     worker,
                     token,
@@ -124,6 +127,7 @@ class Pg:
                     [records] * len(handlers),
                     [0] * len(handlers),
                     lease,
+                    [turn] * len(handlers),
                 ),
             )
             return token, cursor.fetchall()

@@ -20,7 +20,8 @@ PACKAGE = REPO / "anton"
 
 LAYERS = [
     "errors groups share sent",
-    "secret reach db deadline duration embedded form limit meaning pages price template plan threads rebuilt vector",
+    "secret reach db deadline duration embedded form limit meaning pages price template plan threads "
+    "rank rebuilt turns vector",
     "dbt.manifest dbt.profile dbt.init",
     "dbt.gate handshake config option columns people relation queue doorbell status due chunk parquet ledger memo",
     "scheme op sqlfile lineage graph permits gate within",

@@ -40,6 +40,9 @@ with c as (
          '{{id,n}}', array[array[g::text], array['2']], array[array[g::text], array['1']]
     from generate_series(1, {depth} / 100) g, anton.now() t returning id, at)
 insert into anton.job (handler_id, change_id, at, trace, lo, hi, op) select {images}, id, at, id, 1, 1, 'u' from c;
+insert into anton.job (handler_id, change_id, at, trace, lo, hi, op, ids, tenant)
+  select {shared}, g, clock_timestamp(), g, 1, 1, 'n', array[g], case when g % 100 > 0 then 'a' else 'b' || g % 7 end
+    from generate_series(1, {depth} / 10) g;
 insert into anton.delayed (handler_id, id, change_id, at, lo, hi, attempt, crashes, depth, op, ids, run_at)
   select {small}, nextval('anton.change_seq'), g, t, 1, 1, 0, 0, 0, 'n', array[g], t + interval '1 day'
     from generate_series(1, {depth} / 10) g, anton.now() t;
@@ -62,14 +65,15 @@ insert into anton.job (handler_id, change_id, at, trace, lo, hi, op, ids)
 class Watched:
     """A session that sees how its statements are run."""
 
-    def __init__(self, pg: Pg, depth: int, small: int, large: int, images: int, sql: int) -> None:
-        self.pg, self.depth, self.small, self.large, self.images, self.sql_handler = (
+    def __init__(self, pg: Pg, depth: int, small: int, large: int, images: int, sql: int, shared: int) -> None:
+        self.pg, self.depth, self.small, self.large, self.images, self.sql_handler, self.shared = (
             pg,
             depth,
             small,
             large,
             images,
             sql,
+            shared,
         )
         self.plans: list[dict[str, Any]] = []
         self.explains = True
@@ -164,7 +168,7 @@ def watched(request: Any, server: Server, template: str) -> Iterator[Watched]:
         pg.put("copies:orders", "orders", "new", "updated", "deleted", kind="sql", body="", model="copies")
         pg.sql("update anton.model set stale = false, built_at = anton.now()")
         pg.sql("analyze orders, letters, copies, anton.job, anton.lease, anton.delayed")
-        watched = Watched(pg, request.param, small, large, images, sql)
+        watched = Watched(pg, request.param, small, large, images, sql, pg.put("shared", "letters", "new"))
         watched.fill(FILL)
         pg.sync("orders")
         yield watched
@@ -271,6 +275,17 @@ def promotion(watched: Watched) -> None:
     watched.run("select anton.promote()")
 
 
+def turns_of_tenants(watched: Watched) -> None:
+    """Beside a long backlog of one; jobs without a tenant are looked for among the oldest."""
+    for tenant in ("'z'", "'y'", "null"):
+        watched.pg.sql("insert into anton.job (handler_id, change_id, at, lo, hi, op, ids, tenant) "
+                       f"values ({watched.shared}, 1, anton.now(), 1, 1, 'n', '{{1}}', {tenant})")
+    assert {"y", "z"} <= {job[0] for job in watched.run(
+        "select tenant from anton.claim(1, $1, $2, $3, $4, $5, '30 s', false, $6)",
+        args=(TOKEN, [watched.shared, watched.small], [20, 20], [4000, 4000], [0, 0], ["b6", None]))}
+    settle(watched)
+
+
 def looking(watched: Watched) -> None:
     """Leases have no index by time, which each heartbeat would have to keep: there are as many as are being worked."""
     handlers = [watched.small, watched.large, watched.images, watched.sql_handler]
@@ -287,7 +302,7 @@ def test_here_plans_are_looked_at_themselves(pg: Pg) -> None:
 
 
 CHECKS = (looking, capture, claim_leased_and_ack, fetch_of_rows_and_images, settling_by_record, sql_handlers, models,
-          promotion)
+          promotion, turns_of_tenants)
 
 
 def test_no_statement_of_the_hot_path_reads_the_queue_whole_or_sorts_it(watched: Watched) -> None:

@@ -21,7 +21,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule, run_state_machine_as_test
-from machine import WORKERS, WRITERS, Base, Blocked, Tx
+from machine import TENANTS, WORKERS, WRITERS, Base, Blocked, Tx
 from pg import Pg
 from servers import Server
 
@@ -30,6 +30,7 @@ from chaos.model import LEASE, Part, Refused
 
 SOME = st.sampled_from(WORKERS)
 OPEN = st.sampled_from([False, False, True])
+TURNS = sorted({name or "" for name in TENANTS})
 LEFT_OPEN = 100.0  # seconds of its lease that an ack which is left open must have: then the server lets it be idle
 
 
@@ -50,12 +51,13 @@ class Machine(Base):
     # Claims
 
     @precondition(lambda self: self.any("job"))
-    @rule(worker=SOME, jobs=st.integers(1, 3), records=st.integers(1, 12), stays_open=OPEN)
-    def claims(self, worker: int, jobs: int, records: int, stays_open: bool) -> None:
-        """Left open: others step over its rows."""
-        self.claim(self.free(worker), jobs, records, stays_open and self.may_leave())
+    @rule(worker=SOME, jobs=st.integers(1, 3), records=st.integers(1, 12), turn=st.sampled_from([None, *TURNS]),
+          stays_open=OPEN)
+    def claims(self, worker: int, jobs: int, records: int, turn: str | None, stays_open: bool) -> None:
+        """Left open: others step over its rows. turn: the tenant that had the last one."""
+        self.claim(self.free(worker), jobs, records, stays_open and self.may_leave(), turn)
 
-    def claim(self, worker: int, jobs: int, records: int, stays_open: bool = False) -> int:
+    def claim(self, worker: int, jobs: int, records: int, stays_open: bool = False, turn: str | None = None) -> int:
         token = self.random.getrandbits(63)
         order = sorted(
             (part for part, job in self.model.jobs.items() if job.place == "job" and not job.locked),
@@ -66,19 +68,20 @@ class Machine(Base):
         rows = self.ask(
             worker,
             "select change_id, lo, hi, id, ids, tenant from anton.claim(%s, %s, array[%s]::int[], array[%s]::int[], "
-            "array[%s]::int[], array[0]::bigint[], %s)",
+            "array[%s]::int[], array[0]::bigint[], %s, false, array[%s])",
             worker + 1,
             token,
             self.handler,
             jobs,
             records,
             f"{LEASE} s",
+            turn,
         )
-        wanted = self.model.choose(order, jobs, records)
+        wanted, locked = self.model.choose(order, jobs, records, turn)
         assert [tuple(row[:3]) for row in rows] == wanted, "I10, or a claim of other jobs"
         assert all(len(row[4]) == row[2] - row[1] + 1 for row in rows)
         assert all(row[5] == self.model.tenants[row[0]] for row in rows), "I13: a lease of another tenant"
-        beside = [part for part in order[:jobs] if part not in wanted and self.model.open()]
+        beside = [part for part in order if part in locked and part not in wanted]
         tx = Tx("claim", token, wanted, [row[3] for row in rows], self.model.now, beside)
         if stays_open:
             self.leave(worker, tx)
@@ -415,6 +418,12 @@ WRONG = (  # (what the SQL does wrong, as shipped, as it is then, what the machi
         "set_config('anton.tenant', coalesce(p_tenant, ''), true)",
         "case when p_tenant <> '' then set_config('anton.tenant', p_tenant, false) end",
         "I13: an output of another tenant",
+    ),
+    (
+        "claims that begin with the same tenant each time",
+        "jobs_in_turn(w.handler_id, w.jobs, w.records, w.turn)",
+        "jobs_in_turn(w.handler_id, w.jobs, w.records, null)",
+        "a claim of other jobs",
     ),
     ("two tenants acked as one", " or min(coalesce(tenant, '')) <> max(coalesce(tenant, ''))", "", "DID NOT RAISE"),
     ("a let_go that does nothing", "if v_set = 0 or v_set > v_ms then", "if false then", "let_go: idle for"),
