@@ -415,7 +415,7 @@ create or replace function show_job(p_job bigint) returns jsonb language sql sta
           union all
           select handler_id, id, change_id, at, cause, trace, lo, hi, attempt, crashes, depth, op, tenant, origin, settled, ids, keys,
                  'in flight', lease_until, worker_id, null from lease where id = p_job) q
-    join handler h on h.id = q.handler_id left join change c on c.id = q.change_id and c.slot = slot(q.at)
+    join handler h on h.id = abs(q.handler_id) left join change c on c.id = q.change_id and c.slot = slot(q.at)
    limit 1
 $$;
 
