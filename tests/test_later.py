@@ -1,9 +1,11 @@
-"""Later: debounce= makes one call of many changes, delay= and at= put events off. The tests move the clock, by hours where it runs."""
+"""Later: debounce= makes one call of many changes, delay= and at= put events off. The tests move the clock."""
 
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -300,6 +302,41 @@ def test_writers_of_one_key_do_not_wait_for_each_other(clock: Clock) -> None:
     clock.tick()
     clock.tick()
     assert len(clock.due()) == 1 and clock.due() == []
+
+
+def test_workers_that_look_at_once_lose_no_change_and_make_no_writer_wait(clock: Clock) -> None:
+    clock.sql("create or replace function anton.now() returns timestamptz language sql volatile as "
+              "$$select pg_catalog.clock_timestamp()$$")
+    clock.h = clock.listen("orders", "updated", name="h", debounce="1 ms")
+    last: dict[int, datetime] = {}
+    done = threading.Event()
+
+    def write(keys: list[int]) -> None:
+        with clock.other() as pg:
+            for n in range(60):
+                rows = pg.sql("update orders set n = n + 1 where id = any (%s) returning id, anton.now()",
+                              args=(keys[n % 2:],))
+                last.update(rows)
+
+    def look() -> None:
+        with clock.other() as pg:
+            while not done.is_set():
+                pg.sql("select anton.promote()")
+
+    with ThreadPoolExecutor(4) as pool:
+        looks = [pool.submit(look) for _ in range(2)]
+        writes = [pool.submit(write, keys) for keys in ([0, 1], [2, 3])]
+        try:
+            for one in writes:
+                one.result()
+        finally:
+            done.set()
+        for one in looks:
+            one.result()
+    while clock.sql("select 1 from anton.debounce union all select 1 from anton.job where handler_id < 0"):
+        clock.sql("select anton.promote()")
+    made = dict(clock.sql("select k, max(at) from anton.job, unnest(ids) k group by k"))
+    assert set(made) == set(range(KEYS)) and all(made[key] >= last[key] for key in made)
 
 
 def test_a_change_that_becomes_visible_late_is_due_by_when_it_was_made(clock: Clock) -> None:
