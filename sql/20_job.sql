@@ -389,7 +389,7 @@ set jit = off set enable_seqscan = off set enable_sort = off as $$
 declare v_now timestamptz := now(); v_n int;
 begin
   if not exists (select from delayed where run_at <= v_now) then
-    return debounced(v_now);
+    return debounced();
   end if;
   with due as materialized (
     select handler_id, id from delayed where run_at <= v_now order by run_at limit 1000 for update skip locked
@@ -399,7 +399,7 @@ begin
   select handler_id, change_id, at, cause, trace, lo, hi, attempt, crashes, depth, op, tenant, origin, settled, ids, keys
     from moved order by run_at;
   get diagnostics v_n = row_count;
-  return v_n + debounced(v_now);
+  return v_n + debounced();
 end $$;
 
 -- overdue(handlers, now, back) -> (suspects, wake_at): leases that reclaim() would take, and when it will have more

@@ -3,9 +3,9 @@
 -- a row for each key, and make a job of a key that is due. So no writer waits for another, however hot a key is.
 
 -- debounced() -> jobs made: folds what was written, then takes what is due
-create or replace function debounced(p_now timestamptz) returns int language plpgsql volatile set search_path from current
+create or replace function debounced() returns int language plpgsql volatile set search_path from current
 set enable_seqscan = off as $$
-declare h handler;
+declare h handler; v_now timestamptz;
 begin
   if exists (select from job where handler_id < 0) then
     for h in select * from handler x where exists (select from job j where j.handler_id = -x.id) order by x.id loop
@@ -14,7 +14,8 @@ begin
       end loop;
     end loop;
   end if;
-  return case when exists (select from debounce where due_at <= p_now) then ripen(p_now) else 0 end;
+  v_now := now();                                          -- no job is older than a change it stands for
+  return case when exists (select from debounce where due_at <= v_now) then ripen(v_now) else 0 end;
 end $$;
 
 -- fold(handler) -> changes folded into its keys, about 20,000 at most; 0: none, or another worker is at it
