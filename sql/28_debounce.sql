@@ -28,9 +28,10 @@ begin
   if not pg_try_advisory_xact_lock(1634628731, h.id) then
     return 0;
   end if;
+  with locked as materialized (
+    select ctid as row, id, hi - lo + 1 as n from job where handler_id = -h.id order by id limit 1000 for update skip locked)
   select array_agg(x.row) into v_rows
-    from (select j.row, sum(j.n) over (order by j.id) - j.n as before
-            from (select ctid as row, id, hi - lo + 1 as n from job where handler_id = -h.id order by id limit 1000 for update skip locked) j) x
+    from (select j.row, sum(j.n) over (order by j.id) - j.n as before from locked j) x
    where x.before < 20000;
   if v_rows is null then
     return 0;
