@@ -11,13 +11,14 @@ What is grouped comes out as if each write had been made in its turn.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Awaitable, Iterable
 from typing import Any
 
 import asyncpg
 
 from anton.db import Conn, quote
 from anton.errors import RowChanged, WriteRefused
+from anton.later import Due
 from anton.op import Call, Form, Op, Output, Rows, Step
 from anton.relation import Relation, columns_sql, forget_spare
 
@@ -60,14 +61,19 @@ class _Apply:
         """A write that waits for no others."""
         if isinstance(op, Step):
             await self.step(op)
-        elif isinstance(op, Call):
-            if not await op.work(self.conn):
-                self.changed.add(op.owner)
-                self.changed_table = op.name
-        elif op.kind == "upsert":
-            await self.upsert(op)
-        else:
-            await self.missing(op)
+        elif isinstance(op, Rows):
+            await self.in_time(op.due, self.upsert(op) if op.kind == "upsert" else self.missing(op))
+        elif not await op.work(self.conn):
+            self.changed.add(op.owner)
+            self.changed_table = op.name
+
+    async def in_time(self, due: Due | None, work: Awaitable[None]) -> None:
+        """Awaits the work; the events of what it writes are due then."""
+        if due is not None:
+            await due.begin(self.conn)
+        await work
+        if due is not None:
+            await due.end(self.conn)
 
     async def flush(self, waiting: _Waiting) -> None:
         await self.insert_all(waiting.inserts)
@@ -76,18 +82,21 @@ class _Apply:
                 some = steps[at:at + MOST]
                 await (self.steps(some) if len(some) > 1 else self.step(some[0]))
 
-    async def insert_all(self, inserts: dict[tuple[int, tuple[str, ...]], list[Rows]]) -> None:
+    async def insert_all(self, inserts: dict[tuple[int, tuple[str, ...], Due | None], list[Rows]]) -> None:
         for group in inserts.values():
-            flat = group[0].flat if len(group) == 1 else [part for op in group for part in op.flat]
-            relation, columns, owners, rows = group[0].relation, group[0].columns, flat[0::2], flat[1::2]
-            if relation.copy and len(rows) >= COPY_FROM:
-                await self.copy(relation, columns, owners, rows)
-            else:
-                size = _size(relation, columns)
-                for at in range(0, len(rows), size):
-                    await self.values(relation, columns, owners[at:at + size], rows[at:at + size], "")
-            if set(relation.key) <= set(columns):
-                self.note(relation, _keys(relation, columns, rows), owners)
+            await self.in_time(group[0].due, self.insert(group))
+
+    async def insert(self, group: list[Rows]) -> None:
+        flat = group[0].flat if len(group) == 1 else [part for op in group for part in op.flat]
+        relation, columns, owners, rows = group[0].relation, group[0].columns, flat[0::2], flat[1::2]
+        if relation.copy and len(rows) >= COPY_FROM:
+            await self.copy(relation, columns, owners, rows)
+        else:
+            size = _size(relation, columns)
+            for at in range(0, len(rows), size):
+                await self.values(relation, columns, owners[at:at + size], rows[at:at + size], "")
+        if set(relation.key) <= set(columns):
+            self.note(relation, _keys(relation, columns, rows), owners)
 
     async def copy(self, relation: Relation, columns: tuple[str, ...], owners: list[int],
                    rows: list[tuple[Any, ...]]) -> None:
@@ -241,7 +250,7 @@ class _Waiting:
     """
 
     def __init__(self) -> None:
-        self.inserts: dict[tuple[int, tuple[str, ...]], list[Rows]] = {}
+        self.inserts: dict[tuple[int, tuple[str, ...], Due | None], list[Rows]] = {}
         self.steps: dict[tuple[int, Form], list[Step]] = {}
         self._stepped: dict[int, Form] = {}  # by table
         self._keys: set[tuple[int, Any]] = set()
@@ -256,7 +265,7 @@ class _Waiting:
             late = bool(self.steps) and (self._minds or table in self._stepped or op.relation.triggers)
             if op.kind == "upsert" or op.unless or late:
                 return False
-            self.inserts.setdefault((table, op.columns), []).append(op)
+            self.inserts.setdefault((table, op.columns, op.due), []).append(op)
             return True
         form = op.form
         if form is None or (table, op.key) in self._keys or self._stepped.get(table, form) != form:

@@ -170,7 +170,7 @@ class BuildEvent(Event[Any], Generic[B]):
         of = self._of(options, name)
         if component is not None:
             raise BadOption("handler", component, of, 'a function or .sql("…"); components take records')
-        for option in ("each", "where", "columns", "read", "since", "batch", "per"):
+        for option in ("each", "where", "columns", "read", "since", "batch", "per", "debounce"):
             if options.get(option) is not None:
                 raise BadOption(option, options[option], of, f"no {option}= here: a build has no records")
         return super()._declare(fn, name, options, body, component)
@@ -200,7 +200,7 @@ def _fill(handler: Handler, options: Mapping[str, Any], of: str) -> None:
                 raise BadOption(option, value, of, f"a whole number from {least} to {most}")
             setattr(handler, option, value)
     handler.limit = options.get("concurrency")
-    for option in ("max_wait", "timeout", "backoff", "max_lag"):
+    for option in ("max_wait", "timeout", "backoff", "max_lag", "debounce"):
         if options.get(option) is not None:
             setattr(handler, option, duration(options[option], option, of))
     for option in ("where", "was"):
@@ -209,6 +209,7 @@ def _fill(handler: Handler, options: Mapping[str, Any], of: str) -> None:
             raise BadOption(option, value, of, "a text that is not empty")
         setattr(handler, option, value)
     handler.columns = _columns(handler, options.get("columns"), of)
+    _debounce(handler, options, of)
     handler.per = _per(handler, options, of)
     into = options.get("into")
     handler.into = () if into is None else tuple(into) if isinstance(into, (list, tuple)) else (into,)
@@ -233,17 +234,34 @@ def _columns(handler: Handler, value: Any, of: str, option: str = "columns") -> 
     return tuple(value)
 
 
+def _debounce(handler: Handler, options: Mapping[str, Any], of: str) -> None:
+    if handler.debounce is None:
+        return
+    if not handler.debounce:
+        raise BadOption("debounce", options["debounce"], of, 'more than 0, such as debounce="2s"')
+    if handler.ops not in (("new",), ("updated",)):
+        raise BadOption("debounce", options["debounce"], of,
+                        "no debounce= here: only new, or updated, records have a latest state")
+    if options.get("read") == "change":
+        raise BadOption("read", "change", of, '"now" beside debounce=: it gets the latest state')
+    if options.get("max_wait") is not None and handler.max_wait < handler.debounce:
+        raise BadOption("max_wait", options["max_wait"], of, f"no less than debounce={options['debounce']!r}")
+    handler.read = "now"
+
+
 def _per(handler: Handler, options: Mapping[str, Any], of: str) -> str | None:
     per = options.get("per")
     if per is None:
         return None
     if not isinstance(per, str) or not per:
         raise BadOption("per", per, of, 'the name of a column, such as per="customer"')
+    _columns(handler, [per], of, "per")
+    if handler.debounce is not None and options.get("concurrency") is None:
+        return per
     if not handler.each or handler.kind == "sql" or not set(handler.ops) <= {"new", "updated", "deleted"}:
         raise BadOption("per", per, of, "a function with each=True beside it: only one record has one value")
     if options.get("concurrency") is None:
         raise BadOption("per", per, of, f"concurrency=N beside it: how many records of one {per} may run at a time")
-    _columns(handler, [per], of, "per")
     return per
 
 

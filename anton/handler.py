@@ -52,6 +52,7 @@ class Options(TypedDict, total=False):
     on_conflict: OnConflict
     per: str
     priority: int
+    debounce: str | float | timedelta
 
 
 OPTIONS = (*Options.__annotations__, "each")
@@ -63,7 +64,9 @@ class Handler:
 
     ops: what it listens to. fn: None for SQL. wants_ctx: it takes a second argument. into: where returned values go.
     limit: calls, or records with each, at a time over all processes; None: concurrency in each of them.
-    per: the column each of whose values has a limit of its own. priority: 0 to 9, the highest goes first.
+    per: the column each of whose values has a limit of its own, or with debounce comes to rest by itself.
+    debounce: how long a record must be at rest; max_wait then: how long at most after its first change, 0: the default.
+    priority: 0 to 9, the highest goes first.
     body, params: its SQL, and {name: [type, text]} bound into it. place: "main.py:12". typed: the options as typed.
     """
 
@@ -89,6 +92,7 @@ class Handler:
     limit: int | None = None
     per: str | None = None
     priority: int = PRIORITY
+    debounce: timedelta | None = None
     timeout: timedelta = timedelta(minutes=5)
     attempts: int = 5
     backoff: timedelta = timedelta(seconds=1)
@@ -108,11 +112,13 @@ class Handler:
             "columns": list(self.columns) if self.columns is not None else None, "body": self.body,
             "params": {name: list(param) for name, param in self.params.items()},
             "into_tables": [table.name for table in self.into], "batch": self.batch,
-            "max_wait": interval(self.max_wait), "concurrency": self.concurrency, "timeout": interval(self.timeout),
-            "attempts": self.attempts, "backoff": interval(self.backoff), "max_lag": interval(self.max_lag),
+            "max_wait": interval(self.max_wait or None), "concurrency": self.concurrency,
+            "timeout": interval(self.timeout), "attempts": self.attempts, "backoff": interval(self.backoff),
+            "max_lag": interval(self.max_lag),
             "options": self.typed, **({"limit": self.limit} if self.limit else {}),
             **({"per": self.per} if self.per else {}),
             **({"priority": self.priority} if self.priority != PRIORITY else {}),
+            **({"debounce": interval(self.debounce)} if self.debounce else {}),
         }
 
     def call(self, subject: Any, ctx: Ctx | None = None) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from anton.later import Due
 from anton.relation import Relation
 
 WHOLE = -1  # owner of what belongs to the batch as a whole
@@ -22,17 +23,19 @@ class Rows:
     """Rows to insert or upsert. flat: owner, row, owner, row, … (one list, so that threads may add to it).
 
     unless: columns with a unique index; a row whose values of them are there already is left out of an insert.
+    due: when their events are due; None: at once.
     """
 
-    __slots__ = ("columns", "flat", "kind", "relation", "unless")
+    __slots__ = ("columns", "due", "flat", "kind", "relation", "unless")
 
     def __init__(self, kind: Literal["insert", "upsert"], relation: Relation, columns: tuple[str, ...],
-                 flat: list[Any] | None = None, unless: tuple[str, ...] = ()) -> None:
+                 flat: list[Any] | None = None, unless: tuple[str, ...] = (), due: Due | None = None) -> None:
         self.kind = kind
         self.relation = relation
         self.columns = columns
         self.flat: list[Any] = [] if flat is None else flat
         self.unless = unless
+        self.due = due
 
     @property
     def owners(self) -> list[int]:
@@ -120,7 +123,7 @@ def pick(ops: Iterable[Op], owners: Collection[int], keep: bool = True) -> list[
         flat = [part for who, row in zip(all_of_it[0::2], all_of_it[1::2], strict=True) if (who in owners) == keep
                 for part in (who, row)]
         if flat:
-            picked.append(Rows(op.kind, op.relation, op.columns, flat, op.unless))
+            picked.append(Rows(op.kind, op.relation, op.columns, flat, op.unless, op.due))
     return picked
 
 
@@ -132,7 +135,7 @@ def merge(parts: Iterable[tuple[int, Iterable[Op]]]) -> list[Op]:
             if isinstance(op, Rows):
                 flat = op.flat[:]
                 flat[0::2] = [who] * (len(flat) // 2)
-                merged.append(Rows(op.kind, op.relation, op.columns, flat, op.unless))
+                merged.append(Rows(op.kind, op.relation, op.columns, flat, op.unless, op.due))
             else:
                 merged.append(replace(op, owner=who))
     return merged

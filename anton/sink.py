@@ -20,6 +20,7 @@ from pydantic_core import to_jsonable_python
 from anton.columns import Shape
 from anton.db import Json, to_json
 from anton.errors import InvalidRecord, did_you_mean
+from anton.later import Due
 from anton.record import DOCUMENT, Appended
 from anton.relation import Keys, Relation, described, keys
 from anton.write import Rows, Scope, owner
@@ -51,9 +52,10 @@ class Sink(Protocol):
 class _Keyed:
     """A sink's supply of keys."""
 
-    def __init__(self, scope: Scope, relation: Relation) -> None:
+    def __init__(self, scope: Scope, relation: Relation, due: Due | None) -> None:
         self.scope = scope
         self.relation = relation
+        self.due = due
         self.made: Keys | None = None  # of the one key column that the database fills
         self.ids: Iterator[Any] = iter(())
 
@@ -70,7 +72,7 @@ class _Keyed:
 
     def rows(self, columns: tuple[str, ...]) -> Put:
         """Starts a run of rows; returns what adds (owner, values) to it."""
-        run = Rows("insert", self.relation, columns)
+        run = Rows("insert", self.relation, columns, due=self.due)
         self.scope.ops.append(run)
         return run.flat.extend
 
@@ -126,8 +128,8 @@ def _no_json(row: Mapping[str, Any]) -> list[str]:
 class Documents(_Plain):
     """Rows (id, data)."""
 
-    def __init__(self, scope: Scope, relation: Relation) -> None:
-        super().__init__(scope, relation)
+    def __init__(self, scope: Scope, relation: Relation, due: Due | None = None) -> None:
+        super().__init__(scope, relation, due)
         self.name = relation.name
         self.made = keys(scope.db, relation, "id")
         self.columns = DOCUMENT
@@ -165,8 +167,8 @@ class Documents(_Plain):
 class Columns(_Keyed):
     """Rows of a table without a model; columns that a dict does not name get their defaults."""
 
-    def __init__(self, scope: Scope, relation: Relation) -> None:
-        super().__init__(scope, relation)
+    def __init__(self, scope: Scope, relation: Relation, due: Due | None = None) -> None:
+        super().__init__(scope, relation, due)
         self._forms: dict[frozenset[str], _Form] = {}
         self._form = _Form((), False, lambda row: (), lambda items: None)
         self._count = -1
@@ -298,8 +300,8 @@ def _several(names: tuple[str, ...]) -> Callable[[Any], tuple[Any, ...]]:
 class Models(_Plain):
     """Rows of a table with a model; dicts are validated into it."""
 
-    def __init__(self, scope: Scope, relation: Relation, shape: Shape[Any]) -> None:
-        super().__init__(scope, relation)
+    def __init__(self, scope: Scope, relation: Relation, shape: Shape[Any], due: Due | None = None) -> None:
+        super().__init__(scope, relation, due)
         self.model = shape.model
         self.to_row = shape.to_row
         self.validate = shape.model.__pydantic_validator__.validate_python

@@ -31,11 +31,11 @@ from anton.rank import HIGHEST
 
 OPS = ("new", "updated", "deleted", "truncate", "rebuilt", "failed")
 _HANDLER = ("on", "where", "columns", "read", "since", "batch", "max_wait", "timeout", "attempts", "backoff", "max_lag",
-            "into", "was", "concurrency", "priority")
+            "into", "was", "concurrency", "priority", "debounce", "per")
 _SCHEDULE = ("cron", "tz", "title", "misfire", "overlap", "jitter", "start", "end", "timeout", "attempts", "backoff")
 _MODEL = ("refresh", "key", "incremental", "timeout", "max_wait", "tz", "was")
 _NUMBERS = ("batch", "attempts", "concurrency")
-_DURATIONS = ("max_wait", "timeout", "backoff", "max_lag")
+_DURATIONS = ("max_wait", "timeout", "backoff", "max_lag", "debounce")
 
 
 @dataclass(frozen=True)
@@ -137,12 +137,14 @@ def handler(file: SqlFile, app: str) -> dict[str, Any]:
             found["into_tables"] = re.split(r"[\s,]+", value)
         elif key == "where":
             found["where_sql"] = value
-        elif key in ("read", "was"):
+        elif key in ("read", "was", "per"):
             found[key] = value
     for key, allowed in (("read", ("now", "change")), ("since", ("now", "beginning"))):
         if found.get(key) not in (None, *allowed):
             raise BadOption(key, found[key], of, one_of(allowed))
-    return found
+    if "per" in found and "debounce" not in found:
+        raise BadOption("per", found["per"], of, "debounce: beside it; a limit for each key is for functions")
+    return found | ({"limit": found["concurrency"]} if "concurrency" in found else {})
 
 
 def schedule(file: SqlFile, app: str) -> dict[str, Any]:

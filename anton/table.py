@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import datetime, timedelta
 from itertools import chain, islice
 from typing import Annotated, Any, Generic, TypeVar, cast, overload
 
@@ -20,6 +21,7 @@ from anton.columns import Shape, kind_of
 from anton.db import current_database, split_name
 from anton.errors import BadOption, UnknownOption, WriteError
 from anton.event import BuildEvent, Event
+from anton.later import Due, due_of
 from anton.query import Query
 from anton.rebuilt import Failed, Rebuilt
 from anton.record import ChangeOp, Record
@@ -30,6 +32,7 @@ from anton.write import Rows, Scope, apply, find_scope, owner, scope, transactio
 T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
 Names = str | Sequence[str]
+Length = str | float | timedelta
 
 CHUNK = 10_000  # records of one COPY when a script extends
 
@@ -110,13 +113,15 @@ class Table(Generic[T]):
     def _event(self, verb: str, ops: tuple[ChangeOp, ...]) -> Event[T]:
         return Event(self, verb, ops)
 
-    def append(self, row: T | Mapping[str, Any], *, of: object = None) -> T:
+    def append(self, row: T | Mapping[str, Any], *, of: object = None, delay: Length | None = None,
+               at: datetime | None = None) -> T:
         """Records one insert and returns its record with the final key: record.id, even if the model has no such field.
 
         row: the model or a dict. of: the input record it belongs to, or all of them; default: the one at hand.
-        Raises InvalidRecord for what does not fit, NoScope in async code with nothing around.
+        delay, at: the row is written now, and handled so much later, "1h", or at that time, an aware datetime.
+        Raises InvalidRecord for what does not fit, NoScope in async code with nothing around, BadOption.
         """
-        if of is None:
+        if of is None and delay is None and at is None:
             current = scope.get()
             if current is not None:
                 record: T = (current.sinks.get(self) or self._sink(current)).append(row)
@@ -124,43 +129,51 @@ class Table(Generic[T]):
         found = find_scope(of)
         if found is None:
             with transaction():
-                return self.append(row)
+                return self.append(row, delay=delay, at=at)
+        due = due_of(found[0].db, delay, at, self.name)
         mark = owner.set(found[1])
         try:
-            record = (found[0].sinks.get(self) or self._sink(found[0])).append(row)
+            record = (found[0].sinks.get((self, due) if due else self) or self._sink(found[0], due)).append(row)
         finally:
             owner.reset(mark)
         return record
 
-    def extend(self, rows: Iterable[T | Mapping[str, Any]], *, of: object = None) -> None:
-        """Records an insert of each row; any iterable, a generator is taken as it comes. of: as for append.
+    def extend(self, rows: Iterable[T | Mapping[str, Any]], *, of: object = None, delay: Length | None = None,
+               at: datetime | None = None) -> None:
+        """Records an insert of each row; any iterable, a generator is taken as it comes. of, delay, at: as for append.
 
         In a script: all of them in one transaction, in chunks, so that a million fits into memory.
         """
         found = find_scope(of)
         if found is None:
-            self._load(rows)
+            self._load(rows, delay, at)
             return
+        due = due_of(found[0].db, delay, at, self.name)
         mark = owner.set(found[1]) if of is not None else None
         try:
-            (found[0].sinks.get(self) or self._sink(found[0])).extend(rows)
+            (found[0].sinks.get((self, due) if due else self) or self._sink(found[0], due)).extend(rows)
         finally:
             if mark is not None:
                 owner.reset(mark)
 
-    def upsert(self, row: T | Mapping[str, Any], *, of: object = None) -> T:
-        """Records: insert the row, or set its columns where the key exists. Without a model a dict names its "id"."""
+    def upsert(self, row: T | Mapping[str, Any], *, of: object = None, delay: Length | None = None,
+               at: datetime | None = None) -> T:
+        """Records: insert the row, or set its columns where the key exists. Without a model a dict names its "id".
+
+        of, delay, at: as for append.
+        """
         found = find_scope(of)
         if found is None:
             with transaction():
-                return self.upsert(row)
+                return self.upsert(row, delay=delay, at=at)
         current, who = found
+        due = due_of(current.db, delay, at, self.name)
         sink = current.sinks.get(self) or self._sink(current)
         columns, values, record = sink.upsert(row)
         last = current.ops[-1] if current.ops else None
-        if not (isinstance(last, Rows) and last.kind == "upsert" and last.columns == columns
+        if not (isinstance(last, Rows) and last.kind == "upsert" and last.columns == columns and last.due == due
                 and last.relation is self._relation(current)):
-            last = Rows("upsert", self._relation(current), columns)
+            last = Rows("upsert", self._relation(current), columns, due=due)
             current.add(last)
         last.flat.extend((who, values))
         return cast(T, record)
@@ -202,19 +215,21 @@ class Table(Generic[T]):
     def _relation(self, current: Scope) -> Relation:
         return writable(current.db, self.name)
 
-    def _sink(self, current: Scope) -> Sink:
+    def _sink(self, current: Scope, due: Due | None = None) -> Sink:
         """Where this scope's appends go; made at the first one after anything else."""
         current.check()
         self.writable()
         relation = self._relation(current)
-        sink: Sink = (Models(current, relation, self.shape) if self.shape is not None
-                      else Documents(current, relation) if relation.document else Columns(current, relation))
-        current.sinks[self] = sink
+        sink: Sink = (Models(current, relation, self.shape, due) if self.shape is not None
+                      else Documents(current, relation, due) if relation.document
+                      else Columns(current, relation, due))
+        current.sinks[(self, due) if due else self] = sink
         return sink
 
-    def _load(self, rows: Iterable[Any]) -> None:
+    def _load(self, rows: Iterable[Any], delay: Length | None, at: datetime | None) -> None:
         """All rows in one transaction, chunk by chunk."""
         db = current_database()
+        due = due_of(db, delay, at, self.name)
         rest = iter(rows)
         tx = db.tx()
         conn = db.run(tx.__aenter__())
@@ -222,7 +237,7 @@ class Table(Generic[T]):
         try:
             for first in rest:
                 with Scope("transaction", db=db) as current:
-                    self._sink(current).extend(chain((first,), islice(rest, CHUNK - 1)))
+                    self._sink(current, due).extend(chain((first,), islice(rest, CHUNK - 1)))
                 db.run(apply(conn, current.ops))
         except BaseException as error:
             failure = error

@@ -273,6 +273,7 @@ class TestApp:
             schema = quote(self.db.schema)
             due: datetime | None = await conn.fetchval(
                 f"select least({schema}.next_tick(), (select min(run_at) from {schema}.delayed), "
+                f"(select min(due_at) from {schema}.debounce), "
                 f"(select min(probe_at) from {schema}.handler where probe_at > {schema}.now()))")
             return due
 

@@ -577,7 +577,8 @@ class Worker:
         self._refreshed = 0.0
         look = await self._look()
         fed = await feed(self.db, self._lanes.values())
-        return bool(look.ready or look.suspects or fed)
+        late = look.wake_at is not None and look.wake_at <= look.at    # changes that are not folded yet
+        return bool(look.ready or look.suspects or fed or late)
 
     async def _chores(self) -> None:
         """Schedules, backfills, housekeeping, the catalogue: beside the loop, at their times or when called."""

@@ -71,7 +71,7 @@ begin
   v_sql := replace(v_sql, '@rows@', coalesce('(select *, ' || p_sizes || ' as bytes from r) r', 'r'));
   v_sql := replace(v_sql, '@cuts@', case when p_sizes is null then '' else ', case when bytes > 131072 then rn end, bytesum / $8' end);
   v_sql := replace(replace(replace(v_sql, '@images@', p_images), '@texts@', coalesce(p_texts, '')), '@from@', p_from);
-  return format('execute %L using v_now, v_degraded, v_cause, v_depth, v_trace, v_tenant, greatest(4096, 8192 - v_keysize), greatest(131072, 262144 - v_size);', v_sql);
+  return format('execute %L using v_now, v_degraded, v_cause, v_depth, v_trace, v_tenant, greatest(4096, 8192 - v_keysize), greatest(131072, 262144 - v_size), v_due;', v_sql);
 end $$;
 
 -- capture_failed(table, event, source, handlers, bare, mend) -> plpgsql for when filter or images could not be had
@@ -97,7 +97,7 @@ begin
         c as (
           insert into change (id, slot, at, xid, table_id, op, n, keys, degraded, cause, depth, trace, tenant)
           select nextval('change_seq'), slot($1), $1, pg_current_xact_id(), %s, 'x', count(*),
-                 jsonb_build_object('event', %L, 'source', %L, 'handlers', to_jsonb(%L::int[]), 'rows', jsonb_agg(row)), $2, $3, $4, $5, $6
+                 jsonb_build_object('event', %L, 'source', %L, 'due', $9, 'handlers', to_jsonb(%L::int[]), 'rows', jsonb_agg(row)), $2, $3, $4, $5, $6
             from r group by (rn - 1) / 100
           returning id)
         insert into job (handler_id, change_id, at, lo, hi, op) select 0, id, $1, 1, 1, 'x' from c$f$,
@@ -122,11 +122,16 @@ begin
     end if;$f$, p_bare, v_kept, v_dirty);
 end $$;
 
--- capture_group(table, event, source, handlers, batches, images, where, params, columns, first, mend) -> plpgsql that captures for one group
---   mend  the rows are those of a change that was kept whole, see mend()
+-- capture_group(table, event, source, handlers, batches, images, where, params, columns, first, mend, later) -> plpgsql that captures for one group
+--   mend   the rows are those of a change that was kept whole, see mend()
+--   later  the jobs are due at v_due
+-- A handler with a minus is one that debounces, see fold().
+drop function if exists capture_group(watched, text, text, int[], int[], boolean, text, jsonb, text[], boolean, boolean);
 create or replace function capture_group(w watched, p_event text, p_source text, p_ids int[], p_batches int[], p_images boolean,
-  p_where text, p_params jsonb, p_columns text[], p_first boolean, p_mend boolean) returns text language plpgsql stable set search_path from current as $$
+  p_where text, p_params jsonb, p_columns text[], p_first boolean, p_mend boolean, p_later boolean default false) returns text language plpgsql stable set search_path from current as $$
 declare
+  v_into text := case when p_later then 'delayed (run_at, ' else 'job (' end;
+  v_due text := case when p_later then 'v_due, ' else '' end;
   v_op text := case when p_ids = '{}' then 'p' else left(p_event, 1) end;
   v_row text := case p_event when 'deleted' then 'old' else 'new' end;   -- whose columns the filter sees
   v_idkey boolean := w.key_kind = 'id';
@@ -193,19 +198,19 @@ begin
   -- one record is the commonest statement of all: no set functions, and one number for the change and the first job
   v_small := format($f$
     if v_k = 1 then
-      insert into job (handler_id, id, change_id, at, cause, trace, lo, hi, depth, op, tenant, %1$s) values %5$s;
+      insert into %6$shandler_id, id, change_id, at, cause, trace, lo, hi, depth, op, tenant, %1$s) values %5$s;
     else
-    insert into job (handler_id, change_id, at, cause, trace, lo, hi, depth, op, tenant, %1$s)
-    select h.id, v_change, v_now, v_cause, v_trace, s, least(s + h.b - 1, v_k), v_depth, '%2$s', v_tenant, %3$s
+    insert into %6$shandler_id, change_id, at, cause, trace, lo, hi, depth, op, tenant, %1$s)
+    select %7$sh.id, v_change, v_now, v_cause, v_trace, s, least(s + h.b - 1, v_k), v_depth, '%2$s', v_tenant, %3$s
       from %4$s, generate_series(1, v_k, h.b) s;
     end if;$f$, v_keycol, v_op,
     case when v_idkey then 'v_ids[s:s + h.b - 1]'
          else $k$case when h.b >= v_k then v_keys else jsonb_path_query_array(v_keys, '$[$a to $b]', jsonb_build_object('a', s - 1, 'b', least(s + h.b, v_k + 1) - 2)) end$k$ end,
     v_jobs,
-    (select string_agg(format('(%s, %s, v_change, v_now, v_cause, v_trace, 1, 1, v_depth, ''%s'', v_tenant, %s)',
-                              i, case when p_first and o = 1 then 'v_change' else $n$nextval('change_seq')$n$ end, v_op,
+    (select string_agg(format('(%s%s, %s, v_change, v_now, v_cause, v_trace, 1, 1, v_depth, ''%s'', v_tenant, %s)',
+                              v_due, i, case when p_first and o = 1 then 'v_change' else $n$nextval('change_seq')$n$ end, v_op,
                               case when v_idkey then 'v_ids' else 'v_keys' end), ', ' order by o)
-       from unnest(p_ids) with ordinality x (i, o)));
+       from unnest(p_ids) with ordinality x (i, o)), v_into, v_due);
   v_plain := format($f$
     with c as (
       insert into change (id, slot, at, xid, table_id, op, n, ids, keys, cols, news, olds, cause, depth, trace, tenant)
@@ -213,10 +218,10 @@ begin
              v_cause, v_depth, v_trace, v_tenant
         from generate_series(1, v_k, 1000) s
       returning id, n)
-    insert into job (handler_id, change_id, at, cause, trace, lo, hi, depth, op, tenant)
-    select h.id, c.id, v_now, v_cause, coalesce(v_trace, c.id), s, least(s + h.b - 1, c.n), v_depth, '%2$s', v_tenant
+    insert into %5$shandler_id, change_id, at, cause, trace, lo, hi, depth, op, tenant)
+    select %6$sh.id, c.id, v_now, v_cause, coalesce(v_trace, c.id), s, least(s + h.b - 1, c.n), v_depth, '%2$s', v_tenant
       from c, %3$s, generate_series(1, c.n, h.b) s;$f$, w.id, v_op, v_jobs,
-    case when p_images then format('v_ids, v_keys, %s, v_news, v_olds', v_columns) else 'v_ids[s:s + 999], null, null, null, null' end);
+    case when p_images then format('v_ids, v_keys, %s, v_news, v_olds', v_columns) else 'v_ids[s:s + 999], null, null, null, null' end, v_into, v_due);
   -- cut by count, and by bytes: a record of more than half a chunk stands alone, the others fill what the largest leaves
   v_grouped := format($f$
     with r as (select %1$s as key, row_number() over () as rn%2$s@texts@ from @from@),
@@ -226,12 +231,13 @@ begin
       select nextval('change_seq'), slot($1), $1, pg_current_xact_id(), %5$s, '%6$s', count(*), %7$s, @images@, $2, $3, $4, $5, $6
         from sized group by (rn - 1) / %8$s%9$s@cuts@
       returning id, n)
-    insert into job (handler_id, change_id, at, cause, trace, lo, hi, depth, op, tenant)
-    select h.id, c.id, $1, $3, coalesce($5, c.id), s, least(s + h.b - 1, c.n), $4, '%6$s', $6
+    insert into %11$shandler_id, change_id, at, cause, trace, lo, hi, depth, op, tenant)
+    select %12$sh.id, c.id, $1, $3, coalesce($5, c.id), s, least(s + h.b - 1, c.n), $4, '%6$s', $6
       from c, %10$s, generate_series(1, c.n, h.b) s$f$,
     v_key, ', ' || v_keysize || ' as keysize',
     case when v_keysize is not null then ', sum(case when keysize > 4096 then 0 else keysize end) over (order by rn rows unbounded preceding) as keysum' end,
-    v_keycol, w.id, v_op, v_keys, v_keyrows, case when v_keysize is not null then ', case when keysize > 4096 then rn end, keysum / $7' end, v_jobs);
+    v_keycol, w.id, v_op, v_keys, v_keyrows, case when v_keysize is not null then ', case when keysize > 4096 then rn end, keysum / $7' end, v_jobs,
+    v_into, case when p_later then '$9, ' end);
   v_bare := capture_fill(v_grouped, capture_from(w, p_event, p_source, null));
   v_large := capture_fill(v_grouped, v_from || ' ' || v_filter, v_texts, format('%s, %s, %s', v_columns, v_news, v_olds));
   if p_images then
@@ -306,12 +312,14 @@ begin
     capture_failed(w, p_event, p_source, p_ids, v_bare, p_mend));
 end $$;
 
--- capture_groups(table, event, source, handlers, mend) -> plpgsql for all handlers of an event, or for these; null when there are none
+-- capture_groups(table, event, source, handlers, mend, later) -> plpgsql for all handlers of an event, or for these; null when there are none
 -- Handlers with the same filter and columns form a group: what one record leaves is stored once for all of them.
-create or replace function capture_groups(w watched, p_event text, p_source text, p_handlers int[] default null, p_mend boolean default false)
-returns text language sql stable set search_path from current as $$
-  select string_agg(capture_group(w, p_event, p_source, g.ids, g.batches, g.images, g.where_sql, g.params, g.columns, g.first, p_mend), '' order by g.ids[1])
-    from (select row_number() over (order by min(h.id)) = 1 and p_source = 'statement' as first, array_agg(h.id order by h.id) as ids,
+drop function if exists capture_groups(watched, text, text, int[], boolean);
+create or replace function capture_groups(w watched, p_event text, p_source text, p_handlers int[] default null, p_mend boolean default false,
+  p_later boolean default false) returns text language sql stable set search_path from current as $$
+  select string_agg(capture_group(w, p_event, p_source, g.ids, g.batches, g.images, g.where_sql, g.params, g.columns, g.first, p_mend, p_later), '' order by g.id)
+    from (select row_number() over (order by min(h.id)) = 1 and p_source = 'statement' as first, min(h.id) as id,
+                 array_agg(case when h.debounce is null then h.id else -h.id end order by h.id) as ids,
                  array_agg(least(h.batch, 1000) order by h.id) as batches,
                  bool_or(w.key_kind = 'none' or p_event = 'deleted' or h.read = 'change' and not (p_event = 'new' and h.kind = 'sql')) as images, h.where_sql, h.params,
                  case when p_event = 'updated' then h.columns end as columns
@@ -365,7 +373,14 @@ begin
   end;$f$, string_agg(format('array(select %1$I from new_records) is distinct from array(select %1$I from old_records)', c), ' or ' order by o))
       into v_moved from unnest(w.key_columns) with ordinality x (c, o);
   elsif p_event <> 'moved' then
-    v_groups := nullif(concat(capture_groups(w, p_event, 'statement'), case when p_event in ('updated', 'deleted') then capture_kept(w, p_event) end), '');
+    v_groups := capture_groups(w, p_event, 'statement');
+    if v_groups is not null and p_event <> 'deleted' then
+      v_groups := format('
+  if v_due is null then%s
+  else%s
+  end if;', v_groups, capture_groups(w, p_event, 'statement', null, false, true));
+    end if;
+    v_groups := nullif(concat(v_groups, case when p_event in ('updated', 'deleted') then capture_kept(w, p_event) end), '');
   end if;
   if v_groups is null then
     return coalesce('begin' || capture_collected(w, p_event) || '
@@ -398,6 +413,7 @@ create or replace function capture_variables() returns text language sql immutab
   v_now timestamptz; v_change bigint; v_k int; v_size bigint; v_keysize bigint; v_memory text; v_ids bigint[]; v_keys jsonb; v_news text[]; v_olds text[];
   v_context text := current_setting('anton.context', true);
   v_tenant text := nullif(current_setting('anton.tenant', true), '');
+  v_due timestamptz := nullif(current_setting('anton.due', true), '')::timestamptz;
   v_cause bigint; v_depth smallint := 0; v_trace bigint; v_degraded text; v_broken boolean;$f$
 $$;
 

@@ -75,7 +75,8 @@ begin
   end if;
   select * into w from watched where id = p_table;
   v_rel := format('%I.%I', w.schema_name, w.table_name);
-  v_code := capture_groups(w, p_what ->> 'event', p_what ->> 'source', array(select jsonb_array_elements_text(p_what -> 'handlers')::int), true);
+  v_code := capture_groups(w, p_what ->> 'event', p_what ->> 'source', array(select abs(h::int) from jsonb_array_elements_text(p_what -> 'handlers') h), true,
+    p_what ->> 'due' is not null);
   foreach v_name in array array['new_records', 'old_records'] loop
     if to_regclass('pg_temp.' || v_name) is not null then  -- the caller's own: it makes room meanwhile
       execute format('alter table pg_temp.%I rename to %I', v_name, 'anton_' || v_name);
@@ -90,10 +91,11 @@ begin
   v_change := nextval('change_seq');
   v_now := %L;
   v_tenant := %L;
+  v_due := %L;
   v_cause := %L;
   v_depth := %L;
   v_trace := coalesce(%L, v_change);%s
-end$f$, capture_variables(), p_at, p_tenant, p_cause, p_depth, p_trace, v_code));
+end$f$, capture_variables(), p_at, p_tenant, p_what ->> 'due', p_cause, p_depth, p_trace, v_code));
   drop table pg_temp.new_records, pg_temp.old_records;
   foreach v_name in array array['new_records', 'old_records'] loop
     if to_regclass('pg_temp.anton_' || v_name) is not null then
@@ -123,13 +125,14 @@ $$;
 -- traced(handler) -> keys of the records that the runtime knows it was given: waiting, leased, settled or dead
 create or replace function traced(p_handler int) returns setof jsonb language sql stable set search_path from current as $$
   with part as (
-    select change_id, lo, hi, ids, keys from job where handler_id = p_handler
+    select change_id, lo, hi, ids, keys from job where handler_id in (p_handler, -p_handler)
     union all select change_id, lo, hi, ids, keys from lease where handler_id = p_handler
-    union all select change_id, lo, hi, ids, keys from delayed where handler_id = p_handler
+    union all select change_id, lo, hi, ids, keys from delayed where handler_id in (p_handler, -p_handler)
     union all select null, null, null, ids, keys from receipt where handler_id = p_handler
     union all select p.* , null, null from receipt r, unnest(r.change_ids, r.los, r.his) p where r.handler_id = p_handler
     union all select null, null, null, null, jsonb_build_array(key) from dead where handler_id = p_handler and key is not null)
   select jsonb_build_array(k) from part, unnest(ids) k
+  union all select record from debounce where handler_id = p_handler
   union all select k from part, jsonb_array_elements(keys) k
   union all select jsonb_build_array(k) from part p join change c on c.id = p.change_id, unnest(c.ids[p.lo:p.hi]) k where p.ids is null and p.keys is null
   union all select k from part p join change c on c.id = p.change_id, jsonb_array_elements(jsonb_path_query_array(c.keys, '$[$lo to $hi]', jsonb_build_object('lo', p.lo - 1, 'hi', p.hi - 1))) k

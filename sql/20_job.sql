@@ -397,13 +397,13 @@ language sql volatile set search_path from current as $$
 $$;
 
 -- promote() -> jobs moved
--- Delayed jobs whose time has come are ready.
+-- Delayed jobs whose time has come are ready, and keys that have come to rest have a job.
 create or replace function promote() returns int language plpgsql volatile set search_path from current
 set jit = off set enable_seqscan = off set enable_sort = off as $$
 declare v_now timestamptz := now(); v_n int;
 begin
   if not exists (select from delayed where run_at <= v_now) then
-    return 0;
+    return debounced();
   end if;
   with due as materialized (
     select handler_id, id from delayed where run_at <= v_now order by run_at limit 1000 for update skip locked
@@ -413,7 +413,7 @@ begin
   select handler_id, change_id, at, cause, trace, lo, hi, attempt, crashes, depth, op, tenant, origin, settled, ids, keys
     from moved order by run_at;
   get diagnostics v_n = row_count;
-  return v_n;
+  return v_n + debounced();
 end $$;
 
 -- overdue(handlers, now, back) -> (suspects, wake_at): leases that reclaim() would take, and when it will have more
@@ -454,7 +454,8 @@ begin
   end if;
   ready := ready(p_handlers);
   select o.suspects, o.wake_at into suspects, wake_at from overdue(p_handlers, v_now, v_back) o;
-  wake_at := least(wake_at, case when v_again then v_now end, (select min(run_at) from delayed),
+  wake_at := least(wake_at, case when v_again then v_now end, (select min(run_at) from delayed), (select min(due_at) from debounce),
+                   case when exists (select from job where handler_id < 0) then v_now end,
                    (select min(h.probe_at) from handler h where h.id = any (p_handlers) and h.probe_at > v_now and not h.paused));
 end $$;
 

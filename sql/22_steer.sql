@@ -27,7 +27,7 @@ begin
     return false;
   end if;
   insert into receipt (id, slot, at, handler_id, n, change_ids, los, his, causes, ids, keys, depth, trace, tenant)   -- of nothing done
-  values (nextval('change_seq'), slot(v_now), v_now, v.handler_id, 0, array[v.change_id], array[v.lo], array[v.hi], array[v.cause], v.ids, v.keys, v.depth, v.trace, v.tenant);
+  values (nextval('change_seq'), slot(v_now), v_now, abs(v.handler_id), 0, array[v.change_id], array[v.lo], array[v.hi], array[v.cause], v.ids, v.keys, v.depth, v.trace, v.tenant);
   return true;
 end $$;
 

@@ -2,11 +2,14 @@
 
 -- put_handler(definition) -> handler id
 -- Inserts or updates a handler by (app, name). Keys: app, name, table, kind, ops, and the columns of handler;
--- limit: calls or records at a time over all processes; per: the column for each of whose values concurrency is the limit; priority: see
+-- limit: calls or records at a time over all processes; per: the column for each of whose values concurrency is the limit, or debounce
+-- counts; debounce: how long a key must be at rest, and max_wait at most after its first change, default 15 times that; priority: see
 -- set_priority(); was: the name it had before. Raises NT004 for a filter or an option that cannot work. Then run sync_triggers().
 create or replace function put_handler(d jsonb) returns int language plpgsql volatile set search_path from current as $$
 declare
-  v_table int := watch(d ->> 'table'); v_id int; w watched; v_column text;
+  v_table int := watch(d ->> 'table'); v_id int; w watched; v_column text; v_bad text;
+  v_debounce interval := (d ->> 'debounce')::interval;
+  v_wait interval := coalesce((d ->> 'max_wait')::interval, 15 * v_debounce, '0');
   v_ops text[] := array(select jsonb_array_elements_text(d -> 'ops'));
   v_columns text[] := case when jsonb_typeof(d -> 'columns') = 'array' then array(select jsonb_array_elements_text(d -> 'columns')) end;
 begin
@@ -33,16 +36,26 @@ begin
         hint = 'its columns: ' || (select string_agg(name, ', ') from table_columns(w.relid));
     end if;
   end loop;
+  if v_debounce is not null then
+    v_bad := case when v_debounce <= '0' then format('debounce %s: more than 0 is allowed, such as 2s', v_debounce)
+                  when v_ops not in (array['new'], array['updated']) then format('debounce with the events %s: it is for new, or for updated records, as only they have a latest state', array_to_string(v_ops, ' '))
+                  when d ->> 'read' = 'change' then 'debounce with read change: it gets the latest state, read now'
+                  when w.key_kind = 'none' and w.relid <> 0 then format('debounce on table %I.%I, which has no primary key to tell its records apart', w.schema_name, w.table_name)
+                  when v_wait < v_debounce then format('max_wait %s is less than debounce %s', v_wait, v_debounce) end;
+    if v_bad is not null then
+      raise exception using errcode = 'NT004', message = format('handler "%s": %s', d ->> 'name', v_bad);
+    end if;
+  end if;
   if d ->> 'where_sql' is not null and w.relid <> 0 then
     perform check_where(v_table, bind(d ->> 'where_sql', coalesce(d -> 'params', '{}')), v_ops && array['updated', 'deleted']);
   end if;
   insert into handler as h (app, name, table_id, kind, ops, each_record, read, where_sql, columns, body, params, into_tables, batch,
                             max_wait, concurrency, timeout, attempts, backoff, max_lag, options, model_id)
   values (d ->> 'app', d ->> 'name', v_table, coalesce(d ->> 'kind', 'python'), v_ops, coalesce((d ->> 'each_record')::boolean, false),
-          coalesce(d ->> 'read', case when v_ops = array['new'] and coalesce(d ->> 'kind', 'python') = 'python' then 'now' else 'change' end),
+          coalesce(d ->> 'read', case when v_debounce is not null then 'now' when v_ops = array['new'] and coalesce(d ->> 'kind', 'python') = 'python' then 'now' else 'change' end),
           d ->> 'where_sql', v_columns, d ->> 'body', coalesce(d -> 'params', '{}'),
           case when jsonb_typeof(d -> 'into_tables') = 'array' then array(select jsonb_array_elements_text(d -> 'into_tables')) else '{}' end,
-          coalesce((d ->> 'batch')::int, 1000), coalesce((d ->> 'max_wait')::interval, '0'), (d ->> 'concurrency')::int,
+          coalesce((d ->> 'batch')::int, 1000), v_wait, (d ->> 'concurrency')::int,
           coalesce((d ->> 'timeout')::interval, '5 min'), coalesce((d ->> 'attempts')::int, 5), coalesce((d ->> 'backoff')::interval, '1 s'),
           (d ->> 'max_lag')::interval, coalesce(d -> 'options', '{}'),
           (select m.id from model m where m.app = d ->> 'app' and m.name = d ->> 'model'))
@@ -55,19 +68,20 @@ begin
          timeout = excluded.timeout, attempts = excluded.attempts, backoff = excluded.backoff, max_lag = excluded.max_lag,
          options = excluded.options, model_id = excluded.model_id, enabled = true, missing_at = null
   returning id into v_id;
-  update handler set per = d ->> 'per' where id = v_id and per is distinct from d ->> 'per';
+  update handler set per = d ->> 'per', debounce = v_debounce
+   where id = v_id and (per is distinct from d ->> 'per' or debounce is distinct from v_debounce);
   perform set_priority(v_id, d ->> 'priority');
-  perform set_limit(v_id, case when d ->> 'per' is null then (d ->> 'limit')::int else 1 end);
+  perform set_limit(v_id, case when d ->> 'per' is null or d ->> 'limit' is null then (d ->> 'limit')::int else 1 end);
   return v_id;
 end $$;
 
 -- handler(name, table, ops, body, options) -> handler id
 -- A SQL handler made from psql: ops is 'new', 'updated', 'deleted', 'changes', 'truncate', 'rebuilt', 'failed' or several with spaces.
--- options: {"where", "columns", "batch", "attempts", "timeout", "backoff", "read", "params", "concurrency", "priority"}. Owned by app 'sql'.
+-- options: {"where", "columns", "batch", "max_wait", "attempts", "timeout", "backoff", "read", "params", "max_lag", "concurrency", "priority", "debounce", "per"}. Owned by app 'sql'.
 create or replace function handler(p_name text, p_table text, p_ops text, p_body text, options jsonb default '{}') returns int
 language plpgsql volatile set search_path from current as $$
 declare
-  v_known text[] := array['where', 'columns', 'batch', 'attempts', 'timeout', 'backoff', 'read', 'params', 'max_lag', 'since', 'into', 'concurrency', 'priority'];
+  v_known text[] := array['where', 'columns', 'batch', 'attempts', 'timeout', 'backoff', 'read', 'params', 'max_lag', 'since', 'into', 'concurrency', 'priority', 'max_wait', 'debounce', 'per'];
   v_bad text; v_id int; v_table int; v_old int;
   v_ops text[] := case when p_ops = 'changes' then array['new', 'updated', 'deleted'] else regexp_split_to_array(trim(p_ops), '[\s,]+') end;
 begin
@@ -80,11 +94,16 @@ begin
     raise exception using errcode = 'NT004', message = format('handler "%s": unknown event in "%s"', p_name, p_ops),
       hint = 'new, updated, deleted, truncate, changes, rebuilt or failed';
   end if;
+  if options ? 'per' and not options ? 'debounce' then
+    raise exception using errcode = 'NT004', message = format('handler "%s": per "%s" without debounce', p_name, options ->> 'per'),
+      hint = 'in SQL per says of which column debounce is; a limit for each key is for functions with each=True';
+  end if;
   select table_id into v_old from handler where app = 'sql' and name = p_name;
   v_id := put_handler(jsonb_strip_nulls(jsonb_build_object(
     'app', 'sql', 'name', p_name, 'table', p_table, 'kind', 'sql', 'ops', v_ops, 'body', p_body, 'where_sql', options -> 'where',
     'columns', options -> 'columns', 'batch', options -> 'batch', 'attempts', options -> 'attempts', 'timeout', options -> 'timeout',
-    'backoff', options -> 'backoff', 'read', options -> 'read', 'params', options -> 'params', 'max_lag', options -> 'max_lag', 'concurrency', options -> 'concurrency', 'limit', options -> 'concurrency', 'priority', options -> 'priority', 'options', options)));
+    'backoff', options -> 'backoff', 'read', options -> 'read', 'params', options -> 'params', 'max_lag', options -> 'max_lag', 'concurrency', options -> 'concurrency', 'limit', options -> 'concurrency',
+    'max_wait', options -> 'max_wait', 'priority', options -> 'priority', 'debounce', options -> 'debounce', 'per', options -> 'per', 'options', options)));
   select table_id into v_table from handler where id = v_id;
   perform sync_triggers(v_table);
   if v_old is distinct from v_table and v_old is not null then

@@ -34,8 +34,8 @@ $$;
 -- vanished(app, names) -> (handler, jobs): enabled handlers of the app that are not among the names, with their open jobs
 create or replace function vanished(p_app text, p_names text[]) returns table (name text, jobs bigint)
 language sql stable set search_path from current as $$
-  select h.name, (select count(*) from job where handler_id = h.id) + (select count(*) from lease where handler_id = h.id)
-                 + (select count(*) from delayed where handler_id = h.id)
+  select h.name, (select count(*) from job where handler_id in (h.id, -h.id)) + (select count(*) from lease where handler_id = h.id)
+                 + (select count(*) from delayed where handler_id in (h.id, -h.id)) + (select count(*) from debounce where handler_id = h.id)
     from handler h where h.app = p_app and h.enabled and h.name <> all (p_names) order by h.name
 $$;
 

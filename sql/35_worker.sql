@@ -8,7 +8,7 @@ create or replace function catalogue(p_app text) returns table (
   table_id int, schema_name text, table_name text, key_columns text[], key_kind text, fetch_sql text, had text[])
 language sql stable set search_path from current as $$
   select h.id, h.app, h.name, h.kind, h.ops, h.each_record, h.read, h.where_sql, h.into_tables, h.batch,
-         h.max_wait, h.concurrency, h.timeout, h.attempts, h.backoff, h.feeding,
+         case when h.debounce is null then h.max_wait else '0' end, h.concurrency, h.timeout, h.attempts, h.backoff, h.feeding,
          w.id, w.schema_name, w.table_name, w.key_columns, w.key_kind, w.fetch_sql, w.had
     from handler h join watched w on w.id = h.table_id
    where h.app = p_app or (h.app = 'sql' and h.kind = 'sql')

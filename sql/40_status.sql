@@ -30,7 +30,7 @@ select h.app, h.name as handler,
             when lag.is_behind then 'behind'
             when h.feeding then 'feeding'
             else 'ok' end as state,
-       coalesce(j.n, 0) as ready, coalesce(d.n, 0) as delayed, coalesce(f.n, 0) as in_flight,
+       coalesce(j.n, 0) as ready, coalesce(d.n, 0) + coalesce(rest.keys, 0) as delayed, coalesce(f.n, 0) as in_flight,
        (select count(*) from dead where dead.handler_id = h.id) as dead,
        lag.age as oldest,
        round(coalesce(rate.n, 0) / span.seconds, 1) as per_second,
@@ -43,14 +43,18 @@ select h.app, h.name as handler,
             when j.n > 0 and l.workers is null then format('records wait and no worker of app %s lives; anton work', h.app)
             when lag.is_behind then format('the oldest record waits %s, max_lag is %s', date_trunc('second', lag.age), h.max_lag)
             when h.feeding then format('existing rows are being fed: %s so far', b.fed)
-            when j.n > 0 then coalesce(waits_for(h.id), waits_turn(h.id)) end as why,
+            when j.n > 0 then coalesce(waits_for(h.id), waits_turn(h.id))
+            when rest.keys > 0 then format('%s wait to come to rest, debounce %s%s', rest.keys, h.debounce, ', the next until ' || date_trunc('second', rest.next_at))
+            when d.next_at is not null then format('the next is due at %s', date_trunc('second', d.next_at)) end as why,
        h.max_lag, coalesce(lag.is_behind, false) as behind, coalesce(l.workers, 0) as workers, coalesce(l.versions, '{}') as versions
   from handler h join watched w on w.id = h.table_id cross join span
   left join rate on rate.handler_id = h.id
   left join live l on l.app is not distinct from case when h.kind = 'sql' and h.app = 'sql' then null else h.app end
   left join backfill b on b.handler_id = h.id
   left join lateral (select sum(hi - lo + 1) as n, min(at) as at from job where job.handler_id = h.id) j on true
-  left join lateral (select sum(hi - lo + 1 - coalesce(cardinality(settled), 0)) as n from delayed where delayed.handler_id = h.id) d on true
+  left join lateral (select sum(hi - lo + 1 - coalesce(cardinality(settled), 0)) as n, min(run_at) filter (where error is null) as next_at
+                       from delayed where delayed.handler_id in (h.id, -h.id)) d on true
+  left join lateral (select r.keys, r.next_at from resting(h.id) r) rest on true
   left join lateral (select sum(hi - lo + 1 - coalesce(cardinality(settled), 0)) as n, min(at) as at from lease where lease.handler_id = h.id) f on true
   left join lateral (select c.at - least(j.at, f.at) as age, c.at - least(j.at, f.at) > h.max_lag as is_behind from clock c) lag on true
 union all
@@ -191,7 +195,8 @@ language sql stable set search_path from current as $$
   union
   select q.change_id, null, q.cause from wanted, (
     select handler_id, change_id, cause, ids, keys from job union all select handler_id, change_id, cause, ids, keys from lease
-    union all select handler_id, change_id, cause, ids, keys from delayed) q join handler h on h.id = q.handler_id
+    union all select handler_id, change_id, cause, ids, keys from delayed
+    union all select handler_id, null, cause, null, jsonb_build_array(record) from debounce) q join handler h on h.id = abs(q.handler_id)
    where h.table_id = p_table and (q.ids @> wanted.ids or q.keys @> wanted.keys)
   union
   select i.change_id, i.ordinal, r.causes[array_position(r.change_ids, i.change_id)]
@@ -227,7 +232,8 @@ language sql stable set search_path from current as $$
   union
   select h.table_id, k from (
     select handler_id, ids, keys from job where cause = p_receipt union all select handler_id, ids, keys from lease where cause = p_receipt
-    union all select handler_id, ids, keys from delayed where cause = p_receipt) q join handler h on h.id = q.handler_id,
+    union all select handler_id, ids, keys from delayed where cause = p_receipt
+    union all select handler_id, null, jsonb_build_array(record) from debounce where cause = p_receipt) q join handler h on h.id = abs(q.handler_id),
     lateral (select jsonb_build_array(x) from unnest(q.ids) x union all select x from jsonb_array_elements(q.keys) x) y (k)
   union
   select h.table_id, i.key from receipt r join handler h on h.id = r.handler_id, lateral inputs(r.id) i
@@ -245,6 +251,7 @@ declare
   v_id bigint[] := as_ids(p_key);
   v_in jsonb := jsonb_build_array(p_key);
   v_handlers int[] := array(select id from handler where table_id = p_table);
+  v_resting int[] := array(select -id from handler where table_id = p_table);   -- changes not folded yet, see fold()
   v_changes bigint[]; v_ordinals int[];
 begin
   select array_agg(change_id), array_agg(ordinal) into v_changes, v_ordinals from mentions(p_table, p_key) where ordinal is not null;
@@ -263,7 +270,14 @@ begin
     with waiting as (
       select 'ready' as state, handler_id, id, at, null::text as error, ids, keys, change_id, lo, hi, settled from job where handler_id = any (v_handlers)
       union all
-      select 'delayed', handler_id, id, run_at, error, ids, keys, change_id, lo, hi, settled from delayed where handler_id = any (v_handlers)
+      select 'delayed', abs(handler_id), id, run_at, coalesce(error, 'due at ' || date_trunc('second', run_at)), ids, keys, change_id, lo, hi, settled
+        from delayed where handler_id = any (v_handlers || v_resting)
+      union all
+      select 'delayed', -handler_id, id, at, 'waits for its debounce', ids, keys, change_id, lo, hi, settled from job where handler_id = any (v_resting)
+      union all
+      select 'delayed', d.handler_id, null, d.due_at, format('waits for its debounce of %s, due at %s', h.debounce, date_trunc('second', d.due_at)),
+             null, jsonb_build_array(d.record), null, 1, 1, null
+        from debounce d join handler h on h.id = d.handler_id where d.handler_id = any (v_handlers)
       union all
       select 'in flight', handler_id, id, at, null, ids, keys, change_id, lo, hi, settled from lease where handler_id = any (v_handlers))
     select q.state, q.handler_id, q.at, null::real, case when q.state = 'ready' then coalesce(waits_for(q.handler_id), waits_turn(q.handler_id))
@@ -404,7 +418,7 @@ create or replace function show_job(p_job bigint) returns jsonb language sql sta
           union all
           select handler_id, id, change_id, at, cause, trace, lo, hi, attempt, crashes, depth, op, tenant, origin, settled, ids, keys,
                  'in flight', lease_until, worker_id, null from lease where id = p_job) q
-    join handler h on h.id = q.handler_id left join change c on c.id = q.change_id and c.slot = slot(q.at)
+    join handler h on h.id = abs(q.handler_id) left join change c on c.id = q.change_id and c.slot = slot(q.at)
    limit 1
 $$;
 

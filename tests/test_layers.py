@@ -23,7 +23,8 @@ LAYERS = [
     "secret reach db deadline duration embedded form limit meaning pages price template plan threads "
     "rank rebuilt turns vector",
     "dbt.manifest dbt.profile dbt.init",
-    "dbt.gate handshake config option columns people relation queue doorbell status due chunk parquet ledger memo",
+    "dbt.gate handshake config option columns people relation queue doorbell status due chunk parquet ledger memo "
+    "later",
     "scheme op sqlfile lineage graph permits gate within",
     "chart signed apply sqlread dbt.runner dbt.child dbt.lineage",
     "verify write app heartbeat lane ddl",

@@ -18,7 +18,7 @@ from servers import Server
 
 from anton import read
 
-QUEUE = ("job", "lease", "delayed", "change", "receipt", "output", "dead")
+QUEUE = ("job", "lease", "delayed", "change", "receipt", "output", "dead", "debounce")
 DEPTHS = (0, 1_000, 1_000_000)
 TOKEN = 7
 
@@ -50,6 +50,9 @@ insert into anton.lease (handler_id, id, change_id, at, lo, hi, attempt, crashes
                          worker_id)
   select {small}, nextval('anton.change_seq'), g, t, 1, 1, 0, 0, 0, 'n', array[g], g / 100 + 1000, t + interval '1 day',
          1 from generate_series(1, {depth} / 10) g, anton.now() t;
+insert into anton.debounce (handler_id, key, record, first_at, last_at, due_at)
+  select {resting}, jsonb_build_array(-g), jsonb_build_array(g), t, t, t + interval '1 day'
+    from generate_series(1, {depth} / 10) g, anton.now() t;
 """
 PUT_MODEL = """select anton.put_model('{"app": "test", "name": "copies", "table": "copies", "key": ["id"],
   "body": "select id, n from orders", "refresh": ["public.orders"], "distinct_keys": true,
@@ -65,7 +68,8 @@ insert into anton.job (handler_id, change_id, at, trace, lo, hi, op, ids)
 class Watched:
     """A session that sees how its statements are run."""
 
-    def __init__(self, pg: Pg, depth: int, small: int, large: int, images: int, sql: int, shared: int) -> None:
+    def __init__(self, pg: Pg, depth: int, small: int, large: int, images: int, sql: int, resting: int,
+                 shared: int) -> None:
         self.pg, self.depth, self.small, self.large, self.images, self.sql_handler, self.shared = (
             pg,
             depth,
@@ -75,6 +79,7 @@ class Watched:
             sql,
             shared,
         )
+        self.resting = resting
         self.plans: list[dict[str, Any]] = []
         self.explains = True
         self.state = ""
@@ -162,13 +167,15 @@ def watched(request: Any, server: Server, template: str) -> Iterator[Watched]:
         )
         small, large = (pg.put(name, "orders", "new", read="now") for name in ("small", "large"))
         images = pg.put("images", "orders", "updated")
+        resting = pg.put("resting", "orders", "updated", debounce="2 s", per="n")
         body = "insert into letters select id from new_records on conflict do nothing"
         sql = pg.put("sql", "orders", "new", kind="sql", body=body)
         pg.sql("create table copies (id bigint primary key, n int)", PUT_MODEL)
         pg.put("copies:orders", "orders", "new", "updated", "deleted", kind="sql", body="", model="copies")
         pg.sql("update anton.model set stale = false, built_at = anton.now()")
-        pg.sql("analyze orders, letters, copies, anton.job, anton.lease, anton.delayed")
-        watched = Watched(pg, request.param, small, large, images, sql, pg.put("shared", "letters", "new"))
+        pg.sql("analyze orders, letters, copies, anton.job, anton.lease, anton.delayed, anton.debounce")
+        watched = Watched(pg, request.param, small, large, images, sql, resting,
+                          pg.put("shared", "letters", "new"))
         watched.fill(FILL)
         pg.sync("orders")
         yield watched
@@ -286,6 +293,22 @@ def turns_of_tenants(watched: Watched) -> None:
     settle(watched)
 
 
+def debounce(watched: Watched) -> None:
+    for ids in ("= (select max(id) from orders)", "in (select id from orders order by id desc limit 20)"):
+        watched.pg.sql(f"update orders set n = n + 1 where id {ids}")
+        watched.run("select anton.promote()")
+    due = "update anton.debounce set due_at = anton.now() where due_at in (select due_at from anton.debounce limit 10)"
+    assert watched.pg.sql(due + " returning 1")
+    watched.run("select anton.promote()")
+    assert claim(watched, watched.resting)
+    settle(watched)
+
+
+def delay(watched: Watched) -> None:
+    for n in (1, 20):
+        watched.run("select anton.put_due('1 h', null)", f"insert into orders (n) select generate_series(1, {n})")
+
+
 def looking(watched: Watched) -> None:
     """Leases have no index by time, which each heartbeat would have to keep: there are as many as are being worked."""
     handlers = [watched.small, watched.large, watched.images, watched.sql_handler]
@@ -302,7 +325,7 @@ def test_here_plans_are_looked_at_themselves(pg: Pg) -> None:
 
 
 CHECKS = (looking, capture, claim_leased_and_ack, fetch_of_rows_and_images, settling_by_record, sql_handlers, models,
-          promotion, turns_of_tenants)
+          promotion, turns_of_tenants, debounce, delay)
 
 
 def test_no_statement_of_the_hot_path_reads_the_queue_whole_or_sorts_it(watched: Watched) -> None:
