@@ -12,7 +12,7 @@ import asyncio
 import contextvars
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 from anton.db import Database
@@ -28,6 +28,7 @@ FLUSH = 100  # finished records
 GATHER = 0.1  # seconds that fewer wait for more
 AT_LATEST = 1.0  # seconds
 SLOW = 0.01  # seconds in one record after which more threads help
+QUICK = 0.01  # seconds that few wait where others wait for them to be settled
 STUBBORN = 5.0  # seconds that a cancelled coroutine may take to end
 SLICE = 0.002  # seconds after which a coroutine that never waits lets others run
 
@@ -83,10 +84,25 @@ class Each:
         self.settled = 0
         self._flushed_at = time.monotonic()
         self._find: dict[int, int] | None = None
+        self.order: list[Hashable] = []                                # with ordered=, see order.py
+        self.jobs: list[int] = []
+        self.held: dict[int, Hashable] = {}
+        self.ran: set[int] = set()
+        self.off: dict[Hashable, list[int]] = {}
 
     def send(self) -> None:
         """Puts the items where pullers find them."""
+        turns, inputs = self.lane.turns, self.inputs
+        if turns is not None:
+            for item in range(self.count):
+                job, ordinal = inputs.batch.at(item if inputs.first is None else inputs.first[item])
+                self.order.append(turns.of_job(job, ordinal))
+                self.jobs.append(job.id)
         self.lane.items.extend((self, item) for item in range(self.count))
+
+    def tell(self) -> None:
+        """There is something to take. From any thread."""
+        self.loop.call_soon_threadsafe(self.changed.set)
 
     def position(self, of: object) -> int | None:
         """For of=: which item this is."""
@@ -107,7 +123,7 @@ class Each:
         """Takes a chunk that ended, from any thread."""
         chunk.scope.close()
         self.chunks.append(chunk)
-        self.loop.call_soon_threadsafe(self.changed.set)
+        self.tell()
 
     def stop(self, error: BaseException | None) -> None:
         """The world fails: this handler starts nothing more. From any thread, also when nobody waits any more."""
@@ -133,11 +149,14 @@ class Each:
                 lane.items.append((each, item))
         if lane.gate is not None:
             self.skipped.extend(lane.gate.drop(self))
+        if lane.turns is not None:
+            self.skipped.extend(lane.turns.drop(self))
 
     async def wait(self, seconds: float) -> None:
         """Until something changed, at most so long."""
         if self.finished:
-            seconds = min(seconds, max(0.0, self._flushed_at + GATHER - time.monotonic()))
+            gather = QUICK if self._hurry else GATHER
+            seconds = min(seconds, max(0.0, self._flushed_at + gather - time.monotonic()))
         if not self.changed.is_set():
             timer = self.loop.call_later(seconds, self.changed.set)
             await self.changed.wait()
@@ -148,20 +167,29 @@ class Each:
         """Takes what is finished. Whether it is time to settle it."""
         chunks = [self.chunks.popleft() for _ in range(len(self.chunks))]
         waited = time.monotonic() - self._flushed_at
-        if waited > AT_LATEST:
+        if waited > AT_LATEST or self._hurry:
             chunks += open_chunks(self)
         for chunk in chunks:
             done, ops, fates = chunk.cut()
             self.finished += done
             self.ops += ops
             self.fates |= fates
-        return bool(self.finished) and (len(self.finished) >= FLUSH or waited >= GATHER or self._all())
+        if self.lane.turns is not None:
+            off = self.lane.turns.put_off(self)
+            self.finished += off
+            self.fates |= dict.fromkeys(off, LATER)
+        gather = QUICK if self._hurry else GATHER
+        return bool(self.finished) and (len(self.finished) >= FLUSH or waited >= gather or self._all())
 
     def flushed(self) -> None:
         """What was taken is settled."""
         self.settled += len(self.finished)
         self.finished, self.ops, self.fates = [], [], {}
         self._flushed_at = time.monotonic()
+
+    @property
+    def _hurry(self) -> bool:
+        return self.lane.turns is not None and self.lane.turns.waiting
 
     @property
     def over(self) -> bool:
@@ -198,11 +226,14 @@ class Puller:
             return False
         while True:
             try:
-                each, item = self.lane.items.popleft()
+                entry = lane.items.popleft() if lane.turns is None else lane.turns.next(lane)
             except IndexError:
+                entry = None
+            if entry is None:
                 self.release()
                 return False
-            if each.world is None and self.lane.down is None:
+            each, item = entry
+            if each.world is None and lane.down is None and not each.ended:
                 if lane.gate is None or self._enter(lane.gate, each, item):
                     break
                 continue
@@ -259,9 +290,12 @@ class Puller:
         chunk.done.append(self.item)
         if self.key is not NOTHING:
             self.leave()
+        if self.lane.turns is not None and self.lane.turns.ended(each, self.item):
+            each.tell()
 
 
 AGAIN = Fate("retry", "the world fails")
+LATER = Fate("later", "an earlier record of its key waits")
 
 
 class Pullers:
@@ -331,6 +365,8 @@ class Pullers:
         chunk.scope.close()
         chunk.fates[item] = failed(HandlerTimeout(puller.lane.name, puller.lane.timeout.total_seconds()))
         chunk.done.append(item)
+        if puller.lane.turns is not None:
+            puller.lane.turns.ended(each, item)
         each.chunks.append(chunk)
         each.changed.set()
         if not puller.lane.handler.is_async:

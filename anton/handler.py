@@ -50,6 +50,8 @@ class Options(TypedDict, total=False):
     max_lag: str | float | timedelta
     on_conflict: OnConflict
     per: str
+    ordered: bool
+    on_dead: Literal["skip", "block"]
 
 
 OPTIONS = (*Options.__annotations__, "each")
@@ -61,7 +63,8 @@ class Handler:
 
     ops: what it listens to. fn: None for SQL. wants_ctx: it takes a second argument. into: where returned values go.
     limit: calls, or records with each, at a time over all processes; None: concurrency in each of them.
-    per: the column each of whose values has a limit of its own.
+    per: the column each of whose values has a limit of its own, or with ordered an order.
+    ordered: records of one key one at a time, in order. on_dead: its key goes on after a dead letter, or waits for it.
     body, params: its SQL, and {name: [type, text]} bound into it. place: "main.py:12". typed: the options as typed.
     """
 
@@ -86,6 +89,8 @@ class Handler:
     concurrency: int = CALLS
     limit: int | None = None
     per: str | None = None
+    ordered: bool = False
+    on_dead: Literal["skip", "block"] = "skip"
     timeout: timedelta = timedelta(minutes=5)
     attempts: int = 5
     backoff: timedelta = timedelta(seconds=1)
@@ -109,6 +114,7 @@ class Handler:
             "attempts": self.attempts, "backoff": interval(self.backoff), "max_lag": interval(self.max_lag),
             "options": self.typed, **({"limit": self.limit} if self.limit else {}),
             **({"per": self.per} if self.per else {}),
+            **({"ordered": True, "on_dead": self.on_dead} if self.ordered else {}),
         }
 
     def call(self, subject: Any, ctx: Ctx | None = None) -> None:

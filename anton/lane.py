@@ -17,6 +17,7 @@ from itertools import accumulate
 from typing import Any
 
 from anton.gate import Gate
+from anton.order import Turns
 from anton.permits import Permits
 from anton.queue import Job
 
@@ -100,7 +101,7 @@ class Lane:
     items: (Each, item) that wait for a puller. handler: what runs it: a Handler, a Schedule, or None for SQL.
     concurrency: calls (records, with each) at a time; with permits, over all processes, and here as many as it holds.
     again: records that are to run once more, outside of the pullers, which leave their permits to them.
-    gate: with per=, which records may run.
+    gate: with per=, which records may run. turns: with ordered=, which, and in which order.
     ready: the queue may hold more of it. after: the last job id claimed. width: bytes of its widest rows lately, 0: not
     known; wide: its table has values stored out of line.
     rate: records/s settled lately; seconds: of a call lately. document: the table has no model and was made by Anton.
@@ -133,6 +134,7 @@ class Lane:
     make: Callable[[Mapping[str, Any]], Any] | None = None
     permits: Permits | None = None
     gate: Gate | None = None
+    turns: Turns | None = None
     waiting: deque[Job] = field(default_factory=deque)
     waiting_records: int = 0
     items: deque[Any] = field(default_factory=deque)
@@ -180,9 +182,9 @@ class Lane:
         With one call at a time batches run one after the other: read at once, a later one could be ready first.
         """
         room = self.room
-        if self.down is not None or not room or (self.gate is not None and self.calls >= GATED):
+        if self.down is not None or not room or ((self.gate or self.turns) is not None and self.calls >= GATED):
             return False
-        if self.each and self.concurrency > 1:
+        if self.each and (self.concurrency > 1 or self.turns is not None):
             return bool(self.waiting) and (not self.items or len(self.items) < room)
         return bool(self.waiting) and self.calls < room
 
@@ -212,6 +214,8 @@ class Lane:
 
     def start_from(self, now: float) -> int:
         """The id to claim after. Now and then 0: a job with a smaller id may have been committed later."""
+        if self.turns is not None:                                     # or it would be claimed after what is later
+            return 0
         if self.after and now - self.from_start_at < max(1.0, 20 * self.from_start_took):
             return self.after
         self.from_start_at = now
@@ -271,7 +275,7 @@ class Lane:
                     break
             else:
                 passed.append(job)
-                if not fits:
+                if not fits or self.turns is not None:                 # nothing overtakes
                     break
         self.waiting.extendleft(reversed(passed))
         self.waiting_records -= size
@@ -310,6 +314,7 @@ class Lane:
             "make",
             "permits",
             "gate",
+            "turns",
         ):
             setattr(self, name, getattr(new, name))
 

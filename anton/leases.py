@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Collection, Iterable, Mapping
 
+from anton.errors import LeaseLost
 from anton.lane import Lane
 from anton.run import Run
 
@@ -59,6 +60,8 @@ def drop(tokens: set[int], lanes: Collection[Lane], active: Mapping[asyncio.Task
             lost += 0 if task.cancelling() else sum(job.token in tokens for job in run.batch.jobs if job.left)
             task.cancel()
     for lane in lanes:
+        if lane.turns is not None and any(job.token in tokens for job in lane.waiting):
+            lane.down = lane.down or LeaseLost("what comes after what was lost is given back")
         lane.drop(tokens)
     if lost:
         log.warning("worker: a lease was lost, of %s jobs; another worker has these records", lost)

@@ -266,7 +266,8 @@ class Worker:
         try:
             async with self.db.conn() as conn:
                 claimed = await queue.claim(self.db, conn, self.id, self._length, [lane.id for lane in wanted], jobs,
-                                            records, after, self._claiming)
+                                            records, after, self._claiming,
+                                            any(lane.turns is not None for lane in wanted))
         finally:
             self._claiming = 0
         took = time.monotonic() - now
@@ -502,8 +503,13 @@ class Worker:
         """These leases went to somebody else. Called in the heartbeat's thread."""
         tokens.discard(self._unsure)
         with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(
-                lambda: drop(tokens, self._order, self._active, self._runner.settler.settling))
+            self._loop.call_soon_threadsafe(self._drop, tokens)
+
+    def _drop(self, tokens: set[int]) -> None:
+        drop(tokens, self._order, self._active, self._runner.settler.settling)
+        for lane in self._order:
+            if lane.turns is not None and lane.down is not None and not lane.calls:
+                self._start_chore(self._surface(lane))
 
     async def _suspects(self) -> int:
         """Jobs whose worker died, with none of the living's beside them."""
