@@ -20,6 +20,7 @@ from anton.errors import HandlerTimeout, Outcome
 from anton.fate import Fate, failed, fate_of, is_world
 from anton.gate import NOTHING, Gate
 from anton.lane import Lane
+from anton.order import OutOfOrder
 from anton.read import Inputs
 from anton.threads import Threads
 from anton.write import WHOLE, Op, Scope, owner, pick
@@ -128,6 +129,8 @@ class Each:
     def stop(self, error: BaseException | None) -> None:
         """The world fails: this handler starts nothing more. From any thread, also when nobody waits any more."""
         self.world = error
+        if self.lane.turns is not None and not self.ended:
+            self.lane.turns.stopped = True                             # at once: before lane.down, which the loop sets
         self.loop.call_soon_threadsafe(self._stopped)
 
     def _stopped(self) -> None:
@@ -145,6 +148,8 @@ class Each:
                 break
             if each is self:
                 self.skipped.append(item)
+                if lane.turns is not None:
+                    lane.turns.skip(self, item)
             else:
                 lane.items.append((each, item))
         if lane.gate is not None:
@@ -233,12 +238,17 @@ class Puller:
                 self.release()
                 return False
             each, item = entry
-            if each.world is None and lane.down is None and not each.ended:
+            if each.world is None and lane.down is None and (lane.turns is None or lane.turns.may(each)):
                 if lane.gate is None or self._enter(lane.gate, each, item):
                     break
                 continue
             each.skipped.append(item)
-            each.stop(each.world or self.lane.down)
+            if lane.turns is None:
+                each.stop(each.world or lane.down)
+                continue
+            lane.turns.skip(each, item)
+            if not each.ended:
+                each.stop(each.world or lane.down or OutOfOrder())
         self.item = item
         if chunk is not None and (each is not self.each or len(chunk.done) >= FLUSH or now - chunk.since > SLOW):
             self.release()

@@ -8,8 +8,8 @@ import logging
 import time
 from collections.abc import Collection, Iterable, Mapping
 
-from anton.errors import LeaseLost
 from anton.lane import Lane
+from anton.order import OutOfOrder
 from anton.run import Run
 
 log = logging.getLogger("anton.worker")
@@ -61,7 +61,7 @@ def drop(tokens: set[int], lanes: Collection[Lane], active: Mapping[asyncio.Task
             task.cancel()
     for lane in lanes:
         if lane.turns is not None and any(job.token in tokens for job in lane.waiting):
-            lane.down = lane.down or LeaseLost("what comes after what was lost is given back")
+            lane.down, lane.turns.stopped = lane.down or OutOfOrder(), True
         lane.drop(tokens)
     if lost:
         log.warning("worker: a lease was lost, of %s jobs; another worker has these records", lost)

@@ -4,8 +4,8 @@
                                                                    else waits aside, until that one is settled
     an earlier one of its key waits for a retry, or is dead    ->  put off: into turn (sql/27_order.sql), off the queue
 
-One process has all of such a handler (permits.py). A key is free again only when what was inside is settled: committed, not
-just returned. Called from any thread.
+One process has all of such a handler (permits.py). A key is free again only when what was inside is settled: committed,
+not just returned. Called from any thread.
 """
 
 from __future__ import annotations
@@ -18,7 +18,16 @@ from typing import Any
 
 import orjson
 
+from anton.errors import LeaseLost
+
 UNKNOWN = "?"  # the key of a record that cannot be read: those stand in a line of their own
+
+
+class OutOfOrder(LeaseLost):
+    """Records are given back, so those after them are, too, to be claimed again in order."""
+
+    def __init__(self) -> None:
+        super().__init__("records are given back, and what comes after them, too")
 
 
 class Turns:
@@ -34,6 +43,7 @@ class Turns:
         self.closed: set[str] = set()
         self.heads: set[int] = set()
         self.tenure = -1                                               # of the permits, that closed is known for
+        self.stopped = False                                           # what was begun is given back: nothing later is begun
         self._lock = threading.Lock()
         self._inside: dict[Hashable, Any] = {}
         self._aside: dict[Hashable, deque[Any]] = {}
@@ -97,12 +107,12 @@ class Turns:
     # Records
 
     def next(self, lane: Any) -> Any:
-        """The next entry of the lane that may run, or that the caller is to skip; None when there is none."""
+        """The next entry of the lane that may run, or that the caller is to skip(); None when there is none."""
         items = lane.items
         with self._lock:
             while items:
                 each, item = entry = items.popleft()
-                if each.world is not None or lane.down is not None or each.ended:
+                if self.stopped or each.world is not None or lane.down is not None or each.ended:
                     return entry
                 key = each.order[item]
                 inside = self._inside.get(key)
@@ -128,6 +138,20 @@ class Turns:
                 return each.held.get(item) in self._aside
             self._free(each, item)
             return False
+
+    def may(self, each: Any) -> bool:
+        """Whether records of this batch are still begun."""
+        return not (self.stopped or each.ended)
+
+    def skip(self, each: Any, item: int) -> None:
+        """This one is not run, and is given back with its batch."""
+        with self._lock:
+            if item not in each.held:
+                self._hand_over(each.order[item])
+                return
+            each.ran.add(item)
+            if each.ended:
+                self._free(each, item)
 
     def put_off(self, each: Any) -> list[int]:
         """Takes what is to be put off of a batch, in order."""
@@ -184,8 +208,11 @@ class Turns:
         if self._inside.get(key) is not each:
             return
         del self._inside[key]
+        self._hand_over(key)
+
+    def _hand_over(self, key: Hashable) -> None:
         waiting = self._aside.get(key)
-        if waiting:
+        if waiting and key not in self._inside:
             entry = waiting.popleft()
             if not waiting:
                 del self._aside[key]

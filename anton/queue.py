@@ -118,14 +118,16 @@ def _jobs(lease: int, rows: list[asyncpg.Record]) -> list[Job]:
 
 
 async def claim(db: Database, conn: Conn, worker: int, lease: timedelta, handlers: list[int], jobs: list[int],
-                records: list[int], after: list[int], mine: int | None = None, ordered: bool = False) -> list[Job]:
+                records: list[int], after: list[int], mine: int | None = None,
+                ordered: bool = False) -> list[Job]:
     """Leases up to jobs[i] jobs of about records[i] records, id > after[i], of each handlers[i], by (handler, id).
 
     In a transaction of its own: its commit does not wait for the disk. mine: the token, of whoever has to know it
     before the answer; None: any. ordered: some of the handlers are.
     """
     mine = mine or token()
-    return _jobs(mine, await db.call(conn, "claim_ordered" if ordered else "claim", worker, mine, handlers, jobs, records, after, lease, True))
+    name = "claim_ordered" if ordered else "claim"
+    return _jobs(mine, await db.call(conn, name, worker, mine, handlers, jobs, records, after, lease, True))
 
 
 async def reclaim(

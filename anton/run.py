@@ -31,6 +31,7 @@ from anton.each import AGAIN, SLOW, Each, Pullers
 from anton.errors import HandlerTimeout, LeaseLost, RowChanged, WriteRefused
 from anton.fate import Fate, World, failed, fate_of, is_world, no_fit, say
 from anton.lane import FEW, Batch, Lane
+from anton.order import OutOfOrder
 from anton.read import Inputs, Reader
 from anton.relation import forget
 from anton.rights import explain
@@ -134,7 +135,7 @@ class Runner:
     def _out_of_order(self, lane: Lane) -> None:
         """Records of an ordered handler come back: nothing later is begun until all that was claimed is given back."""
         if lane.turns is not None and lane.down is None:
-            lane.down = LeaseLost("records are given back, and those after them with them")
+            lane.down, lane.turns.stopped = OutOfOrder(), True
 
     async def _explained(self, error: BaseException) -> BaseException:
         """What the world raised, with the GRANT where a right is missing. A table that is not as known is read anew."""

@@ -354,6 +354,8 @@ class Worker:
         except (LeaseLost, World) as error:
             log.warning("worker: %s: %s", lane.name, error)
         lane.down = None
+        if lane.turns is not None:
+            lane.turns.stopped = False
         self._wake.set()
 
     def _start_chore(self, chore: Coroutine[Any, Any, None]) -> None:

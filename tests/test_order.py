@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections import defaultdict
 from datetime import timedelta
 from typing import Any
 
+import pytest
 from working import Bench
 
-from anton import Table
+from anton import Retry, Table
 from anton.db import Database
 
 
@@ -66,3 +68,34 @@ async def test_a_key_waits_for_its_record_that_is_tried_again_and_others_go_on(d
         await bench.work()
     assert [n for id, n in seen if id == 3] == [1, 2, 3, 4, 5, 6, 7]
     assert await bench.left() == {} and await bench.count("anton.turn") == 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_no_key_is_out_of_order_whatever_fails(db: Database, seed: int) -> None:
+    """Records fail, ask to be tried again, or say that the world is away; changes go on meanwhile."""
+    dice, seen, inside = random.Random(seed), defaultdict[int, list[int]](list), set[int]()
+
+    async def handle(record: Any) -> None:
+        assert record.id not in inside, "two of one key at a time"
+        inside.add(record.id)
+        try:
+            if dice.random() < 0.3:
+                await asyncio.sleep(0.001)
+            if dice.random() < 0.05:
+                raise ValueError("at first")
+            if dice.random() < 0.03:
+                raise Retry("1ms")
+            if dice.random() < 0.002:
+                raise ConnectionError("away")
+            seen[record.id].append(record["n"])
+        finally:
+            inside.discard(record.id)
+
+    bench = await Bench.make(db, on_updates(handle, backoff="1ms", attempts=50, batch=10))
+    async with bench.running(), bench.running():
+        await updates(bench, 8, 25)
+        await bench.sql("update anton.handler set probe_at = now() where failing_since is not null")
+        await bench.until_done()
+    for found in seen.values():                                        # handled at least once; nothing after it before it
+        assert list(dict.fromkeys(found)) == list(range(1, 26)), found
+    assert len(seen) == 8 and await bench.left() == {} and await bench.count("anton.turn") == 0
