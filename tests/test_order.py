@@ -8,11 +8,15 @@ from collections import defaultdict
 from datetime import timedelta
 from typing import Any
 
+import psycopg
 import pytest
-from working import Bench
+from pg import Pg
+from working import Bench, one_handler
 
-from anton import Retry, Table
+from anton import Discard, Retry, Table
+from anton.app import App, declaring
 from anton.db import Database
+from anton.errors import BadOption
 
 
 async def updates(bench: Bench, keys: int, each: int) -> None:
@@ -96,6 +100,136 @@ async def test_no_key_is_out_of_order_whatever_fails(db: Database, seed: int) ->
         await updates(bench, 8, 25)
         await bench.sql("update anton.handler set probe_at = now() where failing_since is not null")
         await bench.until_done()
-    for found in seen.values():                                        # handled at least once; nothing after it before it
-        assert list(dict.fromkeys(found)) == list(range(1, 26)), found
+    assert all(list(dict.fromkeys(found)) == list(range(1, 26)) for found in seen.values()), seen
     assert len(seen) == 8 and await bench.left() == {} and await bench.count("anton.turn") == 0
+
+
+@pytest.mark.parametrize("decide", ["replay", "drop_dead"])
+async def test_a_key_that_is_blocked_by_a_dead_letter_goes_on_when_that_is_decided(db: Database, decide: str) -> None:
+    seen, broken = list[tuple[int, int]](), True
+
+    async def handle(record: Any) -> None:
+        if record.id == 2 and record["n"] == 2 and broken:
+            raise Discard("no")
+        seen.append((record.id, record["n"]))
+
+    bench = await Bench.make(db, on_updates(handle, on_dead="block"))
+    await updates(bench, 3, 4)
+    await bench.work()
+    assert [n for id, n in seen if id == 2] == [1] and len(seen) == 9
+    dead = await bench.value("select id from anton.dead")
+    (why,) = await bench.column("select distinct error from anton.why('a', '2') where state = 'waits'")
+    assert why == f"waits for a/2, which is dead: anton dead replay {dead}, or anton dead drop {dead}"
+    assert (await bench.sql("select delayed, dead, why from anton.status"))[0] == (
+        2, 1, "2 records wait for an earlier one of their key")
+    broken = False
+    await bench.sql(f"select anton.{decide}($1::bigint)", dead)
+    await bench.work()
+    assert [n for id, n in seen if id == 2] == ([1, 2, 3, 4] if decide == "replay" else [1, 3, 4])
+    await bench.sql("update a set data = jsonb_build_object('n', 5)")
+    await bench.work()
+    assert seen[-3:] == [(1, 5), (2, 5), (3, 5)] and await bench.left() == {} and not await bench.count("anton.turn")
+
+
+async def test_after_a_dead_letter_its_key_goes_on(db: Database) -> None:
+    seen = list[tuple[int, int]]()
+
+    async def handle(record: Any) -> None:
+        if record.id == 2 and record["n"] in (2, 3):
+            raise ValueError("never")
+        seen.append((record.id, record["n"]))
+
+    bench = await Bench.make(db, on_updates(handle, attempts=2, backoff="1h"))
+    await updates(bench, 3, 5)
+    for _ in range(3):
+        await bench.work()
+        await bench.advance(timedelta(hours=2))
+    assert [n for id, n in seen if id == 2] == [1, 4, 5] and len(seen) == 13
+    assert await bench.left() == {"dead": 2} and await bench.count("anton.turn") == 0
+
+
+async def test_a_job_that_is_cancelled_lets_the_next_of_its_key_go_on(db: Database) -> None:
+    seen = list[int]()
+
+    async def handle(record: Any) -> None:
+        if record["n"] == 1:
+            raise ValueError("not yet")
+        seen.append(record["n"])
+
+    bench = await Bench.make(db, on_updates(handle, backoff="1h"))
+    await updates(bench, 1, 4)
+    await bench.work()
+    (third,) = await bench.column("select id from anton.list_jobs('handle') where state = 'waits' "
+                                "order by id limit 1 offset 1")
+    assert "waits for a retry at" in (await bench.value("select anton.show_job($1)", third))["error"]
+    assert await bench.value("select anton.cancel($1)", third)
+    assert await bench.value("select anton.cancel((select id from anton.delayed))")
+    await bench.work()
+    assert seen == [2, 4] and await bench.left() == {} and await bench.count("anton.turn") == 0
+
+
+async def test_a_column_of_per_has_an_order_of_its_own_and_records_without_one_share_theirs(db: Database) -> None:
+    seen, failed = list[tuple[Any, int]](), set[int]()
+
+    def handle(record: Any) -> None:
+        if record["n"] == 0 and record.id not in failed:
+            failed.add(record.id)
+            raise ValueError("at first")
+        seen.append((record.get("c"), record["n"]))
+
+    bench = await one_handler(db, handle, each=True, ordered=True, per="c", backoff="1h")
+    for n in range(6):
+        await bench.add("a", [{"c": "x", "n": n}, {"n": n}, {"c": "y", "n": n + 1}])
+    await bench.work()
+    assert seen == [("y", n) for n in range(1, 7)]
+    await bench.advance(timedelta(hours=2))
+    await bench.work()
+    assert [n for c, n in seen if c == "x"] == [n for c, n in seen if c is None] == list(range(6))
+
+
+async def test_without_the_option_again_nothing_waits(db: Database) -> None:
+    seen = list[int]()
+
+    async def handle(record: Any) -> None:
+        if record["n"] == 1:
+            raise Discard("no")
+        seen.append(record["n"])
+
+    bench = await Bench.make(db, on_updates(handle, on_dead="block"))
+    await updates(bench, 1, 3)
+    await bench.work()
+    assert not seen
+    bench = await Bench.make(db, lambda: Table("a").on_updated_records(each=True, name="handle")(handle))
+    await bench.work()
+    assert sorted(seen) == [2, 3] and await bench.left() == {"dead": 1}
+    assert await bench.value("select anton.show_handler('handle') ->> 'ordered'") == "false"
+
+
+async def test_a_handler_shows_its_order_and_who_has_it(db: Database) -> None:
+    bench = await Bench.make(db, on_updates(lambda record: None, concurrency=7))
+    shown = await bench.value("select anton.show_handler('handle')")
+    assert (shown["ordered"], shown["on_dead"], shown["limit"], shown["held_by"]) == (True, "skip", 7, None)
+
+
+@pytest.mark.parametrize(("options", "says"), [
+    ({"ordered": True}, "each=True"),
+    ({"ordered": 3, "each": True}, "ordered"),
+    ({"each": True, "on_dead": "block"}, "ordered=True"),
+    ({"each": True, "ordered": True, "on_dead": "stop"}, "skip"),
+])
+def test_an_order_that_cannot_be_kept_is_refused(options: dict[str, Any], says: str) -> None:
+    with declaring(App("x")), pytest.raises(BadOption, match=says):
+        Table("a").on_new_records(name="handle", **options)(lambda record: None)
+
+
+def test_sql_with_an_order_is_refused(pg: Pg) -> None:
+    pg.sql("create table a (id bigint primary key)")
+    with pytest.raises(psycopg.Error, match="single records"):
+        pg.sql("select anton.handler('h', 'a', 'new', 'select 1', '{\"ordered\": true}')")
+
+
+def test_a_table_without_a_key_has_no_order(pg: Pg) -> None:
+    pg.sql("create table a (id bigint)")
+    with pytest.raises(psycopg.Error, match="no primary key"):
+        pg.sql("select anton.put_handler('{\"app\": \"x\", \"name\": \"h\", \"table\": \"a\", \"ops\": [\"new\"], "
+               "\"each_record\": true, \"ordered\": true}')")
