@@ -43,7 +43,7 @@ class Turns:
         self.closed: set[str] = set()
         self.heads: set[int] = set()
         self.tenure = -1                                               # of the permits, that closed is known for
-        self.stopped = False                                           # what was begun is given back: nothing later is begun
+        self.stopped = False                                           # what was begun goes back: begin nothing later
         self._lock = threading.Lock()
         self._inside: dict[Hashable, Any] = {}
         self._aside: dict[Hashable, deque[Any]] = {}

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 import random
-from collections import defaultdict
+import signal
+import subprocess
+import sys
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psycopg
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pg import Pg
 from working import Bench, one_handler
 
@@ -17,6 +28,9 @@ from anton import Discard, Retry, Table
 from anton.app import App, declaring
 from anton.db import Database
 from anton.errors import BadOption
+from anton.order import Turns
+
+ANTON = [sys.executable, "-c", "import sys; from anton.cli import main; sys.exit(main())"]
 
 
 async def updates(bench: Bench, keys: int, each: int) -> None:
@@ -233,3 +247,118 @@ def test_a_table_without_a_key_has_no_order(pg: Pg) -> None:
     with pytest.raises(psycopg.Error, match="no primary key"):
         pg.sql("select anton.put_handler('{\"app\": \"x\", \"name\": \"h\", \"table\": \"a\", \"ops\": [\"new\"], "
                "\"each_record\": true, \"ordered\": true}')")
+
+
+class Batch:
+    """Of the model below: what Turns asks of an Each."""
+
+    def __init__(self, lane: Any, keys: list[int]) -> None:
+        self.lane, self.order, self.jobs, self.world, self.ended = lane, keys, list(range(len(keys))), None, False
+        self.held: dict[int, Any] = {}
+        self.ran: set[int] = set()
+        self.off: dict[Any, list[int]] = {}
+
+    def tell(self) -> None:
+        pass
+
+
+@given(st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=6), min_size=1, max_size=6), st.data())
+@settings(max_examples=150, deadline=None)
+def test_a_key_has_one_inside_its_records_come_in_order_and_none_is_left(sent: list[list[int]], data: Any) -> None:
+    """Batches are sent, records begin, end and are settled in any order; a closed key's are put off, in order."""
+    lane: Any = SimpleNamespace(items=deque(), down=None)
+    turns = Turns(None)
+    coming, begun, running, over = [Batch(lane, keys) for keys in sent], list[Batch](), set[Any](), set[Any]()
+    came = defaultdict[int, list[tuple[int, int]]](list)
+    closed = data.draw(st.sets(st.integers(0, 3), max_size=1))
+    turns.know((), map(turns.text, closed))
+    for batch in coming:
+        batch.jobs = [-1] * len(batch.order)
+    waiting = list(coming)
+    while waiting or len(over) < sum(map(len, sent)):
+        moves = [*(["send"] if waiting else []), *(["begin"] if lane.items else []), *(["end"] if running else []),
+                 *(["settle"] if any(batch.ran or batch.off for batch in begun) else [])]
+        move = data.draw(st.sampled_from(moves))                       # empty: something is stuck, and this fails
+        if move == "send":
+            batch = waiting.pop(0)
+            begun.append(batch)
+            lane.items.extend((batch, item) for item in range(len(batch.order)))
+        elif move == "begin" and (entry := turns.next(lane)) is not None:
+            key = entry[0].order[entry[1]]
+            assert key not in closed and key not in [each.order[item] for each, item in running]
+            running.add(entry)
+            came[key].append((coming.index(entry[0]), entry[1]))
+        elif move == "end":
+            entry = data.draw(st.sampled_from(sorted(running, key=lambda one: (coming.index(one[0]), one[1]))))
+            running.discard(entry)
+            turns.ended(*entry)
+        elif move == "settle":
+            batch = data.draw(st.sampled_from([one for one in begun if one.ran or one.off]))
+            off = turns.put_off(batch)
+            for item in off:
+                came[batch.order[item]].append((coming.index(batch), item))
+            done = {item for item in batch.ran if (batch, item) not in over} | set(off)
+            turns.settled(batch, done)
+            over |= {(batch, item) for item in done}
+            batch.ran.clear()
+    assert all(found == sorted(found) for found in came.values())
+    assert not turns.waiting and sum(map(len, came.values())) == sum(map(len, sent))
+
+
+MAIN = """
+import os, time
+from anton import Table
+
+notes = os.open(os.environ["TEST_NOTES"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+
+@Table("a").on_new_records(each=True, ordered=True, per="c", attempts=99, backoff="1ms")
+def note(record):
+    os.write(notes, b"%d %d %d\\n" % (os.getpid(), record["c"], record["n"]))
+    time.sleep(0.01)
+    if (record["n"] + os.getpid()) % 29 == 0 and int(time.time() * 1000) % 2:
+        raise ValueError("now and then")
+"""
+
+
+def test_the_order_holds_when_who_has_the_handler_is_killed(pg: Pg, tmp_path: Path) -> None:
+    (tmp_path / "main.py").write_text(MAIN)
+    (tmp_path / "autonomous.json").write_text('{"name": "t"}')
+    notes = tmp_path / "notes"
+    notes.touch()
+    environment = {**os.environ, "DATABASE_URL": pg.url, "TEST_NOTES": str(notes)}
+
+    def anton(*words: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([*ANTON, *words], cwd=tmp_path, env=environment, start_new_session=True,
+                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def runs() -> list[tuple[int, int, int]]:
+        return [tuple(map(int, line.split())) for line in notes.read_text().splitlines()]  # type: ignore[misc]
+
+    assert anton("migrate").wait(60) == 0
+    for first in range(0, 200, 20):
+        pg.sql(f"insert into a (data) select jsonb_build_object('c', g % 5, 'n', {first} + g) "
+               "from generate_series(1, 20) g")
+    work = anton("work", "--processes", "2")
+    try:
+        for kill in range(1, 4):
+            until(lambda kill=kill: len(runs()) >= kill * 40)          # type: ignore[misc]
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(runs()[-1][0], signal.SIGKILL)
+        until(lambda: bool(pg.value("select not exists (select from anton.job) and not exists (select from anton.lease)"
+                                    " and not exists (select from anton.delayed)")))
+    finally:
+        work.terminate()
+        work.wait(60)
+    last = dict[int, int]()
+    for _, key, n in runs():
+        assert n >= last.get(key, 0), f"{n} ran after {last[key]}"
+        last[key] = n
+    assert pg.value("select sum(n) from anton.receipt") == 200 and not pg.value("select count(*) from anton.turn")
+    assert len({pid for pid, _, _ in runs()}) > 1
+
+
+def until(met: Callable[[], bool], patience: float = 60.0) -> None:
+    end = time.monotonic() + patience
+    while not met():
+        assert time.monotonic() < end
+        time.sleep(0.01)
