@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from anton import queue
 from anton.app import App
 from anton.call import code_of
 from anton.db import Database, quote
 from anton.gate import Gate
 from anton.handler import EACH_CALLS
 from anton.lane import Lane, lane_of
+from anton.order import Order
 from anton.permits import Permits
 from anton.rank import PRIORITY
 from anton.relation import describe_all
@@ -26,6 +28,7 @@ async def read_lanes(db: Database, app: App, known: Mapping[int, Lane]) -> dict[
     async with db.conn() as conn:
         rows = await db.call(conn, "catalogue", app.name)
         limits = {row[0]: (row[1], row[2]) for row in await db.call(conn, "limits")}
+        orders = await queue.orders(db, conn)
         models = {row[0] for row in await db.call(conn, "refreshers")}
         priorities = {row[0]: row[1] for row in await db.call(conn, "priorities")}
         weights = {row[0]: row[1] for row in await db.call(conn, "tenant_weights")}
@@ -45,6 +48,8 @@ async def read_lanes(db: Database, app: App, known: Mapping[int, Lane]) -> dict[
         lane.waiting.weights = weights
         if lane.id in limits:
             _limit(lane, known.get(lane.id), *limits[lane.id])
+            if lane.id in orders:
+                _order(lane, known.get(lane.id), orders[lane.id])
         if code is not None:
             code.relation = relations.get(names[row["id"]])            # None: reading it will say so; it waits
             handler = app.handlers.get(row["name"])
@@ -69,6 +74,14 @@ def _limit(lane: Lane, known: Lane | None, most: int, per: str | None) -> None:
         lane.permits.most = 1
         lane.gate = known.gate if known is not None and known.gate is not None else Gate(per, most)
         lane.gate.column, lane.gate.most = per, most
+
+
+def _order(lane: Lane, known: Lane | None, per: str | None) -> None:
+    """One permit is all: with it come the handler and the order of its records."""
+    assert lane.permits is not None
+    lane.gate, lane.permits.most, lane.permits.each = None, 1, lane.concurrency
+    old = known.order if known is not None else None
+    lane.order = old if old is not None and old.column == per else Order(per)
 
 
 async def feed(db: Database, lanes: Iterable[Lane]) -> int:

@@ -12,7 +12,7 @@ import asyncio
 import contextvars
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -21,6 +21,7 @@ from anton.errors import HandlerTimeout, Outcome
 from anton.fate import Fate, failed, fate_of, is_world
 from anton.gate import NOTHING, Gate
 from anton.lane import Lane
+from anton.order import Order, OutOfOrder
 from anton.read import Inputs
 from anton.threads import Threads
 from anton.turns import Turns
@@ -30,6 +31,7 @@ FLUSH = 100  # finished records
 GATHER = 0.1  # seconds that fewer wait for more
 AT_LATEST = 1.0  # seconds
 SLOW = 0.01  # seconds in one record after which more threads help
+QUICK = 0.01  # seconds that few wait where others wait for them to be settled
 STUBBORN = 5.0  # seconds that a cancelled coroutine may take to end
 SLICE = 0.002  # seconds after which a coroutine that never waits lets others run
 
@@ -86,17 +88,35 @@ class Each:
         self.settled = 0
         self._flushed_at = time.monotonic()
         self._find: dict[int, int] | None = None
+        self.order: list[Hashable] = []                                # with ordered=, see order.py
+        self.jobs: list[int] = []
+        self.held: dict[int, Hashable] = {}
+        self.ran: set[int] = set()
+        self.off: dict[Hashable, list[int]] = {}
 
     def send(self) -> None:
-        """Puts the items where pullers find them: those of tenants in turn."""
+        """Puts the items where pullers find them: those of tenants in turn, but for an order, which is one for all."""
         items, entries = self.lane.items, [(self, item) for item in range(self.count)]
-        if items and items[-1][0].tenant != self.tenant:
+        if self.lane.order is not None:
+            self._note_order(self.lane.order)
+        elif items and items[-1][0].tenant != self.tenant:
             turns = Turns[str | None, Any]()
             turns.weights = self.lane.waiting.weights
             for entry in [*_drain(items), *entries]:
                 turns.add(entry[0].tenant, entry)
             entries = list(turns.all())
         items.extend(entries)
+
+    def _note_order(self, order: Order) -> None:
+        """The key and the job of each item."""
+        for item in range(self.count):
+            job, ordinal = self.inputs.batch.at(item if self.inputs.first is None else self.inputs.first[item])
+            self.order.append(order.of_job(job, ordinal))
+            self.jobs.append(job.id)
+
+    def tell(self) -> None:
+        """There is something to take. From any thread."""
+        self.loop.call_soon_threadsafe(self.changed.set)
 
     def position(self, of: object) -> int | None:
         """For of=: which item this is."""
@@ -117,11 +137,13 @@ class Each:
         """Takes a chunk that ended, from any thread."""
         chunk.scope.close()
         self.chunks.append(chunk)
-        self.loop.call_soon_threadsafe(self.changed.set)
+        self.tell()
 
     def stop(self, error: BaseException | None) -> None:
         """The world fails: this handler starts nothing more. From any thread, also when nobody waits any more."""
         self.world = error
+        if self.lane.order is not None and not self.ended:
+            self.lane.order.stopped = True                             # at once: before lane.down, which the loop sets
         self.loop.call_soon_threadsafe(self._stopped)
 
     def _stopped(self) -> None:
@@ -139,15 +161,20 @@ class Each:
                 break
             if each is self:
                 self.skipped.append(item)
+                if lane.order is not None:
+                    lane.order.skip(self, item)
             else:
                 lane.items.append((each, item))
         if lane.gate is not None:
             self.skipped.extend(lane.gate.drop(self))
+        if lane.order is not None:
+            self.skipped.extend(lane.order.drop(self))
 
     async def wait(self, seconds: float) -> None:
         """Until something changed, at most so long."""
         if self.finished:
-            seconds = min(seconds, max(0.0, self._flushed_at + GATHER - time.monotonic()))
+            gather = QUICK if self._hurry else GATHER
+            seconds = min(seconds, max(0.0, self._flushed_at + gather - time.monotonic()))
         if not self.changed.is_set():
             timer = self.loop.call_later(seconds, self.changed.set)
             await self.changed.wait()
@@ -158,20 +185,29 @@ class Each:
         """Takes what is finished. Whether it is time to settle it."""
         chunks = [self.chunks.popleft() for _ in range(len(self.chunks))]
         waited = time.monotonic() - self._flushed_at
-        if waited > AT_LATEST:
+        if waited > AT_LATEST or self._hurry:
             chunks += open_chunks(self)
         for chunk in chunks:
             done, ops, fates = chunk.cut()
             self.finished += done
             self.ops += ops
             self.fates |= fates
-        return bool(self.finished) and (len(self.finished) >= FLUSH or waited >= GATHER or self._all())
+        if self.lane.order is not None:
+            off = self.lane.order.put_off(self)
+            self.finished += off
+            self.fates |= dict.fromkeys(off, LATER)
+        gather = QUICK if self._hurry else GATHER
+        return bool(self.finished) and (len(self.finished) >= FLUSH or waited >= gather or self._all())
 
     def flushed(self) -> None:
         """What was taken is settled."""
         self.settled += len(self.finished)
         self.finished, self.ops, self.fates = [], [], {}
         self._flushed_at = time.monotonic()
+
+    @property
+    def _hurry(self) -> bool:
+        return self.lane.order is not None and self.lane.order.waiting
 
     @property
     def over(self) -> bool:
@@ -215,16 +251,24 @@ class Puller:
             return False
         while True:
             try:
-                each, item = self.lane.items.popleft()
+                entry = lane.items.popleft() if lane.order is None else lane.order.next(lane)
             except IndexError:
+                entry = None
+            if entry is None:
                 self.release()
                 return False
-            if each.world is None and self.lane.down is None:
+            each, item = entry
+            if each.world is None and lane.down is None and (lane.order is None or lane.order.may(each)):
                 if lane.gate is None or self._enter(lane.gate, each, item):
                     break
                 continue
             each.skipped.append(item)
-            each.stop(each.world or self.lane.down)
+            if lane.order is None:
+                each.stop(each.world or lane.down)
+                continue
+            lane.order.skip(each, item)
+            if not each.ended:
+                each.stop(each.world or lane.down or OutOfOrder())
         self.item = item
         if chunk is not None and (each is not self.each or len(chunk.done) >= FLUSH or now - chunk.since > SLOW):
             self.release()
@@ -276,9 +320,12 @@ class Puller:
         chunk.done.append(self.item)
         if self.key is not NOTHING:
             self.leave()
+        if self.lane.order is not None and self.lane.order.ended(each, self.item):
+            each.tell()
 
 
 AGAIN = Fate("retry", "the world fails")
+LATER = Fate("later", "an earlier record of its key waits")
 
 
 class Pullers:
@@ -348,6 +395,8 @@ class Pullers:
         chunk.scope.close()
         chunk.fates[item] = failed(HandlerTimeout(puller.lane.name, puller.lane.timeout.total_seconds()))
         chunk.done.append(item)
+        if puller.lane.order is not None:
+            puller.lane.order.ended(each, item)
         each.chunks.append(chunk)
         each.changed.set()
         if not puller.lane.handler.is_async:

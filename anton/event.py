@@ -57,8 +57,8 @@ class Event(Generic[T]):
 
     name, was: what it is called, and was. into: where returned values go. where: SQL on the new row; the old one is
     old. columns: only when one of these changed. read: "now" | "change". since: "now" | "beginning". each: one call a
-    record. batch, max_wait, concurrency, timeout, attempts, backoff, max_lag, on_conflict, per, priority: how it is
-    run.
+    record. batch, max_wait, concurrency, timeout, attempts, backoff, max_lag, on_conflict, priority: how it is run.
+    per, ordered, on_dead: which records wait for which, see docs/flow.md.
     """
 
     def __init__(self, table: Table[T], verb: str, ops: tuple[ChangeOp, ...]) -> None:
@@ -170,7 +170,7 @@ class BuildEvent(Event[Any], Generic[B]):
         of = self._of(options, name)
         if component is not None:
             raise BadOption("handler", component, of, 'a function or .sql("…"); components take records')
-        for option in ("each", "where", "columns", "read", "since", "batch", "per", "debounce"):
+        for option in ("each", "where", "columns", "read", "since", "batch", "per", "debounce", "ordered", "on_dead"):
             if options.get(option) is not None:
                 raise BadOption(option, options[option], of, f"no {option}= here: a build has no records")
         return super()._declare(fn, name, options, body, component)
@@ -210,6 +210,9 @@ def _fill(handler: Handler, options: Mapping[str, Any], of: str) -> None:
         setattr(handler, option, value)
     handler.columns = _columns(handler, options.get("columns"), of)
     _debounce(handler, options, of)
+    handler.ordered = _choice(options, "ordered", (False, True), False, of)
+    handler.on_dead = _choice(options, "on_dead", ("skip", "block"), "skip", of)
+    _check_order(handler, options, of)
     handler.per = _per(handler, options, of)
     into = options.get("into")
     handler.into = () if into is None else tuple(into) if isinstance(into, (list, tuple)) else (into,)
@@ -260,9 +263,20 @@ def _per(handler: Handler, options: Mapping[str, Any], of: str) -> str | None:
         return per
     if not handler.each or handler.kind == "sql" or not set(handler.ops) <= {"new", "updated", "deleted"}:
         raise BadOption("per", per, of, "a function with each=True beside it: only one record has one value")
-    if options.get("concurrency") is None:
-        raise BadOption("per", per, of, f"concurrency=N beside it: how many records of one {per} may run at a time")
+    if options.get("concurrency") is None and not handler.ordered:
+        raise BadOption("per", per, of, f"concurrency=N beside it: how many records of one {per} may run at a time; or "
+                        "ordered=True: one, in order")
     return per
+
+
+def _check_order(handler: Handler, options: Mapping[str, Any], of: str) -> None:
+    if handler.ordered and (not handler.each or handler.kind == "sql"
+                            or not set(handler.ops) <= {"new", "updated", "deleted"}):
+        raise BadOption("ordered", True, of, "a function with each=True beside it: a batch holds many keys")
+    if handler.ordered and handler.debounce is not None:
+        raise BadOption("debounce", options["debounce"], of, "no debounce= beside ordered=True: one of them has all changes")
+    if options.get("on_dead") is not None and not handler.ordered:
+        raise BadOption("on_dead", options["on_dead"], of, "ordered=True beside it: else no record waits for another")
 
 
 def _choice(options: Mapping[str, Any], option: str, allowed: tuple[Any, ...], default: Any, of: str) -> Any:

@@ -81,9 +81,9 @@ class World(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Fate:
-    """What becomes of a record that is not done. after: None: the backoff."""
+    """What becomes of a record that is not done. after: None: the backoff. later: it was not begun, see order.py."""
 
-    kind: Literal["retry", "discarded", "failed"]
+    kind: Literal["retry", "discarded", "failed", "later"]
     error: str
     after: timedelta | None = None
     traceback: str | None = None

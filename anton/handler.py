@@ -53,6 +53,8 @@ class Options(TypedDict, total=False):
     per: str
     priority: int
     debounce: str | float | timedelta
+    ordered: bool
+    on_dead: Literal["skip", "block"]
 
 
 OPTIONS = (*Options.__annotations__, "each")
@@ -64,7 +66,9 @@ class Handler:
 
     ops: what it listens to. fn: None for SQL. wants_ctx: it takes a second argument. into: where returned values go.
     limit: calls, or records with each, at a time over all processes; None: concurrency in each of them.
-    per: the column each of whose values has a limit of its own, or with debounce comes to rest by itself.
+    per: the column each of whose values has a limit of its own, or with debounce comes to rest by itself, or with
+    ordered has an order. ordered: records of one key one at a time, in order. on_dead: its key goes on after a dead
+    letter, or waits for it.
     debounce: how long a record must be at rest; max_wait then: how long at most after its first change, 0: the default.
     priority: 0 to 9, the highest goes first.
     body, params: its SQL, and {name: [type, text]} bound into it. place: "main.py:12". typed: the options as typed.
@@ -93,6 +97,8 @@ class Handler:
     per: str | None = None
     priority: int = PRIORITY
     debounce: timedelta | None = None
+    ordered: bool = False
+    on_dead: Literal["skip", "block"] = "skip"
     timeout: timedelta = timedelta(minutes=5)
     attempts: int = 5
     backoff: timedelta = timedelta(seconds=1)
@@ -119,6 +125,7 @@ class Handler:
             **({"per": self.per} if self.per else {}),
             **({"priority": self.priority} if self.priority != PRIORITY else {}),
             **({"debounce": interval(self.debounce)} if self.debounce else {}),
+            **({"ordered": True, "on_dead": self.on_dead} if self.ordered else {}),
         }
 
     def call(self, subject: Any, ctx: Ctx | None = None) -> None:

@@ -17,6 +17,7 @@ from itertools import accumulate
 from typing import Any
 
 from anton.gate import Gate
+from anton.order import Order
 from anton.permits import Permits
 from anton.queue import Job
 from anton.rank import PRIORITY
@@ -102,7 +103,7 @@ class Lane:
     items: (Each, item) that wait for a puller. handler: what runs it: a Handler, a Schedule, or None for SQL.
     concurrency: calls (records, with each) at a time; with permits, over all processes, and here as many as it holds.
     again: records that are to run once more, outside of the pullers, which leave their permits to them.
-    gate: with per=, which records may run.
+    gate: with per=, which records may run. order: with ordered=, which, and in which order.
     ready: the queue may hold more of it. after: the last job id claimed. width: bytes of its widest rows lately, 0: not
     known; wide: its table has values stored out of line.
     serves: calls by tenant. turn: the tenant that had the last turn in a claim, "" for none. priority: before which
@@ -138,6 +139,7 @@ class Lane:
     permits: Permits | None = None
     gate: Gate | None = None
     priority: int = PRIORITY
+    order: Order | None = None
     waiting: Turns[str | None, Job] = field(default_factory=Turns)
     waiting_records: int = 0
     items: deque[Any] = field(default_factory=deque)
@@ -189,15 +191,19 @@ class Lane:
         With one call at a time batches run one after the other: read at once, a later one could be ready first.
         """
         room = self.room
-        if self.down is not None or not room or (self.gate is not None and self.calls >= GATED):
+        if self.down is not None or not room or ((self.gate or self.order) is not None and self.calls >= GATED):
             return False
-        if self.each and self.concurrency > 1:
+        if self.each and (self.concurrency > 1 or self.order is not None):
             return bool(self.waiting) and (not self.items or len(self.items) < room or self._left_out())
         return bool(self.waiting) and self.calls < room
 
     def _left_out(self) -> bool:
         """The tenant whose turn it is has nothing among what runs."""
-        return self.calls < GATED and self.waiting.key not in self.serves
+        return self.order is None and self.calls < GATED and self.waiting.key not in self.serves
+
+    def _tenant(self, job: Job) -> str | None:
+        """With whose jobs it stands; an order is one for all."""
+        return None if self.order is not None else job.tenant
 
     def started(self, batch: Batch) -> None:
         """A call, or records with each, began."""
@@ -235,6 +241,8 @@ class Lane:
 
     def start_from(self, now: float) -> int:
         """The id to claim after. Now and then 0: a job with a smaller id may have been committed later."""
+        if self.order is not None:                                     # or it would be claimed after what is later
+            return 0
         if self.after and now - self.from_start_at < max(1.0, 20 * self.from_start_took):
             return self.after
         self.from_start_at = now
@@ -260,7 +268,7 @@ class Lane:
             if not self.waiting:
                 self.since = now
             for job in jobs:
-                self.waiting.add(job.tenant, job)
+                self.waiting.add(self._tenant(job), job)
             self.waiting_records += records
 
     def take(self, now: float, hold: bool = True) -> Batch | None:
@@ -295,14 +303,14 @@ class Lane:
         while queue and size < most and len(passed) < SKIP:
             job = queue.popleft()
             fits = not taken or (size + len(job.left) <= most and not job.probe)
-            if fits and (job.attempt > 0) == (first.attempt > 0):
+            if fits and job.tenant == first.tenant and (job.attempt > 0) == (first.attempt > 0):
                 taken.append(job)
                 size += len(job.left)
                 if job.probe:
                     break
             else:
                 passed.append(job)
-                if not fits:
+                if not fits or self.order is not None:                 # nothing overtakes
                     break
         queue.extendleft(reversed(passed))
         self.waiting.end()
@@ -312,7 +320,7 @@ class Lane:
 
     def drop(self, tokens: set[int]) -> None:
         """Forgets jobs that wait and whose lease is lost."""
-        self.waiting.keep((job.tenant, job) for job in self.waiting if job.token not in tokens)
+        self.waiting.keep((self._tenant(job), job) for job in self.waiting if job.token not in tokens)
         self.waiting_records = sum(len(job.left) for job in self.waiting)
 
     def turn_into(self, new: Lane) -> None:
@@ -343,6 +351,7 @@ class Lane:
             "permits",
             "gate",
             "priority",
+            "order",
         ):
             setattr(self, name, getattr(new, name))
         self.waiting.weights = new.waiting.weights

@@ -9,6 +9,7 @@ import time
 from collections.abc import Collection, Iterable, Mapping
 
 from anton.lane import Lane
+from anton.order import OutOfOrder
 from anton.run import Run
 
 log = logging.getLogger("anton.worker")
@@ -59,6 +60,8 @@ def drop(tokens: set[int], lanes: Collection[Lane], active: Mapping[asyncio.Task
             lost += 0 if task.cancelling() else sum(job.token in tokens for job in run.batch.jobs if job.left)
             task.cancel()
     for lane in lanes:
+        if lane.order is not None and any(job.token in tokens for job in lane.waiting):
+            lane.down, lane.order.stopped = lane.down or OutOfOrder(), True
         lane.drop(tokens)
     if lost:
         log.warning("worker: a lease was lost, of %s jobs; another worker has these records", lost)

@@ -34,6 +34,7 @@ class Permits:
     asked: float = 0.0
     pause: float = AGAIN                                               # until it asks for more
     short: float | None = None                                         # since when it has had fewer than all
+    tenure: int = 0                                                    # times that it began to hold any
 
     @property
     def valid(self) -> int:
@@ -94,6 +95,7 @@ class Office:
         """Takes what is free, at first of this worker's share; how many it may run. suspects: to run such jobs."""
         before = own.asked = time.monotonic()
         more = own.short is not None and before - own.short > SHARE
+        own.tenure += not own.valid
         had, wanted = own.held, min(own.most, max(FEW, 2 * own.held))
         async with self._db.conn() as conn:
             own.got(await queue.permit(self._db, conn, self._worker, id, wanted, self._lease * LONGER, more, suspects),

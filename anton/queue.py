@@ -29,7 +29,8 @@ class Job:
     ids, keys: their keys in that order (one of the two; both None for table events and tables without a key).
     cols: columns of the images, None when there are none. degraded: why images or filter are missing.
     attempt: runs that failed; crashes: runs alone that killed their process. probe: its handler is failing.
-    left: ordinals that are not settled yet. waited: milliseconds since the change.
+    left: ordinals that are not settled yet. waited: milliseconds since the change. order: of an ordered handler, the
+    value of per's column by ordinal, once it was read.
     """
 
     token: int
@@ -54,6 +55,7 @@ class Job:
     waited: float
     probe: bool
     left: Sequence[int] = field(default=())
+    order: dict[int, Any] | None = None
 
     @property
     def size(self) -> int:
@@ -117,14 +119,16 @@ def _jobs(lease: int, rows: list[asyncpg.Record]) -> list[Job]:
 
 async def claim(db: Database, conn: Conn, worker: int, lease: timedelta, handlers: list[int], jobs: list[int],
                 records: list[int], after: list[int], mine: int | None = None,
-                turns: list[str | None] | None = None) -> list[Job]:
+                turns: list[str | None] | None = None, ordered: bool = False) -> list[Job]:
     """Leases up to jobs[i] jobs of about records[i] records, id > after[i], of each handlers[i], by (handler, id).
 
     In a transaction of its own: its commit does not wait for the disk. mine: the token, of whoever has to know it
-    before the answer; None: any. turns[i]: the tenant that had the last turn; of several each gets a share.
+    before the answer; None: any. turns[i]: the tenant that had the last turn; of several each gets a share. ordered:
+    some of the handlers are.
     """
     mine = mine or token()
-    return _jobs(mine, await db.call(conn, "claim", worker, mine, handlers, jobs, records, after, lease, True, turns))
+    name = "claim_ordered" if ordered else "claim"
+    return _jobs(mine, await db.call(conn, name, worker, mine, handlers, jobs, records, after, lease, True, turns))
 
 
 async def reclaim(
@@ -184,6 +188,43 @@ async def bury(db: Database, conn: Conn, lease: int, id: int, ordinal: int, reas
                traceback: str | None) -> int:
     """Makes one record a dead letter. reason: failed | discarded | crashed | depth."""
     return int(await db.call_value(conn, "bury", lease, id, ordinal, reason, error, traceback))
+
+
+async def orders(db: Database, conn: Conn) -> dict[int, str | None]:
+    """The handlers with an order, and the column whose values it is for, None: the primary key."""
+    return {row["handler_id"]: row["per"] for row in await db.call(conn, "orders")}
+
+
+async def put_off(db: Database, conn: Conn, lease: int, id: int, ordinals: Sequence[int], keys: list[str]) -> None:
+    """Settles records of one job here; they wait for what is before them of their keys."""
+    await db.call(conn, "put_off", lease, id, ordinals, keys)
+
+
+async def retry_in_turn(db: Database, conn: Conn, lease: int, id: int, ordinals: Sequence[int], keys: list[str],
+                        after: timedelta, error: str, burn: bool) -> None:
+    """As retry(), and their keys wait for them."""
+    await db.call(conn, "retry_in_turn", lease, id, ordinals, keys, after, error, burn)
+
+
+async def bury_in_turn(db: Database, conn: Conn, lease: int, id: int, ordinal: int, key: str, reason: str, error: str,
+                       traceback: str | None) -> int:
+    """As bury(); its key waits for it, or the next of its key goes on."""
+    return int(await db.call_value(conn, "bury_in_turn", lease, id, ordinal, key, reason, error, traceback))
+
+
+async def end_turn(db: Database, conn: Conn, handler: int, job: int) -> None:
+    """The first record of a key is done: the next one is."""
+    await db.call(conn, "end_turn", handler, job)
+
+
+async def waiting_keys(db: Database, conn: Conn, handler: int, keys: list[str] | None = None) -> list[str]:
+    """Of these keys, or of all, those some record of which waits."""
+    return await db.call_value(conn, "waiting_keys", handler, keys) or []
+
+
+async def heads(db: Database, conn: Conn, handler: int, jobs: list[int]) -> list[int]:
+    """Which of these jobs are the first of a key of which others wait."""
+    return await db.call_value(conn, "heads", handler, jobs) or []
 
 
 async def give_back(db: Database, conn: Conn, lease: int, ids: list[int]) -> None:

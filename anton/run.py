@@ -31,6 +31,7 @@ from anton.each import AGAIN, SLOW, Each, Pullers
 from anton.errors import HandlerTimeout, LeaseLost, RowChanged, WriteRefused
 from anton.fate import Fate, World, failed, fate_of, is_world, no_fit, say
 from anton.lane import FEW, Batch, Lane
+from anton.order import OutOfOrder
 from anton.read import Inputs, Reader
 from anton.relation import forget
 from anton.rights import explain
@@ -47,12 +48,16 @@ CONFLICTS = 20  # runs of one record whose row keeps changing, before it waits a
 
 @dataclass(eq=False)
 class Run:
-    """One batch on its way. overdue_at: loop time after which its leases are left to end, None while no call runs."""
+    """One batch on its way. overdue_at: loop time after which its leases are left to end, None while no call runs.
+
+    last: its last part is being worked.
+    """
 
     lane: Lane
     batch: Batch
     overdue_at: float | None = None
     stuck: list[int] = field(default_factory=list)
+    last: bool = False
 
     @property
     def tokens(self) -> set[int]:
@@ -86,6 +91,8 @@ class Runner:
     async def run(self, run: Run) -> None:
         """Settles every record of the batch, or gives it back. Raises only CancelledError, after giving back."""
         lane = run.lane
+        if lane.order is not None:
+            lane.order.join(run)
         try:
             batch = await self._sift(run)
             if batch.size and lane.kind == "sql":
@@ -99,12 +106,17 @@ class Runner:
                 await self._parts(run, batch)
         except LeaseLost:
             log.warning("worker: %s: a lease was lost; another worker has these records", lane.name)
+            self._out_of_order(lane)
             await self._leave(run, None)
         except asyncio.CancelledError:
+            self._out_of_order(lane)
             await asyncio.shield(self._leave(run, None))
             raise
         except Exception as error:
             reason = error.error if isinstance(error, World) else error
+            if isinstance(reason, LeaseLost):                          # of another batch: all of it goes back
+                await self._leave(run, None)
+                return
             if not isinstance(error, World) and not is_world(error):   # ours, not the handler's: keep the jobs
                 log.exception("worker: %s", lane.name)
                 self.failed(error)
@@ -116,6 +128,14 @@ class Runner:
                     log.warning("worker: %s waits: %s", lane.name, say(reason))
             lane.down = reason
             await self._leave(run, reason)
+        finally:
+            if lane.order is not None:
+                lane.order.sent(run)
+
+    def _out_of_order(self, lane: Lane) -> None:
+        """Records of an ordered handler come back: nothing later is begun until all that was claimed is given back."""
+        if lane.order is not None and lane.down is None:
+            lane.down, lane.order.stopped = OutOfOrder(), True
 
     async def _explained(self, error: BaseException) -> BaseException:
         """What the world raised, with the GRANT where a right is missing. A table that is not as known is read anew."""
@@ -135,6 +155,7 @@ class Runner:
         at = 0
         while at < batch.size:
             end = min(batch.size, at + lane.most())
+            run.last = end == batch.size
             await self._part(run, batch if end - at == batch.size else batch.pick(range(at, end)))
             at = end
 
@@ -177,6 +198,8 @@ class Runner:
         except asyncpg.SyntaxOrAccessError as error:
             raise World(error) from error
         lane.measured(inputs.width)
+        if lane.order is not None:
+            lane.order.note(batch, inputs.items, inputs.first, inputs.twins)
         return inputs
 
     async def finish(self, run: Run, inputs: Inputs, called: Called, ms: float, conflicts: int = 0,
@@ -266,14 +289,20 @@ class Runner:
         except Exception as error:
             if isinstance(error, (World, LeaseLost)) or is_world(error):
                 raise
+            if lane.order is not None:
+                await self._in_line(run, alone=True)
             await self._split(run, batch, error)
             return
+        if lane.order is not None:
+            await self._in_line(run)
         each = Each(self.db, lane, inputs, self.caller.context(lane.handler, inputs))
         if not each.count or inputs.gone or inputs.broken:
             await self.finish(run, inputs, Called([], {}), 0.0, 0, [])
         if lane.handler.is_async:
             await self.caller.stock(lane, min(lane.concurrency, each.count), each.count)
         each.send()
+        if lane.order is not None and run.last:
+            lane.order.sent(run)
         quiet = min(1.0, max(SLOW, lane.timeout.total_seconds() / 10))
         try:
             while not each.over:
@@ -290,6 +319,9 @@ class Runner:
         finally:
             each.ended = True
             each.drop()
+            if lane.order is not None:
+                lane.order.leave(each)
+                self.pullers.pull(lane)
         if each.world is not None:
             raise World(each.world)
         lane.took(time.perf_counter() - started, batch.size)
@@ -303,7 +335,27 @@ class Runner:
         lane.writes.update(op.relation.name for op in each.ops if op.relation)
         plain = len(items) == each.count and not inputs.gone and not inputs.broken
         await self.finish(run, inputs, Called(each.ops, fates), ms, 0, None if plain else items, first=False)
+        if lane.order is not None:
+            lane.order.settled(each, each.finished)
+            self.pullers.pull(lane)
         each.flushed()
+
+    async def _in_line(self, run: Run, alone: bool = False) -> None:
+        """Until its records may be sent, and nothing before them runs where it is to be alone."""
+        lane, order = run.lane, run.lane.order
+        assert order is not None and lane.permits is not None
+        await order.first(run)
+        while alone and lane.down is None and (lane.items or lane.running):  # noqa: ASYNC110 (as for a permit)
+            await asyncio.sleep(PERMIT)
+        if lane.down is not None:
+            raise World(lane.down)
+        if order.tenure != lane.permits.tenure:                        # another process may have had the handler
+            tenure = lane.permits.tenure
+            order.know((), await self.settler.lend(partial(queue.waiting_keys, self.db, handler=lane.id)))
+            order.tenure = tenure
+        if order.closed:
+            ids = [job.id for job in run.batch.jobs if job.size == 1]
+            order.heads |= set(await self.settler.lend(partial(queue.heads, self.db, handler=lane.id, jobs=ids)))
 
     async def _call(self, run: Run, inputs: Inputs) -> Called:
         if run.lane.each and run.lane.permits is not None:
@@ -394,7 +446,7 @@ class Runner:
                 f"{job.depth} handlers deep, and the limit is {self.depth_limit}: … -> {path} -> {run.lane.table} -> "
                 f"{run.lane.name}. These handlers feed each other; stop the loop with where=, or write to another Table"
             )
-            await self.settler.bury(Batch.of([job]), "depth", text)
+            await self.settler.bury(run.lane, Batch.of([job]), "depth", text)
         for job in unsure:
             passing = await self.settler.lend(partial(queue.passes, self.db, handler=run.lane.id, job=job))
             out = [ordinal for ordinal in job.left if ordinal not in passing]

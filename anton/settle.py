@@ -26,6 +26,7 @@ from anton.db import Conn, Database, translating
 from anton.errors import BadOption, LeaseLost, WriteRefused
 from anton.fate import TEXT, Fate, World, backoff, disconnected, say
 from anton.lane import Batch, Lane
+from anton.order import Order
 from anton.queue import Job
 from anton.relation import Relation
 from anton.write import WHOLE, Op, Output, Rows, apply, pick
@@ -50,7 +51,8 @@ class Doing:
     """What one transaction settles of a batch.
 
     done: positions that are done, rising; None: all that have no fate. first: position of each owner, None: its own
-    number. gone: positions among done whose records had vanished. ms: how long the handler took.
+    number. gone: positions among done whose records had vanished. ms: how long the handler took. closed: keys that it
+    was about, and those of them of which records wait after it.
     """
 
     ops: list[Op] = field(default_factory=list)
@@ -59,6 +61,7 @@ class Doing:
     first: list[int] | None = None
     gone: Sequence[int] = ()
     ms: float = 0.0
+    closed: tuple[set[str], list[str]] = field(default_factory=lambda: (set(), []))
 
 
 @dataclass(slots=True)
@@ -99,6 +102,8 @@ class Settler:
             self._wrote({self._tables[op.relation.oid] for op in doing.ops if op.relation})
         elif outputs:
             self._wrote({self._tables[output.relation.oid] for output in outputs if output.keys})
+        if lane.order is not None:
+            lane.order.know(*doing.closed)
         if doing.fates:
             self._later()
 
@@ -164,13 +169,15 @@ class Settler:
         """Settles every record of the batch by one fate."""
         await self.settle(lane, batch, Doing(done=(), fates=dict.fromkeys(range(batch.size), fate)))
 
-    async def bury(self, batch: Batch, reason: str, error: str) -> None:
+    async def bury(self, lane: Lane, batch: Batch, reason: str, error: str) -> None:
         """Makes dead letters of all records of the batch, whatever attempts they have left."""
         async def work(conn: Conn) -> None:
             for job, ordinal in batch:
-                await queue.bury(self.db, conn, job.token, job.id, ordinal, reason, error[:TEXT], None)
+                await self._bury(conn, lane, job, ordinal, reason, error[:TEXT], None)
 
         await self._settled(batch, Doing(), work)
+        if lane.order is not None:
+            lane.order.know((), [lane.order.text(lane.order.of_job(job, ordinal)) for job, ordinal in batch])
 
     async def give_back(self, jobs: Iterable[Job]) -> None:
         """Jobs that were not finished are ready again; nothing counts against them. Those that were lost are left."""
@@ -282,7 +289,20 @@ class Settler:
                 outputs += await self._unit(conn, unit, pick(doing.ops, owners), doing)
         for (job, fate), ordinals in _by_fate(batch, doing.fates).items():
             await self._fate(conn, lane, job, ordinals, fate)
+        if lane.order is not None:
+            await self._order(conn, lane, lane.order, batch, doing)
         return outputs
+
+    async def _order(self, conn: Conn, lane: Lane, order: Order, batch: Batch, doing: Doing) -> None:
+        """The next of a key whose first record is done; and which keys are closed after this."""
+        records = list(_records(batch, doing)) if order.closed or doing.fates else []
+        keys = {order.text(order.of_job(job, ordinal)) for job, ordinal in records}
+        failed = {batch.at(position)[0].id for position in doing.fates}
+        for job in {job.id: job for job, _ in records if job.id in order.heads}.values():
+            if job.id not in failed:
+                await queue.end_turn(self.db, conn, lane.id, job.id)
+        if keys:
+            doing.closed = keys, await queue.waiting_keys(self.db, conn, lane.id, list(keys))
 
     async def _unit(self, conn: Conn, unit: _Unit, ops: list[Op], doing: Doing) -> list[Output]:
         job = unit.jobs[0]
@@ -317,10 +337,26 @@ class Settler:
         last = fate.kind == "failed" and job.attempt + 1 >= lane.attempts
         if fate.kind == "discarded" or last:
             for ordinal in ordinals:
-                await queue.bury(self.db, conn, job.token, job.id, ordinal, fate.kind, fate.error, fate.traceback)
+                await self._bury(conn, lane, job, ordinal, fate.kind, fate.error, fate.traceback)
             return
         after = fate.after if fate.after is not None else backoff(lane, job.attempt)
+        if lane.order is not None:
+            keys = [lane.order.text(lane.order.of_job(job, ordinal)) for ordinal in ordinals]
+            if fate.kind == "later":
+                await queue.put_off(self.db, conn, job.token, job.id, ordinals, keys)
+            else:
+                await queue.retry_in_turn(self.db, conn, job.token, job.id, ordinals, keys, after, fate.error,
+                                          fate.kind == "failed")
+            return
         await queue.retry(self.db, conn, job.token, job.id, ordinals, after, fate.error, fate.kind == "failed")
+
+    async def _bury(self, conn: Conn, lane: Lane, job: Job, ordinal: int, reason: str, error: str,
+                    traceback: str | None) -> None:
+        if lane.order is None:
+            await queue.bury(self.db, conn, job.token, job.id, ordinal, reason, error, traceback)
+        else:
+            key = lane.order.text(lane.order.of_job(job, ordinal))
+            await queue.bury_in_turn(self.db, conn, job.token, job.id, ordinal, key, reason, error, traceback)
 
     async def _table(self, relation: Relation) -> None:
         if relation.oid in self._tables:

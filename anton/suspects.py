@@ -68,7 +68,8 @@ async def work_suspects(settler: Settler, lease: timedelta, lanes: Mapping[int, 
                 await settler.transact(partial(queue.split_crashed, db, job=job))
             elif job.crashes >= lanes[job.handler_id].attempts:
                 await settler.bury(
-                    Batch.of(jobs), "crashed", f"its process died {job.crashes} times while this record ran alone"
+                    lanes[job.handler_id], Batch.of(jobs), "crashed",
+                    f"its process died {job.crashes} times while this record ran alone"
                 )
             else:
                 by_lane = dict[int, list[Job]]()

@@ -271,7 +271,8 @@ class Worker:
         try:
             async with self.db.conn() as conn:
                 claimed = await queue.claim(self.db, conn, self.id, self._length, [lane.id for lane in wanted], jobs,
-                                            records, after, self._claiming, turns)
+                                            records, after, self._claiming, turns,
+                                            any(lane.order is not None for lane in wanted))
         finally:
             self._claiming = 0
         took = time.monotonic() - now
@@ -387,6 +388,8 @@ class Worker:
         except (LeaseLost, World) as error:
             log.warning("worker: %s: %s", lane.name, error)
         lane.down = None
+        if lane.order is not None:
+            lane.order.stopped = False
         self._wake.set()
 
     def _start_chore(self, chore: Coroutine[Any, Any, None]) -> None:
@@ -536,8 +539,13 @@ class Worker:
         """These leases went to somebody else. Called in the heartbeat's thread."""
         tokens.discard(self._unsure)
         with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(
-                lambda: drop(tokens, self._order, self._active, self._runner.settler.settling))
+            self._loop.call_soon_threadsafe(self._drop, tokens)
+
+    def _drop(self, tokens: set[int]) -> None:
+        drop(tokens, self._order, self._active, self._runner.settler.settling)
+        for lane in self._order:
+            if lane.order is not None and lane.down is not None and not lane.calls:
+                self._start_chore(self._surface(lane))
 
     async def _suspects(self) -> int:
         """Jobs whose worker died, with none of the living's beside them."""

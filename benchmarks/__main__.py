@@ -13,7 +13,7 @@ from benchmarks.server import server
 
 for _module in ("throughput", "against_graphile", "writes", "pickup", "backlog", "loads", "footprint", "clocks",
                 "webhook", "hostile", "lineage", "models", "builds", "reaction", "llm",
-                "approve", "approval", "injection", "flow"):
+                "approve", "approval", "injection", "flow", "ordered"):
     importlib.import_module(f"benchmarks.{_module}")  # registers its benches, in the order of the report
 
 

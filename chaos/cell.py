@@ -65,7 +65,7 @@ create table pong (id bigint generated always as identity primary key, hop int n
     f"create table out_{name} (id bigint generated always as identity primary key, src bigint not null);\n"
     for name in (
         *("batch", "each", "chain", "sql", "risky", "shaky", "outside", "load", "near"),
-        *("odd", "slow", "drift", "drift_sql", "clash", "strike", "hold", "alone"),
+        *("odd", "slow", "drift", "drift_sql", "clash", "strike", "hold", "alone", "inorder"),
     )
 ) + "alter table out_near add at bigint;\n"
 

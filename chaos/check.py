@@ -25,6 +25,7 @@ OUTPUTS = {  # table -> (its source, the handler)
     "out_clash": ("clash", "up"),
     "out_hold": ("gated", "hold"),
     "out_alone": ("gated", "alone"),
+    "out_inorder": ("gated", "inorder"),
 }
 
 

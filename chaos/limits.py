@@ -16,14 +16,14 @@ from anton.permits import LONGER
 from chaos.cell import Cell
 from chaos.faults import PATIENCE, WORKERS, Result, fault
 
-MOST = {"hold": 3, "alone": 1}  # of the app; alone: of each kind
+MOST = {"hold": 3, "alone": 1, "inorder": 1}  # of the app; alone, inorder: of each kind
 KINDS = "abcdef"
 
 
 @fault("F1", "SIGKILL of workers in handlers with a limit, of the handler or of each key, over all processes")
 def limited(cell: Cell, n: int) -> Result:
-    """No more run at a time than the limit, the dead hold no permits, and all is worked."""
-    result, ids, died = Result(), itertools.count(1), dict[int, float]()
+    """No more run at a time than the limit, none out of its order, the dead hold no permits, and all is worked."""
+    result, ids, died, kept = Result(), itertools.count(1), dict[int, float](), 0
     cell.start(WORKERS)
     end = time.monotonic() + 60 + 10 * n
     while len(died) < n and time.monotonic() < end:
@@ -45,6 +45,8 @@ def limited(cell: Cell, n: int) -> Result:
     for (handler, key), found in calls(cell.events, died).items():
         most[handler] = max(most[handler], overlap(found))
         result.verdict.require(most[handler] <= MOST[handler], f"{handler} ran {most[handler]} times at once ({key})")
+    late = overtaken(cell.events)
+    result.verdict.require(not late, f"inorder ran {late} records after a later one of their key")
     result.verdict.require(kept == 0, f"{kept} permits are held by the dead")
     result.more |= {"most": dict(most), "drain_s": took}
     return result
@@ -90,6 +92,16 @@ def calls(events: Iterable[dict[str, Any]], died: dict[int, float]) -> dict[tupl
     for (handler, _, pid), (at, key) in began.items():
         found.setdefault((handler, key), []).append((at, max(at, died.get(pid, at))))
     return found
+
+
+def overtaken(events: Iterable[dict[str, Any]]) -> int:
+    """Runs of inorder after one of a record of their key that was inserted later."""
+    last, late = dict[str, int](), 0
+    for event in sorted((one for one in events if one["what"] == "in"), key=lambda one: one["at"]):
+        if event["handler"] == "inorder":
+            late += event["id"] < last.get(event["key"], 0)
+            last[event["key"]] = max(event["id"], last.get(event["key"], 0))
+    return late
 
 
 def overlap(found: list[Call]) -> int:

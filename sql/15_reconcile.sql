@@ -128,6 +128,7 @@ create or replace function traced(p_handler int) returns setof jsonb language sq
     select change_id, lo, hi, ids, keys from job where handler_id in (p_handler, -p_handler)
     union all select change_id, lo, hi, ids, keys from lease where handler_id = p_handler
     union all select change_id, lo, hi, ids, keys from delayed where handler_id in (p_handler, -p_handler)
+    union all select change_id, ordinal, ordinal, ids, keys from turn where handler_id = p_handler and state = 'waits'
     union all select null, null, null, ids, keys from receipt where handler_id = p_handler
     union all select p.* , null, null from receipt r, unnest(r.change_ids, r.los, r.his) p where r.handler_id = p_handler
     union all select null, null, null, null, jsonb_build_array(key) from dead where handler_id = p_handler and key is not null)

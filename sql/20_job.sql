@@ -70,7 +70,7 @@ begin
       from unnest(p_handlers, p_jobs, p_records, p_after) as w (handler_id, jobs, records, after)
       join handler h on h.id = w.handler_id
       cross join lateral (                                  -- the order leaves only the index of jobs with a tenant
-        select h.failing_since is null and (select j.tenant from job j where j.handler_id = w.handler_id and j.tenant is not null
+        select h.failing_since is null and not h.ordered and (select j.tenant from job j where j.handler_id = w.handler_id and j.tenant is not null
                                              order by j.tenant collate "C" limit 1) is not null as turns) t
      where not h.paused and (h.probe_at is null or h.probe_at <= v_now)
   ), locked as materialized (
@@ -321,16 +321,22 @@ end $$;
 create or replace function give_back(p_token bigint, p_ids bigint[]) returns void
 language plpgsql volatile set search_path from current
 set jit = off set enable_seqscan = off as $$
-declare v_held bigint; v_until timestamptz;
+declare v_held bigint; v_until timestamptz; v_parts bigint;
 begin
-  with gone as (delete from lease where token = p_token and id = any (p_ids) returning *),
+  update lease l set lease_until = '-infinity', alone = false from handler h   -- a part of what an ordered handler had comes before
+   where l.token = p_token and l.id = any (p_ids) and l.together = 2 and h.id = l.handler_id and h.ordered;   -- jobs with smaller ids: as a suspect
+  get diagnostics v_parts = row_count;
+  with gone as (
+    delete from lease l where l.token = p_token and l.id = any (p_ids)
+       and not (l.together = 2 and (select h.ordered from handler h where h.id = l.handler_id)) returning *),
   back as (
-    insert into job (handler_id, change_id, at, cause, trace, lo, hi, attempt, crashes, depth, op, tenant, origin, settled, ids, keys)
-    select handler_id, change_id, at, cause, trace, lo, hi, attempt, crashes, depth, op, tenant, origin, settled, ids, keys
+    insert into job (handler_id, id, change_id, at, cause, trace, lo, hi, attempt, crashes, depth, op, tenant, origin, settled, ids, keys)
+    select handler_id, case when (select h.ordered from handler h where h.id = handler_id) then id else nextval('change_seq') end, change_id, at, cause, trace, lo, hi,
+           attempt, crashes, depth, op, tenant, origin, settled, ids, keys
       from gone order by id returning 1)
   select (select count(*) from back), (select min(lease_until) from gone) into v_held, v_until;
-  perform fence(p_token, v_held, cardinality(p_ids));
-  perform let_go(v_until);
+  perform fence(p_token, v_held + v_parts, cardinality(p_ids));
+  perform let_go(coalesce(v_until, 'infinity'));
 end $$;
 
 -- patience(since, now) -> how long a handler waits that has been failing since then: a twentieth of that time, 1 s to
@@ -409,8 +415,9 @@ begin
     select handler_id, id from delayed where run_at <= v_now order by run_at limit 1000 for update skip locked
   ), moved as (
     delete from delayed d using due where d.handler_id = due.handler_id and d.id = due.id returning d.*)
-  insert into job (handler_id, change_id, at, cause, trace, lo, hi, attempt, crashes, depth, op, tenant, origin, settled, ids, keys)
-  select handler_id, change_id, at, cause, trace, lo, hi, attempt, crashes, depth, op, tenant, origin, settled, ids, keys
+  insert into job (handler_id, id, change_id, at, cause, trace, lo, hi, attempt, crashes, depth, op, tenant, origin, settled, ids, keys)
+  select handler_id, case when (select h.ordered from handler h where h.id = handler_id) then id else nextval('change_seq') end, change_id, at, cause, trace, lo, hi,
+         attempt, crashes, depth, op, tenant, origin, settled, ids, keys
     from moved order by run_at;
   get diagnostics v_n = row_count;
   return v_n + debounced();

@@ -23,6 +23,9 @@ begin
     select l.ctid as row from lease l
      where l.lease_until < v_now and l.handler_id = any (p_handlers) and (l.lease_until = '-infinity' or v_now > v_back)
        and not exists (select from handler h where h.id = l.handler_id and h.paused)
+       -- of an ordered handler only the first of all
+       and not exists (select from handler h join lease f on f.handler_id = h.id where h.id = l.handler_id and h.ordered
+                          and ((f.change_id, f.lo, f.id) < (l.change_id, l.lo, l.id) or h.probe_at > v_now))
      order by l.lease_until, l.id limit p_jobs for update of l skip locked) x;
   if v_rows is null then
     return;
@@ -56,7 +59,7 @@ begin
              sum(l.hi - l.lo + 1) over (partition by l.handler_id, l.together order by l.lease_until, l.id) as n
         from lease l join handler h on h.id = l.handler_id
        where l.lease_until < v_now and l.handler_id = any (p_handlers) and (l.lease_until = '-infinity' or v_now > v_back)
-         and l.together < case when p_beside then 1 else 2 end and not l.alone and l.crashes = 0 and not h.paused and h.failing_since is null
+         and l.together < case when p_beside then 1 else 2 end and not l.alone and l.crashes = 0 and not h.paused and not h.ordered and h.failing_since is null
          and l.hi - l.lo < greatest(h.batch, 100) / 10 ^ l.together   -- a larger one is no reason to run those behind it apart
          and l.ctid <> all (v_seen)
     ), first as (

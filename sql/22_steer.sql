@@ -24,10 +24,11 @@ begin
     returning handler_id, id, change_id, at, cause, trace, lo, hi, attempt, crashes, depth, op, tenant, origin, settled, ids, keys into v;
   end if;
   if v.id is null then
-    return false;
+    return cancel_turn(p_job);
   end if;
   insert into receipt (id, slot, at, handler_id, n, change_ids, los, his, causes, ids, keys, depth, trace, tenant)   -- of nothing done
   values (nextval('change_seq'), slot(v_now), v_now, abs(v.handler_id), 0, array[v.change_id], array[v.lo], array[v.hi], array[v.cause], v.ids, v.keys, v.depth, v.trace, v.tenant);
+  perform end_turn(v.handler_id, p_job) where is_ordered(v.handler_id);
   return true;
 end $$;
 
@@ -49,6 +50,7 @@ begin
   insert into job (handler_id, id, change_id, at, cause, trace, lo, hi, depth, op, tenant, origin)
   values (v.handler_id, v_job, v_change, v_now, v.cause, v.trace, 1, 1, v.depth, v.op, v.tenant,
           coalesce(v.origin, v.handler_id || ':' || v.change_id || ':' || v.ordinal));
+  perform replayed(v.handler_id, p_dead, v_job);
   perform ring();
   return v_job;
 end $$;
@@ -74,5 +76,6 @@ begin
   values (nextval('change_seq'), slot(v_now), v_now, v.handler_id, 0, array[v.change_id], array[v.ordinal], array[v.ordinal], array[v.cause],
           case when v_id and v.key is not null then array[(v.key ->> 0)::bigint] end, case when not v_id and v.key is not null then jsonb_build_array(v.key) end,
           v.depth, v.trace, v.tenant);
+  perform end_turn(v.handler_id, p_dead) where is_ordered(v.handler_id);
   return true;
 end $$;

@@ -40,11 +40,13 @@ begin
   return v_held;
 end $$;
 
--- held_up(worker, handler, now): suspects wait for a permit; of a handler that one worker has, anything that others hold
+-- held_up(worker, handler, now): suspects wait for a permit; of a handler that one worker has, anything that others hold;
+-- of one with an order, also what it held itself
 create or replace function held_up(p_worker int, p_handler int, p_now timestamptz) returns boolean
 language sql stable set search_path from current set enable_seqscan = on as $$
   select exists (select from lease l where l.handler_id = p_handler and l.worker_id <> p_worker
                     and (l.lease_until < p_now or (select per from handler where id = p_handler) is not null))
+      or (select ordered from handler where id = p_handler) and exists (select from lease l where l.handler_id = p_handler and (l.worker_id <> p_worker or l.lease_until < p_now))
 $$;
 
 -- keep_permits(worker, lease) -> (handler, permits): extends what the worker holds. What ran out is not revived.
@@ -54,7 +56,7 @@ declare v_now timestamptz := now();
 begin
   return query
     with mine as materialized (
-      select p.ctid as row from permit p where p.worker_id = p_worker and p.lease_until > v_now for update skip locked
+      select p.ctid as row from permit p where p.worker_id = p_worker and p.lease_until > v_now for no key update skip locked   -- a claim has it shared
     ), kept as (
       update permit p set lease_until = v_now + p_lease from mine where p.ctid = mine.row returning p.handler_id)
     select k.handler_id, count(*)::int from kept k group by k.handler_id;
@@ -80,8 +82,9 @@ $$;
 
 -- waits_for(handler) -> what may hold up its ready records, where a limit does
 create or replace function waits_for(p_handler int) returns text language sql volatile set search_path from current as $$
-  select case when h.per is null then format('waits for a permit: all %s of its concurrency are in use', count(*))
+  select case when h.ordered then format('one record at a time for each %s, in order, in one process: worker %s', coalesce(h.per, 'primary key'), min(p.worker_id))
+              when h.per is null then format('waits for a permit: all %s of its concurrency are in use', count(*))
               else format('at most %s records at a time for each %s, in one process: worker %s', h.concurrency, h.per, min(p.worker_id)) end
     from permit p join handler h on h.id = p.handler_id
-   where p.handler_id = p_handler group by h.per, h.concurrency having count(*) = permits_used(p_handler)
+   where p.handler_id = p_handler group by h.per, h.ordered, h.concurrency having count(*) = permits_used(p_handler)
 $$;

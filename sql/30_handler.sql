@@ -4,7 +4,8 @@
 -- Inserts or updates a handler by (app, name). Keys: app, name, table, kind, ops, and the columns of handler;
 -- limit: calls or records at a time over all processes; per: the column for each of whose values concurrency is the limit, or debounce
 -- counts; debounce: how long a key must be at rest, and max_wait at most after its first change, default 15 times that; priority: see
--- set_priority(); was: the name it had before. Raises NT004 for a filter or an option that cannot work. Then run sync_triggers().
+-- set_priority(); was: the name it had before; ordered,
+-- on_dead: see sql/27_order.sql. Raises NT004 for a filter or an option that cannot work. Then run sync_triggers().
 create or replace function put_handler(d jsonb) returns int language plpgsql volatile set search_path from current as $$
 declare
   v_table int := watch(d ->> 'table'); v_id int; w watched; v_column text; v_bad text;
@@ -46,6 +47,11 @@ begin
       raise exception using errcode = 'NT004', message = format('handler "%s": %s', d ->> 'name', v_bad);
     end if;
   end if;
+  if (d ->> 'ordered')::boolean and w.key_kind = 'none' and d ->> 'per' is null and w.relid <> 0 then
+    raise exception using errcode = 'NT004',
+      message = format('handler "%s": table %I.%I has no primary key, so there is nothing to keep its records in order by', d ->> 'name', w.schema_name, w.table_name),
+      hint = format('alter table %I.%I add primary key (…), or per= with one of its columns', w.schema_name, w.table_name);
+  end if;
   if d ->> 'where_sql' is not null and w.relid <> 0 then
     perform check_where(v_table, bind(d ->> 'where_sql', coalesce(d -> 'params', '{}')), v_ops && array['updated', 'deleted']);
   end if;
@@ -68,10 +74,11 @@ begin
          timeout = excluded.timeout, attempts = excluded.attempts, backoff = excluded.backoff, max_lag = excluded.max_lag,
          options = excluded.options, model_id = excluded.model_id, enabled = true, missing_at = null
   returning id into v_id;
-  update handler set per = d ->> 'per', debounce = v_debounce
-   where id = v_id and (per is distinct from d ->> 'per' or debounce is distinct from v_debounce);
+  update handler set per = d ->> 'per', debounce = v_debounce, ordered = coalesce((d ->> 'ordered')::boolean, false), on_dead = coalesce(d ->> 'on_dead', 'skip')
+   where id = v_id and (per, debounce, ordered, on_dead) is distinct from (d ->> 'per', v_debounce, coalesce((d ->> 'ordered')::boolean, false), coalesce(d ->> 'on_dead', 'skip'));
+  perform settle_turns(v_id);
   perform set_priority(v_id, d ->> 'priority');
-  perform set_limit(v_id, case when d ->> 'per' is null or d ->> 'limit' is null then (d ->> 'limit')::int else 1 end);
+  perform set_limit(v_id, case when (d ->> 'ordered')::boolean or d ->> 'per' is not null and d ->> 'limit' is not null then 1 else (d ->> 'limit')::int end);
   return v_id;
 end $$;
 
@@ -81,7 +88,7 @@ end $$;
 create or replace function handler(p_name text, p_table text, p_ops text, p_body text, options jsonb default '{}') returns int
 language plpgsql volatile set search_path from current as $$
 declare
-  v_known text[] := array['where', 'columns', 'batch', 'attempts', 'timeout', 'backoff', 'read', 'params', 'max_lag', 'since', 'into', 'concurrency', 'priority', 'max_wait', 'debounce', 'per'];
+  v_known text[] := array['where', 'columns', 'batch', 'attempts', 'timeout', 'backoff', 'read', 'params', 'max_lag', 'since', 'into', 'concurrency', 'priority', 'max_wait', 'debounce', 'per', 'ordered', 'on_dead'];
   v_bad text; v_id int; v_table int; v_old int;
   v_ops text[] := case when p_ops = 'changes' then array['new', 'updated', 'deleted'] else regexp_split_to_array(trim(p_ops), '[\s,]+') end;
 begin
@@ -99,6 +106,10 @@ begin
       hint = 'in SQL per says of which column debounce is; a limit for each key is for functions with each=True';
   end if;
   select table_id into v_old from handler where app = 'sql' and name = p_name;
+  if options ?| array['ordered', 'on_dead'] then
+    raise exception using errcode = 'NT004', message = format('handler "%s": %s is for handlers of single records', p_name, case when options ? 'ordered' then 'ordered' else 'on_dead' end),
+      hint = 'SQL is given batches; write it in Python with each=True, or take the option out';
+  end if;
   v_id := put_handler(jsonb_strip_nulls(jsonb_build_object(
     'app', 'sql', 'name', p_name, 'table', p_table, 'kind', 'sql', 'ops', v_ops, 'body', p_body, 'where_sql', options -> 'where',
     'columns', options -> 'columns', 'batch', options -> 'batch', 'attempts', options -> 'attempts', 'timeout', options -> 'timeout',

@@ -36,6 +36,7 @@ create or replace function vanished(p_app text, p_names text[]) returns table (n
 language sql stable set search_path from current as $$
   select h.name, (select count(*) from job where handler_id in (h.id, -h.id)) + (select count(*) from lease where handler_id = h.id)
                  + (select count(*) from delayed where handler_id in (h.id, -h.id)) + (select count(*) from debounce where handler_id = h.id)
+                 + (select count(*) from turn where handler_id = h.id and state = 'waits')
     from handler h where h.app = p_app and h.enabled and h.name <> all (p_names) order by h.name
 $$;
 

@@ -33,6 +33,7 @@ create or replace function worker_died(p_worker int) returns bigint language plp
 declare v_n bigint; v_rows tid[];
 begin
   update worker set stopped_at = now() where id = p_worker and stopped_at is null;
+  perform from permit where worker_id = p_worker for update;   -- a claim of its that is not over yet
   select array_agg(x.row) into v_rows from (select ctid as row from lease where worker_id = p_worker for update skip locked) x;
   update lease set lease_until = '-infinity' where ctid = any (v_rows);
   get diagnostics v_n = row_count;

@@ -30,7 +30,7 @@ select h.app, h.name as handler,
             when lag.is_behind then 'behind'
             when h.feeding then 'feeding'
             else 'ok' end as state,
-       coalesce(j.n, 0) as ready, coalesce(d.n, 0) + coalesce(rest.keys, 0) as delayed, coalesce(f.n, 0) as in_flight,
+       coalesce(j.n, 0) as ready, coalesce(d.n, 0) + coalesce(rest.keys, 0) + coalesce(t.n, 0) as delayed, coalesce(f.n, 0) as in_flight,
        (select count(*) from dead where dead.handler_id = h.id) as dead,
        lag.age as oldest,
        round(coalesce(rate.n, 0) / span.seconds, 1) as per_second,
@@ -43,6 +43,7 @@ select h.app, h.name as handler,
             when j.n > 0 and l.workers is null then format('records wait and no worker of app %s lives; anton work', h.app)
             when lag.is_behind then format('the oldest record waits %s, max_lag is %s', date_trunc('second', lag.age), h.max_lag)
             when h.feeding then format('existing rows are being fed: %s so far', b.fed)
+            when t.n > 0 then format('%s records wait for an earlier one of their key', t.n)
             when j.n > 0 then coalesce(waits_for(h.id), waits_turn(h.id))
             when rest.keys > 0 then format('%s wait to come to rest, debounce %s%s', rest.keys, h.debounce, ', the next until ' || date_trunc('second', rest.next_at))
             when d.next_at is not null then format('the next is due at %s', date_trunc('second', d.next_at)) end as why,
@@ -56,6 +57,7 @@ select h.app, h.name as handler,
                        from delayed where delayed.handler_id in (h.id, -h.id)) d on true
   left join lateral (select r.keys, r.next_at from resting(h.id) r) rest on true
   left join lateral (select sum(hi - lo + 1 - coalesce(cardinality(settled), 0)) as n, min(at) as at from lease where lease.handler_id = h.id) f on true
+  left join lateral (select nullif(count(*), 0) as n from turn where turn.handler_id = h.id and turn.state = 'waits') t on h.ordered
   left join lateral (select c.at - least(j.at, f.at) as age, c.at - least(j.at, f.at) > h.max_lag as is_behind from clock c) lag on true
 union all
 select split_part(q.webhook, '/', 1), substr(q.webhook, strpos(q.webhook, '/')), null, '{}', 'webhook', 'quarantine', q.n, 0, 0, 0, null, 0, 0,
@@ -196,7 +198,8 @@ language sql stable set search_path from current as $$
   select q.change_id, null, q.cause from wanted, (
     select handler_id, change_id, cause, ids, keys from job union all select handler_id, change_id, cause, ids, keys from lease
     union all select handler_id, change_id, cause, ids, keys from delayed
-    union all select handler_id, null, cause, null, jsonb_build_array(record) from debounce) q join handler h on h.id = abs(q.handler_id)
+    union all select handler_id, null, cause, null, jsonb_build_array(record) from debounce
+    union all select handler_id, change_id, cause, ids, keys from turn where state = 'waits') q join handler h on h.id = abs(q.handler_id)
    where h.table_id = p_table and (q.ids @> wanted.ids or q.keys @> wanted.keys)
   union
   select i.change_id, i.ordinal, r.causes[array_position(r.change_ids, i.change_id)]
@@ -233,7 +236,8 @@ language sql stable set search_path from current as $$
   select h.table_id, k from (
     select handler_id, ids, keys from job where cause = p_receipt union all select handler_id, ids, keys from lease where cause = p_receipt
     union all select handler_id, ids, keys from delayed where cause = p_receipt
-    union all select handler_id, null, jsonb_build_array(record) from debounce where cause = p_receipt) q join handler h on h.id = abs(q.handler_id),
+    union all select handler_id, null, jsonb_build_array(record) from debounce where cause = p_receipt
+    union all select handler_id, ids, keys from turn where cause = p_receipt and state = 'waits') q join handler h on h.id = abs(q.handler_id),
     lateral (select jsonb_build_array(x) from unnest(q.ids) x union all select x from jsonb_array_elements(q.keys) x) y (k)
   union
   select h.table_id, i.key from receipt r join handler h on h.id = r.handler_id, lateral inputs(r.id) i
@@ -279,9 +283,11 @@ begin
              null, jsonb_build_array(d.record), null, 1, 1, null
         from debounce d join handler h on h.id = d.handler_id where d.handler_id = any (v_handlers)
       union all
-      select 'in flight', handler_id, id, at, null, ids, keys, change_id, lo, hi, settled from lease where handler_id = any (v_handlers))
+      select 'in flight', handler_id, id, at, null, ids, keys, change_id, lo, hi, settled from lease where handler_id = any (v_handlers)
+      union all
+      select 'waits', handler_id, id, at, turn_waits_for(handler_id, key), ids, keys, change_id, ordinal, ordinal, null from turn where handler_id = any (v_handlers) and state = 'waits')
     select q.state, q.handler_id, q.at, null::real, case when q.state = 'ready' then coalesce(waits_for(q.handler_id), waits_turn(q.handler_id))
-                                                                       when q.state = 'in flight' then (select waits_for(h.id) from handler h where h.id = q.handler_id and h.per is not null)
+                                                                       when q.state = 'in flight' then (select waits_for(h.id) from handler h where h.id = q.handler_id and (h.per is not null or h.ordered))
                                                                        else q.error end, null::bigint, q.id, null::int, null::jsonb
       from waiting q
      where (q.ids @> v_id and (settled is null or q.lo + array_position(q.ids, v_id[1]) - 1 <> all (settled)))
@@ -374,7 +380,7 @@ language sql stable set search_path from current as $$
 $$;
 
 -- list_jobs(handler or null, limit) -> jobs that are not done, oldest first
---   state  ready | delayed | in flight | suspect (its worker died)
+--   state  ready | delayed | waits (for an earlier record of its key) | in flight | suspect (its worker died)
 create or replace function list_jobs(p_handler text default null, p_limit int default 50) returns table (
   id bigint, handler text, state text, records int, op text, attempt int, waiting_since timestamptz, run_at timestamptz, worker int, error text, trace bigint)
 language plpgsql stable set search_path from current as $$
@@ -389,6 +395,9 @@ begin
            union all
            (select delayed.id, handler_id, 'delayed', lo, hi, settled, op, delayed.attempt, at, delayed.run_at, null, delayed.error, trace
               from delayed where handler_id = x.id order by delayed.id limit p_limit)
+           union all
+           (select turn.id, handler_id, 'waits', ordinal, ordinal, null, op, turn.attempt, at, null, null, turn_waits_for(handler_id, key), trace
+              from turn where handler_id = x.id and turn.state = 'waits' order by turn.n limit p_limit)
            union all
            (select lease.id, handler_id, case when lease_until < v_now then 'suspect' else 'in flight' end, lo, hi, settled, op, lease.attempt, at, lease_until, worker_id, null, trace
               from lease where handler_id = x.id limit p_limit)) q
@@ -417,7 +426,10 @@ create or replace function show_job(p_job bigint) returns jsonb language sql sta
                  'delayed', run_at, null, error from delayed where id = p_job
           union all
           select handler_id, id, change_id, at, cause, trace, lo, hi, attempt, crashes, depth, op, tenant, origin, settled, ids, keys,
-                 'in flight', lease_until, worker_id, null from lease where id = p_job) q
+                 'in flight', lease_until, worker_id, null from lease where id = p_job
+          union all
+          select handler_id, id, change_id, at, cause, trace, ordinal, ordinal, attempt, crashes, depth, op, tenant, origin, null, ids, keys,
+                 'waits', null, null, turn_waits_for(handler_id, key) from turn where id = p_job and state = 'waits') q
     join handler h on h.id = abs(q.handler_id) left join change c on c.id = q.change_id and c.slot = slot(q.at)
    limit 1
 $$;
@@ -452,8 +464,8 @@ $$;
 create or replace function show_handler(p_handler text) returns jsonb language sql stable set search_path from current as $$
   select (to_jsonb(h) - array['table_id', 'enabled_snapshot', 'enabled_key']) || jsonb_build_object('table', record_name(h.table_id, null), 'state', s.state, 'why', s.why, 'ready', s.ready,
          'delayed', s.delayed, 'in_flight', s.in_flight, 'dead', s.dead, 'oldest', s.oldest, 'per_second', s.per_second, 'workers', s.workers)
-         || coalesce((select case when l.per is null then jsonb_build_object('limit', l.most, 'permits_used', permits_used(h.id))
-                                  else jsonb_build_object('limit', l.most, 'held_by', (select worker_id from permit where handler_id = h.id and lease_until > now())) end
+         || coalesce((select case when l.per is null and not h.ordered then jsonb_build_object('limit', l.most, 'permits_used', permits_used(h.id))
+                                  else jsonb_build_object('limit', case when h.ordered then h.concurrency else l.most end, 'held_by', (select worker_id from permit where handler_id = h.id and lease_until > now())) end
                         from limits() l where l.handler_id = h.id), '{}')
          || coalesce((select jsonb_build_object('tenants', t) from tenants_waiting(h.id) t where t <> '{}'), '{}')
     from handler h join status s on s.app = h.app and s.handler = h.name where h.id = find_handler(p_handler)

@@ -88,7 +88,7 @@ begin
       continue when v_newest is null or v_newest >= v_cutoff;
     end if;
     if v_part like 'change%' then
-      execute format('select exists (select from (select change_id, at from job union all select change_id, at from lease union all select change_id, at from delayed) q
+      execute format('select exists (select from (select change_id, at from job union all select change_id, at from lease union all select change_id, at from delayed union all select change_id, at from turn) q
                                       where q.at < $1 and (exists (select from %1$I c where c.id = q.change_id)
                                          or exists (select from %1$I c where c.olds is not null and c.id > q.change_id)))', v_part)
          into v_needed using v_cutoff;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import signal
 import time
 from typing import Any
@@ -50,6 +51,7 @@ shared = Table("public.shared")
 gated = Table("public.gated")
 out_hold = Table("public.out_hold")
 out_alone = Table("public.out_alone")
+out_inorder = Table("public.out_inorder")
 ping = Table("public.ping")
 pong = Table("public.pong")
 hooked = Table("hooked")
@@ -224,6 +226,16 @@ def alone(record: Any) -> None:
     time.sleep(0.03)
     points.note("out", handler="alone", key=record["kind"], id=record["id"])
     out_alone.append({"src": record["id"]})
+
+
+@gated.on_new_records(each=True, ordered=True, per="kind", attempts=1000, backoff="50ms")
+async def inorder(record: Any) -> None:
+    points.note("in", handler="inorder", key=record["kind"], id=record["id"])
+    await asyncio.sleep(0.01)
+    points.note("out", handler="inorder", key=record["kind"], id=record["id"])
+    if random.random() < 0.05:
+        raise ValueError("now and then")
+    out_inorder.append({"src": record["id"]})
 
 
 @ping.on_new_records
