@@ -274,7 +274,7 @@ def _check_order(handler: Handler, options: Mapping[str, Any], of: str) -> None:
                             or not set(handler.ops) <= {"new", "updated", "deleted"}):
         raise BadOption("ordered", True, of, "a function with each=True beside it: a batch holds many keys")
     if handler.ordered and handler.debounce is not None:
-        raise BadOption("debounce", options["debounce"], of, "no debounce= beside ordered=True: one of them has all changes")
+        raise BadOption("debounce", options["debounce"], of, "none beside ordered=True, which handles all changes")
     if options.get("on_dead") is not None and not handler.ordered:
         raise BadOption("on_dead", options["on_dead"], of, "ordered=True beside it: else no record waits for another")
 

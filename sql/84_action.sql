@@ -178,7 +178,6 @@ begin
           or new.counted <> '[]' or new.in_doubt then
       v_why := 'token, attempt, approval_id, verdict, resolved_by, counted and in_doubt are set by the runtime';
     end if;
-    new.requested_by := coalesce(person_of(new.requested_by), new.requested_by);
     new.idempotency_key := coalesce(new.idempotency_key, gen_random_uuid()::text);
     if new.requested_by is not null then
       new.requested_by := coalesce(person_of(new.requested_by), new.requested_by);

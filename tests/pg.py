@@ -63,6 +63,7 @@ class Pg:
             for f in select oid from pg_proc where pronamespace = 'anton'::regnamespace and proname ~ '^t[0-9]+_' loop
               execute format('drop function %s', f);
             end loop;
+            perform set_config('anton.forget', 'on', true);            -- calls of actions are kept otherwise
             foreach s in array array['job', 'lease', 'delayed', 'debounce', 'change', 'receipt', 'output', 'dead',
                                      'fed', 'backfill', 'tick', 'schedule', 'action', 'worker', 'handler', 'dbt_result',
                                      'dbt_request', 'dbt_run', 'dbt_test', 'dbt_build', 'dbt_model', 'watched',
