@@ -263,7 +263,9 @@ begin
       select 'delayed', handler_id, id, run_at, error, ids, keys, change_id, lo, hi, settled from delayed where handler_id = any (v_handlers)
       union all
       select 'in flight', handler_id, id, at, null, ids, keys, change_id, lo, hi, settled from lease where handler_id = any (v_handlers))
-    select q.state, q.handler_id, q.at, null::real, case when q.state = 'ready' then waits_for(q.handler_id)
+    select q.state, q.handler_id, q.at, null::real, case when q.state = 'ready' then coalesce((select case when h.paused then format('paused; anton handlers resume %s', h.name)
+                                                                                                                     when h.failing_since is not null then format('its handler waits: %s', h.failing_error) end
+                                                                                                          from handler h where h.id = q.handler_id), waits_for(q.handler_id))
                                                                        when q.state = 'in flight' then (select waits_for(h.id) from handler h where h.id = q.handler_id and h.per is not null)
                                                                        else q.error end, null::bigint, q.id, null::int, null::jsonb
       from waiting q

@@ -105,7 +105,7 @@ begin
                          case b.period when 'total' then '' else '/' || b.period end,
                          case when b.scope = 'app' then ' by the app' else format(' by %s %s', b.scope, b.name) end,
                          case when v_x is null then ', and what this call can cost is not known'
-                              else format(', and this call can cost %s', trim_scale(v_x)) end);
+                              else format(', and this call can cost %s', trim_scale(v_x)) || case when v_x > b.amount then ', which is more than all of it' else '' end end);
         exit;
       end if;
     end loop;

@@ -338,6 +338,8 @@ def test_at_its_budget_a_handler_waits_says_so_and_goes_on_in_the_next_period(li
     assert Decimal("0.75") < spent <= 1 and 0 < done < 200 and len(llm.asked) == done and not live.dead
     state, why = rows(live, "select state, why from anton.status")[0]
     assert state == "failing" and "of 1 usd/day are spent by handler OpenAiCompletion" in why and "raise budget=" in why
+    assert rows(live, "select state, error ~ '^its handler waits: BudgetReached: .* of 1 usd/day' from "
+                      "anton.why('asked', '200') where level > 0") == [("ready", True)]
     live.advance("1d")
     assert done < len(live.records("answers"))
     assert rows(live, "select bool_and(settled <= 1 and reserved = 0), count(*) from anton.spent") == [(True, 2)]
