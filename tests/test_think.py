@@ -109,8 +109,9 @@ def test_no_answer_in_time_is_unknown_and_charged_at_its_most_until_somebody_set
     assert rows(live, "select unknown from anton.list_costs(1)") == [(0,)]
 
 
-def test_a_request_that_never_arrived_costs_nothing(live, llm):
-    declare(live, openai(llm, base_url="http://127.0.0.1:9/v1", max_tokens=10, budget="1 USD/day"))
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9/v1", "/v1"])
+def test_a_request_that_never_arrived_costs_nothing(url, live, llm):
+    declare(live, openai(llm, base_url=url, max_tokens=10, budget="1 USD/day"))
     ask(live, "hi")
     assert rows(live, "select distinct state, cost from anton.call") == [("failed", Decimal(0))]
     assert rows(live, "select settled, reserved from anton.spent") == [(Decimal(0), Decimal(0))]
