@@ -286,7 +286,9 @@ begin
       select 'in flight', handler_id, id, at, null, ids, keys, change_id, lo, hi, settled from lease where handler_id = any (v_handlers)
       union all
       select 'waits', handler_id, id, at, turn_waits_for(handler_id, key), ids, keys, change_id, ordinal, ordinal, null from turn where handler_id = any (v_handlers) and state = 'waits')
-    select q.state, q.handler_id, q.at, null::real, case when q.state = 'ready' then coalesce(waits_for(q.handler_id), waits_turn(q.handler_id))
+    select q.state, q.handler_id, q.at, null::real, case when q.state = 'ready' then coalesce((select case when h.paused then format('paused; anton handlers resume %s', h.name)
+                                                                                                                     when h.failing_since is not null then format('its handler waits: %s', h.failing_error) end
+                                                                                                          from handler h where h.id = q.handler_id), waits_for(q.handler_id), waits_turn(q.handler_id))
                                                                        when q.state = 'in flight' then (select waits_for(h.id) from handler h where h.id = q.handler_id and (h.per is not null or h.ordered))
                                                                        else q.error end, null::bigint, q.id, null::int, null::jsonb
       from waiting q

@@ -105,7 +105,7 @@ begin
                          case b.period when 'total' then '' else '/' || b.period end,
                          case when b.scope = 'app' then ' by the app' else format(' by %s %s', b.scope, b.name) end,
                          case when v_x is null then ', and what this call can cost is not known'
-                              else format(', and this call can cost %s', trim_scale(v_x)) end);
+                              else format(', and this call can cost %s', trim_scale(v_x)) || case when v_x > b.amount then ', which is more than all of it' else '' end end);
         exit;
       end if;
     end loop;
@@ -274,7 +274,7 @@ language sql volatile set search_path from current set enable_seqscan = off set 
          count(*) filter (where (c.state = 'done' and c.cost is null) or (c.state = 'unknown' and c.reserved is null)),
          coalesce(sum((select count(*) from answer a where a.call_id = c.id and a.memo)), 0)::bigint,
          sum(c.tokens_in), sum(c.tokens_cached), sum(c.tokens_out),
-         coalesce(sum(case c.state when 'unknown' then c.reserved else c.cost end), case when bool_and(c.state = 'failed') then 0 end)
+         trim_scale(coalesce(sum(case c.state when 'unknown' then c.reserved else c.cost end), case when bool_and(c.state = 'failed') then 0 end))
     from call c where c.at > (select now()) - make_interval(days => p_days) group by 1, 2, 3, 4 order by 1 desc, 2, 3, 4
 $$;
 
@@ -283,7 +283,7 @@ create or replace function list_budgets() returns table (
   app text, scope text, name text, amount numeric, unit text, period text, settled numeric, reserved numeric, share numeric, ends_at timestamptz)
 language sql volatile set search_path from current set enable_seqscan = off set jit = off as $$
   select lapse_calls();
-  select b.app, b.scope, b.name, b.amount, b.unit, b.period, coalesce(s.settled, 0), coalesce(s.reserved, 0),
+  select b.app, b.scope, b.name, b.amount, b.unit, b.period, trim_scale(coalesce(s.settled, 0)), trim_scale(coalesce(s.reserved, 0)),
          round((coalesce(s.settled, 0) + coalesce(s.reserved, 0)) / nullif(b.amount, 0), 3), period_end(b.period, now())
     from budget b left join spent s on s.budget_id = b.id and s.period = period_start(b.period, (select now())) order by 1, 2, 3, 6
 $$;

@@ -109,8 +109,9 @@ def test_no_answer_in_time_is_unknown_and_charged_at_its_most_until_somebody_set
     assert rows(live, "select unknown from anton.list_costs(1)") == [(0,)]
 
 
-def test_a_request_that_never_arrived_costs_nothing(live, llm):
-    declare(live, openai(llm, base_url="http://127.0.0.1:9/v1", max_tokens=10, budget="1 USD/day"))
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9/v1", "/v1"])
+def test_a_request_that_never_arrived_costs_nothing(url, live, llm):
+    declare(live, openai(llm, base_url=url, max_tokens=10, budget="1 USD/day"))
     ask(live, "hi")
     assert rows(live, "select distinct state, cost from anton.call") == [("failed", Decimal(0))]
     assert rows(live, "select settled, reserved from anton.spent") == [(Decimal(0), Decimal(0))]
@@ -338,6 +339,8 @@ def test_at_its_budget_a_handler_waits_says_so_and_goes_on_in_the_next_period(li
     assert Decimal("0.75") < spent <= 1 and 0 < done < 200 and len(llm.asked) == done and not live.dead
     state, why = rows(live, "select state, why from anton.status")[0]
     assert state == "failing" and "of 1 usd/day are spent by handler OpenAiCompletion" in why and "raise budget=" in why
+    assert rows(live, "select state, error ~ '^its handler waits: BudgetReached: .* of 1 usd/day' from "
+                      "anton.why('asked', '200') where level > 0") == [("ready", True)]
     live.advance("1d")
     assert done < len(live.records("answers"))
     assert rows(live, "select bool_and(settled <= 1 and reserved = 0), count(*) from anton.spent") == [(True, 2)]

@@ -145,7 +145,7 @@ def _status_error(error: Any, question: Question) -> SendError:
 
 def _never_arrived(error: BaseException) -> bool:
     """Whether the request was not sent: nobody charges for it."""
-    return type(error.__cause__).__name__ in ("ConnectError", "ConnectTimeout", "PoolTimeout")
+    return type(error.__cause__).__name__ in ("ConnectError", "ConnectTimeout", "PoolTimeout", "UnsupportedProtocol")
 
 
 def _package() -> Any:

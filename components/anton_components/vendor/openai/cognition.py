@@ -178,7 +178,7 @@ def answering(of: str, timeout: float, question: Question | None = None) -> Iter
 
 def _never_arrived(error: BaseException) -> bool:
     """Whether the request was not sent: nobody charges for it."""
-    return type(error.__cause__).__name__ in ("ConnectError", "ConnectTimeout", "PoolTimeout")
+    return type(error.__cause__).__name__ in ("ConnectError", "ConnectTimeout", "PoolTimeout", "UnsupportedProtocol")
 
 
 def _why(error: BaseException) -> str:
