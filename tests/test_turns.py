@@ -352,8 +352,8 @@ async def test_status_why_and_show_say_who_goes_first_and_beside(db: Database) -
     await write(db, "a", 1)
     assert (await bench.value("select anton.show_handler('handle')"))["tenants"] == ["", "a"]
     await bench.sql("select anton.put_handler($1)", {"app": "t", "name": "other", "table": "a", "ops": ["new"]})
-    await bench.sql("insert into anton.job (handler_id, change_id, at, lo, hi, op, ids) select id, 1, now(), 1, 1, 'n', "
-                    "'{1}' from anton.handler where name = 'other'")
+    await bench.sql("insert into anton.job (handler_id, change_id, at, lo, hi, op, ids) "
+                    "select id, 1, now(), 1, 1, 'n', '{1}' from anton.handler where name = 'other'")
     says = "priority 2: handlers of a higher one have ready records and go first; 2 tenants take turns"
     assert await bench.column("select why from anton.status where handler = 'handle'") == [says]
     assert says in await bench.column("select error from anton.why('a', (select min(id)::text from a))")
