@@ -32,6 +32,7 @@ GATHER = 0.25  # seconds that a batch waits for claims that are under way
 TOGETHER = 1000  # records that a lane with each=True reads and settles together; each has a call of its own anyway
 SKIP = 256  # jobs that failed before, or that are new, that a batch of the others looks past
 MOST_JOBS = 1000  # jobs of one claim
+TENANTS = 32  # of which one claim takes; see jobs_in_turn()
 GATED = 8  # batches at a time whose records may all wait for others of their key; or for their tenant's turn
 
 
@@ -258,7 +259,7 @@ class Lane:
         shared = bool(tenants - {""})
         if shared:                                                     # claimed of each in turn, from self.turn on
             self.turn = max([name for name in tenants if name <= (self.turn or "")] or tenants)
-        self.ready = full or after > 0 or shared  # only the tail was looked at, or some tenants: look from the start
+        self.ready = full or after > 0 or len(tenants) >= TENANTS      # only the tail, or some tenants, were looked at
         self.after = jobs[-1].id if full and jobs and not shared else 0
         self.claim_since = now
         if not after:

@@ -12,7 +12,7 @@ from typing import Any
 import asyncpg
 import psycopg
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pg import Pg
 from working import Bench, one_handler
@@ -31,8 +31,10 @@ from anton.worker import Worker
 KEYS = "abcd"
 STEPS = st.lists(st.one_of(st.tuples(st.just("add"), st.sampled_from(KEYS), st.integers(1, 5)), st.just(("take",))),
                  max_size=80)
+pure = settings(deadline=None, suppress_health_check=list(HealthCheck))  # the machine may be busy
 
 
+@pure
 @given(STEPS, st.dictionaries(st.sampled_from(KEYS), st.integers(2, 4)))
 def test_whoever_waits_has_a_turn_before_any_other_had_more_than_its_weight(steps: list[Any], weights: dict[str, int]):
     turns: Turns[str, tuple[str, int]] = Turns()
@@ -77,6 +79,7 @@ def test_of_two_keys_that_never_run_dry_one_has_as_many_turns_as_its_weight_says
     assert "".join(taken[:8]) == "abbbabbb" and Counter(taken) == {"a": 10, "b": 30}
 
 
+@pure
 @given(st.lists(st.sampled_from(KEYS), max_size=30), st.sets(st.integers(0, 29)))
 def test_what_is_dropped_is_gone_and_the_rest_is_in_order(keys: list[str], out: set[int]):
     turns: Turns[str, int] = Turns()
@@ -90,6 +93,7 @@ def test_what_is_dropped_is_gone_and_the_rest_is_in_order(keys: list[str], out: 
     assert sorted(turns.all()) == left and not turns
 
 
+@pure
 @given(st.integers(0, 9), st.integers(0, 9), st.floats(0, 1e6))
 def test_the_higher_priority_goes_first_until_the_lower_has_waited_a_second_for_each_step(low: int, high: int,
                                                                                           waited: float):
