@@ -56,7 +56,7 @@ begin
     ), passing as materialized (
       select *, case when unsure then passes($2, ids, keys, op) end as who from part
     ), r as materialized (
-      select p.*, u.record, u.o
+      select p.id, p.change_id, p.at, p.cause, p.depth, p.trace, p.tenant, p.lo, u.record, u.o
         from passing p cross join lateral (
           select jsonb_build_array(i) as record, o from unnest(p.ids) with ordinality x (i, o)
           union all select k, o from jsonb_array_elements(p.keys) with ordinality x (k, o)) u
