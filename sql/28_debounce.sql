@@ -4,7 +4,7 @@
 
 -- debounced() -> jobs made: folds what was written, then takes what is due
 create or replace function debounced() returns int language plpgsql volatile set search_path from current
-set enable_seqscan = off as $$
+set jit = off set enable_seqscan = off as $$
 declare h handler; v_now timestamptz;
 begin
   if exists (select from job where handler_id < 0) then
