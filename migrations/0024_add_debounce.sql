@@ -1,6 +1,6 @@
 -- Debounce: keys of handlers that wait for their records to come to rest. Names no schema.
 create table debounce (
-  handler_id int not null references handler (id) on delete cascade,
+  handler_id int not null,
   key jsonb not null,                             -- what comes to rest: [k1, k2, ...] of a record, or [value] of the column per
   record jsonb not null,                          -- key of the record that changed last
   first_at timestamptz not null,                  -- its first change, from which max_wait counts

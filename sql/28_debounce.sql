@@ -4,7 +4,7 @@
 
 -- debounced() -> jobs made: folds what was written, then takes what is due
 create or replace function debounced() returns int language plpgsql volatile set search_path from current
-set enable_seqscan = off as $$
+set jit = off set enable_seqscan = off as $$
 declare h handler; v_now timestamptz;
 begin
   if exists (select from job where handler_id < 0) then
@@ -56,7 +56,7 @@ begin
     ), passing as materialized (
       select *, case when unsure then passes($2, ids, keys, op) end as who from part
     ), r as materialized (
-      select p.*, u.record, u.o
+      select p.id, p.change_id, p.at, p.cause, p.depth, p.trace, p.tenant, p.lo, u.record, u.o
         from passing p cross join lateral (
           select jsonb_build_array(i) as record, o from unnest(p.ids) with ordinality x (i, o)
           union all select k, o from jsonb_array_elements(p.keys) with ordinality x (k, o)) u
