@@ -5,6 +5,7 @@ And the existing rows that are fed to those that are backfilled.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 from anton.app import App
@@ -14,6 +15,7 @@ from anton.gate import Gate
 from anton.handler import EACH_CALLS
 from anton.lane import Lane, lane_of
 from anton.permits import Permits
+from anton.rate import Tap
 from anton.relation import describe_all
 
 
@@ -25,6 +27,7 @@ async def read_lanes(db: Database, app: App, known: Mapping[int, Lane]) -> dict[
     async with db.conn() as conn:
         rows = await db.call(conn, "catalogue", app.name)
         limits = {row[0]: (row[1], row[2]) for row in await db.call(conn, "limits")}
+        rates = {row[0]: math.ceil(row[2] * 1e6 / row[3]) for row in await db.call(conn, "rates")}
         models = {row[0] for row in await db.call(conn, "refreshers")}
     makers = {table.name: table.make for table in app.tables.values() if table.make is not None}
     lanes: dict[int, Lane] = {}
@@ -40,6 +43,7 @@ async def read_lanes(db: Database, app: App, known: Mapping[int, Lane]) -> dict[
         lane.model = lane.id in models
         if lane.id in limits:
             _limit(lane, known.get(lane.id), *limits[lane.id])
+        _tap(lane, known.get(lane.id), rates.get(lane.id))
         if code is not None:
             code.relation = relations.get(names[row["id"]])            # None: reading it will say so; it waits
             handler = app.handlers.get(row["name"])
@@ -64,6 +68,16 @@ def _limit(lane: Lane, known: Lane | None, most: int, per: str | None) -> None:
         lane.permits.most = 1
         lane.gate = known.gate if known is not None and known.gate is not None else Gate(per, most)
         lane.gate.column, lane.gate.most = per, most
+
+
+def _tap(lane: Lane, known: Lane | None, a_second: int | None) -> None:
+    """Gives a lane with a rate its tap, or the one it has already; what waits at one that is taken out goes back."""
+    tap = known.tap if known is not None else None
+    if a_second is not None:
+        lane.tap = tap or Tap()
+        lane.tap.a_second = a_second
+    elif tap is not None:
+        tap.closed = True
 
 
 async def feed(db: Database, lanes: Iterable[Lane]) -> int:

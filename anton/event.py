@@ -22,6 +22,7 @@ from anton.duration import duration
 from anton.errors import BadOption, BadSignature, UnknownOption, one_of
 from anton.handler import BATCH, CALLS, EACH_BATCH, EACH_CALLS, MOST, OPTIONS, Component, Handler, Options, interval
 from anton.query import placeholders
+from anton.rate import normal
 from anton.rebuilt import Failed, Rebuilt
 from anton.record import ChangeOp, Record, Records
 
@@ -207,6 +208,7 @@ def _fill(handler: Handler, options: Mapping[str, Any], of: str) -> None:
         setattr(handler, option, value)
     handler.columns = _columns(handler, options.get("columns"), of)
     handler.per = _per(handler, options, of)
+    handler.rate = _rate(handler, options.get("rate"), of)
     into = options.get("into")
     handler.into = () if into is None else tuple(into) if isinstance(into, (list, tuple)) else (into,)
     for table in handler.into:
@@ -242,6 +244,15 @@ def _per(handler: Handler, options: Mapping[str, Any], of: str) -> str | None:
         raise BadOption("per", per, of, f"concurrency=N beside it: how many records of one {per} may run at a time")
     _columns(handler, [per], of, "per")
     return per
+
+
+def _rate(handler: Handler, value: Any, of: str) -> str | None:
+    if value is None:
+        return None
+    if handler.per is not None:
+        raise BadOption("rate", value, of, f"no rate= beside per=: there is no rate for each {handler.per}; "
+                                           "leave one of them out")
+    return normal(value, of)
 
 
 def _choice(options: Mapping[str, Any], option: str, allowed: tuple[Any, ...], default: Any, of: str) -> Any:

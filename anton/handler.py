@@ -50,6 +50,7 @@ class Options(TypedDict, total=False):
     max_lag: str | float | timedelta
     on_conflict: OnConflict
     per: str
+    rate: str
 
 
 OPTIONS = (*Options.__annotations__, "each")
@@ -61,7 +62,7 @@ class Handler:
 
     ops: what it listens to. fn: None for SQL. wants_ctx: it takes a second argument. into: where returned values go.
     limit: calls, or records with each, at a time over all processes; None: concurrency in each of them.
-    per: the column each of whose values has a limit of its own.
+    per: the column each of whose values has a limit of its own. rate: starts in any window over all processes.
     body, params: its SQL, and {name: [type, text]} bound into it. place: "main.py:12". typed: the options as typed.
     """
 
@@ -86,6 +87,7 @@ class Handler:
     concurrency: int = CALLS
     limit: int | None = None
     per: str | None = None
+    rate: str | None = None
     timeout: timedelta = timedelta(minutes=5)
     attempts: int = 5
     backoff: timedelta = timedelta(seconds=1)
@@ -108,7 +110,7 @@ class Handler:
             "max_wait": interval(self.max_wait), "concurrency": self.concurrency, "timeout": interval(self.timeout),
             "attempts": self.attempts, "backoff": interval(self.backoff), "max_lag": interval(self.max_lag),
             "options": self.typed, **({"limit": self.limit} if self.limit else {}),
-            **({"per": self.per} if self.per else {}),
+            **({"per": self.per} if self.per else {}), **({"rate": self.rate} if self.rate else {}),
         }
 
     def call(self, subject: Any, ctx: Ctx | None = None) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 from anton.gate import Gate
 from anton.permits import Permits
 from anton.queue import Job
+from anton.rate import Tap
 
 BYTES = 8_000_000  # of the rows of one call, about
 FEW = 16  # records that are read whatever their width
@@ -100,7 +101,7 @@ class Lane:
     items: (Each, item) that wait for a puller. handler: what runs it: a Handler, a Schedule, or None for SQL.
     concurrency: calls (records, with each) at a time; with permits, over all processes, and here as many as it holds.
     again: records that are to run once more, outside of the pullers, which leave their permits to them.
-    gate: with per=, which records may run.
+    gate: with per=, which records may run. tap: with rate=, which may begin.
     ready: the queue may hold more of it. after: the last job id claimed. width: bytes of its widest rows lately, 0: not
     known; wide: its table has values stored out of line.
     rate: records/s settled lately; seconds: of a call lately. document: the table has no model and was made by Anton.
@@ -133,6 +134,7 @@ class Lane:
     make: Callable[[Mapping[str, Any]], Any] | None = None
     permits: Permits | None = None
     gate: Gate | None = None
+    tap: Tap | None = None
     waiting: deque[Job] = field(default_factory=deque)
     waiting_records: int = 0
     items: deque[Any] = field(default_factory=deque)
@@ -182,12 +184,20 @@ class Lane:
         room = self.room
         if self.down is not None or not room or (self.gate is not None and self.calls >= GATED):
             return False
+        if self.tap is not None and self.tap.soon() <= self.tap.waiting:
+            return False
         if self.each and self.concurrency > 1:
             return bool(self.waiting) and (not self.items or len(self.items) < room)
         return bool(self.waiting) and self.calls < room
 
     def wants(self) -> int:
         """How many records to claim now, 0 for none."""
+        wants = self._wants()
+        if wants and self.tap is not None:
+            wants = min(wants, 2 * self.tap.soon() * (1 if self.each else self.batch))
+        return wants
+
+    def _wants(self) -> int:
         room = self.room
         if self.down is not None or not room:
             return 0
@@ -310,6 +320,7 @@ class Lane:
             "make",
             "permits",
             "gate",
+            "tap",
         ):
             setattr(self, name, getattr(new, name))
 
@@ -318,6 +329,8 @@ class Lane:
         most = max(self.batch, TOGETHER) if self.each else self.batch
         if self.wide or self.width > NARROW:
             most = min(most, int(BYTES / max(1.0, self.width)))
+        if self.each and self.tap is not None:                         # read them when they are about to begin
+            most = min(most, max(self.concurrency, self.tap.a_second))
         return max(1, most)
 
     def measured(self, width: float) -> None:

@@ -233,6 +233,12 @@ async def keep_permits(db: Database, conn: Conn, worker: int, lease: timedelta) 
     return {row[0]: row[1] for row in await db.call(conn, "keep_permits", worker, lease)}
 
 
+async def take_rate(db: Database, conn: Conn, worker: int, handler: int, wanted: int, slots: list[int],
+                    unused: list[int]) -> asyncpg.Record | None:
+    """Takes starts of a handler with a rate, and gives back what was not used of some slots; None: it has no rate."""
+    return next(iter(await db.call(conn, "take_rate", worker, handler, wanted, slots, unused)), None)
+
+
 @dataclass(slots=True)
 class Look:
     """What poll saw. ready: handlers with jobs; suspects: leases that ran out; wake_at: when there will be something.

@@ -2,8 +2,8 @@
 
 -- put_handler(definition) -> handler id
 -- Inserts or updates a handler by (app, name). Keys: app, name, table, kind, ops, and the columns of handler;
--- limit: calls or records at a time over all processes; per: the column for each of whose values concurrency is the limit; was:
--- the name it had before. Raises NT004 for a filter or an option that cannot work. Then run sync_triggers().
+-- limit: calls or records at a time over all processes; per: the column for each of whose values concurrency is the limit; rate: "100/m";
+-- was: the name it had before. Raises NT004 for a filter or an option that cannot work. Then run sync_triggers().
 create or replace function put_handler(d jsonb) returns int language plpgsql volatile set search_path from current as $$
 declare
   v_table int := watch(d ->> 'table'); v_id int; w watched; v_column text;
@@ -57,16 +57,17 @@ begin
   returning id into v_id;
   update handler set per = d ->> 'per' where id = v_id and per is distinct from d ->> 'per';
   perform set_limit(v_id, case when d ->> 'per' is null then (d ->> 'limit')::int else 1 end);
+  perform set_rate(v_id, d ->> 'rate');
   return v_id;
 end $$;
 
 -- handler(name, table, ops, body, options) -> handler id
 -- A SQL handler made from psql: ops is 'new', 'updated', 'deleted', 'changes', 'truncate', 'rebuilt', 'failed' or several with spaces.
--- options: {"where", "columns", "batch", "attempts", "timeout", "backoff", "read", "params", "concurrency"}. Owned by app 'sql'.
+-- options: {"where", "columns", "batch", "attempts", "timeout", "backoff", "read", "params", "concurrency", "rate"}. Owned by app 'sql'.
 create or replace function handler(p_name text, p_table text, p_ops text, p_body text, options jsonb default '{}') returns int
 language plpgsql volatile set search_path from current as $$
 declare
-  v_known text[] := array['where', 'columns', 'batch', 'attempts', 'timeout', 'backoff', 'read', 'params', 'max_lag', 'since', 'into', 'concurrency'];
+  v_known text[] := array['where', 'columns', 'batch', 'attempts', 'timeout', 'backoff', 'read', 'params', 'max_lag', 'since', 'into', 'concurrency', 'rate'];
   v_bad text; v_id int; v_table int; v_old int;
   v_ops text[] := case when p_ops = 'changes' then array['new', 'updated', 'deleted'] else regexp_split_to_array(trim(p_ops), '[\s,]+') end;
 begin
@@ -83,7 +84,7 @@ begin
   v_id := put_handler(jsonb_strip_nulls(jsonb_build_object(
     'app', 'sql', 'name', p_name, 'table', p_table, 'kind', 'sql', 'ops', v_ops, 'body', p_body, 'where_sql', options -> 'where',
     'columns', options -> 'columns', 'batch', options -> 'batch', 'attempts', options -> 'attempts', 'timeout', options -> 'timeout',
-    'backoff', options -> 'backoff', 'read', options -> 'read', 'params', options -> 'params', 'max_lag', options -> 'max_lag', 'concurrency', options -> 'concurrency', 'limit', options -> 'concurrency', 'options', options)));
+    'backoff', options -> 'backoff', 'read', options -> 'read', 'params', options -> 'params', 'max_lag', options -> 'max_lag', 'concurrency', options -> 'concurrency', 'limit', options -> 'concurrency', 'rate', options -> 'rate', 'options', options)));
   select table_id into v_table from handler where id = v_id;
   perform sync_triggers(v_table);
   if v_old is distinct from v_table and v_old is not null then

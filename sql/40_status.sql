@@ -264,7 +264,7 @@ begin
       union all
       select 'in flight', handler_id, id, at, null, ids, keys, change_id, lo, hi, settled from lease where handler_id = any (v_handlers))
     select q.state, q.handler_id, q.at, null::real, case when q.state = 'ready' then waits_for(q.handler_id)
-                                                                       when q.state = 'in flight' then (select waits_for(h.id) from handler h where h.id = q.handler_id and h.per is not null)
+                                                                       when q.state = 'in flight' then (select waits_for(h.id) from handler h where h.id = q.handler_id and (h.per is not null or exists (select from rate where handler_id = h.id)))
                                                                        else q.error end, null::bigint, q.id, null::int, null::jsonb
       from waiting q
      where (q.ids @> v_id and (settled is null or q.lo + array_position(q.ids, v_id[1]) - 1 <> all (settled)))
@@ -438,6 +438,7 @@ create or replace function show_handler(p_handler text) returns jsonb language s
          || coalesce((select case when l.per is null then jsonb_build_object('limit', l.most, 'permits_used', permits_used(h.id))
                                   else jsonb_build_object('limit', l.most, 'held_by', (select worker_id from permit where handler_id = h.id and lease_until > now())) end
                         from limits() l where l.handler_id = h.id), '{}')
+         || coalesce((select jsonb_build_object('rate', r.said, 'rate_used', rate_used(h.id), 'rate_next', next_rate(h.id)) from rates() r where r.handler_id = h.id), '{}')
     from handler h join status s on s.app = h.app and s.handler = h.name where h.id = find_handler(p_handler)
 $$;
 

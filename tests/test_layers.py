@@ -23,6 +23,7 @@ LAYERS = [
     "secret reach db deadline duration embedded form limit meaning pages price template plan threads rebuilt vector",
     "dbt.manifest dbt.profile dbt.init",
     "dbt.gate handshake config option columns people relation queue doorbell status due chunk parquet ledger memo",
+    "rate",
     "scheme op sqlfile lineage graph permits gate",
     "chart signed apply sqlread dbt.runner dbt.child dbt.lineage",
     "verify write app heartbeat lane ddl",
