@@ -17,10 +17,12 @@ from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import Any, Protocol
 
+import asyncpg
+
 from anton import queue
 from anton.db import Database
 from anton.duration import duration, say
-from anton.errors import BadOption
+from anton.errors import AntonError, BadOption
 
 EVERY, RARELY = 0.04, 1.0  # seconds between two askings while there is work; at most, where there is nothing to be had
 NEAR = 0.25  # seconds: a wait that is shorter is no wait for run_until_idle
@@ -31,6 +33,8 @@ SHORTEST, LONGEST = timedelta(milliseconds=100), timedelta(days=30)
 class Closed(Exception):
     """The worker ends: what has not begun goes back."""
 
+
+LOST = (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, AntonError)
 
 log = logging.getLogger("anton.worker")
 
@@ -77,9 +81,8 @@ class Tap:
         with self._lock:
             wider = DRIFT * (after - self._heard)
             low, high = self._low - wider, self._high + wider
-            if at - after > high or at - before < low:                 # a clock was put: what it knew is void
+            if at - after > high or at - before < low:                 # a clock was put
                 low, high = float("-inf"), float("inf")
-                self._slots.clear()
             self._low, self._high, self._heard = max(low, at - after), min(high, at - before), after
             if length != self._length:
                 self._slots.clear()
@@ -224,7 +227,8 @@ class Meter:
                 try:
                     pause = min(pause, await self._turn(lane, tap))
                 except Exception as error:                             # the database is away: again
-                    log.debug("worker: rate: %s", error)
+                    if not isinstance(error, LOST):
+                        log.exception("worker: rate")
                     pause = min(pause, RARELY)
             timer = asyncio.get_running_loop().call_later(pause, self._poked.set)
             await self._poked.wait()

@@ -7,9 +7,11 @@ import contextlib
 import os
 import signal
 import statistics
+import struct
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from benchmarks.harness import Row, Rows, Run, WrongResult, at_least, at_most, b
 from benchmarks.server import Conn, connect
 from benchmarks.subject import check, migrate, number, wait_for, wait_idle, worker, workers
 
+RATE = 1000  # of app_rate: starts in a second
 LIMIT, SERVED = 10, 0.1  # of app_limit; seconds that the receiver takes for a call
 PROCESSES = "8"
 KEYS = 10_000  # of the records of app_per
@@ -134,3 +137,26 @@ def per_key(run: Run) -> Rows:
     best = {table: statistics.median(found) for table, found in rates.items()}
     detail: dict[str, object] = {"records_per_s": best, "records": records}
     return {"per_key_vs_none": Row(best["keyed"] / best["unlimited"], detail=detail)}
+
+
+@bench(at_most("rate_violations", 0, "starts"), at_least("rate_used", 0.95))
+def rate(run: Run) -> Rows:
+    """rate="1000/s" over 4 processes: each start noted by the clock of the machine, all windows of a second looked at."""
+    seconds = run.size(30, 6)
+    with (tempfile.NamedTemporaryFile() as file, run.server.database("rate") as url, connect(url) as conn):
+        os.environ["BENCH_STARTS"] = file.name
+        conn.execute("create table rated (id bigint generated always as identity primary key, n bigint)")
+        migrate(url, "app_rate")
+        with worker(conn, url, "app_rate", "--processes", "4"):
+            wait_for(lambda: workers(conn) >= 4, 60, "all processes to register")
+            conn.execute(f"insert into rated (n) select g from generate_series(1, {seconds * RATE}) g")
+            wait_idle(conn)
+        check(conn, "select 1 where false", "select 1 where false")
+        starts = sorted((at, pid) for at, pid in struct.iter_unpack("dq", Path(file.name).read_bytes()))
+    at = [at for at, _ in starts]
+    over = sum(late - early < 1.0 for early, late in zip(at, at[RATE:], strict=False))
+    middle = [one for one in at if at[0] + 1 <= one < at[-1] - 1]
+    used = (len(middle) - 1) / (middle[-1] - middle[0]) / RATE
+    detail: dict[str, object] = {"starts": len(at), "seconds": at[-1] - at[0],
+                                 "by_process": sorted(Counter(pid for _, pid in starts).values())}
+    return {"rate_violations": Row(over, detail=detail), "rate_used": Row(used, detail=detail)}
