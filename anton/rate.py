@@ -26,7 +26,8 @@ from anton.errors import AntonError, BadOption
 
 EVERY, RARELY = 0.04, 1.0  # seconds between two askings while there is work; at most, where there is nothing to be had
 NEAR = 0.25  # seconds: a wait that is shorter is no wait for run_until_idle
-DRIFT = 0.001  # seconds that two clocks part in a second, at most
+VAGUE = 0.002  # seconds that the database's time may be between
+DRIFT = 0.0005  # seconds that two clocks part in a second, at most
 FEW = 16  # starts that are asked for before it is known how many are used
 SHORTEST, LONGEST = timedelta(milliseconds=100), timedelta(days=30)
 
@@ -54,6 +55,26 @@ def normal(value: Any, of: str) -> str:
     return f"{int(match[1])}/{say(length)}"
 
 
+class Clock:
+    """How far the database's time, in seconds of 1970, is ahead of time.monotonic(): between low and high."""
+
+    def __init__(self) -> None:
+        self.low, self.high, self._heard = float("-inf"), float("inf"), 0.0
+
+    @property
+    def vague(self) -> bool:
+        """It should be asked for the time alone, which is the quickest."""
+        return self.high - self.low > VAGUE
+
+    def heard(self, before: float, at: float, after: float) -> None:
+        """It was `at` there between two times here."""
+        wider = DRIFT * (after - self._heard)
+        low, high = self.low - wider, self.high + wider
+        if at - after > high or at - before < low:                     # a clock was put
+            low, high = float("-inf"), float("inf")
+        self.low, self.high, self._heard = max(low, at - after), min(high, at - before), after
+
+
 class Tap:
     """The starts that one lane has: taken from any thread, at time.monotonic(). Seconds, the database's are of 1970.
 
@@ -63,6 +84,7 @@ class Tap:
 
     def __init__(self, a_second: int = 1) -> None:
         self.a_second = a_second
+        self.clock = Clock()
         self.closed = False
         self.waiting = 0
         self.began = 0
@@ -73,17 +95,11 @@ class Tap:
         self.timer: asyncio.TimerHandle | None = None
         self._slots: dict[int, int] = {}
         self._length = 1.0
-        self._low, self._high, self._heard = float("-inf"), float("inf"), 0.0
         self._lock = threading.Lock()
 
-    def got(self, before: float, at: float, after: float, length: float, slots: dict[int, int]) -> None:
-        """Starts, by the number of their slot, which is so long. at: the database's time, between before and after."""
+    def got(self, length: float, slots: dict[int, int]) -> None:
+        """Starts, by the number of their slot, which is so long."""
         with self._lock:
-            wider = DRIFT * (after - self._heard)
-            low, high = self._low - wider, self._high + wider
-            if at - after > high or at - before < low:                 # a clock was put
-                low, high = float("-inf"), float("inf")
-            self._low, self._high, self._heard = max(low, at - after), min(high, at - before), after
             if length != self._length:
                 self._slots.clear()
             self._length = length
@@ -94,9 +110,9 @@ class Tap:
         """Whether one may begin now; it is to begin at once."""
         with self._lock:
             now = time.monotonic()
-            slot = int((now + self._low) // self._length) if self._slots else 0
+            slot = int((now + self.clock.low) // self._length) if self._slots else 0
             left = self._slots.get(slot, 0)
-            if not left or self.closed or now + self._high >= (slot + 1) * self._length:
+            if not left or self.closed or now + self.clock.high >= (slot + 1) * self._length:
                 return False
             self._slots[slot] = left - 1
             self.began += 1
@@ -108,14 +124,14 @@ class Tap:
             return 0
         now = time.monotonic()
         with self._lock:
-            slot = int((now + self._low) // self._length)
-            return self._slots.get(slot, 0) if now + self._high < (slot + 1) * self._length else 0
+            slot = int((now + self.clock.low) // self._length)
+            return self._slots.get(slot, 0) if now + self.clock.high < (slot + 1) * self._length else 0
 
     def soon(self) -> int:
         """Starts there are now and in slots to come."""
         if not self._slots:
             return 0
-        at = time.monotonic() + self._high
+        at = time.monotonic() + self.clock.high
         with self._lock:
             return sum(count for slot, count in self._slots.items() if (slot + 1) * self._length > at)
 
@@ -123,14 +139,14 @@ class Tap:
         """Seconds until the next slot with starts begins; None without one."""
         if not self._slots:
             return None
-        at = time.monotonic() + self._low
+        at = time.monotonic() + self.clock.low
         with self._lock:
             found = [slot for slot, count in self._slots.items() if count and slot * self._length > at]
         return min(found) * self._length - at if found else None
 
     def unused(self, future: bool) -> dict[int, int]:
         """Takes out what slots of the past have left, or those to come too."""
-        at = time.monotonic() + self._high
+        at = time.monotonic() + self.clock.high
         with self._lock:
             gone = {slot: count for slot, count in self._slots.items() if future or (slot + 1) * self._length <= at}
             for slot in gone:
@@ -188,11 +204,14 @@ class Meter:
         self._db, self._worker, self._opened = db, worker, opened
         self._poked = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self._clock = Clock()
         self.lanes: list[tuple[Rated, Tap]] = []
 
     def know(self, lanes: Iterable[Rated]) -> None:
         """The lanes there are now."""
         self.lanes = [(lane, lane.tap) for lane in lanes if lane.tap is not None]
+        for _, tap in self.lanes:
+            tap.clock = self._clock
         if self.lanes and self._task is None:
             self._task = asyncio.create_task(self._run())
 
@@ -263,6 +282,10 @@ class Meter:
         tap.usual += (tap.began - tap.usual) * 0.3
         tap.began = 0
         async with self._db.conn() as conn:
+            if self._clock.vague:
+                before = time.monotonic()
+                at = (await self._db.call_value(conn, "now")).timestamp()
+                self._clock.heard(before, at, time.monotonic())
             before = time.monotonic()
             found = await queue.take_rate(self._db, conn, self._worker, lane.id, max(0, wanted), [*back],
                                           [*back.values()])
@@ -271,7 +294,8 @@ class Meter:
         if found is None:                                              # its rate was taken out just now
             return
         at = found["at_us"] / 1e6
-        tap.got(before, at, after, found["slot_us"] / 1e6, dict(zip(found["slots"], found["counts"], strict=True)))
+        self._clock.heard(before, at, after)
+        tap.got(found["slot_us"] / 1e6, dict(zip(found["slots"], found["counts"], strict=True)))
         tap.next = after + found["next_us"] / 1e6 - at if found["next_us"] is not None else 0.0
         self._open(lane, tap)
 

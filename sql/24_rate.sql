@@ -1,4 +1,4 @@
--- Rates: at most so many starts in any window of time, over all processes. Time is cut into slots, a hundred to a window
+-- Rates: at most so many starts in any window of time, over all processes. Time is cut into slots, 64 to a window
 -- and none shorter than 10 ms. A worker is given starts of slots to come, a few at a time, in one row's array: nothing
 -- is written for a record. What was given counts as begun at the last moment of its slot; what was not used is given back.
 
@@ -17,9 +17,9 @@ begin
 end $$;
 
 -- rate_slots(length_us) -> slot_us, the length of a slot; whole, slots of a window; span, slots that hold no more than the rate
--- together: one more than the window has, as a start may be anywhere in its slot, and 20 ms, which a start may take to be felt
+-- together: one more than the window has, as a start may be anywhere in its slot, and one for the time that it takes to be felt
 create or replace function rate_slots(p_length bigint, out slot_us bigint, out whole int, out span int) language sql immutable set search_path from current as $$
-  select s, ceil(p_length::numeric / s)::int, (ceil(p_length::numeric / s) + 1 + ceil(20000.0 / s))::int from greatest(10000, p_length / 100) s
+  select s, ceil(p_length::numeric / s)::int, ceil(p_length::numeric / s)::int + 2 from greatest(10000, p_length / 64) s
 $$;
 
 -- set_rate(handler, rate): null: none. What was begun under another window counts as begun at the next asking
@@ -112,10 +112,11 @@ begin
   return next;
 end $$;
 
--- rate_pace(most, whole) -> slots of a tenth of the window; how many starts these may have, and how many a single one: so it is smooth
+-- rate_pace(most, whole) -> slots of a tenth of the window; how many starts these may have, and how many a single one: it is smooth,
+-- and yet makes up for starts that came back unused
 create or replace function rate_pace(p_most int, p_whole int, out few int, out together int, out once int) language sql immutable set search_path from current as $$
-  select k, t, greatest(ceil(1.5 * p_most / p_whole)::int, least(10, t))
-    from greatest(1, p_whole / 10) k cross join ceil(p_most::numeric * greatest(1, p_whole / 10) / p_whole) u cross join cast(u as int) t
+  select k, t, greatest(ceil(2.0 * p_most / p_whole)::int, least(10, t))
+    from greatest(1, p_whole / 10) k cross join cast(ceil(1.2 * p_most * greatest(1, p_whole / 10) / p_whole) as int) t
 $$;
 
 -- rate_as_of(rate, first, span, last) -> the rate with given from a span that ends with the slot first on, to the last, or beyond
