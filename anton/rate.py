@@ -29,6 +29,7 @@ NEAR = 0.25  # seconds: a wait that is shorter is no wait for run_until_idle
 VAGUE = 0.002  # seconds that the database's time may be between
 DRIFT = 0.0005  # seconds that two clocks part in a second, at most
 FEW = 16  # starts that are asked for before it is known how many are used
+MOST_LATE = 0.2  # seconds that answers are expected to take, at most
 SHORTEST, LONGEST = timedelta(milliseconds=100), timedelta(days=30)
 
 class Closed(Exception):
@@ -88,6 +89,7 @@ class Tap:
         self.closed = False
         self.waiting = 0
         self.began = 0
+        self.use = 1.0                                                 # the part that it uses of what it takes
         self.usual = 0.0                                               # starts from one asking to the next
         self.asked = False
         self.due = 0.0                                                 # of the next asking
@@ -205,6 +207,7 @@ class Meter:
         self._poked = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._clock = Clock()
+        self._late = 0.003                                             # seconds that an answer takes lately
         self.lanes: list[tuple[Rated, Tap]] = []
 
     def know(self, lanes: Iterable[Rated]) -> None:
@@ -280,7 +283,10 @@ class Meter:
         if wanted <= 0 and not back:
             return
         tap.usual += (tap.began - tap.usual) * 0.3
+        if tap.began + sum(back.values()) and (lane.items or tap.waiting):  # else there was nothing to use them for
+            tap.use += (tap.began / (tap.began + sum(back.values())) - tap.use) * 0.1
         tap.began = 0
+        late = timedelta(seconds=min(MOST_LATE, self._late))
         async with self._db.conn() as conn:
             if self._clock.vague:
                 before = time.monotonic()
@@ -288,8 +294,9 @@ class Meter:
                 self._clock.heard(before, at, time.monotonic())
             before = time.monotonic()
             found = await queue.take_rate(self._db, conn, self._worker, lane.id, max(0, wanted), [*back],
-                                          [*back.values()])
+                                          [*back.values()], tap.use, late)
             after = time.monotonic()
+        self._late += (after - before - self._late) * 0.3
         tap.asked = True
         if found is None:                                              # its rate was taken out just now
             return

@@ -42,15 +42,17 @@ create or replace function rates() returns table (handler_id int, said text, mos
   select handler_id, said, most, length_us from rate
 $$;
 
--- take_rate(worker, handler, wanted, slots, unused, ahead) -> at_us, the time; slot_us; numbers of slots and how many starts
+-- take_rate(worker, handler, wanted, slots, unused, use, late, ahead) -> at_us, the time; slot_us; numbers of slots and how many starts
 -- of each this worker has now; next_us: where there is none, when there is one. No row: no rate. Times are now()'s since 1970.
 --   slots, unused   what it has not used of slots that it was given, of the past or to come
---   ahead           slots that begin so soon. Those of the next half of it go to whoever asks, others by workers' shares
+--   use             the part of what it took lately that it used; a process that does not run in time misses some
+--   late            the answer will be there so late: slots that end before are of no use
+--   ahead           slots that begin so soon after. Those of the next half of it go to whoever asks, others by workers' shares
 create or replace function take_rate(p_worker int, p_handler int, p_wanted int, p_slots bigint[] default '{}', p_unused int[] default '{}',
-  p_ahead interval default '100 ms') returns table (at_us bigint, slot_us bigint, slots bigint[], counts int[], next_us bigint)
+  p_use real default 1, p_late interval default '3 ms', p_ahead interval default '100 ms') returns table (at_us bigint, slot_us bigint, slots bigint[], counts int[], next_us bigint)
 language plpgsql volatile set search_path from current set jit = off as $$
 declare
-  r rate; z record; v_first bigint; v_ahead bigint := extract(epoch from p_ahead) * 1000000; v_near int; v_last int; v_i int;
+  r rate; z record; v_first bigint; v_from bigint; v_near int; v_last int; v_i int;
   v_all int; v_once int; v_k int; v_part int; v_sum int := 0; v_sums int[] := '{}'; v_room int; v_changed boolean := false;
 begin
   select * into r from rate where handler_id = p_handler for update;
@@ -60,9 +62,10 @@ begin
   at_us := extract(epoch from now()) * 1000000;             -- after the lock: it may have taken a while
   z := rate_slots(r.length_us);
   slot_us := z.slot_us;
-  v_first := (at_us + 3000) / slot_us;                      -- what ends before the answer is there is of no use
-  v_last := z.span + least(30, (at_us + v_ahead) / slot_us - v_first);
-  v_near := z.span + (at_us + v_ahead / 2) / slot_us - v_first;
+  v_from := at_us + extract(epoch from p_late) * 1000000;
+  v_first := v_from / slot_us;
+  v_last := z.span + least(30, (v_from + (extract(epoch from p_ahead) * 1000000)::bigint) / slot_us - v_first);
+  v_near := z.span + (v_from + (extract(epoch from p_ahead) * 500000)::bigint) / slot_us - v_first;
   r := rate_as_of(r, v_first, z.span, v_last);              -- given[span] is the first slot's
   for i in 1 .. cardinality(p_slots) loop
     v_i := least(greatest(p_slots[i] - r.since + 1, 0), cardinality(r.given) + 1);
@@ -74,7 +77,7 @@ begin
   slots := '{}';
   counts := '{}';
   if p_wanted > 0 then
-    select * from rate_pace(r.most, z.whole) into v_k, v_all, v_once;
+    select * from rate_pace(r.most, z.whole, p_use) into v_k, v_all, v_once;
     select ceil(v_once::numeric / greatest(1, count(*))) into v_part from worker w
      where w.stopped_at is null and w.seen_at > now() - interval '30 s' and w.app = (select app from worker where id = p_worker);
     for i in 1 .. cardinality(r.given) loop                 -- v_sums: what each span holds, by the slot that it ends with
@@ -112,18 +115,18 @@ begin
   return next;
 end $$;
 
--- rate_pace(most, whole) -> slots of a tenth of the window; how many starts these may have, and how many a single one: it is smooth,
--- and yet makes up for starts that came back unused
-create or replace function rate_pace(p_most int, p_whole int, out few int, out together int, out once int) language sql immutable set search_path from current as $$
-  select k, t, greatest(ceil(2.0 * p_most / p_whole)::int, least(10, t))
-    from greatest(1, p_whole / 10) k cross join cast(ceil(1.2 * p_most * greatest(1, p_whole / 10) / p_whole) as int) t
+-- rate_pace(most, whole, use) -> slots of a tenth of the window; how many starts these may have, and how many a single one: it is
+-- smooth, and yet makes up for starts that come back unused
+create or replace function rate_pace(p_most int, p_whole int, p_use real, out few int, out together int, out once int) language sql immutable set search_path from current as $$
+  select k, t, greatest(ceil(2.0 * p_most / p_whole / u)::int, least(10, t))
+    from greatest(1, p_whole / 10) k cross join greatest(p_use, 0.25) u cross join cast(least(p_most, ceil(1.2 * p_most * greatest(1, p_whole / 10) / p_whole / u)) as int) t
 $$;
 
 -- rate_as_of(rate, first, span, last) -> the rate with given from a span that ends with the slot first on, to the last, or beyond
 create or replace function rate_as_of(r rate, p_first bigint, p_span int, p_last int) returns rate language plpgsql immutable set search_path from current as $$
 declare v_since bigint := p_first - p_span + 1; v_past bigint := v_since - r.since; v_sum int;
 begin
-  if cardinality(r.given) > 0 and (r.since = 0 or r.since + cardinality(r.given) > p_first + 100) then  -- another window, or a clock that was put back
+  if cardinality(r.given) > 0 and (r.since = 0 or r.since + cardinality(r.given) > p_first + 200) then  -- another window, or a clock that was put back
     v_sum := least(r.most, (select sum(g) from unnest(r.given) g));
     r.given := array_fill(0, array[p_span - 1]) || v_sum;
   elsif v_past >= cardinality(r.given) then
@@ -143,7 +146,7 @@ create or replace function next_start(r rate, p_at bigint) returns bigint langua
 declare z record; p record; v_sum int := 0; v_few int := 0;
 begin
   z := rate_slots(r.length_us);
-  p := rate_pace(r.most, z.whole);
+  p := rate_pace(r.most, z.whole, 1);
   r := rate_as_of(r, p_at / z.slot_us, z.span, z.span);
   select coalesce(sum(g), 0) into v_sum from unnest(r.given) g;           -- also what was given for later slots
   for i in z.span .. cardinality(r.given) + z.span loop
