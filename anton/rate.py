@@ -17,12 +17,10 @@ from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import Any, Protocol
 
-import asyncpg
-
 from anton import queue
 from anton.db import Database
 from anton.duration import duration, say
-from anton.errors import AntonError, BadOption
+from anton.errors import BadOption
 
 EVERY, RARELY = 0.04, 1.0  # seconds between two askings while there is work; at most, where there is nothing to be had
 NEAR = 0.25  # seconds: a wait that is shorter is no wait for run_until_idle
@@ -35,8 +33,6 @@ SHORTEST, LONGEST = timedelta(milliseconds=100), timedelta(days=30)
 class Closed(Exception):
     """The worker ends: what has not begun goes back."""
 
-
-LOST = (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, AntonError)
 
 log = logging.getLogger("anton.worker")
 
@@ -249,8 +245,7 @@ class Meter:
                 try:
                     pause = min(pause, await self._turn(lane, tap))
                 except Exception as error:                             # the database is away: again
-                    if not isinstance(error, LOST):
-                        log.exception("worker: rate")
+                    log.warning("worker: rate: %s; asking again", error)
                     pause = min(pause, RARELY)
             timer = asyncio.get_running_loop().call_later(pause, self._poked.set)
             await self._poked.wait()

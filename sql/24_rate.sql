@@ -66,6 +66,7 @@ begin
   v_first := v_from / slot_us;
   v_last := z.span + least(30, (v_from + (extract(epoch from p_ahead) * 1000000)::bigint) / slot_us - v_first);
   v_near := z.span + (v_from + (extract(epoch from p_ahead) * 500000)::bigint) / slot_us - v_first;
+  v_changed := carried(r, v_first);                         -- from now on it runs out
   r := rate_as_of(r, v_first, z.span, v_last);              -- given[span] is the first slot's
   for i in 1 .. cardinality(p_slots) loop
     v_i := least(greatest(p_slots[i] - r.since + 1, 0), cardinality(r.given) + 1);
@@ -122,11 +123,16 @@ create or replace function rate_pace(p_most int, p_whole int, p_use real, out fe
     from greatest(1, p_whole / 10) k cross join greatest(p_use, 0.25) u cross join cast(least(p_most, ceil(1.2 * p_most * greatest(1, p_whole / 10) / p_whole / u)) as int) t
 $$;
 
+-- carried(rate, first) -> given is of another window, or of a clock that was put back: all of it counts as of the first slot
+create or replace function carried(r rate, p_first bigint) returns boolean language sql immutable set search_path from current as $$
+  select cardinality(r.given) > 0 and (r.since = 0 or r.since + cardinality(r.given) > p_first + 200)
+$$;
+
 -- rate_as_of(rate, first, span, last) -> the rate with given from a span that ends with the slot first on, to the last, or beyond
 create or replace function rate_as_of(r rate, p_first bigint, p_span int, p_last int) returns rate language plpgsql immutable set search_path from current as $$
 declare v_since bigint := p_first - p_span + 1; v_past bigint := v_since - r.since; v_sum int;
 begin
-  if cardinality(r.given) > 0 and (r.since = 0 or r.since + cardinality(r.given) > p_first + 200) then  -- another window, or a clock that was put back
+  if carried(r, p_first) then
     v_sum := least(r.most, (select sum(g) from unnest(r.given) g));
     r.given := array_fill(0, array[p_span - 1]) || v_sum;
   elsif v_past >= cardinality(r.given) then
