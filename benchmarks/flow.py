@@ -141,7 +141,7 @@ def per_key(run: Run) -> Rows:
 
 @bench(at_most("rate_violations", 0, "starts"), at_least("rate_used", 0.95))
 def rate(run: Run) -> Rows:
-    """rate="1000/s" over 4 processes: each start noted by the clock of the machine, all windows of a second looked at."""
+    """rate="1000/s" over 4 processes: each start noted by the machine's clock, all windows of a second looked at."""
     seconds = run.size(30, 6)
     with (tempfile.NamedTemporaryFile() as file, run.server.database("rate") as url, connect(url) as conn):
         os.environ["BENCH_STARTS"] = file.name

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +26,7 @@ from anton.errors import BadOption
 from anton.rate import Tap, normal
 
 SECOND = 1_000_000
+ANTON = [sys.executable, "-c", "import sys; from anton.cli import main; sys.exit(main())"]
 
 
 class Desk(Pg):
@@ -187,3 +194,60 @@ def test_the_starts_of_a_tenth_of_a_window_are_little_more_than_a_tenth(desk: De
         by[slot // 6] = by.get(slot // 6, 0) + count
     assert max(by.values()) <= 2 * 120 and sum(by.values()) >= 1000
     assert all(a < b for a, b in pairwise(sorted(by)))
+
+
+def test_the_heads_of_sql_files_have_rates_and_limits(shop: Any) -> None:
+    shop.file("sql/copy.sql", "-- anton: handler\n-- on: orders new\n-- rate: 100/m\n-- concurrency: 2\n"
+                              "insert into copies (data) select data from new_records")
+    shop.declare(lambda: (Table("orders"), Table("copies")))
+    shop.migrate()
+    assert shop.sql("select said from anton.rate") == [("100/1m",)]
+    assert shop.sql("select count(*) from anton.permit") == [(2,)]
+    assert not shop.migrate(check=True).drift
+
+
+MAIN = """
+import os, time, psycopg
+from anton import Table
+
+@Table("a").on_new_records(each=True, rate="20/s")
+def note(record):
+    with open(os.environ["TEST_STARTS"], "a") as file:
+        file.write(f"{time.monotonic()} {os.getpid()}\\n")
+"""
+
+
+def test_no_window_holds_more_over_processes_that_are_killed(pg: Pg, tmp_path: Path) -> None:
+    (tmp_path / "main.py").write_text(MAIN)
+    (tmp_path / "autonomous.json").write_text('{"name": "t"}')
+    starts = tmp_path / "starts"
+    starts.touch()
+    environment = {**os.environ, "DATABASE_URL": pg.url, "TEST_STARTS": str(starts)}
+
+    def anton(*words: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([*ANTON, *words], cwd=tmp_path, env=environment, start_new_session=True,
+                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    assert anton("migrate").wait(60) == 0
+    for _ in range(8):
+        pg.sql("insert into a (data) select '{}' from generate_series(1, 10) g")
+    work = anton("work", "--processes", "2")
+    try:
+        for kill in range(1, 3):
+            until(lambda kill=kill: len(starts.read_text().splitlines()) >= 20 * kill)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(starts.read_text().split()[-1]), signal.SIGKILL)
+        until(lambda: pg.value("select not exists (select from anton.job) and not exists (select from anton.lease) "
+                                   "and not exists (select from anton.delayed)"))
+    finally:
+        work.terminate()
+        work.wait(60)
+    at = sorted(float(line.split()[0]) for line in starts.read_text().splitlines())
+    assert len(at) >= 80 and all(late - early > 1.0 for early, late in zip(at, at[20:], strict=False))
+
+
+def until(met: Any, patience: float = 90.0) -> None:
+    end = time.monotonic() + patience
+    while not met():
+        assert time.monotonic() < end
+        time.sleep(0.02)
