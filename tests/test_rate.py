@@ -1,4 +1,4 @@
-"""Rates: no window of time holds more starts than rate= says, over all processes, and what is not used is given back."""
+"""Rates: no window of time holds more starts than rate= says, over all processes; what is not used is given back."""
 
 from __future__ import annotations
 
