@@ -5,6 +5,7 @@ And the existing rows that are fed to those that are backfilled.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 from anton import queue
@@ -17,6 +18,7 @@ from anton.lane import Lane, lane_of
 from anton.order import Order
 from anton.permits import Permits
 from anton.rank import PRIORITY
+from anton.rate import Tap
 from anton.relation import describe_all
 
 
@@ -29,6 +31,7 @@ async def read_lanes(db: Database, app: App, known: Mapping[int, Lane]) -> dict[
         rows = await db.call(conn, "catalogue", app.name)
         limits = {row[0]: (row[1], row[2]) for row in await db.call(conn, "limits")}
         orders = await queue.orders(db, conn)
+        rates = {row[0]: math.ceil(row[2] * 1e6 / row[3]) for row in await db.call(conn, "rates")}
         models = {row[0] for row in await db.call(conn, "refreshers")}
         priorities = {row[0]: row[1] for row in await db.call(conn, "priorities")}
         weights = {row[0]: row[1] for row in await db.call(conn, "tenant_weights")}
@@ -50,6 +53,7 @@ async def read_lanes(db: Database, app: App, known: Mapping[int, Lane]) -> dict[
             _limit(lane, known.get(lane.id), *limits[lane.id])
             if lane.id in orders:
                 _order(lane, known.get(lane.id), orders[lane.id])
+        _tap(lane, known.get(lane.id), rates.get(lane.id))
         if code is not None:
             code.relation = relations.get(names[row["id"]])            # None: reading it will say so; it waits
             handler = app.handlers.get(row["name"])
@@ -82,6 +86,14 @@ def _order(lane: Lane, known: Lane | None, per: str | None) -> None:
     lane.gate, lane.permits.most, lane.permits.each = None, 1, lane.concurrency
     old = known.order if known is not None else None
     lane.order = old if old is not None and old.column == per else Order(per)
+def _tap(lane: Lane, known: Lane | None, a_second: int | None) -> None:
+    """Gives a lane with a rate its tap, or the one it has already; what waits at one that is taken out goes back."""
+    tap = known.tap if known is not None else None
+    if a_second is not None:
+        lane.tap = tap or Tap()
+        lane.tap.a_second = a_second
+    elif tap is not None:
+        tap.closed = True
 
 
 async def feed(db: Database, lanes: Iterable[Lane]) -> int:

@@ -259,6 +259,10 @@ class Puller:
                 return False
             each, item = entry
             if each.world is None and lane.down is None and (lane.order is None or lane.order.may(each)):
+                if lane.tap is not None and not lane.tap.take():
+                    lane.items.appendleft(entry)
+                    self.release()
+                    return False
                 if lane.gate is None or self._enter(lane.gate, each, item):
                     break
                 continue
@@ -340,7 +344,9 @@ class Pullers:
         """Sees to it that what the lane holds is worked."""
         mine = self._of.setdefault(lane.id, set())
         wanted = min(lane.room - lane.again, len(lane.items) + len(mine))
-        if not lane.handler.is_async:
+        if lane.tap is not None:
+            wanted = min(wanted, len(mine) + lane.tap.free())          # one for each that may begin
+        elif not lane.handler.is_async:
             wanted = min(wanted, max(1, len(mine)))
         while len(mine) < wanted:
             self._start(lane, mine)
@@ -361,7 +367,7 @@ class Pullers:
             elif took > limit and not puller.expired and puller.task is not None:
                 puller.expired = True
                 puller.task.cancel()
-        if not lane.handler.is_async and slow and lane.items and slow >= len(mine):
+        if not lane.handler.is_async and lane.tap is None and slow and lane.items and slow >= len(mine):
             for _ in range(min(len(mine) or 1, lane.room - lane.again - len(mine), len(lane.items))):
                 self._start(lane, mine)
 
@@ -403,6 +409,12 @@ class Pullers:
             self._stuck()
         if puller.lane.items:
             self._start(puller.lane, mine)
+
+    def close(self, lane: Lane) -> None:
+        """Skips what waits for a start: none is to come."""
+        for each in {each for each, _ in list(lane.items)}:
+            each.drop()
+            each.changed.set()
 
     def open_chunks(self, each: Each) -> list[Chunk]:
         """What pullers are still adding to."""

@@ -23,6 +23,7 @@ from anton.errors import BadOption, BadSignature, UnknownOption, one_of
 from anton.handler import BATCH, CALLS, EACH_BATCH, EACH_CALLS, MOST, OPTIONS, Component, Handler, Options, interval
 from anton.query import placeholders
 from anton.rank import HIGHEST
+from anton.rate import normal
 from anton.rebuilt import Failed, Rebuilt
 from anton.record import ChangeOp, Record, Records
 
@@ -214,6 +215,7 @@ def _fill(handler: Handler, options: Mapping[str, Any], of: str) -> None:
     handler.on_dead = _choice(options, "on_dead", ("skip", "block"), "skip", of)
     _check_order(handler, options, of)
     handler.per = _per(handler, options, of)
+    handler.rate = _rate(handler, options.get("rate"), of)
     into = options.get("into")
     handler.into = () if into is None else tuple(into) if isinstance(into, (list, tuple)) else (into,)
     for table in handler.into:
@@ -277,6 +279,17 @@ def _check_order(handler: Handler, options: Mapping[str, Any], of: str) -> None:
         raise BadOption("debounce", options["debounce"], of, "none beside ordered=True, which handles all changes")
     if options.get("on_dead") is not None and not handler.ordered:
         raise BadOption("on_dead", options["on_dead"], of, "ordered=True beside it: else no record waits for another")
+
+
+def _rate(handler: Handler, value: Any, of: str) -> str | None:
+    if value is None:
+        return None
+    if handler.per is not None:
+        raise BadOption("rate", value, of, f"no rate= beside per=: there is no rate for each {handler.per}; "
+                                           "leave one of them out")
+    if handler.ordered:
+        raise BadOption("rate", value, of, "no rate= beside ordered=True: leave one of them out")
+    return normal(value, of)
 
 
 def _choice(options: Mapping[str, Any], option: str, allowed: tuple[Any, ...], default: Any, of: str) -> Any:

@@ -55,6 +55,7 @@ class Options(TypedDict, total=False):
     debounce: str | float | timedelta
     ordered: bool
     on_dead: Literal["skip", "block"]
+    rate: str
 
 
 OPTIONS = (*Options.__annotations__, "each")
@@ -71,6 +72,7 @@ class Handler:
     letter, or waits for it.
     debounce: how long a record must be at rest; max_wait then: how long at most after its first change, 0: the default.
     priority: 0 to 9, the highest goes first.
+    rate: starts in any window over all processes.
     body, params: its SQL, and {name: [type, text]} bound into it. place: "main.py:12". typed: the options as typed.
     """
 
@@ -99,6 +101,7 @@ class Handler:
     debounce: timedelta | None = None
     ordered: bool = False
     on_dead: Literal["skip", "block"] = "skip"
+    rate: str | None = None
     timeout: timedelta = timedelta(minutes=5)
     attempts: int = 5
     backoff: timedelta = timedelta(seconds=1)
@@ -126,6 +129,7 @@ class Handler:
             **({"priority": self.priority} if self.priority != PRIORITY else {}),
             **({"debounce": interval(self.debounce)} if self.debounce else {}),
             **({"ordered": True, "on_dead": self.on_dead} if self.ordered else {}),
+            **({"rate": self.rate} if self.rate else {}),
         }
 
     def call(self, subject: Any, ctx: Ctx | None = None) -> None:

@@ -21,6 +21,7 @@ from anton.order import Order
 from anton.permits import Permits
 from anton.queue import Job
 from anton.rank import PRIORITY
+from anton.rate import Tap
 from anton.turns import Turns
 
 BYTES = 8_000_000  # of the rows of one call, about
@@ -104,7 +105,8 @@ class Lane:
     items: (Each, item) that wait for a puller. handler: what runs it: a Handler, a Schedule, or None for SQL.
     concurrency: calls (records, with each) at a time; with permits, over all processes, and here as many as it holds.
     again: records that are to run once more, outside of the pullers, which leave their permits to them.
-    gate: with per=, which records may run. order: with ordered=, which, and in which order.
+    gate: with per=, which records may run. order: with ordered=, which, and in which order. tap: with rate=, which may
+    begin.
     ready: the queue may hold more of it. after: the last job id claimed. width: bytes of its widest rows lately, 0: not
     known; wide: its table has values stored out of line.
     serves: calls by tenant. turn: the tenant that had the last turn in a claim, "" for none. priority: before which
@@ -141,6 +143,7 @@ class Lane:
     gate: Gate | None = None
     priority: int = PRIORITY
     order: Order | None = None
+    tap: Tap | None = None
     waiting: Turns[str | None, Job] = field(default_factory=Turns)
     waiting_records: int = 0
     items: deque[Any] = field(default_factory=deque)
@@ -194,6 +197,8 @@ class Lane:
         room = self.room
         if self.down is not None or not room or ((self.gate or self.order) is not None and self.calls >= GATED):
             return False
+        if self.tap is not None and self.tap.soon() <= self.tap.waiting:
+            return False
         if self.each and (self.concurrency > 1 or self.order is not None):
             return bool(self.waiting) and (not self.items or len(self.items) < room or self._left_out())
         return bool(self.waiting) and self.calls < room
@@ -218,6 +223,12 @@ class Lane:
 
     def wants(self) -> int:
         """How many records to claim now, 0 for none."""
+        wants = self._wants()
+        if wants and self.tap is not None:
+            wants = min(wants, 2 * self.tap.soon() * (1 if self.each else self.batch))
+        return wants
+
+    def _wants(self) -> int:
         room = self.room
         if self.down is not None or not room:
             return 0
@@ -353,6 +364,7 @@ class Lane:
             "gate",
             "priority",
             "order",
+            "tap",
         ):
             setattr(self, name, getattr(new, name))
         self.waiting.weights = new.waiting.weights
@@ -362,6 +374,8 @@ class Lane:
         most = max(self.batch, TOGETHER) if self.each else self.batch
         if self.wide or self.width > NARROW:
             most = min(most, int(BYTES / max(1.0, self.width)))
+        if self.each and self.tap is not None:                         # read them when they are about to begin
+            most = min(most, max(self.concurrency, self.tap.a_second))
         return max(1, most)
 
     def measured(self, width: float) -> None:

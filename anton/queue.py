@@ -275,6 +275,15 @@ async def keep_permits(db: Database, conn: Conn, worker: int, lease: timedelta) 
     return {row[0]: row[1] for row in await db.call(conn, "keep_permits", worker, lease)}
 
 
+async def take_rate(db: Database, conn: Conn, worker: int, handler: int, wanted: int, slots: list[int],
+                    unused: list[int], use: float, late: timedelta) -> asyncpg.Record | None:
+    """Takes starts of a handler with a rate, and gives back what was not used of some slots; None: it has no rate.
+
+    use: the part of what it took lately that it used. late: how long the answer takes.
+    """
+    return next(iter(await db.call(conn, "take_rate", worker, handler, wanted, slots, unused, use, late)), None)
+
+
 @dataclass(slots=True)
 class Look:
     """What poll saw. ready: handlers with jobs; suspects: leases that ran out; wake_at: when there will be something.

@@ -32,6 +32,7 @@ from anton.errors import HandlerTimeout, LeaseLost, RowChanged, WriteRefused
 from anton.fate import Fate, World, failed, fate_of, is_world, no_fit, say
 from anton.lane import FEW, Batch, Lane
 from anton.order import OutOfOrder
+from anton.rate import Closed
 from anton.read import Inputs, Reader
 from anton.relation import forget
 from anton.rights import explain
@@ -108,6 +109,8 @@ class Runner:
             log.warning("worker: %s: a lease was lost; another worker has these records", lane.name)
             self._out_of_order(lane)
             await self._leave(run, None)
+        except Closed:
+            await self._leave(run, None)
         except asyncio.CancelledError:
             self._out_of_order(lane)
             await asyncio.shield(self._leave(run, None))
@@ -180,7 +183,7 @@ class Runner:
             self.stuck()
             await self._blame(run, inputs, stuck.item, stuck.error)
             return
-        except (World, LeaseLost):
+        except (World, LeaseLost, Closed):
             raise
         except Exception as error:
             if is_world(error):
@@ -312,7 +315,7 @@ class Runner:
                 self.pullers.more(lane)
                 if lane.ready and lane.wants():                        # before pullers find nothing
                     self.back()
-                if each.world is not None:
+                if each.world is not None or (lane.tap is not None and lane.tap.closed):
                     each.drop()
                 if each.gather(self.pullers.open_chunks):
                     await self._flush(run, each, (time.perf_counter() - started) * 1000)
@@ -324,6 +327,8 @@ class Runner:
                 self.pullers.pull(lane)
         if each.world is not None:
             raise World(each.world)
+        if each.skipped:
+            raise Closed
         lane.took(time.perf_counter() - started, batch.size)
 
     async def _flush(self, run: Run, each: Each, ms: float) -> None:
@@ -389,6 +394,8 @@ class Runner:
             self.pullers.pull(lane)
 
     async def _made(self, run: Run, inputs: Inputs) -> Called:
+        if run.lane.tap is not None:
+            await run.lane.tap.turn()
         run.overdue_at = time.monotonic() + run.lane.timeout.total_seconds() + MARGIN
         try:
             return await self.caller.call(run.lane, inputs)
@@ -405,6 +412,8 @@ class Runner:
 
     async def _sql_jobs(self, run: Run, jobs: list[queue.Job]) -> None:
         lane = run.lane
+        if lane.tap is not None:
+            await lane.tap.turn()
         started = time.perf_counter()
         try:
             await self.settler.run_sql(lane, jobs)

@@ -28,10 +28,11 @@ from anton import due
 from anton.duration import duration
 from anton.errors import BadOption, DeclarationError, UnknownOption, one_of
 from anton.rank import HIGHEST
+from anton.rate import normal
 
 OPS = ("new", "updated", "deleted", "truncate", "rebuilt", "failed")
 _HANDLER = ("on", "where", "columns", "read", "since", "batch", "max_wait", "timeout", "attempts", "backoff", "max_lag",
-            "into", "was", "concurrency", "priority", "debounce", "per", "ordered", "on_dead")
+            "into", "was", "concurrency", "priority", "debounce", "per", "rate", "ordered", "on_dead")
 _SCHEDULE = ("cron", "tz", "title", "misfire", "overlap", "jitter", "start", "end", "timeout", "attempts", "backoff")
 _MODEL = ("refresh", "key", "incremental", "timeout", "max_wait", "tz", "was")
 _NUMBERS = ("batch", "attempts", "concurrency")
@@ -133,6 +134,8 @@ def handler(file: SqlFile, app: str) -> dict[str, Any]:
             if not value.isdigit() or not int(value):
                 raise BadOption(key, value, of, "a whole number from 1")
             found[key] = int(value)
+            if key == "concurrency":
+                found["limit"] = int(value)                            # given, it holds over all processes
         elif key in _DURATIONS:
             found[key] = f"{duration(value, key, of).total_seconds()} s"
         elif key == "columns":
@@ -141,6 +144,8 @@ def handler(file: SqlFile, app: str) -> dict[str, Any]:
             found["into_tables"] = re.split(r"[\s,]+", value)
         elif key == "where":
             found["where_sql"] = value
+        elif key == "rate":
+            found[key] = normal(value, of)
         elif key in ("read", "was", "per"):
             found[key] = value
     for key, allowed in (("read", ("now", "change")), ("since", ("now", "beginning"))):

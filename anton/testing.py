@@ -267,14 +267,16 @@ class TestApp:
         await self._work()
 
     async def _next_due(self) -> datetime | None:
-        """When there is something to do next: a schedule, a retry, a look whether the world is back."""
+        """When there is something to do next: a schedule, a retry, a rate, a look whether the world is back."""
         async with self.db.tx() as conn:
             await schedule.fire(self.db, conn)
             schema = quote(self.db.schema)
             due: datetime | None = await conn.fetchval(
                 f"select least({schema}.next_tick(), (select min(run_at) from {schema}.delayed), "
                 f"(select min(due_at) from {schema}.debounce), "
-                f"(select min(probe_at) from {schema}.handler where probe_at > {schema}.now()))")
+                f"(select min(probe_at) from {schema}.handler where probe_at > {schema}.now()), "
+                f"(select min({schema}.next_rate(r.handler_id)) from {schema}.rates() r "
+                f"where exists (select from {schema}.job where handler_id = r.handler_id)))")
             return due
 
     async def _set_clock(self, at: datetime) -> None:

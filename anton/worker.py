@@ -36,6 +36,7 @@ from anton.pace import Pace
 from anton.permits import AGAIN, Office
 from anton.queue import Job, Look
 from anton.rank import rank
+from anton.rate import Meter
 from anton.run import Run, Runner
 from anton.share import version
 from anton.suspects import work_suspects
@@ -156,12 +157,19 @@ class Worker:
                     continue
                 self._dispatch()                                       # what was held for more, which did not come
                 if self._active or any(lane.held_until for lane in self._order):
+                    if self._active and self._meter.stalls(run.lane for run in self._active.values()):
+                        return                                         # the rest waits for its rate
                     await self._wake.wait()
                 elif self._errands:
                     await asyncio.wait(self._errands)
                 elif not await self._more():
                     return
                 elif self._office.hungry:                              # another process has the permits
+                    await self._nap(AGAIN)
+                elif self._meter.lanes and not self._wanted():         # no start for what is there
+                    waiting = [lane for lane in self._order if lane.ready or lane.feeding]
+                    if waiting and self._meter.stalls(waiting):
+                        return
                     await self._nap(AGAIN)
         finally:
             await self._end()
@@ -202,6 +210,7 @@ class Worker:
             self._runner.settler.worker = self.id
             self._runner.depth_limit = int(settings["depth_limit"])
             self._office = Office(self.db, self.id, self._length)
+            self._meter = Meter(self.db, self.id, self._opened)
             await self._refresh()
         except Exception as error:
             if patient and disconnected(error):
@@ -220,11 +229,14 @@ class Worker:
             return
         with contextlib.suppress(Exception):
             await self._runner.settler.give_back([job for lane in self._order for job in lane.put_back()])
+        self._close()
         if self._active:
             await asyncio.wait(self._active, timeout=self._grace)
         if not self._active:                                           # else they run out by themselves
             with contextlib.suppress(Exception):
                 await self._office.end()
+        with contextlib.suppress(Exception):
+            await self._meter.end()
         for task in self._active:
             task.cancel()
         if self._active:
@@ -238,6 +250,13 @@ class Worker:
                 await queue.stop_worker(self.db, conn, self.id)
         as_worker(-1)
 
+    def _close(self) -> None:
+        """What waits for its rate is not waited for."""
+        self._meter.close()
+        for lane in self._order:
+            if lane.tap is not None:
+                self._runner.pullers.close(lane)
+
     async def _refresh(self) -> None:
         """Reads the catalogue: handlers of this app that the code still has, and SQL handlers made from psql."""
         lanes = await read_lanes(self.db, self.app, self._lanes)
@@ -250,6 +269,7 @@ class Worker:
         self._order = deque(lanes.values())
         self._ranked = len({lane.priority for lane in lanes.values()}) > 1
         self._office.know(lanes.values())
+        self._meter.know(lanes.values())
         self._runner.reader.forget()
 
     # Claiming
@@ -258,6 +278,7 @@ class Worker:
         """Starts what waits, claims for lanes with room that may have jobs. Whether it got any."""
         if self._office.lanes and not self.draining:
             await self._permits()
+        self._meter.poke()
         self._dispatch()
         wanted = [] if self._quiet or self.draining else self._wanted()
         if not wanted:
@@ -298,6 +319,13 @@ class Worker:
         for lane in self._order:
             if lane.permits is not None and lane.items:
                 self._runner.pullers.pull(lane)
+
+    def _opened(self, lane: Lane) -> None:
+        """A lane with a rate may begin some."""
+        if lane.items:
+            self._runner.pullers.pull(lane)
+        if lane.waiting or lane.ready or lane.tap is None or lane.tap.far:
+            self._wake.set()
 
     def _wanted(self) -> list[Lane]:
         """Lanes to claim for, in turn: about as many as there are free slots."""

@@ -7,9 +7,11 @@ import contextlib
 import os
 import signal
 import statistics
+import struct
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,6 +30,7 @@ from benchmarks.subject import (
     workers,
 )
 
+RATE = 1000  # of app_rate: starts in a second
 LIMIT, SERVED = 10, 0.1  # of app_limit; seconds that the receiver takes for a call
 PROCESSES = "8"
 KEYS = 10_000  # of the records of app_per
@@ -211,3 +214,26 @@ def flow_free(run: Run) -> Rows:
     ratios = {app: statistics.median(sides["before"]) / statistics.median(sides["after"])
               for app, sides in took.items()}
     return {"flow_free_cost": Row(min(ratios.values()), detail={"ratios": ratios, "seconds": took})}
+
+
+@bench(at_most("rate_violations", 0, "starts"), at_least("rate_used", 0.95))
+def rate(run: Run) -> Rows:
+    """rate="1000/s" over 4 processes: each start noted by the machine's clock, all windows of a second looked at."""
+    seconds = run.size(30, 6)
+    with (tempfile.NamedTemporaryFile() as file, run.server.database("rate") as url, connect(url) as conn):
+        os.environ["BENCH_STARTS"] = file.name
+        conn.execute("create table rated (id bigint generated always as identity primary key, n bigint)")
+        migrate(url, "app_rate")
+        with worker(conn, url, "app_rate", "--processes", "4"):
+            wait_for(lambda: workers(conn) >= 4, 60, "all processes to register")
+            conn.execute(f"insert into rated (n) select g from generate_series(1, {seconds * RATE}) g")
+            wait_idle(conn)
+        check(conn, "select 1 where false", "select 1 where false")
+        starts = sorted((at, pid) for at, pid in struct.iter_unpack("dq", Path(file.name).read_bytes()))
+    at = [at for at, _ in starts]
+    over = sum(late - early < 1.0 for early, late in zip(at, at[RATE:], strict=False))
+    middle = [one for one in at if at[0] + 1 <= one < at[-1] - 1]
+    used = (len(middle) - 1) / (middle[-1] - middle[0]) / RATE
+    detail: dict[str, object] = {"starts": len(at), "seconds": at[-1] - at[0],
+                                 "by_process": sorted(Counter(pid for _, pid in starts).values())}
+    return {"rate_violations": Row(over, detail=detail), "rate_used": Row(used, detail=detail)}

@@ -80,8 +80,8 @@ create or replace function permits_used(p_handler int) returns bigint language s
   select count(*) from permit where handler_id = p_handler and lease_until > (select now())
 $$;
 
--- waits_for(handler) -> what may hold up its ready records, where a limit does
-create or replace function waits_for(p_handler int) returns text language sql volatile set search_path from current as $$
+-- waits_for_permit(handler) -> what may hold up its ready records, where a limit does
+create or replace function waits_for_permit(p_handler int) returns text language sql volatile set search_path from current as $$
   select case when h.ordered then format('one record at a time for each %s, in order, in one process: worker %s', coalesce(h.per, 'primary key'), min(p.worker_id))
               when h.per is null then format('waits for a permit: all %s of its concurrency are in use', count(*))
               else format('at most %s records at a time for each %s, in one process: worker %s', h.concurrency, h.per, min(p.worker_id)) end

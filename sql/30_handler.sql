@@ -3,7 +3,7 @@
 -- put_handler(definition) -> handler id
 -- Inserts or updates a handler by (app, name). Keys: app, name, table, kind, ops, and the columns of handler;
 -- limit: calls or records at a time over all processes; per: the column for each of whose values concurrency is the limit, or debounce
--- counts; debounce: how long a key must be at rest, and max_wait at most after its first change, default 15 times that; priority: see
+-- counts; debounce: how long a key must be at rest, and max_wait at most after its first change, default 15 times that; rate: "100/m"; priority: see
 -- set_priority(); was: the name it had before; ordered,
 -- on_dead: see sql/27_order.sql. Raises NT004 for a filter or an option that cannot work. Then run sync_triggers().
 create or replace function put_handler(d jsonb) returns int language plpgsql volatile set search_path from current as $$
@@ -79,16 +79,17 @@ begin
   perform settle_turns(v_id);
   perform set_priority(v_id, d ->> 'priority');
   perform set_limit(v_id, case when (d ->> 'ordered')::boolean or d ->> 'per' is not null and d ->> 'limit' is not null then 1 else (d ->> 'limit')::int end);
+  perform set_rate(v_id, d ->> 'rate');
   return v_id;
 end $$;
 
 -- handler(name, table, ops, body, options) -> handler id
 -- A SQL handler made from psql: ops is 'new', 'updated', 'deleted', 'changes', 'truncate', 'rebuilt', 'failed' or several with spaces.
--- options: {"where", "columns", "batch", "max_wait", "attempts", "timeout", "backoff", "read", "params", "max_lag", "concurrency", "priority", "debounce", "per"}. Owned by app 'sql'.
+-- options: {"where", "columns", "batch", "max_wait", "attempts", "timeout", "backoff", "read", "params", "max_lag", "concurrency", "priority", "debounce", "per", "rate"}. Owned by app 'sql'.
 create or replace function handler(p_name text, p_table text, p_ops text, p_body text, options jsonb default '{}') returns int
 language plpgsql volatile set search_path from current as $$
 declare
-  v_known text[] := array['where', 'columns', 'batch', 'attempts', 'timeout', 'backoff', 'read', 'params', 'max_lag', 'since', 'into', 'concurrency', 'priority', 'max_wait', 'debounce', 'per', 'ordered', 'on_dead'];
+  v_known text[] := array['where', 'columns', 'batch', 'attempts', 'timeout', 'backoff', 'read', 'params', 'max_lag', 'since', 'into', 'concurrency', 'priority', 'max_wait', 'debounce', 'per', 'rate', 'ordered', 'on_dead'];
   v_bad text; v_id int; v_table int; v_old int;
   v_ops text[] := case when p_ops = 'changes' then array['new', 'updated', 'deleted'] else regexp_split_to_array(trim(p_ops), '[\s,]+') end;
 begin
@@ -114,7 +115,7 @@ begin
     'app', 'sql', 'name', p_name, 'table', p_table, 'kind', 'sql', 'ops', v_ops, 'body', p_body, 'where_sql', options -> 'where',
     'columns', options -> 'columns', 'batch', options -> 'batch', 'attempts', options -> 'attempts', 'timeout', options -> 'timeout',
     'backoff', options -> 'backoff', 'read', options -> 'read', 'params', options -> 'params', 'max_lag', options -> 'max_lag', 'concurrency', options -> 'concurrency', 'limit', options -> 'concurrency',
-    'max_wait', options -> 'max_wait', 'priority', options -> 'priority', 'debounce', options -> 'debounce', 'per', options -> 'per', 'options', options)));
+    'max_wait', options -> 'max_wait', 'priority', options -> 'priority', 'debounce', options -> 'debounce', 'per', options -> 'per', 'rate', options -> 'rate', 'options', options)));
   select table_id into v_table from handler where id = v_id;
   perform sync_triggers(v_table);
   if v_old is distinct from v_table and v_old is not null then

@@ -26,7 +26,7 @@ $$;
 create or replace function handler_state(p_app text, p_name text) returns text language sql stable set search_path from current as $$
   select jsonb_build_array(
            to_jsonb(h) - array['paused', 'failing_since', 'failing_error', 'failures', 'probe_at', 'feeding', 'enabled_at', 'enabled_snapshot', 'enabled_key', 'created_at'],
-           (select count(*) from permit where handler_id = h.id),
+           (select count(*) from permit where handler_id = h.id), (select said from rate where handler_id = h.id),
            (select to_jsonb(s) - array['paused', 'next_at', 'last_at', 'ahead', 'planned_to', 'error'] from schedule s where s.app = p_app and s.name = p_name))::text
     from handler h where h.app = p_app and h.name = p_name
 $$;

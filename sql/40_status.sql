@@ -289,7 +289,7 @@ begin
     select q.state, q.handler_id, q.at, null::real, case when q.state = 'ready' then coalesce((select case when h.paused then format('paused; anton handlers resume %s', h.name)
                                                                                                                      when h.failing_since is not null then format('its handler waits: %s', h.failing_error) end
                                                                                                           from handler h where h.id = q.handler_id), waits_for(q.handler_id), waits_turn(q.handler_id))
-                                                                       when q.state = 'in flight' then (select waits_for(h.id) from handler h where h.id = q.handler_id and (h.per is not null or h.ordered))
+                                                                       when q.state = 'in flight' then (select waits_for(h.id) from handler h where h.id = q.handler_id and (h.per is not null or h.ordered or exists (select from rate where handler_id = h.id)))
                                                                        else q.error end, null::bigint, q.id, null::int, null::jsonb
       from waiting q
      where (q.ids @> v_id and (settled is null or q.lo + array_position(q.ids, v_id[1]) - 1 <> all (settled)))
@@ -470,6 +470,7 @@ create or replace function show_handler(p_handler text) returns jsonb language s
                                   else jsonb_build_object('limit', case when h.ordered then h.concurrency else l.most end, 'held_by', (select worker_id from permit where handler_id = h.id and lease_until > now())) end
                         from limits() l where l.handler_id = h.id), '{}')
          || coalesce((select jsonb_build_object('tenants', t) from tenants_waiting(h.id) t where t <> '{}'), '{}')
+         || coalesce((select jsonb_build_object('rate', r.said, 'rate_used', rate_used(h.id), 'rate_next', next_rate(h.id)) from rates() r where r.handler_id = h.id), '{}')
     from handler h join status s on s.app = h.app and s.handler = h.name where h.id = find_handler(p_handler)
 $$;
 

@@ -467,4 +467,4 @@ def test_mypy_strict_passes_what_is_right_and_flags_what_is_wrong(tmp_path: Path
 def test_options_are_those_of_the_api_page() -> None:
     assert set(OPTIONS) == {"name", "was", "into", "where", "columns", "read", "since", "each", "batch", "max_wait",
                             "concurrency", "timeout", "attempts", "backoff", "max_lag", "on_conflict", "per",
-                            "priority", "debounce", "ordered", "on_dead"}
+                            "priority", "debounce", "ordered", "on_dead", "rate"}

@@ -25,6 +25,7 @@ LAYERS = [
     "dbt.manifest dbt.profile dbt.init",
     "dbt.gate handshake config option columns people relation queue doorbell status due chunk parquet ledger memo "
     "later",
+    "rate",
     "scheme op sqlfile lineage graph permits gate within order",
     "chart signed apply sqlread dbt.runner dbt.child dbt.lineage",
     "verify write app heartbeat lane ddl",

@@ -1,0 +1,253 @@
+"""Rates: no window of time holds more starts than rate= says, over all processes; what is not used is given back."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pg import Pg
+from working import one_handler
+
+from anton import Table
+from anton.app import App, declaring
+from anton.db import Database
+from anton.errors import BadOption
+from anton.rate import Tap, normal
+
+SECOND = 1_000_000
+ANTON = [sys.executable, "-c", "import sys; from anton.cli import main; sys.exit(main())"]
+
+
+class Desk(Pg):
+    """A session on a database with a handler h that has a rate, and a clock that stands still."""
+
+    h: int
+
+    def at(self, us: int) -> None:
+        """Sets anton.now() to so many microseconds after the year 2030."""
+        self.sql("create or replace function anton.now() returns timestamptz language sql volatile as "
+                 f"$$select timestamptz '2030-01-01 00:00:00Z' + interval '{us} microseconds'$$")
+
+    def take(self, wanted: int, back: dict[int, int] | None = None) -> dict[int, int]:
+        back = back or {}
+        ((slots, counts),) = self.sql("select slots, counts from anton.take_rate(1, %s, %s, %s::bigint[], %s::int[])",
+                                      args=(self.h, wanted, [*back], [*back.values()]))
+        return dict(zip(slots, counts, strict=True))
+
+
+@pytest.fixture
+def desk(pg: Pg) -> Iterator[Desk]:
+    desk = Desk(pg.url)
+    desk.sql("create table orders (id bigint generated always as identity primary key)")
+    desk.h = desk.listen("orders", "new", name="h")
+    desk.at(0)
+    yield desk
+    desk.conn.close()
+
+
+MOVES = st.lists(st.tuples(st.integers(0, 400_000), st.integers(0, 30), st.sampled_from(["use", "give back", "die"])),
+                 min_size=5, max_size=25)
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(most=st.integers(1, 25), length=st.sampled_from(["100ms", "1s", "3s"]), moves=MOVES)
+def test_no_window_holds_more_than_the_rate_whatever_is_asked_used_given_back_or_lost(
+        desk: Desk, most: int, length: str, moves: list[tuple[int, int, str]]) -> None:
+    """Each start is as late as its slot allows for the windows before, as early as it allows for those after."""
+    desk.sql("select anton.set_rate(%s, null), anton.set_rate(%s, %s)", args=(desk.h, desk.h, f"{most}/{length}"))
+    window = int(desk.value("select length_us from anton.rate"))
+    slot = int(desk.value("select slot_us from anton.rate_slots(%s)", window))
+    began: list[int] = []
+    now, unused = 0, dict[int, int]()
+    for pause, wanted, then in moves:
+        now += pause
+        desk.at(now)
+        got = desk.take(wanted, unused)
+        unused = {}
+        for number, count in got.items():
+            used = count // 2 if then == "give back" else count
+            began += [number] * used
+            if used < count:
+                unused[number] = count - used
+    began.sort()
+    assert all((late - early - 1) * slot >= window for early, late in zip(began, began[most:], strict=False))
+
+
+def test_what_is_given_back_is_there_again_and_what_is_lost_is_after_its_window(desk: Desk) -> None:
+    desk.sql("select anton.set_rate(%s, '5/s')", args=(desk.h,))
+    got = desk.take(9)
+    assert got and desk.take(9) == {}
+    assert desk.take(9, got) == got
+    for n in range(1, 20):
+        desk.at(n * 100_000)
+        desk.take(1)
+    assert 4 <= desk.value("select anton.rate_used(%s)", desk.h) <= 5
+    desk.at(10 * SECOND)
+    assert desk.take(1) != {}
+
+
+def test_a_window_that_changes_and_a_clock_that_is_put_back_forget_no_start(desk: Desk) -> None:
+    desk.sql("select anton.set_rate(%s, '2/10s')", args=(desk.h,))
+    assert sum(desk.take(2).values()) == 1
+    desk.sql("select anton.set_rate(%s, '1/20s')", args=(desk.h,))
+    assert desk.take(2) == {}
+    desk.at(-100 * SECOND)
+    assert desk.take(2) == {}
+    desk.at(-70 * SECOND)
+    assert sum(desk.take(2).values()) == 1
+    assert desk.value("select anton.waits_for(%s)", desk.h).startswith("waits for its rate, 1/20s: 1 begun")
+
+
+@pytest.mark.parametrize(("typed", "is_"), [("100/m", "100/1m"), ("1000/s", "1000/1s"), ("5 / 1h30m", "5/1h30m"),
+                                            ("20/10s", "20/10s")])
+def test_a_rate_is_read_alike_here_and_in_the_database(pg: Pg, typed: str, is_: str) -> None:
+    assert normal(typed, "x") == is_
+    read = pg.sql("select most, length_us from anton.parse_rate(%s, 'x')", args=(typed,))
+    assert read == pg.sql("select most, length_us from anton.parse_rate(%s, 'x')", args=(is_,))
+
+
+@pytest.mark.parametrize("bad", ["fast", "0/s", "5/ms", "5/y", "5", 5, "1/365d", "-1/s"])
+def test_what_is_no_rate_is_refused(bad: Any) -> None:
+    with declaring(App("t")), pytest.raises(BadOption, match="a number of starts and a time"):
+        Table("a").on_new_records(name="h", rate=bad)(lambda record: None)
+
+
+def test_a_rate_beside_per_is_refused() -> None:
+    with declaring(App("t")), pytest.raises(BadOption, match="no rate= beside per="):
+        Table("a").on_new_records(name="h", each=True, concurrency=1, per="c", rate="1/s")(lambda record: None)
+
+
+def test_a_start_is_taken_only_within_its_slot_by_both_bounds_of_the_clock() -> None:
+    tap = Tap()
+    now = time.monotonic()
+    tap.clock.heard(now, 5_000.0, now + 1000.0)                        # it is from 4,000 to 5,000 there
+    tap.got(10_000.0, {0: 2})
+    assert tap.take() and tap.soon() == 1
+    tap.got(1.0, {4_500: 3})
+    assert not tap.take() and tap.free() == 0
+    assert tap.unused(future=True) == {4_500: 3} and not tap.holds
+
+
+async def test_records_begin_no_faster_than_the_rate_says(db: Database) -> None:
+    at: list[float] = []
+    bench = await one_handler(db, lambda record: at.append(time.monotonic()), each=True, rate="10/500ms")
+    await bench.add("a", ({"n": n} for n in range(25)))
+    async with bench.running():
+        await bench.until_done()
+    assert len(at) == 25 and all(late - early > 0.5 for early, late in zip(at, at[10:], strict=False))
+
+
+async def test_calls_of_batches_and_of_sql_begin_no_faster_either(db: Database) -> None:
+    at: list[float] = []
+    bench = await one_handler(db, lambda records: at.append(time.monotonic()), batch=1, rate="2/400ms")
+    await bench.add("a", ({"n": n} for n in range(5)))
+    await bench.sql("""select anton.handler('copy', 'a', 'new', 'insert into b (data) select data from new_records',
+                                            '{"rate": "3/s", "batch": 1}')""")
+    await bench.sql("update anton.handler set app = 't' where name = 'copy'")
+    async with bench.running():
+        for n in range(3):
+            await bench.add("a", [{"n": 10 + n}])
+        await bench.until_done()
+    assert len(at) >= 2 and all(late - early > 0.4 for early, late in zip(at, at[2:], strict=False))
+    assert await bench.count("b") == 3
+
+
+async def test_what_waits_for_its_rate_is_told_and_given_back_when_the_worker_ends(db: Database) -> None:
+    done: list[int] = []
+    bench = await one_handler(db, lambda record: done.append(record["n"]), each=True, rate="1/h")
+    await bench.add("a", ({"n": n} for n in range(3)))
+    await bench.work()                                                 # does not wait for an hour
+    assert len(done) == 1 and await bench.left() == {"job": 1}
+    await bench.sql("select anton.register_worker('t', 'here', 1, '1')")
+    assert (await bench.value("select why from anton.status")).startswith("waits for its rate, 1/1h: 1 begun")
+    shown = await bench.value("select anton.show_handler('handle')")
+    assert (shown["rate"], shown["rate_used"]) == ("1/1h", 1)
+
+
+async def test_a_rate_that_is_taken_out_of_the_code_is_taken_out_of_the_database(db: Database) -> None:
+    await one_handler(db, lambda records: None, rate="7/s")
+    bench = await one_handler(db, lambda records: None, rate="8/s")
+    assert await bench.column("select said from anton.rate") == ["8/1s"]
+    bench = await one_handler(db, lambda records: None)
+    assert await bench.count("anton.rate") == 0
+
+
+def test_the_starts_of_a_tenth_of_a_window_are_little_more_than_a_tenth(desk: Desk) -> None:
+    desk.sql("select anton.set_rate(%s, '1000/s')", args=(desk.h,))
+    given: list[tuple[int, int]] = []
+    for n in range(60):
+        desk.at(n * 20_000)
+        given += desk.take(500).items()
+    by = dict[int, int]()
+    for slot, count in given:
+        by[slot // 6] = by.get(slot // 6, 0) + count
+    assert max(by.values()) <= 2 * 120 and sum(by.values()) >= 1000
+    assert all(a < b for a, b in pairwise(sorted(by)))
+
+
+def test_the_heads_of_sql_files_have_rates_and_limits(shop: Any) -> None:
+    shop.file("sql/copy.sql", "-- anton: handler\n-- on: orders new\n-- rate: 100/m\n-- concurrency: 2\n"
+                              "insert into copies (data) select data from new_records")
+    shop.declare(lambda: (Table("orders"), Table("copies")))
+    shop.migrate()
+    assert shop.sql("select said from anton.rate") == [("100/1m",)]
+    assert shop.sql("select count(*) from anton.permit") == [(2,)]
+    assert not shop.migrate(check=True).drift
+
+
+MAIN = """
+import os, time, psycopg
+from anton import Table
+
+@Table("a").on_new_records(each=True, rate="20/s")
+def note(record):
+    with open(os.environ["TEST_STARTS"], "a") as file:
+        file.write(f"{time.monotonic()} {os.getpid()}\\n")
+"""
+
+
+def test_no_window_holds_more_over_processes_that_are_killed(pg: Pg, tmp_path: Path) -> None:
+    (tmp_path / "main.py").write_text(MAIN)
+    (tmp_path / "autonomous.json").write_text('{"name": "t"}')
+    starts = tmp_path / "starts"
+    starts.touch()
+    environment = {**os.environ, "DATABASE_URL": pg.url, "TEST_STARTS": str(starts)}
+
+    def anton(*words: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([*ANTON, *words], cwd=tmp_path, env=environment, start_new_session=True,
+                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    assert anton("migrate").wait(60) == 0
+    for _ in range(8):
+        pg.sql("insert into a (data) select '{}' from generate_series(1, 10) g")
+    work = anton("work", "--processes", "2")
+    try:
+        for kill in range(1, 3):
+            until(lambda kill=kill: len(starts.read_text().splitlines()) >= 20 * kill)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(starts.read_text().split()[-1]), signal.SIGKILL)
+        until(lambda: pg.value("select not exists (select from anton.job) and not exists (select from anton.lease) "
+                                   "and not exists (select from anton.delayed)"))
+    finally:
+        work.terminate()
+        work.wait(60)
+    at = sorted(float(line.split()[0]) for line in starts.read_text().splitlines())
+    assert len(at) >= 80 and all(late - early > 1.0 for early, late in zip(at, at[20:], strict=False))
+
+
+def until(met: Any, patience: float = 90.0) -> None:
+    end = time.monotonic() + patience
+    while not met():
+        assert time.monotonic() < end
+        time.sleep(0.02)
