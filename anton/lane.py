@@ -269,7 +269,9 @@ class Lane:
         tenants = {job.tenant or "" for job in jobs}
         shared = bool(tenants - {""})
         if shared:                                                     # claimed of each in turn, from self.turn on
-            self.turn = max([name for name in tenants if name <= (self.turn or "")] or tenants)
+            last = self.turn or ""
+            jobs = sorted(jobs, key=lambda job: ((job.tenant or "") <= last, job.tenant or ""))
+            self.turn = max([name for name in tenants if name <= last] or tenants)
         self.ready = full or after > 0 or len(tenants) >= TENANTS      # only the tail, or some tenants, were looked at
         self.after = jobs[-1].id if full and jobs and not shared else 0
         self.claim_since = now

@@ -245,7 +245,8 @@ async def test_one_tenant_s_backlog_lets_the_others_have_every_other_call(db: Da
         await write(db, tenant, 1)
     await bench.work()
     assert await bench.left() == {} and len(calls) == 43
-    assert {*calls[:3]} == {*"abc"} and calls.index("b", calls.index("b") + 1) < 6
+    assert {*calls[:4]} == {*"abc"}, calls
+    assert calls.index("b", calls.index("b") + 1) < 8, calls
 
 
 async def test_with_each_the_records_of_tenants_lie_in_turn() -> None:
