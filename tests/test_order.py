@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from pg import Pg
 from working import Bench, one_handler
 
-from anton import Discard, Retry, Table
+from anton import Discard, Retry, Table, sqlfile
 from anton.app import App, declaring
 from anton.db import Database
 from anton.errors import BadOption
@@ -394,3 +394,9 @@ def claimed(pg: Pg, handler: int, worker: int) -> list[int]:
 
 def reclaimed(pg: Pg, handler: int, token: int) -> list[int]:
     return [row[0] for row in pg.sql(f"select id from anton.reclaim_together(2, {token}, array[{handler}], '30 s')")]
+
+
+def test_a_file_of_sql_with_an_order_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "mirror.sql").write_text("-- anton: handler\n-- on: orders new\n-- ordered: true\nselect 1\n")
+    with pytest.raises(BadOption, match="SQL is given batches"):
+        sqlfile.handler(sqlfile.read(tmp_path)[0], "t")
