@@ -117,7 +117,7 @@ class Order:
                 key = each.order[item]
                 inside = self._inside.get(key)
                 off = bool(self.closed) and self.text(key) in self.closed and each.jobs[item] not in self.heads
-                if inside is not None and not (off and inside is each and key in each.off):
+                if inside is not None and (key in self._aside or not (off and inside is each and key in each.off)):
                     self._aside.setdefault(key, deque()).append(entry)
                     continue
                 self._inside[key] = each

@@ -32,7 +32,7 @@ from anton.rate import normal
 
 OPS = ("new", "updated", "deleted", "truncate", "rebuilt", "failed")
 _HANDLER = ("on", "where", "columns", "read", "since", "batch", "max_wait", "timeout", "attempts", "backoff", "max_lag",
-            "into", "was", "concurrency", "priority", "debounce", "per", "rate", "ordered", "on_dead")
+            "into", "was", "concurrency", "priority", "debounce", "per", "rate")
 _SCHEDULE = ("cron", "tz", "title", "misfire", "overlap", "jitter", "start", "end", "timeout", "attempts", "backoff")
 _MODEL = ("refresh", "key", "incremental", "timeout", "max_wait", "tz", "was")
 _NUMBERS = ("batch", "attempts", "concurrency")
@@ -111,6 +111,10 @@ def statements(text: str) -> Iterator[tuple[int, str]]:
 def handler(file: SqlFile, app: str) -> dict[str, Any]:
     """What put_handler() takes, with "since", for a file of kind handler. Raises UnknownOption, BadOption."""
     of = file.name
+    for key in ("ordered", "on_dead"):
+        if key in file.header:
+            raise BadOption(key, file.header[key], of, "a handler of single records beside it: SQL is given batches. "
+                            "Write it in Python with each=True")
     _known(file, _HANDLER)
     on = file.header.get("on", "").split()
     if len(on) < 2:
@@ -121,10 +125,6 @@ def handler(file: SqlFile, app: str) -> dict[str, Any]:
         raise BadOption("on", file.header["on"], of, f'a table and {one_of((*OPS, "changes"))}')
     found: dict[str, Any] = {"app": app, "name": file.stem, "table": table, "kind": "sql", "ops": ops,
                              "body": file.text, "since": file.header.get("since", "now")}
-    for key in ("ordered", "on_dead"):
-        if key in file.header:
-            raise BadOption(key, file.header[key], of, "a handler of single records beside it: SQL is given batches. "
-                            "Write it in Python with each=True")
     for key, value in file.header.items():
         if key == "priority":
             if not re.fullmatch("[0-9]", value):

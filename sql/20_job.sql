@@ -323,12 +323,14 @@ language plpgsql volatile set search_path from current
 set jit = off set enable_seqscan = off as $$
 declare v_held bigint; v_until timestamptz; v_parts bigint;
 begin
-  update lease l set lease_until = '-infinity', alone = false from handler h   -- a part of what an ordered handler had comes before
-   where l.token = p_token and l.id = any (p_ids) and l.together = 2 and h.id = l.handler_id and h.ordered;   -- jobs with smaller ids: as a suspect
+  -- suspects of an ordered handler stay such, as those behind them are worked next; parts, whose ids are greater, as well
+  update lease l set lease_until = '-infinity', alone = false from handler h
+   where l.token = p_token and l.id = any (p_ids) and (l.alone or l.together = 2 or l.lease_until = '-infinity')
+     and h.id = l.handler_id and h.ordered;
   get diagnostics v_parts = row_count;
   with gone as (
     delete from lease l where l.token = p_token and l.id = any (p_ids)
-       and not (l.together = 2 and (select h.ordered from handler h where h.id = l.handler_id)) returning *),
+       and not (l.lease_until = '-infinity' and (select h.ordered from handler h where h.id = l.handler_id)) returning *),
   back as (
     insert into job (handler_id, id, change_id, at, cause, trace, lo, hi, attempt, crashes, depth, op, tenant, origin, settled, ids, keys)
     select handler_id, case when (select h.ordered from handler h where h.id = handler_id) then id else nextval('change_seq') end, change_id, at, cause, trace, lo, hi,

@@ -46,7 +46,8 @@ create or replace function take_turns(p_handler int) returns void language sql v
 $$;
 
 -- next_turn(handler, key): the first of what waits for its key gets a job, when nothing is before it
-create or replace function next_turn(p_handler int, p_key text) returns void language plpgsql volatile set search_path from current as $$
+create or replace function next_turn(p_handler int, p_key text) returns void language plpgsql volatile set search_path from current
+set jit = off set enable_seqscan = off as $$
 declare t turn;
 begin
   select * into t from turn where handler_id = p_handler and key = p_key order by n limit 1;
@@ -70,7 +71,8 @@ $$;
 
 -- put_off(token, id, ordinals, keys): settles these records here; each waits for those of its key that are before it
 create or replace function put_off(p_token bigint, p_id bigint, p_ordinals int[], p_keys text[]) returns void
-language plpgsql volatile set search_path from current as $$
+language plpgsql volatile set search_path from current
+set jit = off set enable_seqscan = off as $$
 declare v lease; v_key text;
 begin
   v := settle(p_token, p_id, p_ordinals);
@@ -85,7 +87,8 @@ end $$;
 
 -- retry_in_turn(token, id, ordinals, keys, after, error, burn): as retry(), and the keys wait for these records
 create or replace function retry_in_turn(p_token bigint, p_id bigint, p_ordinals int[], p_keys text[], p_after interval, p_error text, p_burn boolean)
-returns void language plpgsql volatile set search_path from current as $$
+returns void language plpgsql volatile set search_path from current
+set jit = off set enable_seqscan = off as $$
 declare v lease; v_job bigint; v_attempt int; v_own boolean;
 begin
   v := settle(p_token, p_id, p_ordinals);
@@ -111,7 +114,8 @@ end $$;
 -- bury_in_turn(token, id, ordinal, key, reason, error, traceback) -> dead letter id
 -- As bury(); with on_dead = block its key waits for it until it is replayed or dropped, else the next of the key goes on.
 create or replace function bury_in_turn(p_token bigint, p_id bigint, p_ordinal int, p_key text, p_reason text, p_error text, p_traceback text)
-returns bigint language plpgsql volatile set search_path from current as $$
+returns bigint language plpgsql volatile set search_path from current
+set jit = off set enable_seqscan = off as $$
 declare v lease; v_dead bigint;
 begin
   select * into v from lease where token = p_token and id = p_id;
@@ -129,7 +133,8 @@ begin
 end $$;
 
 -- end_turn(handler, id): the record of this job, or dead letter, waits no more; the next one of its key may go on
-create or replace function end_turn(p_handler int, p_id bigint) returns void language plpgsql volatile set search_path from current as $$
+create or replace function end_turn(p_handler int, p_id bigint) returns void language plpgsql volatile set search_path from current
+set jit = off set enable_seqscan = off as $$
 declare v_key text;
 begin
   perform take_turns(p_handler);
@@ -141,13 +146,15 @@ end $$;
 
 -- heads(handler, ids) -> which of these jobs are the first of a key that others wait for
 create or replace function heads(p_handler int, p_ids bigint[]) returns bigint[]
-language plpgsql volatile set search_path from current set enable_seqscan = off as $$ begin
+language plpgsql volatile set search_path from current
+set jit = off set enable_seqscan = off as $$ begin
   return array(select t.id from turn t where t.handler_id = p_handler and t.id = any (p_ids) and t.state = 'first');
 end $$;
 
 -- waiting_keys(handler, keys or null) -> keys of which some record waits; null: all there are
 create or replace function waiting_keys(p_handler int, p_keys text[] default null) returns text[]
-language plpgsql volatile set search_path from current set enable_seqscan = off as $$ begin
+language plpgsql volatile set search_path from current
+set jit = off set enable_seqscan = off as $$ begin
   return array(select distinct t.key from turn t where t.handler_id = p_handler and (p_keys is null or t.key = any (p_keys)));
 end $$;
 

@@ -89,7 +89,7 @@ end $$;
 create or replace function handler(p_name text, p_table text, p_ops text, p_body text, options jsonb default '{}') returns int
 language plpgsql volatile set search_path from current as $$
 declare
-  v_known text[] := array['where', 'columns', 'batch', 'attempts', 'timeout', 'backoff', 'read', 'params', 'max_lag', 'since', 'into', 'concurrency', 'priority', 'max_wait', 'debounce', 'per', 'rate', 'ordered', 'on_dead'];
+  v_known text[] := array['where', 'columns', 'batch', 'attempts', 'timeout', 'backoff', 'read', 'params', 'max_lag', 'since', 'into', 'concurrency', 'priority', 'max_wait', 'debounce', 'per', 'rate'];
   v_bad text; v_id int; v_table int; v_old int;
   v_ops text[] := case when p_ops = 'changes' then array['new', 'updated', 'deleted'] else regexp_split_to_array(trim(p_ops), '[\s,]+') end;
 begin

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from pg import Pg
 from working import Bench, one_handler
 
-from anton import Discard, Retry, Table
+from anton import Discard, Retry, Table, sqlfile
 from anton.app import App, declaring
 from anton.db import Database
 from anton.errors import BadOption
@@ -362,3 +362,41 @@ def until(met: Callable[[], bool], patience: float = 60.0) -> None:
     while not met():
         assert time.monotonic() < end
         time.sleep(0.01)
+
+
+def test_suspects_come_one_at_a_time_in_order_and_given_back_stay_suspects(pg: Pg) -> None:
+    pg.sql("create table a (id bigint primary key)")
+    h = pg.value("select anton.put_handler('{\"app\": \"x\", \"name\": \"h\", \"table\": \"a\", \"ops\": [\"new\"], "
+                 "\"each_record\": true, \"ordered\": true}')")
+    pg.sql("select anton.sync_triggers(table_id) from anton.handler", *(f"insert into a values ({n})" for n in (1, 2)))
+    assert claimed(pg, h, worker=1) == []                              # without the permit
+    pg.sql(f"select anton.permit(1, {h}, 1, '60 s')")
+    first, second = claimed(pg, h, worker=1)
+    pg.sql("select anton.worker_died(1)")
+    assert pg.value(f"select anton.permit(2, {h}, 1, '60 s')") == 0
+    for token in (7, 8):
+        assert reclaimed(pg, h, token) == [first] and reclaimed(pg, h, 9) == []
+        pg.sql(f"select anton.give_back({token}, array[{first}])")
+    assert pg.value("select count(*) from anton.job") == 0
+    assert reclaimed(pg, h, 10) == [first]
+    pg.sql(f"select anton.ack(10, array[{first}], 2, 1)")
+    assert reclaimed(pg, h, 11) == [second]
+    assert pg.value(f"select anton.permit(2, {h}, 1, '60 s', true, true)") == 1
+    pg.sql("insert into a values (3)")
+    pg.sql("update anton.lease set lease_until = anton.now() - interval '1 s'")
+    assert claimed(pg, h, worker=2) == []                              # not past what ran out
+
+
+def claimed(pg: Pg, handler: int, worker: int) -> list[int]:
+    return [row[0] for row in pg.sql(f"select id from anton.claim_ordered({worker}, 5, array[{handler}], array[9], "
+                                     "array[99], array[0], '30 s')")]
+
+
+def reclaimed(pg: Pg, handler: int, token: int) -> list[int]:
+    return [row[0] for row in pg.sql(f"select id from anton.reclaim_together(2, {token}, array[{handler}], '30 s')")]
+
+
+def test_a_file_of_sql_with_an_order_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "mirror.sql").write_text("-- anton: handler\n-- on: orders new\n-- ordered: true\nselect 1\n")
+    with pytest.raises(BadOption, match="SQL is given batches"):
+        sqlfile.handler(sqlfile.read(tmp_path)[0], "t")

@@ -304,12 +304,6 @@ def test_per_is_refused_where_it_could_not_hold(options: dict[str, Any], says: s
         Table("a").on_new_records(name="h", **options)(lambda record: None)
 
 
-@pytest.mark.parametrize("option", ["ordered", "debounce", "on_dead"])
-def test_what_is_not_there_yet_is_refused_and_not_ignored(option: str) -> None:
-    with declaring(App("t")), pytest.raises(UnknownOption, match=option):
-        Table("a").on_new_records(each=True, **{option: True})(lambda record: None)
-
-
 async def test_per_names_a_column_that_the_table_has(db: Database) -> None:
     async with db.conn() as conn:
         await conn.execute("create table public.old (id int primary key, customer text)")

@@ -18,7 +18,7 @@ from servers import Server
 
 from anton import read
 
-QUEUE = ("job", "lease", "delayed", "change", "receipt", "output", "dead", "debounce")
+QUEUE = ("job", "lease", "delayed", "change", "receipt", "output", "dead", "debounce", "turn")
 DEPTHS = (0, 1_000, 1_000_000)
 TOKEN = 7
 
@@ -324,8 +324,32 @@ def test_here_plans_are_looked_at_themselves(pg: Pg) -> None:
 
 
 
+def turns(watched: Watched) -> None:
+    """Of an ordered handler: claims, what waits behind a retry, and what comes after it."""
+    h = watched.large
+    watched.pg.sql(f"update anton.handler set ordered = true where id = {h}", f"select anton.set_limit({h}, 1)",
+                   f"select anton.permit(1, {h}, 1, '60 s')")
+    insert(watched, 20)
+    jobs = watched.run("select id from anton.claim_ordered(1, $1, $2, $3, $4, $5, '30 s')",
+                       args=(TOKEN, [h], [1], [1], [0]), but="lease")
+    for (job,) in jobs:
+        at = watched.pg.value("select lo from anton.lease where token = %s and id = %s", TOKEN, job)
+        watched.run("select anton.retry_in_turn($1, $2, $3, '{[1]}', '1 s', 'no', true)", args=(TOKEN, job, [at]))
+        watched.run("select anton.put_off($1, $2, $3, '{[1],[2]}')", args=(TOKEN, job, [at + 1, at + 2]))
+        watched.run("select anton.bury_in_turn($1, $2, $3, '[3]', 'failed', 'no', null)", args=(TOKEN, job, at + 3))
+        first = watched.pg.value("select id from anton.turn where state = 'first' and key = '[1]' limit 1")
+        assert watched.run("select anton.heads($1, $2)", args=(h, [first])) == [([first],)]
+        watched.run("select anton.waiting_keys($1, $2)", args=(h, ["[1]", "[5]"]))
+        watched.run("select anton.end_turn($1, $2)", args=(h, first))
+        watched.run("select anton.give_back($1, $2)", args=(TOKEN, [job]))
+    watched.pg.sql("delete from anton.job where settled is not null")  # nobody else wants these
+    assert jobs
+    watched.pg.sql(f"update anton.handler set ordered = false where id = {h}", f"select anton.set_limit({h}, null)")
+    settle(watched)
+
+
 CHECKS = (looking, capture, claim_leased_and_ack, fetch_of_rows_and_images, settling_by_record, sql_handlers, models,
-          promotion, turns_of_tenants, debounce, delay)
+          promotion, turns_of_tenants, debounce, delay, turns)
 
 
 def test_no_statement_of_the_hot_path_reads_the_queue_whole_or_sorts_it(watched: Watched) -> None:
