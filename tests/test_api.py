@@ -27,7 +27,8 @@ def test_the_public_names() -> None:
 
 @pytest.mark.parametrize(("thing", "parameters"), [
     (Table.__init__, "self name model key= unique= index= **"), (Table.append, "self row of= delay= at="),
-    (Table.extend, "self rows of= delay= at="), (Table.upsert, "self row of= delay= at="), (Table.select, "self where **"),
+    (Table.extend, "self rows of= delay= at="), (Table.upsert, "self row of= delay= at="),
+    (Table.select, "self where **"),
     (Table.get, "self *key"), (Table.aget, "self *key"), (Query.order_by, "self *columns"), (Query.limit, "self count"),
     (Query.count, "self"), (Query.acount, "self"), (Query.update, "self on_conflict= **"),
     (Query.delete, "self on_conflict="), (anton.sql, "text **"), (anton.transaction, "on_conflict="),
