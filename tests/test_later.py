@@ -74,7 +74,7 @@ def test_a_record_that_changes_again_is_handled_once_with_its_latest_state(desk:
     assert [(state, error.split(",")[0]) for state, error in desk.why(one.id)] == [
         ("delayed", "waits for its debounce of 02:00:00")]
     shown = desk.rows("select s ->> 'debounce', s ->> 'max_wait' from anton.show_handler('note') s")
-    assert shown == [("02:00:00", "30:00:00")]
+    assert shown == [("02:00:00", "1 day 06:00:00")]
     waiting = desk.rows("select delayed, why from anton.status")[0]
     assert waiting[0] == 2 and waiting[1].startswith("2 wait to come to rest, debounce 02:00:00, the next until ")
     desk.app.advance("1h")
