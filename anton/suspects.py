@@ -42,8 +42,8 @@ async def work_suspects(settler: Settler, lease: timedelta, lanes: Mapping[int, 
 
     async def one(batch: Run) -> None:
         async with free:
-            if batch.lane.turns is not None:
-                batch.lane.turns.tenure = -1                           # the dead may have settled something just now
+            if batch.lane.order is not None:
+                batch.lane.order.tenure = -1                           # the dead may have settled something just now
             await run(batch)
 
     async def next_jobs() -> tuple[list[Job], bool]:

@@ -24,7 +24,7 @@ from working import Bench, met, one_handler
 from anton import Table
 from anton.app import App, declaring
 from anton.db import Database
-from anton.errors import BadOption, UnknownOption
+from anton.errors import BadOption
 from anton.gate import Gate
 from anton.permits import Permits
 
