@@ -419,12 +419,6 @@ WRONG = (  # (what the SQL does wrong, as shipped, as it is then, what the machi
         "case when p_tenant <> '' then set_config('anton.tenant', p_tenant, false) end",
         "I13: an output of another tenant",
     ),
-    (
-        "claims that begin with the same tenant each time",
-        "jobs_in_turn(w.handler_id, w.jobs, w.records, w.turn)",
-        "jobs_in_turn(w.handler_id, w.jobs, w.records, null)",
-        "a claim of other jobs",
-    ),
     ("two tenants acked as one", " or min(coalesce(tenant, '')) <> max(coalesce(tenant, ''))", "", "DID NOT RAISE"),
     ("a let_go that does nothing", "if v_set = 0 or v_set > v_ms then", "if false then", "let_go: idle for"),
     (
