@@ -36,6 +36,7 @@ from anton.errors import (
 )
 from anton.graph import cycles, meant
 from anton.model import Model, Models
+from anton.notices import unmailed
 from anton.plan import LOCK_TIMEOUT, Step
 from anton.poll import Poll
 from anton.sqlcheck import SqlStep
@@ -336,6 +337,11 @@ class Declared:
             same = f"select {self.run.schema}.action_state({literal(app)}, {literal(action.name)})"
             await self.run.step(Step(f"action {action.name}", self._call("put_action", action.definition())),
                                 unless_same=same)
+        for row in await self.conn.fetch(f"select * from {self.run.schema}.unheard() where app = $1", app):
+            self.plan.notes.append(f"action {row['action']}: {row['problem']}; {row['remedy']}")
+        if unmailed(self.app):
+            self.plan.notes.append('via=["email"] of an approval sends nothing: set SMTP_HOST, or handle Notices() '
+                                   "where=\"via = 'email'\"")
         names = f"array[{', '.join(literal(name) for name in sorted(self.app.actions))}]::text[]"
         gone = await self.conn.fetch(f"select {self.run.schema}.vanished_actions({literal(app)}, {names})")
         if gone and app != "sql":

@@ -105,16 +105,24 @@ async def compose(db: Database, app: App, notice: Notice) -> Message:
     return Message(notice.to, f"To decide: {notice.subject}", text)
 
 
+def unmailed(app: App) -> bool:
+    """Whether its approvals go by e-mail, and nothing sends those."""
+    return not _by_hand(app) and not os.environ.get("SMTP_HOST", "").strip()
+
+
+def _by_hand(app: App) -> bool:
+    """No approval goes by e-mail, or a handler says that it sends those."""
+    wheres = (one.where or "" for one in app.handlers.values() if isinstance(one.table, Notices))
+    return "email" not in app.channels or any(_MAILS.search(where) for where in wheres)
+
+
 def mail_by_default(app: App) -> None:
     """Has notices mailed, where SMTP_HOST is set, approvals go by e-mail, and no handler of the app says that it does.
 
     It says so by where="via = 'email'"; one of all notices may be but a log of them. Raises ConfigError for a variable
     of SMTP that is missing or wrong.
     """
-    if "email" not in app.channels or not os.environ.get("SMTP_HOST", "").strip():
-        return
-    wheres = (one.where or "" for one in app.handlers.values() if isinstance(one.table, Notices))
-    if any(_MAILS.search(where) for where in wheres):
+    if _by_hand(app) or not os.environ.get("SMTP_HOST", "").strip():
         return
     connections = app.settings.connections if app.settings is not None else ()
     connection = next((one.name for one in connections if one.service.lower() == "smtp"), None)

@@ -48,6 +48,20 @@ create or replace function may_decide(p person, p_approvers text[]) returns bool
                        or exists (select from unnest(p.groups) g where '@' || g = any (p_approvers)))
 $$;
 
+-- unheard() -> whom the actions of apps ask and cannot reach: who is nobody, and who has no address for via="email"
+create or replace function unheard() returns table (app text, action text, problem text, remedy text) language sql stable set search_path from current as $$
+  with asked as (
+    select r.app, r.name, r.approval, w from action_rule r
+     cross join lateral (select jsonb_array_elements_text(r.approval -> 'approvers') union select value from jsonb_each_text(coalesce(r.approval -> 'escalate', '{}'))) x (w)
+     where r.missing_at is null and r.approval <> '{}')
+  select a.app, a.name, format('it asks %s, and that is nobody', a.w), case when a.w ~ '^@' then format('anton people add NAME --group %s', substr(a.w, 2)) else format('anton people add %s', a.w) end
+    from asked a where not exists (select from person p where may_decide(p, array[a.w]))
+  union all
+  select a.app, a.name, format('it asks %s by e-mail, who has no address', p.name), format('anton people add %s --email ADDRESS', p.name)
+    from asked a join person p on may_decide(p, array[a.w]) and p.email is null where a.approval -> 'via' ? 'email' group by a.app, a.name, p.name
+   order by 1, 2, 3
+$$;
+
 -- sees_all(name) -> whether they see every approval and call: who is in all groups
 create or replace function sees_all(p_person text) returns boolean language sql stable set search_path from current as $$
   select exists (select from person where name = p_person and active and '*' = any (groups))

@@ -24,6 +24,7 @@ from anton import Approval, action
 from anton.app import declaring
 from anton.component import components_of
 from anton.errors import BadOption
+from anton.migrate import migrate
 from anton.notices import Message, Notice, Notices, compose
 
 SECRET = "8f742231b10e8888abcd99yyyzzz85a5"
@@ -97,6 +98,55 @@ def test_each_channel_is_told_once_reminded_and_escalated(told):
     told.approvals[0].approve(by="cleo")
     told.run()
     assert [(one.kind, one.to) for one in told.notices[6:]] == [("decided", "#finance")] and told.sent == [5]
+
+
+def test_an_edit_is_told_to_those_who_have_still_to_approve_it(live):
+    with declaring(live.app):
+        @action(approve=Approval("@finance", via=["slack:#finance", "email"], quorum=2))
+        def refund(amount: int) -> None:
+            pass
+
+    live.migrate()
+    for name in ("ann", "bob"):
+        know(live, name, "finance", email=f"{name}@example.com")
+    refund.send(5)
+    live.run()
+    live.approvals[0].approve(by="bob")
+    live.approvals[0].approve(by="ann", edit={"amount": 3})
+    rows = sql(live, "select kind, \"to\", subject from anton.notice where kind <> 'asked' order by \"to\"")
+    assert [tuple(row) for row in rows] == [
+        ("edited", "#finance", "refund: amount 3"), ("edited", "bob@example.com", "refund: amount 3")]
+    assert live.approvals[0].approve(by="bob")["state"] == "approved"  # his voice for 5 did not count for 3
+    assert len(sql(live, "select from anton.notice where kind = 'edited'")) == 2
+
+
+def test_migrate_and_doctor_name_whom_an_action_asks_and_cannot_reach(live, monkeypatch):
+    monkeypatch.delenv("SMTP_HOST", raising=False)
+    with declaring(live.app):
+        @action(approve=Approval("@finance", "zoe", via=["email"], escalate={"1h": "@cfo"}))
+        def refund(amount: int) -> None:
+            pass
+
+    sql(live, "select anton.put_person('ann', p_groups => '{finance}')")
+    notes = live.db.run(migrate(live.db, live.app)).notes
+    for said in ("refund: it asks @cfo, and that is nobody; anton people add NAME --group cfo",
+                 "refund: it asks zoe, and that is nobody; anton people add zoe",
+                 "refund: it asks ann by e-mail, who has no address; anton people add ann --email ADDRESS",
+                 'via=["email"] of an approval sends nothing: set SMTP_HOST'):
+        assert any(said in note for note in notes), notes
+    found = sql(live, "select problem from anton.findings() where kind = 'action'")
+    assert [row["problem"] for row in found] == [
+        "it asks @cfo, and that is nobody", "it asks ann by e-mail, who has no address",
+        "it asks zoe, and that is nobody"]
+    sql(live, "select anton.put_person('zoe', 'zoe@example.com'), anton.put_person('ann', 'ann@example.com'), "
+              "anton.put_person('cleo', 'cleo@example.com', p_groups => '{cfo}')")
+    assert sql(live, "select from anton.findings() where kind = 'action'") == []
+
+
+@pytest.mark.parametrize("via", ["mail", "emial", "slack", "slack:", "slak:#finance", "slack:#fi nance"])
+def test_a_channel_that_is_none_is_refused_where_it_is_declared(via):
+    with pytest.raises(BadOption, match="or a channel of Slack"):
+        Approval("@finance", via=["inbox", via])
 
 
 def test_the_mail_of_a_notice_has_a_link_that_decides_it(told):

@@ -109,7 +109,8 @@ def test_a_call_in_a_transaction_that_fails_is_none(app, peer):
 
 def test_a_second_call_with_the_same_key_is_none(app, peer):
     refund = declare(app, peer)
-    refund.send(7, 5, key="order-7")
+    made = refund.send(7, 5, key="order-7")
+    assert (made["idempotency_key"], made["args"]) == ("order-7", {"order_id": 7, "amount": "5"})
     refund.send(7, 6, key="order-7")
     app.run()
     assert [(call.amount, call.key) for call in app.outbox] == [("5", "order-7")]
