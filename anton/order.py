@@ -117,12 +117,14 @@ class Order:
                 key = each.order[item]
                 inside = self._inside.get(key)
                 off = bool(self.closed) and self.text(key) in self.closed and each.jobs[item] not in self.heads
-                if inside is not None and (key in self._aside or not (off and inside is each and key in each.off)):
+                together = off and inside is each and key in each.off and key not in self._aside
+                if inside is not None and not together:
                     self._aside.setdefault(key, deque()).append(entry)
                     continue
                 self._inside[key] = each
                 if off:
                     each.off.setdefault(key, []).append(item)
+                    self._with_it(each, key)
                     each.tell()
                     continue
                 each.held[item] = key
@@ -138,6 +140,14 @@ class Order:
                 return each.held.get(item) in self._aside
             self._free(each, item)
             return False
+
+    def _with_it(self, each: Any, key: Hashable) -> None:
+        """Of the same batch, what waits aside first is put off together with what just was."""
+        waiting = self._aside.get(key)
+        while waiting and waiting[0][0] is each and each.jobs[waiting[0][1]] not in self.heads:
+            each.off[key].append(waiting.popleft()[1])
+        if waiting is not None and not waiting:
+            del self._aside[key]
 
     def may(self, each: Any) -> bool:
         """Whether records of this batch are still begun."""

@@ -263,7 +263,7 @@ class Batch:
 
 
 @given(st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=6), min_size=1, max_size=6), st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=300, deadline=None)
 def test_a_key_has_one_inside_its_records_come_in_order_and_none_is_left(sent: list[list[int]], data: Any) -> None:
     """Batches are sent, records begin, end and are settled in any order; a closed key's are put off, in order."""
     lane: Any = SimpleNamespace(items=deque(), down=None)
