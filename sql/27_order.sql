@@ -69,6 +69,11 @@ language sql volatile set search_path from current as $$
           case when v.keys is not null then jsonb_build_array(v.keys -> (p_ordinal - v.lo)) end)
 $$;
 
+-- probe_next(handler): of one that is failing, what was to probe says nothing of the world: another may, at once
+create or replace function probe_next(p_handler int) returns void language sql volatile set search_path from current as $$
+  update handler set probe_at = now() where id = p_handler and failing_since is not null
+$$;
+
 -- put_off(token, id, ordinals, keys): settles these records here; each waits for those of its key that are before it
 create or replace function put_off(p_token bigint, p_id bigint, p_ordinals int[], p_keys text[]) returns void
 language plpgsql volatile set search_path from current
@@ -83,6 +88,7 @@ begin
   for v_key in select distinct k from unnest(p_keys) k loop
     perform next_turn(v.handler_id, v_key);
   end loop;
+  perform probe_next(v.handler_id);
 end $$;
 
 -- retry_in_turn(token, id, ordinals, keys, after, error, burn): as retry(), and the keys wait for these records
@@ -109,6 +115,7 @@ begin
             case when v.ids is not null then array[v.ids[p_ordinals[i] - v.lo + 1]] end,
             case when v.keys is not null then jsonb_build_array(v.keys -> (p_ordinals[i] - v.lo)) end, now() + p_after, p_error);
   end loop;
+  perform probe_next(v.handler_id);
 end $$;
 
 -- bury_in_turn(token, id, ordinal, key, reason, error, traceback) -> dead letter id
