@@ -8,6 +8,7 @@ from pg import Pg
 
 # Called by whom dbt logs in as, who has no right in the runtime: each looks whether he owns the table.
 FOR_DBT = ("dbt_known", "dbt_built", "dbt_follow", "dbt_attach", "dbt_collect", "dbt_close", "dbt_speak")
+IN_CHECKS = ("within",)  # of Tables, so called by whoever writes to them; it looks at its arguments alone
 
 
 @pytest.fixture
@@ -298,7 +299,7 @@ def test_what_runs_with_its_owners_rights_has_a_fixed_path_and_is_nobody_elses(o
         assert [one for one in config if one.startswith("search_path")] == ["search_path=anton, pg_catalog, pg_temp"], (
             name
         )
-        assert facts == ["anton_owner", False, False, name in FOR_DBT], name
+        assert facts == ["anton_owner", False, False, name in FOR_DBT + IN_CHECKS], name
 
 
 # Enabling

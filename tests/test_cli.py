@@ -362,8 +362,6 @@ def asked(shell: Shell) -> int:
 
 
 def test_approvals_are_listed_shown_and_decided(migrated: Shell) -> None:
-    with (migrated.folder / "main.py").open("a") as main:
-        main.write("\n\nfrom anton import action\n\n\n@action\ndef Post(to: str) -> None: ...\n")
     first, second = asked(migrated), asked(migrated)
     assert [row["id"] for row in migrated.json("approvals", "list")] == [second, first]
     assert migrated.json("approvals", "show", str(first))["people"] == ["ann", "bob"]
