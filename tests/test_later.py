@@ -215,7 +215,8 @@ def test_options_of_sql_files_and_of_psql_reach_the_handler(shop: Shop) -> None:
     assert got == [("a", "00:00:02", "00:00:10", "customer", "now", 0), ("b", "00:01:00", "00:15:00", None, "now", 3),
                    ("c", "00:00:02", "00:00:30", "customer", "now", 0)]
     for wrong in ({"debounce": "2s", "per": "customer", "concurrency": 2},
-                  {"debounce": "2s", "per": "customer", "rate": "1/s"}, {"per": "customer"}, {"debounce": "2s", "max_wait": "1s"}, {"debounce": "0"},
+                  {"debounce": "2s", "per": "customer", "rate": "1/s"}, {"per": "customer"},
+                  {"debounce": "2s", "max_wait": "1s"}, {"debounce": "0"},
                   {"debounce": "2s", "per": "shop"}, {"debounce": "2s", "read": "change"}):
         with pytest.raises(psycopg.Error) as error:
             put("new", **wrong)
