@@ -50,9 +50,11 @@ async def read_lanes(db: Database, app: App, known: Mapping[int, Lane]) -> dict[
         lane.priority = priorities.get(lane.id, PRIORITY)
         lane.waiting.weights = weights
         if lane.id in limits:
-            _limit(lane, known.get(lane.id), *limits[lane.id])
+            most, per = limits[lane.id]
             if lane.id in orders:
                 _order(lane, known.get(lane.id), orders[lane.id])
+            else:
+                _limit(lane, known.get(lane.id), most, per)
         _tap(lane, known.get(lane.id), rates.get(lane.id))
         if code is not None:
             code.relation = relations.get(names[row["id"]])            # None: reading it will say so; it waits
@@ -71,8 +73,8 @@ async def read_lanes(db: Database, app: App, known: Mapping[int, Lane]) -> dict[
 
 def _limit(lane: Lane, known: Lane | None, most: int, per: str | None) -> None:
     """Gives a lane its permits, or those it has already. With per= one is all: it has the handler, and a gate."""
-    lane.permits = known.permits if known is not None and known.permits is not None else Permits(most)
-    lane.permits.most, lane.permits.each = most, 1
+    _permits(lane, known, most, 1)
+    assert lane.permits is not None
     if per is not None:
         lane.concurrency = lane.permits.each = max(EACH_CALLS, most)
         lane.permits.most = 1
@@ -81,11 +83,18 @@ def _limit(lane: Lane, known: Lane | None, most: int, per: str | None) -> None:
 
 
 def _order(lane: Lane, known: Lane | None, per: str | None) -> None:
-    """One permit is all: with it come the handler and the order of its records."""
-    assert lane.permits is not None
-    lane.gate, lane.permits.most, lane.permits.each = None, 1, lane.concurrency
+    """One permit is all: with it come the handler and the order of its records, as many at a time as it says."""
+    _permits(lane, known, 1, lane.concurrency)
     old = known.order if known is not None else None
     lane.order = old if old is not None and old.column == per else Order(per)
+
+
+def _permits(lane: Lane, known: Lane | None, most: int, each: int) -> None:
+    """The same object as ever, which knows what is held."""
+    lane.permits = known.permits if known is not None and known.permits is not None else Permits(most)
+    lane.permits.most, lane.permits.each = most, each
+
+
 def _tap(lane: Lane, known: Lane | None, a_second: int | None) -> None:
     """Gives a lane with a rate its tap, or the one it has already; what waits at one that is taken out goes back."""
     tap = known.tap if known is not None else None

@@ -58,8 +58,8 @@ class Event(Generic[T]):
 
     name, was: what it is called, and was. into: where returned values go. where: SQL on the new row; the old one is
     old. columns: only when one of these changed. read: "now" | "change". since: "now" | "beginning". each: one call a
-    record. batch, max_wait, concurrency, timeout, attempts, backoff, max_lag, on_conflict, priority: how it is run.
-    per, ordered, on_dead: which records wait for which, see docs/flow.md.
+    record. batch, max_wait, concurrency, timeout, attempts, backoff, max_lag, on_conflict, priority, rate: how it is
+    run. debounce, per, ordered, on_dead: which records wait for what, see docs/flow.md.
     """
 
     def __init__(self, table: Table[T], verb: str, ops: tuple[ChangeOp, ...]) -> None:

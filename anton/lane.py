@@ -203,6 +203,11 @@ class Lane:
             return bool(self.waiting) and (not self.items or len(self.items) < room or self._left_out())
         return bool(self.waiting) and self.calls < room
 
+    @property
+    def dry(self) -> bool:
+        """It has something to do and no start for it: its turn is yet to come."""
+        return self.tap is not None and self.tap.soon() <= self.tap.waiting and (self.ready or bool(self.waiting))
+
     def _left_out(self) -> bool:
         """The tenant whose turn it is has nothing among what runs."""
         return self.order is None and self.calls < GATED and self.waiting.key not in self.serves
@@ -267,7 +272,7 @@ class Lane:
         records = sum(len(job.left) for job in jobs)
         full = len(jobs) >= asked_jobs or records >= asked_records
         tenants = {job.tenant or "" for job in jobs}
-        shared = bool(tenants - {""})
+        shared = self.order is None and bool(tenants - {""})           # an order is one for all tenants
         if shared:                                                     # claimed of each in turn, from self.turn on
             last = self.turn or ""
             jobs = sorted(jobs, key=lambda job: ((job.tenant or "") <= last, job.tenant or ""))

@@ -134,8 +134,6 @@ def handler(file: SqlFile, app: str) -> dict[str, Any]:
             if not value.isdigit() or not int(value):
                 raise BadOption(key, value, of, "a whole number from 1")
             found[key] = int(value)
-            if key == "concurrency":
-                found["limit"] = int(value)                            # given, it holds over all processes
         elif key in _DURATIONS:
             found[key] = f"{duration(value, key, of).total_seconds()} s"
         elif key == "columns":
@@ -153,7 +151,7 @@ def handler(file: SqlFile, app: str) -> dict[str, Any]:
             raise BadOption(key, found[key], of, one_of(allowed))
     if "per" in found and "debounce" not in found:
         raise BadOption("per", found["per"], of, "debounce: beside it; a limit for each key is for functions")
-    return found | ({"limit": found["concurrency"]} if "concurrency" in found else {})
+    return found | ({"limit": found["concurrency"]} if "concurrency" in found else {})  # it holds over all processes
 
 
 def schedule(file: SqlFile, app: str) -> dict[str, Any]:

@@ -3,6 +3,8 @@
     a a a a a a       turns: a, b, c, a, a, …        however much a has, b and c wait for one turn of each other key
     b     c
 
+Of tenants; records of one key are kept in line by order.py, in the table turn.
+
 Pure bookkeeping, not locked: one thread changes it, others may iterate.
 """
 

@@ -379,12 +379,15 @@ class Worker:
         return until
 
     def _first(self, waits: Callable[[Lane], bool], since: Literal["claim_since", "slot_since"]) -> list[Lane]:
-        """The lanes that wait for something, the highest rank first; since when is noted of them."""
+        """The lanes that wait for something, the highest rank first; since when is noted of them.
+
+        What waits for its rate has waited, too: starts come and go, and none would last until its turn.
+        """
         now, found = time.monotonic(), list[Lane]()
         for lane in self._order:
             if waits(lane):
                 found.append(lane)
-            else:
+            elif not lane.dry:
                 setattr(lane, since, now)
         return sorted(found, key=lambda lane: -rank(lane.priority, now - getattr(lane, since)))
 

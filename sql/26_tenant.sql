@@ -1,5 +1,6 @@
 -- Tenants: of a handler whose ready jobs name one, a claim takes a share from each of them in turn, however long another's
 -- backlog is. Jobs without a tenant are those of one more, ''. Names are compared byte by byte, as the worker does.
+-- A turn here is a tenant's in a claim; the table turn is another thing, of ordered handlers, whose tenants take none.
 
 -- weigh_tenant(tenant, weight): so many turns in a row, where others have one; weight 1: as they
 create or replace function weigh_tenant(p_tenant text, p_weight int) returns void language plpgsql volatile set search_path from current as $$
@@ -109,9 +110,9 @@ begin
   return v_rows;
 end $$;
 
--- tenants_waiting(handler) -> tenants with ready jobs, at most 33; '' without one; none where no job has one
+-- tenants_waiting(handler) -> tenants with ready jobs, at most 33; '' without one; none where no job has one, or their order is one for all
 create or replace function tenants_waiting(p_handler int) returns text[] language sql volatile set search_path from current as $$
-  select case when t <> array[''] then t else '{}' end from tenants_in_turn(p_handler, null, 33, 9223372036854775807) t
+  select case when t <> array[''] and not (select ordered from handler where id = p_handler) then t else '{}' end from tenants_in_turn(p_handler, null, 33, 9223372036854775807) t
 $$;
 
 -- waits_turn(handler) -> who goes before or beside its ready records

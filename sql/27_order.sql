@@ -4,7 +4,8 @@
 --   it is done     ->  the next one of the key is first and gets a job        none is left: the key is as any other
 --   it is dead     ->  on_dead = skip: as done; block: turn: dead, until its dead letter is replayed or dropped
 --
--- What changes turns of a handler locks its row first: there is one order of doing it.
+-- What changes turns of a handler locks its row first: there is one order of doing it. A turn here is a record's in the line
+-- of its key; those of tenants are in sql/26_tenant.sql, and an ordered handler has none of them.
 
 -- is_ordered(handler)
 create or replace function is_ordered(p_handler int) returns boolean language sql stable set search_path from current as $$

@@ -47,6 +47,14 @@ begin
       raise exception using errcode = 'NT004', message = format('handler "%s": %s', d ->> 'name', v_bad);
     end if;
   end if;
+  if d ->> 'per' is not null then
+    v_bad := case when d ->> 'rate' is not null then format('rate "%s" with per "%s": there is no rate for each value', d ->> 'rate', d ->> 'per')
+                  when d ->> 'limit' is not null and not coalesce((d ->> 'each_record')::boolean, false)
+                    then format('concurrency %s with per "%s": a limit for each value is for functions with each=True', d ->> 'limit', d ->> 'per') end;
+    if v_bad is not null then
+      raise exception using errcode = 'NT004', message = format('handler "%s": %s', d ->> 'name', v_bad), hint = 'leave one of them out';
+    end if;
+  end if;
   if (d ->> 'ordered')::boolean and w.key_kind = 'none' and d ->> 'per' is null and w.relid <> 0 then
     raise exception using errcode = 'NT004',
       message = format('handler "%s": table %I.%I has no primary key, so there is nothing to keep its records in order by', d ->> 'name', w.schema_name, w.table_name),
@@ -93,6 +101,10 @@ declare
   v_bad text; v_id int; v_table int; v_old int;
   v_ops text[] := case when p_ops = 'changes' then array['new', 'updated', 'deleted'] else regexp_split_to_array(trim(p_ops), '[\s,]+') end;
 begin
+  if options ?| array['ordered', 'on_dead'] then
+    raise exception using errcode = 'NT004', message = format('handler "%s": %s is for handlers of single records', p_name, case when options ? 'ordered' then 'ordered' else 'on_dead' end),
+      hint = 'SQL is given batches; write it in Python with each=True, or take the option out';
+  end if;
   select k into v_bad from jsonb_object_keys(options) k where k <> all (v_known) limit 1;
   if v_bad is not null then
     raise exception using errcode = 'NT004', message = format('handler "%s": unknown option "%s"', p_name, v_bad),
@@ -107,10 +119,6 @@ begin
       hint = 'in SQL per says of which column debounce is; a limit for each key is for functions with each=True';
   end if;
   select table_id into v_old from handler where app = 'sql' and name = p_name;
-  if options ?| array['ordered', 'on_dead'] then
-    raise exception using errcode = 'NT004', message = format('handler "%s": %s is for handlers of single records', p_name, case when options ? 'ordered' then 'ordered' else 'on_dead' end),
-      hint = 'SQL is given batches; write it in Python with each=True, or take the option out';
-  end if;
   v_id := put_handler(jsonb_strip_nulls(jsonb_build_object(
     'app', 'sql', 'name', p_name, 'table', p_table, 'kind', 'sql', 'ops', v_ops, 'body', p_body, 'where_sql', options -> 'where',
     'columns', options -> 'columns', 'batch', options -> 'batch', 'attempts', options -> 'attempts', 'timeout', options -> 'timeout',

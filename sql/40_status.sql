@@ -396,8 +396,8 @@ begin
            (select job.id, handler_id, 'ready' as state, lo, hi, settled, op, job.attempt, at, null::timestamptz as run_at, null::int as worker_id, null::text as error, trace
               from job where handler_id = x.id order by job.id limit p_limit)
            union all
-           (select delayed.id, handler_id, 'delayed', lo, hi, settled, op, delayed.attempt, at, delayed.run_at, null, delayed.error, trace
-              from delayed where handler_id = x.id order by delayed.id limit p_limit)
+           (select delayed.id, x.id, 'delayed', lo, hi, settled, op, delayed.attempt, at, delayed.run_at, null, delayed.error, trace
+              from delayed where handler_id in (x.id, -x.id) order by delayed.id limit p_limit)
            union all
            (select turn.id, handler_id, 'waits', ordinal, ordinal, null, op, turn.attempt, at, null, null, turn_waits_for(handler_id, key), trace
               from turn where handler_id = x.id and turn.state = 'waits' order by turn.n limit p_limit)

@@ -209,12 +209,14 @@ def test_options_of_sql_files_and_of_psql_reach_the_handler(shop: Shop) -> None:
     shop.file("sql/a.sql", f"{head} updated\n-- debounce: 2s\n-- max_wait: 10s\n-- per: customer\n{body}")
     shop.file("sql/b.sql", f"{head} new\n-- debounce: 1m\n-- concurrency: 3\n{body}")
     shop.migrate()
-    put("new", debounce="2s", per="customer", concurrency=2)
+    put("new", debounce="2s", per="customer")
     got = shop.sql("select name, debounce::text, max_wait::text, per, read, (select count(*) from anton.permit p "
                    "where p.handler_id = h.id) from anton.handler h order by name")
     assert got == [("a", "00:00:02", "00:00:10", "customer", "now", 0), ("b", "00:01:00", "00:15:00", None, "now", 3),
-                   ("c", "00:00:02", "00:00:30", "customer", "now", 1)]
-    for wrong in ({"per": "customer"}, {"debounce": "2s", "max_wait": "1s"}, {"debounce": "0"},
+                   ("c", "00:00:02", "00:00:30", "customer", "now", 0)]
+    for wrong in ({"debounce": "2s", "per": "customer", "concurrency": 2},
+                  {"debounce": "2s", "per": "customer", "rate": "1/s"}, {"per": "customer"},
+                  {"debounce": "2s", "max_wait": "1s"}, {"debounce": "0"},
                   {"debounce": "2s", "per": "shop"}, {"debounce": "2s", "read": "change"}):
         with pytest.raises(psycopg.Error) as error:
             put("new", **wrong)

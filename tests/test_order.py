@@ -26,6 +26,7 @@ from working import Bench, one_handler
 
 from anton import Discard, Retry, Table, sqlfile
 from anton.app import App, declaring
+from anton.catalogue import read_lanes
 from anton.db import Database
 from anton.errors import BadOption
 from anton.order import Order
@@ -234,6 +235,32 @@ async def test_a_handler_shows_its_order_and_who_has_it(db: Database) -> None:
 def test_an_order_that_cannot_be_kept_is_refused(options: dict[str, Any], says: str) -> None:
     with declaring(App("x")), pytest.raises(BadOption, match=says):
         Table("a").on_new_records(name="handle", **options)(lambda record: None)
+
+
+async def test_of_several_tenants_there_is_one_order_and_no_turns(db: Database) -> None:
+    seen = list[int]()
+
+    async def handle(record: Any) -> None:
+        seen.append(record["n"])
+
+    bench = await Bench.make(db, on_updates(handle, read="change"))
+    await bench.add("a", [{"n": 0}])
+    for n, tenant in enumerate("bacab", 1):
+        async with db.conn() as conn, conn.transaction():
+            await conn.execute("select set_config('anton.tenant', $1, true)", tenant)
+            await conn.execute("update a set data = jsonb_build_object('n', $1::int)", n)
+    assert "tenants" not in await bench.value("select anton.show_handler('handle')")
+    await bench.work()
+    assert seen == [1, 2, 3, 4, 5] and await bench.left() == {}
+
+
+async def test_an_order_by_a_column_has_as_many_records_at_a_time_as_it_says(db: Database) -> None:
+    bench = await Bench.make(db, on_updates(lambda record: None, per="n", concurrency=3))
+    lanes = await read_lanes(db, bench.app, {})
+    for known in (lanes, await read_lanes(db, bench.app, lanes)):
+        (lane,) = known.values()
+        assert lane.permits is not None
+        assert (lane.concurrency, lane.permits.most, lane.permits.each, lane.gate) == (3, 1, 3, None)
 
 
 def test_sql_with_an_order_is_refused(pg: Pg) -> None:

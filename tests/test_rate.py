@@ -175,6 +175,15 @@ async def test_what_waits_for_its_rate_is_told_and_given_back_when_the_worker_en
     assert (shown["rate"], shown["rate_used"]) == ("1/1h", 1)
 
 
+async def test_a_handler_with_a_rate_and_a_limit_begins_what_both_let_it(db: Database) -> None:
+    done: list[int] = []
+    bench = await one_handler(db, lambda record: done.append(record["n"]), each=True, rate="1/h", concurrency=2)
+    await bench.add("a", ({"n": n} for n in range(3)))
+    await bench.work()
+    assert len(done) == 1 and await bench.left() == {"job": 1} and await bench.count("anton.permit") == 2
+    assert await bench.value("select anton.permits_used(id) from anton.handler") == 0
+
+
 async def test_a_rate_that_is_taken_out_of_the_code_is_taken_out_of_the_database(db: Database) -> None:
     await one_handler(db, lambda records: None, rate="7/s")
     bench = await one_handler(db, lambda records: None, rate="8/s")

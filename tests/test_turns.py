@@ -25,6 +25,7 @@ from anton.each import Each
 from anton.errors import BadOption
 from anton.lane import Batch, Lane
 from anton.rank import rank
+from anton.rate import Tap
 from anton.turns import Turns
 from anton.worker import Worker
 
@@ -250,7 +251,7 @@ async def test_one_tenant_s_backlog_lets_the_others_have_every_other_call(db: Da
 
 
 async def test_with_each_the_records_of_tenants_lie_in_turn() -> None:
-    lane: Any = SimpleNamespace(items=deque(), waiting=Turns())
+    lane: Any = SimpleNamespace(items=deque(), waiting=Turns(), order=None)
     lane.waiting.weights = {"b": 2}
     for tenant, n in (("a", 3), ("b", 3), ("a", 1), (None, 1)):
         of = SimpleNamespace(parts=[(SimpleNamespace(tenant=tenant), [])])
@@ -312,6 +313,14 @@ def test_a_handler_that_has_waited_for_long_enough_goes_before_one_of_a_higher_p
     assert worker._first(lambda lane: True, "slot_since") == [low, high, mid]
     assert worker._first(lambda lane: lane is not low, "slot_since") == [high, mid]   # low has nothing to wait for
     assert worker._first(lambda lane: True, "slot_since")[2] == low
+
+
+def test_what_has_no_start_for_its_work_has_waited_all_the_same() -> None:
+    worker = Worker(None, App("t"))                                    # type: ignore[arg-type]
+    since = time.monotonic() - 9.5
+    works, rests = lane_of(1, 0, slot_since=since, tap=Tap()), lane_of(2, 0, slot_since=since, tap=Tap(), ready=False)
+    worker._order.extend([works, rests])
+    assert worker._first(Lane.free, "slot_since") == [] and works.slot_since == since < rests.slot_since
 
 
 @pytest.mark.parametrize("priority", [-1, 10, 5.0, "5", True])
