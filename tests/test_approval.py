@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from anton import Approval, Table, action
+from anton import Approval, Table, action, sender
 from anton.app import declaring
 from anton.errors import AntonError, BadOption, DecisionRefused, Discard, InvalidRecord
 
@@ -352,6 +352,27 @@ def test_captured_calls_are_asked_for_too(app, sent):
 
 
 # Nothing leaves unapproved, however it is tried
+
+
+@pytest.mark.parametrize("edit, state", [(3, "sent"), (9, "failed")])
+def test_a_sender_that_comes_late_sends_what_was_approved_and_not_what_it_read(edit, state, live, sent, monkeypatch):
+    refund = declare(live, sent, Approval("@finance", when=lambda call: True),
+                     policy=lambda call: "refuse" if Decimal(call.amount) > 8 else "send")
+    begin, read = sender._call, []
+
+    async def late(db: Any, function: str, *args: Any) -> Any:
+        if function == "begin_action" and not read:                    # it stood still, and another one asked
+            read.append(await sender._value(db, "ask_approval", args[0], refund.approve.definition()))
+            async with db.tx() as conn:
+                await db.call(conn, "put_person", "ann", None, None, ["finance"])
+                await conn.fetch("select anton.decide(id, 'ann', 'approve', 'psql', args_sha256, args || $1) "
+                                 "from anton.approval", {"amount": str(edit)})
+        return await begin(db, function, *args)
+
+    monkeypatch.setattr(sender, "_call", late)
+    refund.send(7, 5)
+    live.run()
+    assert sent == [(7, 3)] * (state == "sent") and [call.state for call in live.calls] == [state]
 
 
 @pytest.mark.parametrize("statement", [
