@@ -174,6 +174,8 @@ class Sender:
         if action.approve is not None and action.approve.when is not None:
             needed = await _run(action.approve.when, args)
             return {"verdict": "ask" if needed else "pass", "by": "when", "why": None}
+        if action.approve is not None and action.policy is None:       # whatever somebody made of its action_rule
+            return {"verdict": "ask", "by": "approve", "why": None}
         return None
 
     async def _ask(self, db: Database, call: Call, reason: str | None) -> None:

@@ -440,6 +440,30 @@ def test_neither_rules_nor_calls_nor_what_caps_have_used_change_by_a_statement(l
     assert sent == [(7, 5)]
 
 
+RULES = ["select anton.put_action(to_jsonb(r) || '{\"gate\": \"open\", \"approval\": {}}') from anton.action_rule r",
+         "select anton.put_action(to_jsonb(r) || '{\"gate\": \"when\", \"policy\": true, \"policy_sql\": "
+         "\"''send''\"}') from anton.action_rule r",
+         "do $$ begin perform set_config('anton.rule', 'on', true); update anton.action_rule set gate = 'open', "
+         "approval = '{}', policy = false, policy_sql = null; end $$",
+         "select anton.put_action(to_jsonb(r) || jsonb_build_object('approval', r.approval || '{\"approvers\": [\"eve\"]}'"
+         ")) from anton.action_rule r"]
+
+
+def test_a_sender_asks_whom_its_code_says_whatever_was_made_of_the_rule(live, sent):
+    refund = declare(live, sent, Approval("@finance"))
+    for order, rule in enumerate(RULES):
+        sql(live, rule)
+        refund.send(order, 5)
+        live.run()
+    live.advance("1h")
+    assert sent == [] and [call.state for call in live.calls] == ["waiting", "waiting", "waiting", "failed"]
+    assert {tuple(row["approvers"]) for row in sql(live, "select approvers from anton.approval")} == {("@finance",)}
+    live.migrate()
+    live.approvals[0].approve(by="ann")
+    live.run()
+    assert sent == [(0, 5)]
+
+
 UNDECIDED = [
     ("state = 'rejected', decided_by = 'ann', decided_via = 'psql'", "becomes rejected with its event"),
     ("state = 'superseded'", "becomes superseded with its event"),
