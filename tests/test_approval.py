@@ -445,8 +445,8 @@ RULES = ["select anton.put_action(to_jsonb(r) || '{\"gate\": \"open\", \"approva
          "\"''send''\"}') from anton.action_rule r",
          "do $$ begin perform set_config('anton.rule', 'on', true); update anton.action_rule set gate = 'open', "
          "approval = '{}', policy = false, policy_sql = null; end $$",
-         "select anton.put_action(to_jsonb(r) || jsonb_build_object('approval', r.approval || '{\"approvers\": [\"eve\"]}'"
-         ")) from anton.action_rule r"]
+         "select anton.put_action(to_jsonb(r) || jsonb_build_object('approval', r.approval || "
+         "'{\"approvers\": [\"eve\"]}')) from anton.action_rule r"]
 
 
 def test_a_sender_asks_whom_its_code_says_whatever_was_made_of_the_rule(live, sent):
@@ -552,10 +552,12 @@ def test_a_cap_counts_an_amount_as_it_was_edited_and_each_call_once(live):
         assert (row["amount"], [call.state for call in live.calls]) == (used, [state])
 
 
-def test_neither_a_replay_nor_a_retry_nor_another_handler_sends_what_nobody_approved(live, sent):
+def test_neither_a_backfill_nor_a_retry_nor_another_handler_sends_what_nobody_approved(live, sent):
     refund = asked(live, sent)
     with pytest.raises(Exception, match="waiting"):
         sql(live, "select anton.retry_action((select id from anton.action))")
+    refund.send(1, 1)
+    sql(live, "select anton.backfill('send_refund')")
     with declaring(live.app):
         @live.app.tables["complaints"].on_new_records(each=True)
         def again(complaint: Any) -> None:
@@ -563,7 +565,7 @@ def test_neither_a_replay_nor_a_retry_nor_another_handler_sends_what_nobody_appr
     live.migrate()
     live.tables["complaints"].append({"order": 8, "total": 5})
     live.run()
-    assert sent == [] and len(live.approvals) == 3
+    assert sent == [] and len(live.approvals) == 4
     with pytest.raises(TypeError):
         asyncio.run(refund.fn())
     with pytest.raises(AntonError):
