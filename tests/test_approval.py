@@ -102,7 +102,7 @@ def test_nobody_approves_what_they_asked_for_nor_what_is_not_theirs(live, sent):
     assert sent == []
 
 
-ANN = ("ann", "Ann", "ANN@Example.com", "u012abc", " ann ")
+ANN = ("ann", "Ann", "ANN@Example.com", "u012abc", " ann ", "\tann\r\n")
 
 
 def test_nobody_approves_what_they_asked_for_in_another_spelling_nor_gives_two_voices(live, sent):
