@@ -36,7 +36,7 @@ from anton.errors import (
 )
 from anton.graph import cycles, meant
 from anton.model import Model, Models
-from anton.notices import unmailed
+from anton.notices import unmailed, unposted
 from anton.plan import LOCK_TIMEOUT, Step
 from anton.poll import Poll
 from anton.sqlcheck import SqlStep
@@ -342,6 +342,9 @@ class Declared:
         if unmailed(self.app):
             self.plan.notes.append('via=["email"] of an approval sends nothing: set SMTP_HOST, or handle Notices() '
                                    "where=\"via = 'email'\"")
+        if channels := unposted(self.app):
+            self.plan.notes.append(f"via={channels} of an approval is posted by nothing: hand Notices() to "
+                                   "SlackAskApproval, where=\"via = 'slack'\"")
         names = f"array[{', '.join(literal(name) for name in sorted(self.app.actions))}]::text[]"
         gone = await self.conn.fetch(f"select {self.run.schema}.vanished_actions({literal(app)}, {names})")
         if gone and app != "sql":

@@ -110,6 +110,14 @@ def unmailed(app: App) -> bool:
     return not _by_hand(app) and not os.environ.get("SMTP_HOST", "").strip()
 
 
+def unposted(app: App) -> list[str]:
+    """Channels of Slack where its approvals are asked, and no handler of notices takes those."""
+    wheres = [one.where or "" for one in app.handlers.values() if isinstance(one.table, Notices)]
+    if any("slack" in where or not _MAILS.search(where) for where in wheres):
+        return []
+    return sorted(channel for channel in app.channels if channel.startswith("slack:"))
+
+
 def _by_hand(app: App) -> bool:
     """No approval goes by e-mail, or a handler says that it sends those."""
     wheres = (one.where or "" for one in app.handlers.values() if isinstance(one.table, Notices))

@@ -75,6 +75,9 @@ class Sender:
                 raise WorldError("actions are stopped; to let them go on: anton actions start")
             if row["verdict"] == "capped":
                 raise CapReached(f"{self.action.name}: {row['reason']}", row["after"])
+            if row["args"] != call.args:                               # edited, and approved so, since it was read
+                call.args = row["args"]
+                verdict = await self._judge(db, call)
             if row["verdict"] == "send":
                 break
             if again is not None:                                      # it did not happen, and may not any more
@@ -84,6 +87,9 @@ class Sender:
             if happened is not False:
                 return
             again = row["held"]
+        if verdict is not None and verdict["verdict"] == "refuse":     # what it is now; the rest begin_action() refuses
+            await self._end(db, call, token, "failed", None, verdict["why"] or "a policy refuses it", False)
+            return
         await self._send(db, call, ctx, token)
 
     async def _send(self, db: Database, call: Call, ctx: Ctx, token: int) -> None:
@@ -168,6 +174,8 @@ class Sender:
         if action.approve is not None and action.approve.when is not None:
             needed = await _run(action.approve.when, args)
             return {"verdict": "ask" if needed else "pass", "by": "when", "why": None}
+        if action.approve is not None and action.policy is None:       # whatever somebody made of its action_rule
+            return {"verdict": "ask", "by": "approve", "why": None}
         return None
 
     async def _ask(self, db: Database, call: Call, reason: str | None) -> None:

@@ -48,6 +48,11 @@ create or replace function capture_pairs() returns text language sql immutable s
       || ' join (select *, row_number() over () as anton_pair from old_records) old on new.anton_pair = old.anton_pair'
 $$;
 
+-- other_row(table, where, other) -> what joins the row that an event does not have, of nulls, where a filter names it
+create or replace function other_row(w watched, p_where text, p_other text) returns text language sql stable set search_path from current as $$
+  select case when p_where ~* format('\m%s\.', p_other) then format(' cross join (select (null::%I.%I).*) %s', w.schema_name, w.table_name, p_other) else '' end
+$$;
+
 -- capture_from(table, event, source, where) -> FROM clause of the rows of an event, and what names them: new, old
 --   source  statement, or moved: pairs whose key changed
 create or replace function capture_from(w watched, p_event text, p_source text, p_where text) returns text
@@ -55,8 +60,7 @@ language sql stable set search_path from current as $$
   select case when p_source = 'moved' then format('(select %s.* from %s where %s) %1$s', row_, capture_pairs(), key_moved(w))
               when p_event = 'updated' then format('%s and not (%s)', capture_pairs(), key_moved(w))
               else format('%s_records %1$s', row_) end
-         || case when p_event <> 'updated' and p_where ~* format('\m%s\.', other)
-              then format(' cross join (select (null::%I.%I).*) %s', w.schema_name, w.table_name, other) else '' end
+         || case when p_event <> 'updated' then other_row(w, p_where, other) else '' end
     from (select case p_event when 'deleted' then 'old' else 'new' end as row_, case p_event when 'deleted' then 'new' else 'old' end as other) x
 $$;
 

@@ -175,11 +175,11 @@ begin
       execute format($f$
         with candidate as materialized (
           select %1$s as key
-            from handler h, %2$s new cross join lateral (select $1 - (($1 - new.xmin::text::bigint) & 4294967295) as xid) x   -- 32 bits to 64
+            from handler h, %2$s new cross join lateral (select $1 - (($1 - new.xmin::text::bigint) & 4294967295) as xid) x%6$s   -- 32 bits to 64
            where h.id = %3$s and %4$s and x.xid between $2 and $1 and not pg_visible_in_snapshot(x.xid::text::xid8, h.enabled_snapshot)
              and (select (%5$s)::boolean from (select new.*) as row_))
         select jsonb_agg(key order by key) from candidate c where not exists (select from traced(%3$s) t where t = c.key)$f$,
-        key_json(w, 'new'), v_rel, h.id, v_since, coalesce(bind(h.where_sql, h.params), 'true'))
+        key_json(w, 'new'), v_rel, h.id, v_since, coalesce(bind(h.where_sql, h.params), 'true'), other_row(w, h.where_sql, 'old'))
         into v_keys using pg_snapshot_xmax(pg_current_snapshot())::text::bigint, greatest(v_horizon, pg_snapshot_xmin(h.enabled_snapshot)::text::bigint);
       v_found := v_found + coalesce(jsonb_array_length(v_keys), 0);
       if p_fix and v_keys is not null then

@@ -180,9 +180,9 @@ begin
   execute format($f$
     with page as materialized (select new.*, row_number() over () as anton_row from (select n.* from %1$I.%2$I n %3$s order by %4$s limit %5$s) new)
     select (select %6$s from page new order by anton_row desc limit 1),
-           (select jsonb_agg(k.key order by new.anton_row) from page new cross join lateral (select %6$s) k (key)
+           (select jsonb_agg(k.key order by new.anton_row) from page new cross join lateral (select %6$s) k (key)%9$s
              where (select (%7$s)::boolean from (select new.*) as row_) and not exists (select from fed where handler_id = %8$s and fed.key = k.key))$f$,
-    w.schema_name, w.table_name, 'where ' || nullif(v_bounds, ''), v_row, p_limit, key_json(w, 'new'), coalesce(bind(h.where_sql, h.params), 'true'), p_handler)
+    w.schema_name, w.table_name, 'where ' || nullif(v_bounds, ''), v_row, p_limit, key_json(w, 'new'), coalesce(bind(h.where_sql, h.params), 'true'), p_handler, other_row(w, h.where_sql, 'old'))
     into v_last, v_keys using b.after_key;
   if v_last is null then
     update backfill set finished_at = v_now where handler_id = p_handler;

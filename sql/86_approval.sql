@@ -12,7 +12,7 @@ $$;
 
 -- is_called(person, word) -> whether it is theirs: their name, e-mail address or Slack id, in any case
 create or replace function is_called(p person, p_word text) returns boolean language sql immutable set search_path from current as $$
-  select coalesce(lower(btrim(p_word)) in (lower(p.name), lower(p.email), lower(p.slack_id)), false)
+  select coalesce(lower(btrim(p_word, E' \t\r\n')) in (lower(p.name), lower(p.email), lower(p.slack_id)), false)
 $$;
 
 -- person_of(word) -> the name of whom it means; null: nobody

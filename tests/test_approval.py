@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from anton import Approval, Table, action
+from anton import Approval, Table, action, sender
 from anton.app import declaring
 from anton.errors import AntonError, BadOption, DecisionRefused, Discard, InvalidRecord
 
@@ -102,7 +102,7 @@ def test_nobody_approves_what_they_asked_for_nor_what_is_not_theirs(live, sent):
     assert sent == []
 
 
-ANN = ("ann", "Ann", "ANN@Example.com", "u012abc", " ann ")
+ANN = ("ann", "Ann", "ANN@Example.com", "u012abc", " ann ", "\tann\r\n")
 
 
 def test_nobody_approves_what_they_asked_for_in_another_spelling_nor_gives_two_voices(live, sent):
@@ -354,6 +354,27 @@ def test_captured_calls_are_asked_for_too(app, sent):
 # Nothing leaves unapproved, however it is tried
 
 
+@pytest.mark.parametrize("edit, state", [(3, "sent"), (9, "failed")])
+def test_a_sender_that_comes_late_sends_what_was_approved_and_not_what_it_read(edit, state, live, sent, monkeypatch):
+    refund = declare(live, sent, Approval("@finance", when=lambda call: True),
+                     policy=lambda call: "refuse" if Decimal(call.amount) > 8 else "send")
+    begin, read = sender._call, []
+
+    async def late(db: Any, function: str, *args: Any) -> Any:
+        if function == "begin_action" and not read:                    # it stood still, and another one asked
+            read.append(await sender._value(db, "ask_approval", args[0], refund.approve.definition()))
+            async with db.tx() as conn:
+                await db.call(conn, "put_person", "ann", None, None, ["finance"])
+                await conn.fetch("select anton.decide(id, 'ann', 'approve', 'psql', args_sha256, args || $1) "
+                                 "from anton.approval", {"amount": str(edit)})
+        return await begin(db, function, *args)
+
+    monkeypatch.setattr(sender, "_call", late)
+    refund.send(7, 5)
+    live.run()
+    assert sent == [(7, 3)] * (state == "sent") and [call.state for call in live.calls] == [state]
+
+
 @pytest.mark.parametrize("statement", [
     "update anton.action set state = 'ready'",
     "update anton.action set state = 'sending', token = 5",
@@ -417,6 +438,30 @@ def test_neither_rules_nor_calls_nor_what_caps_have_used_change_by_a_statement(l
     live.approvals[0].approve(by="ann")
     live.run()
     assert sent == [(7, 5)]
+
+
+RULES = ["select anton.put_action(to_jsonb(r) || '{\"gate\": \"open\", \"approval\": {}}') from anton.action_rule r",
+         "select anton.put_action(to_jsonb(r) || '{\"gate\": \"when\", \"policy\": true, \"policy_sql\": "
+         "\"''send''\"}') from anton.action_rule r",
+         "do $$ begin perform set_config('anton.rule', 'on', true); update anton.action_rule set gate = 'open', "
+         "approval = '{}', policy = false, policy_sql = null; end $$",
+         "select anton.put_action(to_jsonb(r) || jsonb_build_object('approval', r.approval || "
+         "'{\"approvers\": [\"eve\"]}')) from anton.action_rule r"]
+
+
+def test_a_sender_asks_whom_its_code_says_whatever_was_made_of_the_rule(live, sent):
+    refund = declare(live, sent, Approval("@finance"))
+    for order, rule in enumerate(RULES):
+        sql(live, rule)
+        refund.send(order, 5)
+        live.run()
+    live.advance("1h")
+    assert sent == [] and [call.state for call in live.calls] == ["waiting", "waiting", "waiting", "failed"]
+    assert {tuple(row["approvers"]) for row in sql(live, "select approvers from anton.approval")} == {("@finance",)}
+    live.migrate()
+    live.approvals[0].approve(by="ann")
+    live.run()
+    assert sent == [(0, 5)]
 
 
 UNDECIDED = [
@@ -507,10 +552,12 @@ def test_a_cap_counts_an_amount_as_it_was_edited_and_each_call_once(live):
         assert (row["amount"], [call.state for call in live.calls]) == (used, [state])
 
 
-def test_neither_a_replay_nor_a_retry_nor_another_handler_sends_what_nobody_approved(live, sent):
+def test_neither_a_backfill_nor_a_retry_nor_another_handler_sends_what_nobody_approved(live, sent):
     refund = asked(live, sent)
     with pytest.raises(Exception, match="waiting"):
         sql(live, "select anton.retry_action((select id from anton.action))")
+    refund.send(1, 1)
+    sql(live, "select anton.backfill('send_refund')")
     with declaring(live.app):
         @live.app.tables["complaints"].on_new_records(each=True)
         def again(complaint: Any) -> None:
@@ -518,7 +565,7 @@ def test_neither_a_replay_nor_a_retry_nor_another_handler_sends_what_nobody_appr
     live.migrate()
     live.tables["complaints"].append({"order": 8, "total": 5})
     live.run()
-    assert sent == [] and len(live.approvals) == 3
+    assert sent == [] and len(live.approvals) == 4
     with pytest.raises(TypeError):
         asyncio.run(refund.fn())
     with pytest.raises(AntonError):

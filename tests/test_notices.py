@@ -138,6 +138,12 @@ def test_migrate_and_doctor_name_whom_an_action_asks_and_cannot_reach(live, monk
     assert [row["problem"] for row in found] == [
         "it asks @cfo, and that is nobody", "it asks ann by e-mail, who has no address",
         "it asks zoe, and that is nobody"]
+    with declaring(live.app):
+        Approval("zoe", via=["slack:#finance"])
+        assert any("via=['slack:#finance'] of an approval is posted by nothing" in note
+                   for note in live.db.run(migrate(live.db, live.app)).notes)
+        Notices().on_new_records(SlackAskApproval(oauth_token="xoxb"), where="via = 'slack'")
+        assert not any("slack" in note for note in live.db.run(migrate(live.db, live.app)).notes)
     sql(live, "select anton.put_person('zoe', 'zoe@example.com'), anton.put_person('ann', 'ann@example.com'), "
               "anton.put_person('cleo', 'cleo@example.com', p_groups => '{cfo}')")
     assert sql(live, "select from anton.findings() where kind = 'action'") == []

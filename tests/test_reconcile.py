@@ -92,6 +92,15 @@ def test_what_is_only_looked_for_is_not_queued(orders: Pg) -> None:
     assert reconcile(orders, "orders")[0] == 1
 
 
+def test_a_filter_that_names_the_row_before_takes_what_is_new_when_it_is_found_or_fed(orders: Pg) -> None:
+    orders.sql("insert into orders (n) values (0), (1)")
+    h = orders.listen("orders", "new", "updated", where_sql="old.n is distinct from n and n > 0")
+    unseen(orders, "insert into orders (n) values (0), (1), (null)")
+    assert reconcile(orders, "orders")[0] == 1 and orders.keys(h) == [4]
+    orders.sql(f"select anton.backfill(name) from anton.handler where id = {h}")
+    assert orders.value("select anton.feed(%s)", h) == 1 and orders.keys(h) == [2]
+
+
 # What is left alone
 
 
