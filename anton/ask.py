@@ -20,7 +20,7 @@ from weakref import WeakKeyDictionary
 
 from anton import write
 from anton.db import Database, current_database
-from anton.errors import AntonError, BudgetReached, ModelRefused, WorldError
+from anton.errors import AntonError, BudgetReached, Discard, ModelRefused, WorldError
 from anton.ledger import Begun, Budget, Ledger, Place, ledger_of, storable
 from anton.limit import Limit, learnt, retry_after
 from anton.memo import asking, hash_of, wait_for_other
@@ -174,7 +174,8 @@ class Asker:
                   last: bool = True) -> Answer:
         """The answer to a question. last: there is no other model to ask instead, so that waiting is worth it.
 
-        Raises WorldError, BudgetReached, ModelRefused; SendError of kind "mode" or "malformed".
+        Raises WorldError, BudgetReached, ModelRefused; SendError of kind "mode" or "malformed"; Discard when it can
+        cost more than all of a budget.
         """
         ledger = ledger_of(db)
         facts = await self._facts(ledger, question, about, price)
@@ -238,6 +239,9 @@ class Asker:
             if begun.verdict in ("answer", "send"):
                 return begun
             wait = begun.wait
+            if begun.verdict == "never":
+                raise Discard(f"{facts['provider']} ({facts['model']}): {begun.reason}. It is not asked. Raise budget= "
+                              "or ask for less, then: anton dead replay")
             if begun.verdict == "refused":
                 await ledger.lapse()
                 after = LONGEST if wait is None else min(timedelta(seconds=wait), LONGEST)

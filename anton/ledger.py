@@ -1,6 +1,6 @@
 """Ledger: a row for each call of a model, reserved before it is sent and settled after.
 
-    begun = await ledger_of(db).begin(facts)           # send | answer | wait | later | refused, see sql/80_call.sql
+    begun = await ledger_of(db).begin(facts)           # send | answer | wait | …, see sql/80_call.sql
     await ledger.end({"id": begun.call_id, "state": "done", …})
 
 Many calls share a statement: what is asked for while one runs goes with the next. A call's lease is longer than its
@@ -101,7 +101,7 @@ class Begun(NamedTuple):
     place: the request that it goes with; None: one of its own.
     """
 
-    verdict: Literal["send", "answer", "wait", "later", "refused"]
+    verdict: Literal["send", "answer", "wait", "later", "refused", "never"]
     call_id: int | None
     wait: float | None
     answer: Any

@@ -195,8 +195,9 @@ class FineTune(Component):
         elif effects() != "live" or self.credential() is None:
             self._set(row, state="captured", **found)
         else:
-            call = await self._hold(lines, row, ctx)
+            call: int | None = None
             try:
+                call = await self._hold(lines, row, ctx)
                 file = await self.upload(b"".join(line + b"\n" for line in lines))
                 job = await self.start(file, ctx.key)
             except Refused as error:
@@ -226,7 +227,7 @@ class FineTune(Component):
     async def _hold(self, lines: Sequence[bytes], row: Tuning, ctx: Ctx) -> int:
         """Reserves what the job can cost at most; its call, the same when the run is begun again.
 
-        Raises BudgetReached, WorldError.
+        Raises BudgetReached, WorldError; Refused when it is more than all of a budget.
         """
         ledger, change = ledger_of(database()), ctx.change
         most = None if self.epochs is None else self.epochs * sum(map(len, lines))  # a token is a byte at least
@@ -239,6 +240,8 @@ class FineTune(Component):
             "budgets": await ledger.put_budgets(self._budgets, self._app.name, ctx.handler, TABLE),
             "reserved": None if most is None or self._price is None else str(self._price.most(most, 0)),
             "reserved_tokens": most, "price_version": None if self._price is None else self._price.version})
+        if begun.verdict == "never":
+            raise Refused(f"{begun.reason}: raise budget=, or train fewer examples or epochs")
         if begun.verdict == "refused":
             raise BudgetReached(begun.reason or "", None if begun.wait is None else timedelta(seconds=begun.wait))
         call = await ledger.held(hash) if begun.verdict == "wait" else begun.call_id

@@ -38,6 +38,7 @@ $$;
 --   wait     somebody is asking it now: look again in `wait` seconds
 --   later    the service's limit, or money that calls in flight hold: try again in `wait` seconds; reason
 --   refused  a budget is used up; reason, and `wait` seconds until its next period (null: never)
+--   never    it can cost more than all of a budget; reason
 -- A service is sent at most 95 % of what it lets through, spaced evenly: what arrives up to `slack` seconds late (null: whenever) is no violation.
 -- What cannot be sent in time is given up (end_calls, state unsent). The last row, verdict clock, says when all this was reckoned: `wait` seconds
 -- after the call came, `slack` seconds before its end. lease: seconds after which a call counts as left by who asked.
@@ -99,8 +100,8 @@ begin
       v_x := case b.unit when 'usd' then c.reserved else c.reserved_tokens end;
       v_periods := v_periods || b.since;
       if v_x is null or b.settled + b.reserved + v_x > b.amount then
-        verdict := case when v_x is null or b.settled + v_x > b.amount then 'refused' else 'later' end;
-        wait := case verdict when 'later' then 0.25 else extract(epoch from period_end(b.period, v_now) - v_now) end;
+        verdict := case when v_x > b.amount then 'never' when v_x is null or b.settled + v_x > b.amount then 'refused' else 'later' end;
+        wait := case verdict when 'never' then null when 'later' then 0.25 else extract(epoch from period_end(b.period, v_now) - v_now) end;
         reason := format('%s %s of %s %s%s are spent%s%s', trim_scale(round(b.settled, 6)), b.unit, trim_scale(b.amount), b.unit,
                          case b.period when 'total' then '' else '/' || b.period end,
                          case when b.scope = 'app' then ' by the app' else format(' by %s %s', b.scope, b.name) end,

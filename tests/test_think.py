@@ -7,7 +7,9 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from email.utils import format_datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -358,6 +360,22 @@ def test_a_handler_that_waits_for_a_budget_that_was_raised_goes_on_when_it_is_re
     assert len(live.records("answers")) == 200 and not live.dead
 
 
+def test_a_call_that_its_whole_budget_cannot_pay_is_a_dead_letter_and_holds_up_no_other(live, llm):
+    llm.answer = lambda prompt: "yes"
+    declare(live, openai(llm, max_tokens=10, budget="1 USD/day"))
+    ask(live, "long " * 200, "hi")
+    assert [answer["prompt"] for answer in live.records("answers")] == ["hi"] and len(llm.asked) == 1
+    (dead,) = live.dead
+    assert dead.reason == "discarded" and dead.error.startswith("OpenAI (m): ")
+    assert "of 1 usd/day are spent" in dead.error and "which is more than all of it" in dead.error
+    assert rows(live, "select count(*) from anton.call") == [(1,)]
+    assert rows(live, "select reserved from anton.spent") == [(Decimal(0),)]
+    rows(live, "update anton.budget set amount = 2")
+    rows(live, "select anton.replay(id) from anton.dead")
+    live.run()
+    assert len(live.records("answers")) == 2 and not live.dead
+
+
 def test_what_calls_in_flight_may_cost_is_held_back(live, llm):
     llm.delay = 0.05
     declare(live, openai(llm, max_tokens=400, budget="1 USD/day"), concurrency=20)   # at most 0.95 or so each
@@ -464,9 +482,11 @@ def test_a_limit_is_learnt_and_a_429_holds_everybody_back(live, llm):
     assert len(live.records("answers")) == 2
 
 
-def test_a_long_retry_after_makes_the_handler_wait_and_blames_no_record(live, llm):
+@pytest.mark.parametrize("said", ["600", "date"])
+def test_a_long_retry_after_makes_the_handler_wait_and_blames_no_record(said, live, llm):
     declare(live, openai(llm))
-    llm.script((429, {"retry-after": "600"}))
+    llm.script((429, {"retry-after": format_datetime(datetime.now(UTC) + timedelta(minutes=10), usegmt=True)
+                      if said == "date" else said}))
     ask(live, "a")
     assert len(llm.asked) == 1 and not live.dead
     live.advance("9m")
@@ -506,6 +526,17 @@ def test_the_next_model_is_asked_when_one_is_busy_down_or_gone(failures, live, l
     ask(live, "hi")
     (answer,) = live.records("answers")
     assert answer["model"] == "n-2026-03-17" and {body["model"] for body in llm.asked} == {"m", "n"}
+
+
+def test_a_rows_cost_is_its_answers_and_calls_that_were_lost_are_in_the_ledger_alone(live, llm):
+    declare(live, openai(llm, model=["m", "n"], max_tokens=10))
+    llm.script(502, 502, 502)
+    ask(live, "what is it")
+    (answer,) = live.records("answers")
+    assert (answer["model"], answer["cost"]) == ("n-2026-03-17", 0.011)
+    ((lost,),) = rows(live, "select sum(reserved) from anton.call where state = 'unknown'")
+    costs = rows(live, "select model, calls, unknown, cost from anton.list_costs(1) order by model")
+    assert costs == [("m", 3, 3, lost), ("n", 1, 0, Decimal("0.011"))]
 
 
 # Structured output

@@ -288,12 +288,25 @@ def test_a_job_is_a_row_of_the_ledger_reserved_before_and_settled_after(live, se
     assert (line["handler"], line["tokens_in"], float(line["cost"])) == ("tune_replies", 99, 0.099)
 
 
-def test_a_job_that_can_cost_more_than_its_budget_waits_and_is_not_made(live, service):
+def test_a_job_that_its_whole_budget_cannot_pay_fails_says_so_and_sends_nothing(live, service):
     tune = declare(live, service, **{**PAID, "budget": "0.1 USD/month"})
     run(live, tune)
-    assert last(live).state == "new" and not service.jobs and not service.files and not live.dead
+    assert last(live).state == "failed" and not service.jobs and not service.files and not live.dead
+    assert "of 0.1 usd/month are spent by handler tune_replies, and this call can cost" in last(live).error
+    assert "which is more than all of it: raise budget=" in last(live).error and spent(live) == [(0, 0)]
+
+
+def test_a_job_waits_while_what_is_left_of_its_budget_cannot_pay_it(live, service):
+    tune = declare(live, service, **{**PAID, "budget": "0.6 USD/month"})
+    run(live, tune)
+    held = calls(live, "reserved")[0][0]
+    assert held < Decimal("0.6") < 2 * held
+    service.end("failed", trained_tokens=None)                         # charged at the most
+    live.advance("2m")
+    run(live, tune)
+    assert last(live).state == "new" and len(service.jobs) == 1 and not live.dead
     (why,) = live._fetch("select why from {schema}.status where handler = 'tune_replies'")[0]
-    assert "of 0.1 usd/month are spent by handler tune_replies, and this call can cost" in why
+    assert "of 0.6 usd/month are spent by handler tune_replies, and this call can cost" in why
 
 
 def test_a_run_that_is_begun_again_is_charged_once(live, service):
