@@ -1,4 +1,4 @@
-"""Bugs: twelve that the harness has to catch, and five more, each a change of a few lines to the SQL or the worker as shipped.
+"""Bugs: twelve that the harness has to catch, and six more, each a change of a few lines to the SQL or the worker as shipped.
 
 They are put into a database and a worker's process that the harness made, and are nowhere else. A bug whose text is no
 longer found in the sources fails here, not silently.
@@ -34,6 +34,7 @@ class Bug:
 
 
 JOB, SUSPECT, RUN, PERMIT = "sql/20_job.sql", "sql/21_suspect.sql", "anton/settle.py", "sql/23_permit.sql"
+RATE = "sql/24_rate.sql"
 
 BUGS = (
     Bug(
@@ -281,6 +282,24 @@ MORE = (  # not of the twelve
         "F1",
         30,
         r"inorder ran [1-9]\d* records after a later one of their key",
+    ),
+    Bug(
+        "starts counted, then given",
+        (
+            (
+                RATE,
+                "select * into r from rate where handler_id = p_handler for update;",
+                "select * into r from rate where handler_id = p_handler;",
+            ),
+            (
+                RATE,
+                "  if v_changed then\n    update rate",
+                "  if v_changed then\n    perform pg_sleep(0.05);\n    update rate",
+            ),
+        ),
+        "F1",
+        6,
+        r"pace began \d+ records in",
     ),
     Bug(
         "2xx of a route before COMMIT",

@@ -48,6 +48,7 @@ create table drift (id bigint primary key, v text, w text);
 create table out_kept (id bigint generated always as identity primary key, src bigint not null, v text);
 create table clash (id bigint primary key, kind text not null);
 create table gated (id bigint primary key, kind text not null);
+create table paced (id bigint primary key, kind text not null);
 create table shared (id bigint primary key, n bigint not null);
 insert into shared select n, 0 from generate_series(1, 4) n;
 create table counter (id bigint primary key, n bigint not null);
@@ -65,7 +66,7 @@ create table pong (id bigint generated always as identity primary key, hop int n
     f"create table out_{name} (id bigint generated always as identity primary key, src bigint not null);\n"
     for name in (
         *("batch", "each", "chain", "sql", "risky", "shaky", "outside", "load", "near"),
-        *("odd", "slow", "drift", "drift_sql", "clash", "strike", "hold", "alone", "inorder"),
+        *("odd", "slow", "drift", "drift_sql", "clash", "strike", "hold", "alone", "inorder", "paced"),
     )
 ) + "alter table out_near add at bigint;\n"
 

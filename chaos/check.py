@@ -26,6 +26,7 @@ OUTPUTS = {  # table -> (its source, the handler)
     "out_hold": ("gated", "hold"),
     "out_alone": ("gated", "alone"),
     "out_inorder": ("gated", "inorder"),
+    "out_paced": ("paced", "pace"),
 }
 
 

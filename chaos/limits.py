@@ -1,10 +1,12 @@
-"""Limits: handlers that may run so many records at a time over all processes, while these are killed.
+"""Limits: handlers that may run so many records at a time, or begin so many in any window, over all processes, while
+these are killed.
 
 A call notes its begin and its end. One that a killed process ran counts until just before it was killed.
 """
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import signal
 import time
@@ -18,17 +20,26 @@ from chaos.faults import PATIENCE, WORKERS, Result, fault
 
 MOST = {"hold": 3, "alone": 1, "inorder": 1}  # of the app; alone, inorder: of each kind
 KINDS = "abcdef"
+RATE, WINDOW = 60, 2.0  # of the app's pace
+FELT = 0.25  # seconds that a start may be noted after it was made, on a busy machine
+OFFERED, FIRST = 40, 60  # records for pace in a second, more than it may begin; at once
 
 
-@fault("F1", "SIGKILL of workers in handlers with a limit, of the handler or of each key, over all processes")
+@fault("F1", "SIGKILL of workers in handlers with a limit, of the handler or of each key, or a rate, over all processes")
 def limited(cell: Cell, n: int) -> Result:
-    """No more run at a time than the limit, none out of its order, the dead hold no permits, and all is worked."""
-    result, ids, died, kept = Result(), itertools.count(1), dict[int, float](), 0
+    """No more run at a time than the limit, or begin than the rate, none out of its order, the dead hold no permits, and
+    all is worked."""
+    result, ids, died, kept, paced = Result(), itertools.count(1), dict[int, float](), 0, 0
     cell.start(WORKERS)
-    end = time.monotonic() + 60 + 10 * n
+    began = time.monotonic()
+    end = began + 60 + 10 * n
     while len(died) < n and time.monotonic() < end:
         for kind in KINDS:
             cell.add("gated", [next(ids) for _ in range(2)], kind)
+        due = FIRST + int(OFFERED * (time.monotonic() - began))
+        if due > paced:
+            cell.add("paced", [*range(paced + 1, due + 1)])
+            paced = due
         cell.look()
         busy = sorted({pid for _, _, _, pid in inside(cell.events, died)})
         if busy and cell.random.random() < 0.7:
@@ -47,8 +58,10 @@ def limited(cell: Cell, n: int) -> Result:
         result.verdict.require(most[handler] <= MOST[handler], f"{handler} ran {most[handler]} times at once ({key})")
     late = overtaken(cell.events)
     result.verdict.require(not late, f"inorder ran {late} records after a later one of their key")
+    most_begun = within([event["at"] for event in cell.events if event["what"] == "start"], WINDOW - FELT)
+    result.verdict.require(most_begun <= RATE, f"pace began {most_begun} records in {WINDOW:g} s")
     result.verdict.require(kept == 0, f"{kept} permits are held by the dead")
-    result.more |= {"most": dict(most), "drain_s": took}
+    result.more |= {"most": dict(most), "most_begun": most_begun, "drain_s": took}
     return result
 
 
@@ -108,3 +121,9 @@ def overlap(found: list[Call]) -> int:
     """How many of these were going on at once, at most."""
     steps = sorted([(end, -1) for _, end in found] + [(begin, +1) for begin, _ in found])
     return max(itertools.accumulate(step for _, step in steps), default=0)
+
+
+def within(times: list[float], length: float) -> int:
+    """How many of these are in any window of that length, at most."""
+    times = sorted(times)
+    return max((bisect.bisect_left(times, at + length) - n for n, at in enumerate(times)), default=0)

@@ -51,7 +51,7 @@ returns table (
   attempt smallint, crashes smallint, depth smallint, op "char", tenant text, origin text, settled int[],
   ids bigint[], keys jsonb, cols text[], degraded text, table_id int, ms_waiting real, probe boolean)
 language plpgsql volatile set search_path from current
-set jit = off set enable_seqscan = off set plan_cache_mode = force_generic_plan as $$
+set jit = off set enable_seqscan = off set enable_sort = off set plan_cache_mode = force_generic_plan as $$
 #variable_conflict use_column
 declare
   v_now timestamptz := now();

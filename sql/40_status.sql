@@ -384,6 +384,7 @@ $$;
 
 -- list_jobs(handler or null, limit) -> jobs that are not done, oldest first
 --   state  ready | delayed | waits (for an earlier record of its key) | in flight | suspect (its worker died)
+--   id     null: a key that waits to come to rest; it has a job when it has
 create or replace function list_jobs(p_handler text default null, p_limit int default 50) returns table (
   id bigint, handler text, state text, records int, op text, attempt int, waiting_since timestamptz, run_at timestamptz, worker int, error text, trace bigint)
 language plpgsql stable set search_path from current as $$
@@ -398,6 +399,16 @@ begin
            union all
            (select delayed.id, x.id, 'delayed', lo, hi, settled, op, delayed.attempt, at, delayed.run_at, null, delayed.error, trace
               from delayed where handler_id in (x.id, -x.id) order by delayed.id limit p_limit)
+           union all
+           (select delayed.id, x.id, 'delayed', lo, hi, settled, op, delayed.attempt, at, delayed.run_at, null, delayed.error, trace
+              from delayed where handler_id = -x.id order by delayed.id limit p_limit)
+           union all
+           (select job.id, x.id, 'delayed', lo, hi, settled, op, job.attempt, at, null, null, 'waits for its debounce', trace
+              from job where handler_id = -x.id order by job.id limit p_limit)
+           union all
+           (select null, x.id, 'delayed', 1, 1, null, left(x.ops[1], 1)::"char", 0::smallint, first_at, due_at, null,
+                   'waits for its debounce of ' || x.debounce, trace
+              from debounce where handler_id = x.id order by due_at limit p_limit)
            union all
            (select turn.id, handler_id, 'waits', ordinal, ordinal, null, op, turn.attempt, at, null, null, turn_waits_for(handler_id, key), trace
               from turn where handler_id = x.id and turn.state = 'waits' order by turn.n limit p_limit)

@@ -84,6 +84,23 @@ def test_a_record_that_changes_again_is_handled_once_with_its_latest_state(desk:
     assert desk.rows("select delayed, why from anton.status") == [(0, None)]
 
 
+def test_what_waits_to_come_to_rest_is_among_the_jobs(desk: Desk) -> None:
+    desk.listen("on_updated_records", debounce="2h")
+    one, two = desk.orders.append({"n": 0}), desk.orders.append({"n": 0})
+    with transaction():
+        desk.orders.upsert({"id": two.id, "n": 3}, delay="1h")
+    desk.set(1, one.id)
+    jobs = "select id is null, handler, state, records, op, error, run_at - waiting_since from anton.list_jobs('note')"
+    hours = [timedelta(hours=n) for n in range(3)]
+    not_seen = (False, "note", "delayed", 1, "updated", "waits for its debounce", None)
+    (put_off, seen) = sorted(desk.rows(jobs), key=lambda row: row[5] is not None)
+    assert put_off[:6] == (False, "note", "delayed", 1, "updated", None) and put_off[6] <= hours[1] and seen == not_seen
+    desk.app.run()
+    assert (True, "note", "delayed", 1, "updated", "waits for its debounce of 02:00:00", hours[2]) in desk.rows(jobs)
+    desk.app.advance("2h")
+    assert desk.rows(jobs) == [] and desk.took() == [(one.id, 1), (two.id, 3)]
+
+
 def test_what_changes_after_its_job_was_made_is_called_for_again_and_what_is_gone_is_settled(desk: Desk) -> None:
     desk.listen("on_updated_records", debounce="2h")
     one, two = desk.orders.append({"n": 0}), desk.orders.append({"n": 0})

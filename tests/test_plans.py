@@ -18,7 +18,7 @@ from servers import Server
 
 from anton import read
 
-QUEUE = ("job", "lease", "delayed", "change", "receipt", "output", "dead", "debounce", "turn")
+QUEUE = ("job", "lease", "delayed", "change", "receipt", "output", "dead", "debounce", "turn", "rate")
 DEPTHS = (0, 1_000, 1_000_000)
 TOKEN = 7
 
@@ -53,6 +53,9 @@ insert into anton.lease (handler_id, id, change_id, at, lo, hi, attempt, crashes
 insert into anton.debounce (handler_id, key, record, first_at, last_at, due_at)
   select {resting}, jsonb_build_array(-g), jsonb_build_array(g), t, t, t + interval '1 day'
     from generate_series(1, {depth} / 10) g, anton.now() t;
+insert into anton.rate (handler_id, said, most, length_us) select {shared} + g, '9/1s', 9, 1000000
+  from generate_series(1, 10000) g;
+select anton.set_rate({small}, '1000/s');
 """
 PUT_MODEL = """select anton.put_model('{"app": "test", "name": "copies", "table": "copies", "key": ["id"],
   "body": "select id, n from orders", "refresh": ["public.orders"], "distinct_keys": true,
@@ -176,6 +179,7 @@ def watched(request: Any, server: Server, template: str) -> Iterator[Watched]:
         pg.sql("analyze orders, letters, copies, anton.job, anton.lease, anton.delayed, anton.debounce")
         watched = Watched(pg, request.param, small, large, images, sql, resting,
                           pg.put("shared", "letters", "new"))
+        pg.sql("alter table anton.rate drop constraint rate_handler_id_fkey")  # many rates, few handlers
         watched.fill(FILL)
         pg.sync("orders")
         yield watched
@@ -309,6 +313,16 @@ def delay(watched: Watched) -> None:
         watched.run("select anton.put_due('1 h', null)", f"insert into orders (n) select generate_series(1, {n})")
 
 
+def rates(watched: Watched) -> None:
+    """The row of its handler, by its key, when starts are taken, come back unused, and are shown."""
+    for wanted in (1, 20):
+        ((slots, counts),) = watched.run("select slots, counts from anton.take_rate(1, $1, $2)",
+                                         args=(watched.small, wanted))
+        assert slots
+        watched.run("select * from anton.take_rate(1, $1, 0, $2, $3)", args=(watched.small, slots, counts))
+    watched.run("select anton.waits_for($1), anton.rate_used($1), anton.next_rate($1)", args=(watched.small,))
+
+
 def looking(watched: Watched) -> None:
     """Leases have no index by time, which each heartbeat would have to keep: there are as many as are being worked."""
     handlers = [watched.small, watched.large, watched.images, watched.sql_handler]
@@ -349,7 +363,7 @@ def turns(watched: Watched) -> None:
 
 
 CHECKS = (looking, capture, claim_leased_and_ack, fetch_of_rows_and_images, settling_by_record, sql_handlers, models,
-          promotion, turns_of_tenants, debounce, delay, turns)
+          promotion, turns_of_tenants, debounce, delay, rates, turns)
 
 
 def test_no_statement_of_the_hot_path_reads_the_queue_whole_or_sorts_it(watched: Watched) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import signal
@@ -17,13 +18,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pg import Pg
-from working import one_handler
+from working import met, one_handler
 
 from anton import Table
 from anton.app import App, declaring
 from anton.db import Database
 from anton.errors import BadOption
 from anton.rate import Tap, normal
+from anton.testing import TestApp
 
 SECOND = 1_000_000
 ANTON = [sys.executable, "-c", "import sys; from anton.cli import main; sys.exit(main())"]
@@ -182,6 +184,52 @@ async def test_a_handler_with_a_rate_and_a_limit_begins_what_both_let_it(db: Dat
     await bench.work()
     assert len(done) == 1 and await bench.left() == {"job": 1} and await bench.count("anton.permit") == 2
     assert await bench.value("select anton.permits_used(id) from anton.handler") == 0
+
+
+def test_a_record_that_waits_for_its_rate_says_so_and_begins_as_time_moves(app: TestApp) -> None:
+    done: list[int] = []
+    with declaring(app.app):
+        orders = Table("orders")
+        orders.on_new_records(each=True, name="note", rate="1/h")(lambda order: done.append(order["id"]))
+    app.migrate()
+    ids = {orders.append({}).id for _ in range(3)}
+
+    def why() -> set[tuple[str, str | None]]:
+        found = [row for id in ids - {*done} for row in app._fetch(
+            f"select state, error from anton.why('orders', '{id}') where level > 0")]
+        return {(state, error and error.partition(", the next")[0]) for state, error in found}
+
+    app.run()
+    waits = ("ready", "waits for its rate, 1/1h: 1 begun in the last window")
+    assert len(done) == 1 and why() == {waits}
+    app.advance("30m")
+    assert len(done) == 1 and why() == {waits}
+    app.advance("1h")                                                  # the second began on the way
+    assert len(done) == 2 and why() == {waits}
+    app.advance("1d")
+    assert {*done} == ids and len(done) == 3
+    assert [tuple(row) for row in app._fetch("select ready, in_flight, why from anton.status")] == [(0, 0, None)]
+
+
+async def test_a_worker_that_ends_gives_back_the_starts_and_the_records_that_it_has_not_begun(db: Database) -> None:
+    began: list[int] = []
+    go = asyncio.Event()
+
+    async def handle(record: Any) -> None:
+        began.append(record["n"])
+        await go.wait()
+
+    bench = await one_handler(db, handle, each=True, concurrency=2, rate="100/h")
+    await bench.add("a", ({"n": n} for n in range(5)))
+    given = "select sum(g)::int from anton.rate, unnest(given) g"
+    async with bench.running():
+        await bench.until(f"select ({given}) > 2")
+        await met(lambda: len(began) == 2)
+        go.set()
+    assert await bench.value(given) == len(began)
+    left = "select coalesce(sum(hi - lo + 1 - coalesce(cardinality(settled), 0)), 0)::int from anton.job"
+    assert await bench.value(left) == 5 - len(began)
+    assert await bench.count("anton.lease") == 0
 
 
 async def test_a_rate_that_is_taken_out_of_the_code_is_taken_out_of_the_database(db: Database) -> None:

@@ -52,6 +52,8 @@ gated = Table("public.gated")
 out_hold = Table("public.out_hold")
 out_alone = Table("public.out_alone")
 out_inorder = Table("public.out_inorder")
+paced = Table("public.paced")
+out_paced = Table("public.out_paced")
 ping = Table("public.ping")
 pong = Table("public.pong")
 hooked = Table("hooked")
@@ -236,6 +238,12 @@ async def inorder(record: Any) -> None:
     if random.random() < 0.05:
         raise ValueError("now and then")
     out_inorder.append({"src": record["id"]})
+
+
+@paced.on_new_records(each=True, rate="60/2s")
+async def pace(record: Any) -> None:
+    points.note("start", handler="pace", id=record["id"])
+    out_paced.append({"src": record["id"]})
 
 
 @ping.on_new_records
