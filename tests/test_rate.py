@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import signal
@@ -17,7 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pg import Pg
-from working import one_handler
+from working import PATIENCE, Bench, one_handler
 
 from anton import Table
 from anton.app import App, declaring
@@ -182,6 +183,31 @@ async def test_a_handler_with_a_rate_and_a_limit_begins_what_both_let_it(db: Dat
     await bench.work()
     assert len(done) == 1 and await bench.left() == {"job": 1} and await bench.count("anton.permit") == 2
     assert await bench.value("select anton.permits_used(id) from anton.handler") == 0
+
+
+async def test_suspects_that_wait_for_their_rate_hold_up_no_others_and_no_end(db: Database) -> None:
+    done: list[str] = []
+
+    def declare() -> None:
+        a = Table("a")
+        for name, rate in (("rated", "1/h"), ("plain", None)):
+            async def note(record: Any, name: str = name) -> None:
+                done.append(name)
+                if len(done) == 3:
+                    worker.drain()                                     # the fourth would begin in an hour
+
+            a.on_new_records(note, each=True, rate=rate, name=name)
+
+    bench = await Bench.make(db, declare)
+    for _ in range(2):
+        await bench.add("a", [{}])
+    await bench.sql("select count(c) from (select array_agg(id) as ids from anton.handler) h, "
+                    "anton.claim(0, 5, h.ids, '{9, 9}', '{9, 9}', '{0, 0}', '1 h') c")
+    await bench.sql("update anton.lease l set lease_until = '-infinity', alone = h.name = 'plain' from anton.handler h "
+                    "where h.id = l.handler_id")
+    worker = bench.worker()
+    assert await asyncio.wait_for(worker.run_suspects(), PATIENCE) == 3
+    assert sorted(done) == ["plain", "plain", "rated"] and await bench.left() == {"job": 1}
 
 
 async def test_a_rate_that_is_taken_out_of_the_code_is_taken_out_of_the_database(db: Database) -> None:
