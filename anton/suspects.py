@@ -50,13 +50,19 @@ async def work_suspects(settler: Settler, lease: timedelta, lanes: Mapping[int, 
         """What may run beside what runs, or, when nothing runs, what is to run apart; whether it is the latter."""
         async with db.conn() as conn:
             reclaim = partial(queue.reclaim_together, db, conn, settler.worker, lease)
-            jobs = await reclaim([id for id in lanes if id not in busy], beside=True)
-            if jobs or busy:
-                return jobs, False
-            jobs = await reclaim(list(lanes))
-            if not jobs:                                               # or those there are cannot be had
+            for ids in asked:
+                jobs = await reclaim([id for id in ids if id not in busy], beside=True)
+                if jobs:
+                    return jobs, False
+                if not busy and (jobs := await reclaim(ids)):
+                    return jobs, True
+            if not busy:                                               # or those there are cannot be had
                 await queue.thaw(db, conn, lease)
-        return jobs, True
+        return [], False
+
+    rated = [id for id, lane in lanes.items() if lane.tap is not None]
+    others = [id for id in lanes if id not in rated]
+    asked = [others, rated] if rated else [others]                     # those with a rate may have to wait for long
 
     busy: dict[int, asyncio.Task[None]] = {}                           # a handler that is done waits for no other
     try:

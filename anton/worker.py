@@ -589,9 +589,11 @@ class Worker:
             asking.cancel()
 
     async def _ask(self) -> None:
-        """While suspects run: permits that were lost meanwhile, which nobody else would ask for."""
-        while self._office.lanes:
+        """While suspects run: permits that were lost meanwhile, which nobody else would ask for; a drain."""
+        while self._office.lanes or self._meter.lanes:
             await asyncio.sleep(AGAIN)
+            if self.draining:
+                self._close()
             with contextlib.suppress(Exception):                       # no database: again
                 for lane in self._order:
                     if lane.permits is not None and (lane.items or lane.again) and not lane.room:

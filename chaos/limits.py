@@ -27,8 +27,8 @@ OFFERED, FIRST = 40, 60  # records for pace in a second, more than it may begin;
 
 @fault("F1", "SIGKILL of workers in handlers with a limit, of the handler or of each key, or a rate, over all processes")
 def limited(cell: Cell, n: int) -> Result:
-    """No more run at a time than the limit, or begin than the rate, none out of its order, the dead hold no permits, and
-    all is worked."""
+    """No more run at a time than the limit, or begin than the rate, none out of its order, the dead hold no permits,
+    and all is worked."""
     result, ids, died, kept, paced = Result(), itertools.count(1), dict[int, float](), 0, 0
     cell.start(WORKERS)
     began = time.monotonic()

@@ -398,7 +398,7 @@ begin
               from job where handler_id = x.id order by job.id limit p_limit)
            union all
            (select delayed.id, x.id, 'delayed', lo, hi, settled, op, delayed.attempt, at, delayed.run_at, null, delayed.error, trace
-              from delayed where handler_id in (x.id, -x.id) order by delayed.id limit p_limit)
+              from delayed where handler_id = x.id order by delayed.id limit p_limit)
            union all
            (select delayed.id, x.id, 'delayed', lo, hi, settled, op, delayed.attempt, at, delayed.run_at, null, delayed.error, trace
               from delayed where handler_id = -x.id order by delayed.id limit p_limit)

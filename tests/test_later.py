@@ -394,6 +394,14 @@ def test_a_change_whose_filter_failed_is_looked_at_before_it_waits(clock: Clock)
     assert clock.due() == [1, 2]
 
 
+def test_a_delayed_change_of_a_handler_that_debounces_is_listed_and_can_be_cancelled(clock: Clock) -> None:
+    with clock.conn.transaction():
+        clock.sql("select anton.put_due('2 s', null)", "update orders set n = 7 where id = 1")
+    ((job, name, state),) = clock.sql("select id, handler, state from anton.list_jobs('h')")
+    assert (name, state, clock.value("select anton.cancel(%s)", job)) == ("h", "delayed", True)
+    assert clock.value("select count(*) from anton.list_jobs()") == 0
+
+
 def test_a_handler_that_debounces_no_more_gets_what_waited(clock: Clock) -> None:
     clock.touch(1)
     assert clock.due() == []

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pg import Pg
-from working import met, one_handler
+from working import PATIENCE, Bench, met, one_handler
 
 from anton import Table
 from anton.app import App, declaring
@@ -230,6 +230,31 @@ async def test_a_worker_that_ends_gives_back_the_starts_and_the_records_that_it_
     left = "select coalesce(sum(hi - lo + 1 - coalesce(cardinality(settled), 0)), 0)::int from anton.job"
     assert await bench.value(left) == 5 - len(began)
     assert await bench.count("anton.lease") == 0
+
+
+async def test_suspects_that_wait_for_their_rate_hold_up_no_others_and_no_end(db: Database) -> None:
+    done: list[str] = []
+
+    def declare() -> None:
+        a = Table("a")
+        for name, rate in (("rated", "1/h"), ("plain", None)):
+            async def note(record: Any, name: str = name) -> None:
+                done.append(name)
+                if len(done) == 3:
+                    worker.drain()                                     # the fourth would begin in an hour
+
+            a.on_new_records(note, each=True, rate=rate, name=name)
+
+    bench = await Bench.make(db, declare)
+    for _ in range(2):
+        await bench.add("a", [{}])
+    await bench.sql("select count(c) from (select array_agg(id) as ids from anton.handler) h, "
+                    "anton.claim(0, 5, h.ids, '{9, 9}', '{9, 9}', '{0, 0}', '1 h') c")
+    await bench.sql("update anton.lease l set lease_until = '-infinity', alone = h.name = 'plain' from anton.handler h "
+                    "where h.id = l.handler_id")
+    worker = bench.worker()
+    assert await asyncio.wait_for(worker.run_suspects(), PATIENCE) == 3
+    assert sorted(done) == ["plain", "plain", "rated"] and await bench.left() == {"job": 1}
 
 
 async def test_a_rate_that_is_taken_out_of_the_code_is_taken_out_of_the_database(db: Database) -> None:
