@@ -173,6 +173,11 @@ def kind_of(annotation: Any, metadata: Sequence[Any] = ()) -> Kind:
     return replace(kind, metadata=(*kind.metadata, *metadata))
 
 
+def is_alias(annotation: Any) -> bool:
+    """Whether it is what `type X = …` makes, from Python 3.12; it may be below itself."""
+    return type(annotation).__name__ == "TypeAliasType"
+
+
 def bare(annotation: Any, metadata: Sequence[Any] = ()) -> tuple[Any, Any, tuple[Any, ...]]:
     """The type that says what it is, below Annotated, NewType and aliases; its origin; all that is said of it."""
     while True:
@@ -184,7 +189,7 @@ def bare(annotation: Any, metadata: Sequence[Any] = ()) -> tuple[Any, Any, tuple
             metadata = (*more, *metadata)
         elif hasattr(annotation, "__supertype__"):
             annotation = annotation.__supertype__
-        elif type(annotation).__name__ == "TypeAliasType":             # type X = …, from Python 3.12
+        elif is_alias(annotation):
             annotation = annotation.__value__
         else:
             break

@@ -96,4 +96,4 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
 
 
 def _within(seconds: float) -> float:
-    return min(max(seconds, 0.0), LONGEST)
+    return min(max(0.0, seconds), LONGEST)                             # in this order 0 for nan, too

@@ -95,8 +95,8 @@ def _meanings(annotation: Any, metadata: tuple[Any, ...], seen: set[Any]) -> Ite
             yield item
     if isinstance(annotation, (str, ForwardRef)) and re.search(r"\bPII\b", str(annotation)):
         yield Meaning("PII", personal=True)                            # its types are not to be had: the safe side
-    if hasattr(annotation, "__value__") and not isinstance(annotation, type):      # type X = …
-        yield from _meanings(annotation.__value__, (), seen)
+    if hasattr(annotation, "__value__") and not isinstance(annotation, type) and annotation not in seen:  # type X = …
+        yield from _meanings(annotation.__value__, (), {*seen, annotation})
     if hasattr(annotation, "__supertype__"):
         yield from _meanings(annotation.__supertype__, (), seen)
     for part in (*get_args(annotation), *getattr(annotation, "__metadata__", ())):

@@ -19,7 +19,7 @@ from typing import Any, Union, get_args
 
 import pydantic
 
-from anton.columns import ARRAYS, Kind, bare, kind_of, plain_pattern
+from anton.columns import ARRAYS, Kind, bare, is_alias, kind_of, plain_pattern
 from anton.db import literal, quote
 from anton.meaning import Meaning, fields_of
 
@@ -46,6 +46,8 @@ def rule_of(annotation: Any, metadata: tuple[Any, ...] = ()) -> Rule | None:
 
 
 def _rule(annotation: Any, metadata: tuple[Any, ...], above: tuple[Any, ...]) -> Rule | None:
+    if is_alias(annotation):
+        return None if annotation in above else _rule(annotation.__value__, metadata, (*above, annotation))
     annotation, origin, metadata = bare(annotation, metadata)
     if any(isinstance(item, _OWN) for item in metadata):
         return None

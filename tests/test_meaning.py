@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -29,7 +30,7 @@ from pydantic import (
     field_validator,
 )
 from pydantic.dataclasses import dataclass as pydantic_dataclass
-from typing_extensions import TypedDict
+from typing_extensions import TypeAliasType, TypedDict
 
 from anton import Table, poll, sql
 from anton.app import declaring
@@ -47,6 +48,7 @@ from anton.meaning import (
     Url,
     meanings,
 )
+from anton.within import rule_of
 
 GOOD: list[tuple[Any, Any]] = [
     (EmailAddress, "ann.o'neil+x@mail.example.com"), (Url, "https://example.com:8080/a?b=c#d"),
@@ -232,6 +234,25 @@ def test_a_field_means_what_its_parts_mean():
     assert {one.name for one in meanings(PII[EmailAddress] | None)} == {"PII", "EmailAddress"}
     assert {one.name for one in meanings(list[PII[str]])} == {"PII"}
     assert {one.name for one in meanings(nested)} == {"PII"} and not meanings(str)
+
+
+def recursive(of: Callable[[Any], Any]) -> Any:
+    """type X = of(X): from Python 3.12 a statement, so that what is before it is made by hand."""
+    if sys.version_info >= (3, 12):
+        names: dict[str, Any] = {"of": of}
+        exec("type X = of(X)", names)  # noqa: S102  (older Pythons do not parse it)
+        return names["X"]
+    made = TypeAliasType("X", Any)
+    object.__setattr__(made, "__value__", of(made))
+    return made
+
+
+def test_a_type_that_is_below_itself_has_an_end():
+    tree = recursive(lambda x: dict[str, x] | list[x] | EmailAddress | None)
+    assert {one.name for one in meanings(tree)} == {"EmailAddress"} and rule_of(list[tree]) is None
+    assert rule_of(tuple[EmailAddress, tree]) == {"items": [rule_of(EmailAddress), {"null": True}]}
+    told = recursive(lambda x: list[x] | PII[str])
+    assert [one.name for one in meanings(create_model("Outer", inner=(told, ...)))] == ["PII"]
 
 
 class Person(NamedTuple):

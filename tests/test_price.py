@@ -114,7 +114,7 @@ def test_what_a_service_counts_by_the_day_is_no_limit_of_a_minute(limit, remaini
 
 def test_retry_after_is_seconds_or_a_date_and_nothing_else():
     assert retry_after({"retry-after": "2"}) == 2.0 and retry_after({"retry-after-ms": "250"}) == 0.25
-    assert retry_after({"retry-after": "999999999"}) == 86400.0
+    assert retry_after({"retry-after": "999999999"}) == 86400.0 and retry_after({"retry-after-ms": "nan"}) == 0.0
     at = format_datetime(datetime.now(UTC) + timedelta(minutes=5), usegmt=True)
     assert 200 < (retry_after({"retry-after": at}) or 0) <= 300
     assert [retry_after({"retry-after": text}) for text in ("", "soon", "-3")] == [None, None, None]
