@@ -20,9 +20,9 @@ from chaos.faults import PATIENCE, WORKERS, Result, fault
 
 MOST = {"hold": 3, "alone": 1, "inorder": 1}  # of the app; alone, inorder: of each kind
 KINDS = "abcdef"
-RATE, WINDOW = 60, 2.0  # of the app's pace
+RATE, WINDOW = 100, 5.0  # of the app's pace
 FELT = 0.25  # seconds that a start may be noted after it was made, on a busy machine
-OFFERED, FIRST = 40, 60  # records for pace in a second, more than it may begin; at once
+OFFERED, FIRST = 22, 100  # records for pace in a second, more than it may begin; at once
 
 
 @fault("F1", "SIGKILL of workers in handlers with a limit, of the handler or of each key, or a rate, over all processes")

@@ -240,7 +240,7 @@ async def inorder(record: Any) -> None:
     out_inorder.append({"src": record["id"]})
 
 
-@paced.on_new_records(each=True, rate="60/2s")
+@paced.on_new_records(each=True, rate="100/5s")
 async def pace(record: Any) -> None:
     points.note("start", handler="pace", id=record["id"])
     out_paced.append({"src": record["id"]})
