@@ -25,7 +25,7 @@ FELT = 0.25  # seconds that a start may be noted after it was made, on a busy ma
 OFFERED, FIRST = 22, 100  # records for pace in a second, more than it may begin; at once
 
 
-@fault("F1", "SIGKILL of workers in handlers with a limit, of the handler or of each key, or a rate, over all processes")
+@fault("F1", "SIGKILL of workers in handlers with a limit, for all or for each key, or a rate, over all processes")
 def limited(cell: Cell, n: int) -> Result:
     """No more run at a time than the limit, or begin than the rate, none out of its order, the dead hold no permits,
     and all is worked."""
