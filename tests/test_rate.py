@@ -140,6 +140,18 @@ def test_a_start_is_taken_only_within_its_slot_by_both_bounds_of_the_clock() -> 
     assert tap.unused(future=True) == {4_500: 3} and not tap.holds
 
 
+async def test_a_call_that_waits_hears_at_once_of_a_start() -> None:
+    tap = Tap()
+    now = time.monotonic()
+    tap.clock.heard(now, 5_000.0, now)
+    call = asyncio.create_task(tap.turn())
+    await asyncio.sleep(0)
+    tap.got(10_000.0, {0: 1})
+    for _ in range(50):                                                # turns of the loop, which take no time
+        await asyncio.sleep(0)
+    assert call.done()
+
+
 async def test_records_begin_no_faster_than_the_rate_says(db: Database) -> None:
     at: list[float] = []
     bench = await one_handler(db, lambda record: at.append(time.monotonic()), each=True, rate="10/500ms")
