@@ -9,6 +9,7 @@ Slots are in the database's time. How far that is from here is known from the as
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import re
 import threading
@@ -94,15 +95,17 @@ class Tap:
         self._slots: dict[int, int] = {}
         self._length = 1.0
         self._lock = threading.Lock()
+        self._came = asyncio.Event()
 
     def got(self, length: float, slots: dict[int, int]) -> None:
-        """Starts, by the number of their slot, which is so long."""
+        """Starts, by the number of their slot, which is so long. Called in the event loop."""
         with self._lock:
             if length != self._length:
                 self._slots.clear()
             self._length = length
             for slot, count in slots.items():
                 self._slots[slot] = self._slots.get(slot, 0) + count
+        self._came.set()
 
     def take(self) -> bool:
         """Whether one may begin now; it is to begin at once."""
@@ -168,8 +171,10 @@ class Tap:
             while not self.closed:
                 if self.take():
                     return
+                self._came.clear()                                     # a slot is over sooner than EVERY
                 opens = self.opens()
-                await asyncio.sleep(EVERY if opens is None else min(EVERY, max(0.001, opens)))
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._came.wait(), EVERY if opens is None else min(EVERY, max(0.001, opens)))
             raise Closed
         finally:
             self.waiting -= 1
