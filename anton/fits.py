@@ -81,9 +81,10 @@ def check_poll(schedule: Schedule) -> list[Miswired]:
 
 def personal_views(tables: Iterable[Table[Any]], relations: Iterable[Any], texts: Iterable[str],
                    schema: str) -> dict[str, set[str]]:
-    """The columns of views that come from PII. relations: as relations() of the database says. texts: SQL of the app
+    """The columns of views that come from PII; of a view that cannot be read, all.
 
-    that makes views, perhaps not yet there. schema: of unqualified names. Of a view that cannot be read, all columns.
+    relations: as relations() of the database says. texts: SQL of the app that makes views, perhaps not yet there.
+    schema: of unqualified names.
     """
     known: dict[str, list[str]] = {row["name"]: list(row["columns"]) for row in relations}
     personal: dict[str, set[str]] = {}
