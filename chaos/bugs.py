@@ -83,10 +83,10 @@ BUGS = (
         (
             (
                 "anton/queue.py",
-                '    mine = mine or token()\n    return _jobs(mine, await db.call(conn, "claim"',
+                '    name = "claim_ordered" if ordered else "claim"\n',
                 '    import time\n    at = await conn.fetchval("select extract(epoch from clock_timestamp())::float8")\n'
                 "    lease += timedelta(seconds=time.time() - at)\n"
-                '    mine = mine or token()\n    return _jobs(mine, await db.call(conn, "claim"',
+                '    name = "claim_ordered" if ordered else "claim"\n',
             ),
         ),
         "T1a",
@@ -194,11 +194,11 @@ BUGS = (
         (
             (
                 "sql/22_steer.sql",
-                "into v;\n  end if;\n  if v.id is null then\n    return false;",
+                "into v;\n  end if;\n  if v.id is null then\n    return cancel_turn(p_job);",
                 "into v;\n  end if;\n  if v.id is null then\n"
                 "    insert into job (handler_id, change_id, at, lo, hi, op, ids) select r.handler_id, r.change_ids[1], r.at, r.los[1], r.his[1], 'n', r.ids[1:1]\n"
                 "      from receipt r where r.change_ids[1] = p_job and r.ids is not null;\n"
-                "    return false;",
+                "    return cancel_turn(p_job);",
             ),
         ),
         "C1",

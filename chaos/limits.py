@@ -22,13 +22,13 @@ MOST = {"hold": 3, "alone": 1, "inorder": 1}  # of the app; alone, inorder: of e
 KINDS = "abcdef"
 RATE, WINDOW = 100, 5.0  # of the app's pace
 FELT = 0.25  # seconds that a start may be noted after it was made, on a busy machine
-OFFERED, FIRST = 22, 100  # records for pace in a second, more than it may begin; at once
+OFFERED, FIRST = 15, 100  # records for pace in a second, and at once: more than it may begin
 
 
-@fault("F1", "SIGKILL of workers in handlers with a limit, of the handler or of each key, or a rate, over all processes")
+@fault("F1", "SIGKILL of workers in handlers with a limit, of all or of each key, or a rate, over all processes")
 def limited(cell: Cell, n: int) -> Result:
-    """No more run at a time than the limit, or begin than the rate, none out of its order, the dead hold no permits, and
-    all is worked."""
+    """No more run at a time than the limit, or begin than the rate, none out of its order, the dead hold no permits,
+    and all is worked."""
     result, ids, died, kept, paced = Result(), itertools.count(1), dict[int, float](), 0, 0
     cell.start(WORKERS)
     began = time.monotonic()
