@@ -83,10 +83,10 @@ BUGS = (
         (
             (
                 "anton/queue.py",
-                '    mine = mine or token()\n    name = "claim_ordered"',
+                '    name = "claim_ordered" if ordered else "claim"\n',
                 '    import time\n    at = await conn.fetchval("select extract(epoch from clock_timestamp())::float8")\n'
                 "    lease += timedelta(seconds=time.time() - at)\n"
-                '    mine = mine or token()\n    name = "claim_ordered"',
+                '    name = "claim_ordered" if ordered else "claim"\n',
             ),
         ),
         "T1a",
