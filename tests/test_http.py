@@ -188,7 +188,7 @@ def test_a_secret_address_that_leads_elsewhere_now_is_not_called(live, peer, mon
     ask(live, {"total": 5}, url=env("PARTNER_URL"), private=True, effect="idempotent")
     monkeypatch.setenv("PARTNER_URL", "http://other.example/a")
     live.advance("5m")
-    assert len(peer.got) == 1 and [call.state for call in live.calls] == ["failed"]
+    assert len(peer.got) == 1 and [call.state for call in live.calls] == ["unknown"]  # a 503 may have happened
     assert "PARTNER_URL" in live.dead[0].error
 
 

@@ -448,5 +448,6 @@ WRONG = (  # (what the SQL does wrong, as shipped, as it is then, what the machi
 )
 def test_a_bug_in_the_queue_is_found(machine: type[Machine], says: str) -> None:
     with pytest.raises((AssertionError, psycopg.Error, Refused, Blocked, pytest.fail.Exception)) as error:
-        run_state_machine_as_test(machine, settings=settings(SETTINGS, max_examples=60, stateful_step_count=100, derandomize=True))
+        run_state_machine_as_test(machine, settings=settings(SETTINGS, max_examples=60, stateful_step_count=100,
+                                                             derandomize=True))
     assert says in "".join(traceback.format_exception(error.value))
