@@ -71,8 +71,8 @@ insert into anton.job (handler_id, change_id, at, trace, lo, hi, op, ids)
 class Watched:
     """A session that sees how its statements are run."""
 
-    def __init__(self, pg: Pg, depth: int, small: int, large: int, images: int, sql: int, resting: int,
-                 shared: int) -> None:
+    def __init__(self, pg: Pg, depth: int, small: int, large: int, images: int, sql: int, resting: int = 0,
+                 shared: int = 0) -> None:
         self.pg, self.depth, self.small, self.large, self.images, self.sql_handler, self.shared = (
             pg,
             depth,
