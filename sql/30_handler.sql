@@ -4,8 +4,7 @@
 -- Inserts or updates a handler by (app, name). Keys: app, name, table, kind, ops, and the columns of handler;
 -- limit: calls or records at a time over all processes; per: the column for each of whose values concurrency is the limit, or debounce
 -- counts; debounce: how long a key must be at rest, and max_wait at most after its first change, default 15 times that; rate: "100/m"; priority: see
--- set_priority(); was: the name it had before; ordered,
--- on_dead: see sql/27_order.sql. Raises NT004 for a filter or an option that cannot work. Then run sync_triggers().
+-- set_priority(); ordered, on_dead: see sql/27_order.sql; was: the name it had before. Raises NT004 for a filter or an option that cannot work. Then run sync_triggers().
 create or replace function put_handler(d jsonb) returns int language plpgsql volatile set search_path from current as $$
 declare
   v_table int := watch(d ->> 'table'); v_id int; w watched; v_column text; v_bad text;
