@@ -155,8 +155,8 @@ class Worker:
                 self._wake.clear()
                 if await self._claim():
                     continue
-                self._dispatch()                                       # what was held for more, which did not come
-                if self._active or any(lane.held_until for lane in self._order):
+                held = self._dispatch()                                # for more, which did not come
+                if self._active or held:
                     if self._active and self._meter.stalls(run.lane for run in self._active.values()):
                         return                                         # the rest waits for its rate
                     await self._wake.wait()
@@ -344,14 +344,14 @@ class Worker:
         """There is something to claim, or to take a permit for."""
         return bool(self._wanted()) or self._office.hungry
 
-    def _dispatch(self) -> None:
-        """Starts batches in free slots, one lane after the other."""
+    def _dispatch(self) -> bool:
+        """Starts batches in free slots, one lane after the other. Whether some are held, and a timer wakes for them."""
         now, until = time.monotonic(), float("inf")
         if self._ranked:
             until = self._dispatch_first(now)
         for _ in range(0 if self._ranked else len(self._order)):
             if len(self._active) >= self.slots or self.draining:
-                return
+                break
             lane = self._order[0]
             self._order.rotate(-1)
             while len(self._active) < self.slots and lane.free():
@@ -362,6 +362,7 @@ class Worker:
                 self._start(Run(lane, batch))
         if until < float("inf"):
             self._loop.call_later(max(0.001, until - now), self._wake.set)
+        return until < float("inf")
 
     def _dispatch_first(self, now: float) -> float:
         """As _dispatch(), of the highest rank first, one batch at a time; until when what was held is."""

@@ -189,7 +189,7 @@ def flow_free(run: Run) -> Rows:
     """The engine without any option of flow control, before against after: 1M records in batches, and 100,000 jobs of
     one record. BENCH_BEFORE names a checkout of the release before."""
     before = os.environ.get("BENCH_BEFORE", "")
-    if not Path(before, "benchmarks").is_dir():
+    if not before or not Path(before, "benchmarks").is_dir():
         raise MissingPeer("set BENCH_BEFORE to a checkout of what is to be compared with")
     took: dict[str, dict[str, list[float]]] = {}
     for app, records in (("app_batch", run.size(1_000_000, 50_000)), ("app_jobs", run.size(100_000, 5_000))):
