@@ -262,7 +262,7 @@ end $$;
 create or replace function decide(p_approval bigint, p_person text, p_decision text, p_via text, p_args_sha256 text, p_edit jsonb default null, p_why text default null,
   out won boolean, out state text, out decided_by text, out decided_via text, out decided_at timestamptz, out next bigint)
 language plpgsql volatile set search_path from current as $$
-declare v approval; p person; v_now timestamptz := now(); v_why text; v_args jsonb; v_bad text; v_edited boolean;
+declare v approval; p person; v_call action; v_now timestamptz := now(); v_why text; v_args jsonb; v_bad text; v_edited boolean;
 begin
   select * into v from approval where id = p_approval for update;
   select * into p from person where name = person_of(p_person);
@@ -296,6 +296,11 @@ begin
     select string_agg(k, ', ' order by k) into v_bad from jsonb_object_keys(changed_args(v.args, v_args)) k where v.editable is not null and k <> all (v.editable);
     v_why := case when v_bad is not null then format('%s may not be changed; %s may', v_bad, coalesce(nullif(array_to_string(v.editable, ', '), ''), 'nothing'))
                   when jsonb_typeof(v_args) <> 'object' then 'the edited arguments are no object' end;
+  end if;
+  if v_why is null and p_decision = 'approve' then           -- what would be refused at once is said while somebody is there to edit it
+    select * into v_call from action where id = v.action_id;
+    v_call.args := v_args;
+    v_why := (select coalesce(forbidden(v_call), beyond(v_call, r)) from action_rule r where r.app = v.app and r.name = v.name and r.missing_at is null);
   end if;
   if v_why is not null then
     raise exception using errcode = 'NT009', message = format('approval %s: %s', p_approval, v_why), hint = 'anton approvals list, anton people list';
