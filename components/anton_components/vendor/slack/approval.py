@@ -38,7 +38,7 @@ class SlackAskApproval(_Slack):
 
     def __init__(self, *, connection: str | None = None, oauth_token: Env | str | None = None, api: str = API,
                  timeout: float = 30.0) -> None:
-        super().__init__(oauth_token, api, timeout, None, None, connection)
+        super().__init__(oauth_token, api, timeout, None, connection)
 
     async def args(self, record: Any, ctx: Ctx) -> dict[str, Any]:
         """The message of a notice."""
