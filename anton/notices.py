@@ -113,7 +113,7 @@ def unmailed(app: App) -> bool:
 def unposted(app: App) -> list[str]:
     """Channels of Slack where its approvals are asked, and no handler of notices takes those."""
     wheres = [one.where or "" for one in app.handlers.values() if isinstance(one.table, Notices)]
-    if any("slack" in where or not _MAILS.search(where) for where in wheres):
+    if any("'slack'" in where or not _MAILS.search(where) for where in wheres):
         return []
     return sorted(channel for channel in app.channels if channel.startswith("slack:"))
 

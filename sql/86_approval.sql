@@ -82,6 +82,23 @@ create or replace function texts(p_list jsonb) returns text[] language sql immut
   select array(select jsonb_array_elements_text(case when jsonb_typeof(p_list) = 'array' then p_list else '[]' end))
 $$;
 
+-- unsent() -> channels by which actions of apps ask, or somebody is asked now, and whose notices no handler takes. One of all notices takes those of Slack;
+-- of e-mails only one that says so in its where=, as elsewhere they would go twice
+create or replace function unsent() returns table (app text, action text, problem text, remedy text) language sql stable set search_path from current as $$
+  with asked (app, name, channel) as (
+    select r.app, r.name, v from action_rule r cross join lateral unnest(texts(r.approval -> 'via')) v where r.missing_at is null
+    union select a.app, a.name, v from approval a cross join lateral unnest(a.via) v where a.state = 'pending'),
+  takes as (
+    select h.app, h.where_sql ~* $re$(?<!\ynot )(?<!\ynot \()\yvia\s*(=\s*|in\s*\([^)]*)'email'$re$ as mails, h.where_sql ~* $re$'slack'$re$ as posts
+      from handler h join watched w on w.id = h.table_id where w.relid = to_regclass('notice') and h.enabled and h.missing_at is null)
+  select a.app, a.name, format('it asks in %s, and no handler of Notices() posts there', a.channel), $t$Notices().on_new_records(SlackAskApproval(), where="via = 'slack'"), then: anton migrate$t$
+    from asked a where a.channel like 'slack:_%' and not exists (select from takes t where t.app in (a.app, 'sql') and (t.posts or t.mails is not true))
+  union all
+  select a.app, a.name, 'it asks by e-mail, and no handler of Notices() sends those', $t$set SMTP_HOST, or handle Notices() where="via = 'email'", then: anton migrate$t$
+    from asked a where a.channel = 'email' and not exists (select from takes t where t.app in (a.app, 'sql') and t.mails)
+   order by 1, 2, 3
+$$;
+
 -- voices(approval, among) -> how many of them have approved it, as its arguments are, and may now
 create or replace function voices(a approval, p_among text[]) returns bigint language sql stable set search_path from current as $$
   select count(distinct lower(p.name)) from approval_event e join person p on p.name = e.person
