@@ -443,7 +443,8 @@ create or replace function noted(a approval, p_kind text) returns boolean langua
                     and (a.state = 'pending' or e.person is not distinct from a.decided_by and e.via is not distinct from a.decided_via))
 $$;
 
--- guard_approval(): what may become of an approval, whoever writes. The preview is always that of its arguments
+-- guard_approval(): what may become of an approval, whoever writes. The preview is always that of its arguments, by the template that its action declares.
+-- One of the call alone, which anybody may write who writes calls, stands behind them and is named as such
 create or replace function guard_approval() returns trigger language plpgsql volatile security definer set search_path from current as $$
 declare
   v_why text; v_rule action_rule; v_call action; v_last approval; d jsonb;
@@ -505,8 +506,9 @@ begin
     new.due_at := case when new.state = 'pending' then greatest(least(new.expires_at, (new.escalate -> 0 ->> 'at')::timestamptz), new.retry_at) end;
   end if;
   if tg_op = 'INSERT' or new.args <> old.args then
-    select preview_of(coalesce(nullif(r.approval ->> 'preview', ''), a.approve ->> 'preview'), a.name, new.args) into new.preview
-      from action a left join action_rule r on r.app = a.app and r.name = a.name where a.id = new.action_id;
+    select preview_of(r.approval ->> 'preview', a.name, new.args)
+           || case when coalesce(r.approval ->> 'preview', '') = '' and a.approve ->> 'preview' <> '' then format(' (its call says: %s)', preview_of(a.approve ->> 'preview', a.name, new.args)) else '' end
+      into new.preview from action a left join action_rule r on r.app = a.app and r.name = a.name where a.id = new.action_id;
   end if;
   return coalesce(new, old);
 end $$;

@@ -324,6 +324,17 @@ def test_the_preview_is_of_the_arguments_as_they_are_after_an_edit_and_no_value_
         "Refund {order_id} {amount} for {amount} {of} {")
 
 
+@pytest.mark.parametrize("declared, shown", [
+    ("Refund {amount}", "Refund 500"), (None, "refund: amount 500, order_id 7 (its call says: Refund 5)")])
+def test_a_preview_of_a_call_alone_hides_nothing_of_its_arguments(declared, shown, live, sent):
+    refund = declare(live, sent, Approval("@finance", preview=declared))
+    refund.send(7, 500, approve=Approval("ann", preview="Refund 5"))
+    sql(live, "insert into anton.action (app, name, args, approve) values ($1, 'refund', $2, $3)", refund.app.name,
+        {"order_id": 7, "amount": "500"}, {**Approval("ann").definition(), "preview": "Refund 5"})
+    live.run()
+    assert [approval.preview for approval in live.approvals] == [shown] * 2
+
+
 def test_when_says_for_which_arguments_a_person_is_asked(live, sent):
     refund = declare(live, sent, Approval("@finance", when=lambda call: call.amount > 50))
     refund.send(1, 5)
