@@ -24,6 +24,7 @@ from anton.app import App, current_app, place_of_caller
 from anton.calls import outbox_name
 from anton.columns import Shape
 from anton.db import Database, literal
+from anton.errors import DecisionRefused
 from anton.event import Event
 from anton.record import ChangeOp
 from anton.table import Table, _maker
@@ -96,13 +97,21 @@ def base_of(app: App) -> str:
 async def compose(db: Database, app: App, notice: Notice) -> Message:
     """The mail of a notice to a person, with a link that decides this approval, once. Call it where it is sent.
 
-    Raises DecisionRefused where they may not decide it any more.
+    It goes to their own address and says what the approval does, whatever the notice says: who writes one learns no
+    link by it. Raises DecisionRefused where they may not decide it any more, or have no address.
     """
+    async with db.conn() as conn:
+        to = await db.call_value(conn, "address_of", notice.person)
+        shown = await db.call_value(conn, "show_approval", notice.approval_id)
+    if to is None or shown is None:
+        raise DecisionRefused(f"notice {notice.id}: no approval {notice.approval_id}" if shown is None else
+                              f"notice {notice.id}: {notice.person} has no e-mail address. anton people add "
+                              f"{notice.person} --email ADDRESS")
     url = await people.link(db, str(notice.person), base_of(app), approval=notice.approval_id)
     again = {"reminder": "It still waits for you. ", "escalated": "Nobody has decided it yet. ",
              "edited": "It was edited since, and needs your voice as it is now. "}.get(notice.kind, "")
-    text = f"{notice.subject}\n\n{again}Look at it and decide, once, by this link, which is yours alone:\n{url}\n"
-    return Message(notice.to, f"To decide: {notice.subject}", text)
+    text = f"{shown['preview']}\n\n{again}Look at it and decide, once, by this link, which is yours alone:\n{url}\n"
+    return Message(to, f"To decide: {shown['preview']}", text)
 
 
 def unmailed(app: App) -> bool:

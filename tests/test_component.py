@@ -322,6 +322,25 @@ def test_an_approval_is_asked_with_buttons(live, peer):
     assert [block["type"] for block in peer.got[1]["blocks"]] == ["section"] * 2 and not live.dead
 
 
+@pytest.mark.parametrize("more, state", [
+    ({"blocks": [{"type": "divider"}]}, "refused"), ({"channel": "#all"}, "failed"), ({}, "sent")])
+def test_no_call_by_psql_asks_with_a_text_of_its_own_or_elsewhere(more, state, live, peer):
+    with declaring(live.app):
+        @action(approve=Approval("ann", via=["slack:#c"]))
+        def refund(amount: int) -> None: ...
+
+        Notices().on_new_records(SlackAskApproval(oauth_token="xoxb-good", api=f"{peer.url}/api"))
+    live.migrate()
+    refund.send(5)
+    live.run()
+    args = {"channel": "#c", "text": "all is well", "approval": live.approvals[0].id, "kind": "asked", **more}
+    live._fetch(f"insert into anton.action (app, name, args) values ('{live.app.name}', 'SlackAskApproval', "
+                f"'{json.dumps(args)}') returning id")
+    live.run()
+    assert [call.state for call in live.calls if call.name == "SlackAskApproval"] == ["sent", state]
+    assert {one["text"] for one in peer.got} == {"refund: amount 5"}
+
+
 # All of them
 
 

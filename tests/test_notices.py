@@ -23,7 +23,7 @@ from starlette.routing import Route
 from anton import Approval, action
 from anton.app import declaring
 from anton.component import components_of
-from anton.errors import BadOption
+from anton.errors import BadOption, DecisionRefused
 from anton.migrate import migrate
 from anton.notices import Message, Notice, Notices, compose
 
@@ -191,6 +191,16 @@ def test_the_mail_of_a_notice_has_a_link_that_decides_it(told):
     told.run()
     assert told.sent == [5]
     assert path.rpartition("/")[2] not in str(sql(told, "select n::text from anton.notice n"))
+
+
+def test_a_mail_goes_to_its_persons_own_address_and_says_what_is_asked_whatever_a_notice_says(told):
+    notice = next(one for one in told.notices if one.via == "email").model_dump()
+    forged = Notice.model_validate({**notice, "to": "eve@evil.example", "subject": "nothing much"})
+    mail: Message = told.db.run(compose(told.db, told.app, forged))
+    assert (mail.to, mail.subject) == ("ann@example.com", "To decide: refund: amount 5")
+    assert "nothing much" not in mail.text
+    with pytest.raises(DecisionRefused, match="eve has no e-mail address"):
+        told.db.run(compose(told.db, told.app, Notice.model_validate({**notice, "person": "eve"})))
 
 
 def test_a_button_decides_as_the_person_who_pressed_it(told):
