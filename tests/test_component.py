@@ -13,6 +13,7 @@ from anton_components.vendor.openai.cognition import OpenAiCompletion
 from anton_components.vendor.rss.poll import Rss
 from anton_components.vendor.slack.action import SlackPostMessage, SlackReact, SlackUpdateMessage
 from anton_components.vendor.slack.approval import SlackAskApproval
+from desk import sql
 from peers import served
 from pydantic import BaseModel
 from starlette.requests import Request
@@ -334,8 +335,7 @@ def test_no_call_by_psql_asks_with_a_text_of_its_own_or_elsewhere(more, state, l
     refund.send(5)
     live.run()
     args = {"channel": "#c", "text": "all is well", "approval": live.approvals[0].id, "kind": "asked", **more}
-    live._fetch(f"insert into anton.action (app, name, args) values ('{live.app.name}', 'SlackAskApproval', "
-                f"'{json.dumps(args)}') returning id")
+    sql(live, "insert into anton.action (app, name, args) values ($1, 'SlackAskApproval', $2)", live.app.name, args)
     live.run()
     assert [call.state for call in live.calls if call.name == "SlackAskApproval"] == ["sent", state]
     assert {one["text"] for one in peer.got} == {"refund: amount 5"}

@@ -292,16 +292,17 @@ def test_a_call_that_no_period_of_a_cap_can_take_is_refused_and_is_sent_when_the
         refund.send(order, amount)
     live.run()
     assert states(live) == ["refused", "refused", "sent"]              # the last waited for none of them
+    first = sql(live, "select min(id) from anton.action")[0][0]
     assert live.calls[0].error == (
         "the cap of 100 amount a day takes no call that needs 101. Nothing is sent: make it less, or raise cap=, anton "
-        f"migrate, and then: anton actions retry {live.calls[0].id}")
+        f"migrate, and then: anton actions retry {first}")
     assert "takes no call that needs -1" in live.calls[1].error
-    call_sql(live, "retry_action", live.calls[0].id)
+    call_sql(live, "retry_action", 1)
     live.run()
     assert states(live) == ["refused", "refused", "sent"]              # it is judged anew, by what there is
     refund.caps = [{"amount": "200", "of": "amount", "period": "day"}]
     live.migrate()
-    call_sql(live, "retry_action", live.calls[0].id)
+    call_sql(live, "retry_action", 1)
     live.run()
     assert states(live) == ["sent", "refused", "sent"] and [amount for _, amount, _ in peer.got] == [5, 101]
 
@@ -342,6 +343,16 @@ def test_a_call_that_is_sent_again_in_another_period_counts_there(live, peer):
     assert [row["amount"] for row in sql(live, "select amount from anton.action_used order by since")] == [6, 6]
     live.advance("25h")
     assert states(live) == ["sent", "sent"]
+
+
+def test_a_rate_holds_back_what_is_sent(live, peer):
+    refund = declare(live, peer, rate="1/h")
+    refund.send(7, 5)
+    refund.send(8, 5)
+    live.run()
+    assert len(peer.got) == 1 and sorted(states(live)) == ["new", "sent"]
+    live.advance("2h")
+    assert len(peer.got) == 2
 
 
 def test_of_two_calls_at_once_one_gets_what_is_left_of_a_cap(live, peer):
