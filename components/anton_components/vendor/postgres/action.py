@@ -6,13 +6,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Annotated, Any
 
 import asyncpg
 import orjson
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, create_model
 
 from anton import Approval, Ctx, Discard, Table
 from anton.kit import (
@@ -42,6 +42,15 @@ class Written(BaseModel):
     row: dict[str, Any]
 
 
+def _of(columns: set[str]) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    def check(row: dict[str, Any]) -> dict[str, Any]:
+        if set(row) != columns:
+            raise ValueError(f"its columns are {', '.join(sorted(columns))}, not {', '.join(sorted(row))}")
+        return row
+
+    return check
+
+
 class PostgresWrite(ActionComponent):
     """Writes a row into a table of another Postgres for each record.
 
@@ -55,7 +64,7 @@ class PostgresWrite(ActionComponent):
 
     service = "Postgres"
     example = "order_desk"
-    arguments = Written
+    arguments: type[BaseModel] | None = Written
 
     def __init__(self, database: Env | str, to: str, row: Mapping[str, str] | None = None, *,
                  unique: Sequence[str] = (), timeout: float = 30.0, into: Table[Any] | None = None,
@@ -69,6 +78,9 @@ class PostgresWrite(ActionComponent):
         self.to, self.columns, self.unique, self.timeout = to, row, tuple(unique), timeout
         self.into, self.approve, self.cap, self.rate = into, approve, cap, rate
         self.effect = "idempotent" if unique else "unsafe"
+        if row is not None:                                            # no call by psql, and no edit, writes others
+            self.arguments = create_model("Written", __base__=Written,
+                                          row=(Annotated[dict[str, Any], AfterValidator(_of(set(row)))], ...))
 
     def unset(self) -> str | None:
         """What to set, when its URL is a reference to what is not there."""
