@@ -158,7 +158,7 @@ $$;
 create or replace function caps_of(a action, r action_rule) returns table (amount numeric, "of" text, period text, needs numeric)
 language sql stable set search_path from current as $$
   select x.amount, coalesce(x."of", ''), x.period,
-         case when x."of" is null then 1 when a.args ->> x."of" ~ '^-?\d+(\.\d+)?$' then (a.args ->> x."of")::numeric end
+         case when x."of" is null then 1 when a.args ->> x."of" ~ '^-?\d+(\.\d+)?([eE][+-]?\d{1,2})?$' then (a.args ->> x."of")::numeric end
     from jsonb_to_recordset(r.caps) x (amount numeric, "of" text, period text) order by coalesce(x."of", ''), x.period
 $$;
 
