@@ -15,7 +15,7 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 from urllib.parse import quote
 
 import orjson
@@ -56,7 +56,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore", UserWarning)                       # "json" is a method of models, long deprecated
     # What is sent: method, url, json. A call is of the method that its component was declared with.
     REQUESTS: dict[str, type[BaseModel]] = {
-        method: create_model("Request", __config__=ConfigDict(extra="forbid"), method=(Literal[method], ...),
+        method: create_model("Request", __config__=ConfigDict(extra="forbid"), method=(cast(Any, Literal[method]), ...),
                              url=(Address, ...), json=(Any, None)) for method in METHODS}
 
 
