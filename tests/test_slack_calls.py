@@ -93,7 +93,7 @@ def test_what_a_reply_gave_names_it_for_the_next(live, peer):
     assert (row["channel"], row["thread_ts"], row["ts"], row["text"]) == ("C2", "3.5", "7.5", "hi")
 
 
-def by_psql(app: Any, name: str, **args: Any) -> None:
+def by_psql(app: Any, name: str, /, **args: Any) -> None:
     sql(app, "insert into anton.action (app, name, args) values ($1, $2, $3)", app.app.name, name, args)
 
 
