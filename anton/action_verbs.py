@@ -28,7 +28,7 @@ def actions_show(args: Args) -> int:
 
 
 def actions_retry(args: Args) -> int:
-    """Send calls again that failed, or that are unknown and did not happen. What holds calls back holds these, too."""
+    """Send calls again that failed, were refused, or are unknown and did not happen. What guards calls guards these."""
     return _change_actions(args, "retry_action", args.by)
 
 

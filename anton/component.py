@@ -139,7 +139,7 @@ class Component:
 
     def __repr__(self) -> str:
         shown = [f"{name}={_PASSWORD.sub('//…@', repr(value))}" for name, value in vars(self).items()
-                 if not name.startswith("_") and name != "place" and value not in (None, {})]
+                 if not name.startswith("_") and name not in ("place", "arguments") and value not in (None, {})]
         if self._secret is not None:
             shown.append(f"secret={mask(self._secret)}")
         return f"{self.name}({', '.join(shown)})"

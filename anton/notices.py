@@ -24,6 +24,7 @@ from anton.app import App, current_app, place_of_caller
 from anton.calls import outbox_name
 from anton.columns import Shape
 from anton.db import Database, literal
+from anton.errors import DecisionRefused
 from anton.event import Event
 from anton.record import ChangeOp
 from anton.table import Table, _maker
@@ -96,13 +97,21 @@ def base_of(app: App) -> str:
 async def compose(db: Database, app: App, notice: Notice) -> Message:
     """The mail of a notice to a person, with a link that decides this approval, once. Call it where it is sent.
 
-    Raises DecisionRefused where they may not decide it any more.
+    It goes to their own address and says what the approval does, whatever the notice says: who writes one learns no
+    link by it. Raises DecisionRefused where they may not decide it any more, or have no address.
     """
+    async with db.conn() as conn:
+        to = await db.call_value(conn, "address_of", notice.person)
+        shown = await db.call_value(conn, "show_approval", notice.approval_id)
+    if to is None or shown is None:
+        raise DecisionRefused(f"notice {notice.id}: no approval {notice.approval_id}" if shown is None else
+                              f"notice {notice.id}: {notice.person} has no e-mail address. anton people add "
+                              f"{notice.person} --email ADDRESS")
     url = await people.link(db, str(notice.person), base_of(app), approval=notice.approval_id)
     again = {"reminder": "It still waits for you. ", "escalated": "Nobody has decided it yet. ",
              "edited": "It was edited since, and needs your voice as it is now. "}.get(notice.kind, "")
-    text = f"{notice.subject}\n\n{again}Look at it and decide, once, by this link, which is yours alone:\n{url}\n"
-    return Message(notice.to, f"To decide: {notice.subject}", text)
+    text = f"{shown['preview']}\n\n{again}Look at it and decide, once, by this link, which is yours alone:\n{url}\n"
+    return Message(to, f"To decide: {shown['preview']}", text)
 
 
 def unmailed(app: App) -> bool:
@@ -113,7 +122,7 @@ def unmailed(app: App) -> bool:
 def unposted(app: App) -> list[str]:
     """Channels of Slack where its approvals are asked, and no handler of notices takes those."""
     wheres = [one.where or "" for one in app.handlers.values() if isinstance(one.table, Notices)]
-    if any("slack" in where or not _MAILS.search(where) for where in wheres):
+    if any("'slack'" in where or not _MAILS.search(where) for where in wheres):
         return []
     return sorted(channel for channel in app.channels if channel.startswith("slack:"))
 

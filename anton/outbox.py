@@ -50,8 +50,8 @@ from anton.write import Rows, find_scope, transaction
 Effect = Literal["unsafe", "idempotent"]
 Policy = Callable[[Any], Any] | str
 PERIODS = ("minute", "hour", "day", "week", "month", "total")
-_OPTIONS = ("name", "effect", "probe", "approve", "policy", "into", "allow", "cap", "map", "concurrency", "timeout",
-            "attempts", "backoff")
+_OPTIONS = ("name", "effect", "probe", "approve", "policy", "into", "allow", "cap", "rate", "map", "concurrency",
+            "timeout", "attempts", "backoff")
 
 
 class Action:
@@ -228,7 +228,7 @@ def action(fn: Callable[..., Any], /) -> Action: ...
 def action(*, name: str | None = None, effect: Effect = "unsafe", probe: Callable[[Any], Any] | None = None,
            approve: Approval | None = None, policy: Policy | None = None,
            into: Table[Any] | Sequence[Table[Any]] | None = None, allow: Mapping[str, Sequence[str]] | None = None,
-           cap: str | Sequence[str] = (), map: Mapping[str, str] | None = None,
+           cap: str | Sequence[str] = (), rate: str | None = None, map: Mapping[str, str] | None = None,
            **options: Any) -> Callable[[Callable[..., Any]], Action]: ...
 def action(fn: Callable[..., Any] | None = None, /, **options: Any) -> Any:
     """Declares what may leave the building.
@@ -236,8 +236,9 @@ def action(fn: Callable[..., Any] | None = None, /, **options: Any) -> Any:
     effect: "unsafe" (never sent twice: what nobody can tell is unknown) or "idempotent" (sent again with the same
     key). probe: (call) -> what came back, False: it did not happen, None: cannot tell. approve: whom to ask before.
     policy: (call) -> "send", "ask" or "refuse", or an SQL expression that says so, over the columns of the call. into:
-    where what it returns goes. allow: {argument: [values, or hosts of URLs]}. cap: "100/day", "500 amount/day". map:
-    {argument: field}. name, concurrency, timeout, attempts, backoff.
+    where what it returns goes. allow: {argument: [values, or hosts of URLs]}. cap: "100/day", "500 amount/day". rate:
+    "100/m": so many sendings begin in any window, over all processes. map: {argument: field}. name, concurrency,
+    timeout, attempts, backoff.
     """
     if fn is not None:
         return Action(fn)
@@ -247,7 +248,7 @@ def action(fn: Callable[..., Any] | None = None, /, **options: Any) -> Any:
 class ActionComponent(Component):
     """Base of built-in actions: a component whose calls leave through the outbox.
 
-    arguments: the model of what it is called with; None: anything. effect: as of actions.
+    arguments: the model of what it is called with; None: anything. effect, approve, cap, rate: as of actions.
 
     A subclass says args(record, ctx) -> what it is called with, send(args, key) -> what came back as JSON, and, for
     into=, row(call, result) -> its row; result is None where it was captured.
@@ -256,11 +257,14 @@ class ActionComponent(Component):
     acts = True
     outside: ClassVar[bool] = False  # into= gets what somebody else wrote
     effect: Effect = "unsafe"
+    approve: Approval | None = None
+    cap: str | Sequence[str] = ()
+    rate: str | None = None
     arguments: type[BaseModel] | None = None
 
     def options(self) -> dict[str, Any]:
-        """Options of its Action: effect, probe, approve, …"""
-        return {"effect": self.effect}
+        """Options of its Action: these four, and in a subclass allow, probe, timeout, …"""
+        return {"effect": self.effect, "approve": self.approve, "cap": self.cap, "rate": self.rate}
 
     async def args(self, record: Any, ctx: Ctx) -> dict[str, Any]:
         """What it is called with for a record. Raises Discard for a record that it cannot be called for."""

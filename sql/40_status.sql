@@ -86,6 +86,7 @@ begin
     select 'approval', a.app || '.' || a.name, format('what is due of approval %s cannot be done: %s', a.id, a.error), format('anton approvals show %s; it is tried again each minute', a.id)
       from approval a where a.state = 'pending' and a.error is not null order by a.id;
   return query select 'action', u.app || '.' || u.action, u.problem, u.remedy from unheard() u;
+  return query select 'action', u.app || '.' || u.action, u.problem, u.remedy from unsent() u;
   return query
     select 'action', 'all', 'actions are stopped: no call leaves', 'anton actions start' where setting('actions') = 'stopped';
   return query

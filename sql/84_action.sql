@@ -2,7 +2,7 @@
 -- open. guard_action() lets nobody make what only that way may make: it holds for psql, replay and retry alike.
 --
 --   new -> waiting -> ready -> sending -> sent | failed | unknown | retrying (-> sending)
---   new -> captured | refused;  waiting -> rejected | expired | superseded;  failed, unknown -> ready, by a person
+--   new -> captured | refused;  waiting -> rejected | expired | superseded;  failed, unknown, refused -> ready, by a person
 
 -- args_hash(args) -> SHA-256 of arguments, hex: jsonb as Postgres writes it
 create or replace function args_hash(p_args jsonb) returns text language sql immutable strict set search_path from current as $$
@@ -62,7 +62,9 @@ create or replace function put_action(d jsonb) returns void language sql volatil
           coalesce(d -> 'approval', '{}'), coalesce(d -> 'allow', '{}'), coalesce(d -> 'caps', '[]'), d ->> 'handler')
   on conflict (app, name) do update set effect = excluded.effect, gate = excluded.gate, policy = excluded.policy, policy_sql = excluded.policy_sql, probe = excluded.probe,
      approval = excluded.approval, allow = excluded.allow, caps = excluded.caps, handler = excluded.handler, missing_at = null;
-  select set_config('anton.rule', '', true)
+  select set_config('anton.rule', '', true);
+  update handler set probe_at = now() where app = d ->> 'app' and name = d ->> 'handler' and failing_since is not null;    -- perhaps it waits for that: a larger cap
+  select ring()
 $$;
 
 -- action_state(app, name) -> all that put_action() may change, as text; null when unknown
@@ -152,6 +154,26 @@ create or replace function forbidden(a action) returns text language sql stable 
    where r.app = a.app and r.name = a.name and not coalesce(allowed(v, p), false) limit 1
 $$;
 
+-- caps_of(action, rule) -> its caps, in the order in which they are locked, and what the call needs of each
+create or replace function caps_of(a action, r action_rule) returns table (amount numeric, "of" text, period text, needs numeric)
+language sql stable set search_path from current as $$
+  select x.amount, coalesce(x."of", ''), x.period,
+         case when x."of" is null then 1 when a.args ->> x."of" ~ '^-?\d+(\.\d+)?([eE][+-]?\d{1,2})?$' then (a.args ->> x."of")::numeric end
+    from jsonb_to_recordset(r.caps) x (amount numeric, "of" text, period text) order by coalesce(x."of", ''), x.period
+$$;
+
+-- cap_said(amount, of, period) -> a cap as people read it: "500 amount a day"
+create or replace function cap_said(p_amount numeric, p_of text, p_period text) returns text language sql immutable set search_path from current as $$
+  select concat_ws(' ', trim_scale(p_amount), coalesce(nullif(p_of, ''), 'calls'), case when p_period = 'total' then 'in all' else 'a ' || p_period end)
+$$;
+
+-- beyond(action, rule) -> why no period of a cap can ever take the call, null when one can
+create or replace function beyond(a action, r action_rule) returns text language sql stable set search_path from current as $$
+  select format('the cap of %s takes no call %s. Nothing is sent: make it less, or raise cap=, anton migrate, and then: anton actions retry %s', cap_said(c.amount, c."of", c.period),
+                case when c.needs is null then format('whose %s is %s: that is no number', c."of", coalesce(a.args ->> c."of", 'null')) else format('that needs %s', trim_scale(c.needs)) end, a.id)
+    from caps_of(a, r) c where (c.needs between 0 and c.amount) is not true limit 1
+$$;
+
 -- unapproved(action) -> whether a person has still to approve it, as it is now
 -- A verdict that nobody needs to be asked counts for the arguments it was given for.
 create or replace function unapproved(a action, r action_rule) returns boolean language sql stable set search_path from current as $$
@@ -203,6 +225,7 @@ begin
       when 'sending' then new.state in ('sending', 'sent', 'failed', 'unknown', 'retrying')
       when 'failed' then new.state in ('ready', 'waiting', 'sending', 'captured', 'refused')
       when 'unknown' then new.state in ('ready', 'sent', 'failed')
+      when 'refused' then new.state = 'ready'
       else false end) then
     v_why := format('it is %s, which does not become %s', old.state, new.state);
   elsif old.state = 'waiting' and not exists (select from approval p where p.id = new.approval_id and p.action_id = new.id
@@ -250,14 +273,6 @@ end $$;
 
 create or replace trigger action_kept before delete or truncate on action for each statement execute function guard_kept();
 
--- caps_of(action, rule) -> its caps, in the order in which they are locked, and what the call needs of each
-create or replace function caps_of(a action, r action_rule) returns table (amount numeric, "of" text, period text, needs numeric)
-language sql stable set search_path from current as $$
-  select x.amount, coalesce(x."of", ''), x.period,
-         case when x."of" is null then 1 when a.args ->> x."of" ~ '^-?\d+(\.\d+)?$' then (a.args ->> x."of")::numeric end
-    from jsonb_to_recordset(r.caps) x (amount numeric, "of" text, period text) order by coalesce(x."of", ''), x.period
-$$;
-
 -- begin_action(action, token, verdict, again) -> what its sender has to do; the intent is committed with it
 --   send       state is sending, under this token
 --   uncertain  another sender began it and did not come back, and it may have happened: probe, then again = that sender's token, or end_action(unknown)
@@ -291,7 +306,7 @@ begin
     a.verdict := p_verdict || jsonb_build_object('args_sha256', args_hash(a.args));
   end if;
   reason := case when r.name is null then 'its app does not declare it (any more)'
-                 when a.verdict ->> 'verdict' = 'refuse' then coalesce(a.verdict ->> 'why', 'a policy refuses it') else forbidden(a) end;
+                 when a.verdict ->> 'verdict' = 'refuse' then coalesce(a.verdict ->> 'why', 'a policy refuses it') else coalesce(forbidden(a), beyond(a, r)) end;
   v_old := outdated(a);
   if a.state = 'sending' and (reason is not null or unapproved(a, r) or v_old) then  -- begun, and held back since: it may have happened
     verdict := 'uncertain'; reason := coalesce(reason, a.verdict ->> 'why', case when v_old then 'a record it rests on has changed since it was approved' else 'nobody has approved it' end);
@@ -318,12 +333,14 @@ begin
     v_had := coalesce((select max((x ->> 'amount')::numeric) from jsonb_array_elements(a.counted) x
                         where x ->> 'of' = c."of" and x ->> 'period' = c.period and (x ->> 'since')::timestamptz = v_since), 0);
     v_needs := case when a.in_doubt then greatest(c.needs, v_had) else c.needs end;  -- what may have left counts
-    if (v_used - v_had + v_needs <= c.amount and c.needs >= 0) is not true then
+    if v_used - v_had + v_needs > c.amount then
       perform set_config('anton.rule', '', true);
       verdict := 'capped'; after := period_end(c.period, v_now) - v_now;
-      reason := format('the cap of %s %s is used up: %s of it are, and this call needs %s', trim_scale(c.amount),
-                       concat_ws(' ', coalesce(nullif(c."of", ''), 'calls'), case when c.period = 'total' then 'in all' else 'a ' || c.period end),
-                       trim_scale(v_used - v_had), coalesce(trim_scale(c.needs)::text, 'what nobody knows'));
+      reason := format('the cap of %s is used up: %s of it are, and this call needs %s', cap_said(c.amount, c."of", c.period), trim_scale(v_used - v_had), trim_scale(c.needs));
+      if a.state <> 'sending' then
+        perform mark_action(a.id);
+        update action set error = reason where id = a.id;
+      end if;
       return next; return;
     end if;
     v_counted := v_counted || jsonb_build_object('of', c."of", 'period', c.period, 'since', v_since, 'amount', v_needs, 'more', v_needs - v_had);
@@ -410,20 +427,22 @@ begin
   p_verdict := policy_says(a, r, p_verdict);
   a.verdict := coalesce(p_verdict || jsonb_build_object('args_sha256', args_hash(a.args)), a.verdict);
   v_why := case when r.name is null then 'its app does not declare it (any more)'
-                when a.verdict ->> 'verdict' = 'refuse' then coalesce(a.verdict ->> 'why', 'a policy refuses it') else forbidden(a) end;
+                when a.verdict ->> 'verdict' = 'refuse' then coalesce(a.verdict ->> 'why', 'a policy refuses it') else coalesce(forbidden(a), beyond(a, r)) end;
   perform mark_action(a.id);
   update action set state = case when v_why is null then a.state else 'refused' end, error = coalesce(v_why, error), verdict = a.verdict, taint = a.taint where id = a.id;
   return case when v_why is not null then 'refused' when unapproved(a, r) or outdated(a) then 'ask' else 'capture' end;
 end $$;
 
--- retry_action(action, person) -> its state: a call that failed, or that is unknown and did not happen, is sent again; what guards it holds as before
+-- retry_action(action, person) -> its state: a call that failed, was refused, or that is unknown and did not happen, is sent again; what guards it holds as
+-- before, and judges it anew
 create or replace function retry_action(p_action bigint, p_person text default null) returns text language plpgsql volatile set search_path from current as $$
 begin
   perform mark_action(p_action);
-  update action set state = 'ready', resolved_by = coalesce(person_of(p_person), p_person), error = null, in_doubt = false where id = p_action and state in ('failed', 'unknown');
+  update action set state = 'ready', resolved_by = coalesce(person_of(p_person), p_person), error = null, in_doubt = false,
+         verdict = case when verdict ->> 'verdict' is distinct from 'refuse' then verdict end where id = p_action and state in ('failed', 'unknown', 'refused');
   if not found then
     raise exception using errcode = 'NT008', message = coalesce((select format('call %s of action %s is %s', id, name, state) from action where id = p_action), format('no call %s', p_action)),
-      hint = 'what failed, or is unknown, can be sent again: anton actions list --state unknown';
+      hint = 'what failed, was refused or is unknown can be sent again: anton actions list --state unknown';
   end if;
   perform ring();
   return 'ready';

@@ -82,6 +82,23 @@ create or replace function texts(p_list jsonb) returns text[] language sql immut
   select array(select jsonb_array_elements_text(case when jsonb_typeof(p_list) = 'array' then p_list else '[]' end))
 $$;
 
+-- unsent() -> channels by which actions of apps ask, or somebody is asked now, and whose notices no handler takes. One of all notices takes those of Slack;
+-- of e-mails only one that says so in its where=, as elsewhere they would go twice
+create or replace function unsent() returns table (app text, action text, problem text, remedy text) language sql stable set search_path from current as $$
+  with asked (app, name, channel) as (
+    select r.app, r.name, v from action_rule r cross join lateral unnest(texts(r.approval -> 'via')) v where r.missing_at is null
+    union select a.app, a.name, v from approval a cross join lateral unnest(a.via) v where a.state = 'pending'),
+  takes as (
+    select h.app, h.where_sql ~* $re$(?<!\ynot )(?<!\ynot \()\yvia\s*(=\s*|in\s*\([^)]*)'email'$re$ as mails, h.where_sql ~* $re$'slack'$re$ as posts
+      from handler h join watched w on w.id = h.table_id where w.relid = to_regclass('notice') and h.enabled and h.missing_at is null)
+  select a.app, a.name, format('it asks in %s, and no handler of Notices() posts there', a.channel), $t$Notices().on_new_records(SlackAskApproval(), where="via = 'slack'"), then: anton migrate$t$
+    from asked a where a.channel like 'slack:_%' and not exists (select from takes t where t.app in (a.app, 'sql') and (t.posts or t.mails is not true))
+  union all
+  select a.app, a.name, 'it asks by e-mail, and no handler of Notices() sends those', $t$set SMTP_HOST, or handle Notices() where="via = 'email'", then: anton migrate$t$
+    from asked a where a.channel = 'email' and not exists (select from takes t where t.app in (a.app, 'sql') and t.mails)
+   order by 1, 2, 3
+$$;
+
 -- voices(approval, among) -> how many of them have approved it, as its arguments are, and may now
 create or replace function voices(a approval, p_among text[]) returns bigint language sql stable set search_path from current as $$
   select count(distinct lower(p.name)) from approval_event e join person p on p.name = e.person
@@ -262,7 +279,7 @@ end $$;
 create or replace function decide(p_approval bigint, p_person text, p_decision text, p_via text, p_args_sha256 text, p_edit jsonb default null, p_why text default null,
   out won boolean, out state text, out decided_by text, out decided_via text, out decided_at timestamptz, out next bigint)
 language plpgsql volatile set search_path from current as $$
-declare v approval; p person; v_now timestamptz := now(); v_why text; v_args jsonb; v_bad text; v_edited boolean;
+declare v approval; p person; v_call action; v_now timestamptz := now(); v_why text; v_args jsonb; v_bad text; v_edited boolean;
 begin
   select * into v from approval where id = p_approval for update;
   select * into p from person where name = person_of(p_person);
@@ -296,6 +313,11 @@ begin
     select string_agg(k, ', ' order by k) into v_bad from jsonb_object_keys(changed_args(v.args, v_args)) k where v.editable is not null and k <> all (v.editable);
     v_why := case when v_bad is not null then format('%s may not be changed; %s may', v_bad, coalesce(nullif(array_to_string(v.editable, ', '), ''), 'nothing'))
                   when jsonb_typeof(v_args) <> 'object' then 'the edited arguments are no object' end;
+  end if;
+  if v_why is null and p_decision = 'approve' then           -- what would be refused at once is said while somebody is there to edit it
+    select * into v_call from action where id = v.action_id;
+    v_call.args := v_args;
+    v_why := (select coalesce(forbidden(v_call), beyond(v_call, r)) from action_rule r where r.app = v.app and r.name = v.name and r.missing_at is null);
   end if;
   if v_why is not null then
     raise exception using errcode = 'NT009', message = format('approval %s: %s', p_approval, v_why), hint = 'anton approvals list, anton people list';
@@ -421,7 +443,8 @@ create or replace function noted(a approval, p_kind text) returns boolean langua
                     and (a.state = 'pending' or e.person is not distinct from a.decided_by and e.via is not distinct from a.decided_via))
 $$;
 
--- guard_approval(): what may become of an approval, whoever writes. The preview is always that of its arguments
+-- guard_approval(): what may become of an approval, whoever writes. The preview is always that of its arguments, by the template that its action declares.
+-- One of the call alone, which anybody may write who writes calls, stands behind them and is named as such
 create or replace function guard_approval() returns trigger language plpgsql volatile security definer set search_path from current as $$
 declare
   v_why text; v_rule action_rule; v_call action; v_last approval; d jsonb;
@@ -483,8 +506,9 @@ begin
     new.due_at := case when new.state = 'pending' then greatest(least(new.expires_at, (new.escalate -> 0 ->> 'at')::timestamptz), new.retry_at) end;
   end if;
   if tg_op = 'INSERT' or new.args <> old.args then
-    select preview_of(coalesce(nullif(r.approval ->> 'preview', ''), a.approve ->> 'preview'), a.name, new.args) into new.preview
-      from action a left join action_rule r on r.app = a.app and r.name = a.name where a.id = new.action_id;
+    select preview_of(r.approval ->> 'preview', a.name, new.args)
+           || case when coalesce(r.approval ->> 'preview', '') = '' and a.approve ->> 'preview' <> '' then format(' (its call says: %s)', preview_of(a.approve ->> 'preview', a.name, new.args)) else '' end
+      into new.preview from action a left join action_rule r on r.app = a.app and r.name = a.name where a.id = new.action_id;
   end if;
   return coalesce(new, old);
 end $$;

@@ -17,6 +17,11 @@ begin
   return v_id is not null;
 end $$;
 
+-- address_of(person) -> their e-mail address; null: they have none, or nobody is called so
+create or replace function address_of(p_person text) returns text language sql stable set search_path from current as $$
+  select email from person where name = person_of(p_person) and active
+$$;
+
 -- make_link(person, token, for, approval) -> until when it holds. It signs them in, or, with an approval, shows and decides that one
 create or replace function make_link(p_person text, p_token_sha256 text, p_for interval, p_approval bigint default null) returns timestamptz
 language plpgsql volatile set search_path from current as $$

@@ -324,6 +324,17 @@ def test_the_preview_is_of_the_arguments_as_they_are_after_an_edit_and_no_value_
         "Refund {order_id} {amount} for {amount} {of} {")
 
 
+@pytest.mark.parametrize("declared, shown", [
+    ("Refund {amount}", "Refund 500"), (None, "refund: amount 500, order_id 7 (its call says: Refund 5)")])
+def test_a_preview_of_a_call_alone_hides_nothing_of_its_arguments(declared, shown, live, sent):
+    refund = declare(live, sent, Approval("@finance", preview=declared))
+    refund.send(7, 500, approve=Approval("ann", preview="Refund 5"))
+    sql(live, "insert into anton.action (app, name, args, approve) values ($1, 'refund', $2, $3)", refund.app.name,
+        {"order_id": 7, "amount": "500"}, {**Approval("ann").definition(), "preview": "Refund 5"})
+    live.run()
+    assert [approval.preview for approval in live.approvals] == [shown] * 2
+
+
 def test_when_says_for_which_arguments_a_person_is_asked(live, sent):
     refund = declare(live, sent, Approval("@finance", when=lambda call: call.amount > 50))
     refund.send(1, 5)
@@ -542,14 +553,40 @@ def test_a_cap_counts_an_amount_as_it_was_edited_and_each_call_once(live):
     live.approvals[0].approve(by="ann")
     live.run()
     assert [call.state for call in live.calls] == ["failed"]
-    for amount, used, state in ((8, 8, "failed"), (3, 3, "failed"), (11, 3, "ready")):
+    for amount in (8, 3):
         live.tables["complaints"].select().update(total=amount)        # so that it is asked about again
         sql(live, "select anton.retry_action(id) from anton.action")
         live.run()
         live.approvals[0].approve(by="ann", edit={"amount": amount})
         live.run()
         (row,) = sql(live, "select amount from anton.action_used")
-        assert (row["amount"], [call.state for call in live.calls]) == (used, [state])
+        assert (row["amount"], [call.state for call in live.calls]) == (amount, ["failed"])
+
+
+def test_what_would_be_refused_at_once_is_not_approved_and_who_decides_hears_why(live, sent):
+    asked(live, sent, cap="10 amount/day", allow={"order_id": ["7"]})
+    (approval,) = live.approvals
+    with pytest.raises(DecisionRefused, match="the cap of 10 amount a day takes no call that needs 11"):
+        approval.approve(by="ann", edit={"amount": 11})
+    with pytest.raises(DecisionRefused, match="order_id 8 is not among what is allowed: 7"):
+        approval.approve(by="ann", edit={"order_id": 8})
+    approval.approve(by="ann", edit={"amount": 10})
+    live.run()
+    assert sent == [(7, 10)]
+
+
+def test_an_approved_call_that_its_cap_cannot_take_any_more_ends_as_refused_and_stays_approved(live, sent):
+    refund = asked(live, sent, cap="10 amount/day")
+    live.approvals[0].approve(by="ann")
+    refund.caps = [{"amount": "4", "of": "amount", "period": "day"}]
+    live.migrate()
+    live.run()
+    assert [(call.state, "takes no call that needs 5" in call.error) for call in live.calls] == [("refused", True)]
+    refund.caps = [{"amount": "10", "of": "amount", "period": "day"}]
+    live.migrate()
+    sql(live, "select anton.retry_action(id) from anton.action")
+    live.run()
+    assert sent == [(7, 5)] and live.approvals == []
 
 
 def test_neither_a_backfill_nor_a_retry_nor_another_handler_sends_what_nobody_approved(live, sent):

@@ -365,6 +365,8 @@ def test_approvals_are_listed_shown_and_decided(migrated: Shell) -> None:
     first, second = asked(migrated), asked(migrated)
     assert [row["id"] for row in migrated.json("approvals", "list")] == [second, first]
     assert migrated.json("approvals", "show", str(first))["people"] == ["ann", "bob"]
+    migrated.sql(f"update anton.approval set error = 'no room' where id = {first}")
+    assert migrated("approvals", "show", str(first)) == 0 and re.search(r"error +no room", migrated.out)
     assert migrated("approvals", "approve", str(first), "--by", "eve") == 1
     assert migrated("approvals", "approve", str(first), "--by", "ann", "--set", "to=bob") == 1
     assert "does not declare the action Post of the app my-bot" in migrated.err

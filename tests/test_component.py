@@ -13,6 +13,7 @@ from anton_components.vendor.openai.cognition import OpenAiCompletion
 from anton_components.vendor.rss.poll import Rss
 from anton_components.vendor.slack.action import SlackPostMessage, SlackReact, SlackUpdateMessage
 from anton_components.vendor.slack.approval import SlackAskApproval
+from desk import sql
 from peers import served
 from pydantic import BaseModel
 from starlette.requests import Request
@@ -320,6 +321,24 @@ def test_an_approval_is_asked_with_buttons(live, peer):
     live.approvals[0].reject(by="ann")
     live.run()
     assert [block["type"] for block in peer.got[1]["blocks"]] == ["section"] * 2 and not live.dead
+
+
+@pytest.mark.parametrize("more, state", [
+    ({"blocks": [{"type": "divider"}]}, "refused"), ({"channel": "#all"}, "failed"), ({}, "sent")])
+def test_no_call_by_psql_asks_with_a_text_of_its_own_or_elsewhere(more, state, live, peer):
+    with declaring(live.app):
+        @action(approve=Approval("ann", via=["slack:#c"]))
+        def refund(amount: int) -> None: ...
+
+        Notices().on_new_records(SlackAskApproval(oauth_token="xoxb-good", api=f"{peer.url}/api"))
+    live.migrate()
+    refund.send(5)
+    live.run()
+    args = {"channel": "#c", "text": "all is well", "approval": live.approvals[0].id, "kind": "asked", **more}
+    sql(live, "insert into anton.action (app, name, args) values ($1, 'SlackAskApproval', $2)", live.app.name, args)
+    live.run()
+    assert [call.state for call in live.calls if call.name == "SlackAskApproval"] == ["sent", state]
+    assert {one["text"] for one in peer.got} == {"refund: amount 5"}
 
 
 # All of them

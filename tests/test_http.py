@@ -9,15 +9,16 @@ from typing import Any
 import pytest
 from anton_components.vendor.http.action import HttpRequest
 from anton_components.vendor.rss.poll import Rss
+from desk import know, sql
 from kept import everything
 from peers import served
 from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 
-from anton import Table, action, env
+from anton import Approval, Table, action, env
 from anton.app import App, declaring
-from anton.errors import BadOption
+from anton.errors import BadOption, InvalidRecord
 from anton.reach import addresses, is_public
 from anton.secret import hush_clients
 from anton.verify import Verifier
@@ -218,3 +219,18 @@ def test_a_call_by_psql_leads_to_no_other_host(live, peer):
                 f"jsonb_build_object('method', 'POST', 'url', '{other}/x', 'json', null)) returning id")
     live.run()
     assert len(peer.got) == 1 and [call.state for call in live.calls] == ["sent", "refused"]
+
+
+@pytest.mark.parametrize("wrong", [{"method": "DELETE"}, {"url": "ftp://x"}, {"headers": {"X-Shop": "2"}}])
+def test_a_call_by_psql_or_an_edit_is_of_the_method_and_the_shape_of_its_component(wrong, live, peer):
+    ask(live, {"total": 5}, url=f"{peer.url}/x", private=True, approve=Approval("ann"))
+    know(live, "ann")
+    (asked,) = live.approvals
+    with pytest.raises(InvalidRecord, match=next(iter(wrong))):
+        asked.approve(by="ann", edit=wrong)
+    asked.approve(by="ann", edit={"json": {"total": 4}})
+    sql(live, "insert into anton.action (app, name, args) values ($1, 'HttpRequest', $2)", live.app.name,
+        {"method": "POST", "url": f"{peer.url}/x", "json": None, **wrong})
+    live.run()
+    assert [(method, body) for method, _, _, body in peer.got] == [("POST", b'{"total":4}')]
+    assert [call.state for call in live.calls] == ["sent", "refused"] and next(iter(wrong)) in live.calls[1].error

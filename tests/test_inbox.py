@@ -166,6 +166,18 @@ def test_a_changed_record_asks_again_with_the_difference(desk):
     assert len(desk.sent) == 1
 
 
+def test_what_could_not_be_done_of_an_approval_is_said_on_its_page(desk):
+    id = asked(desk)
+    sql(desk, f"alter table anton.approval_event add constraint broken check (approval_id <> {id}) not valid")
+    desk.advance("25h")
+    desk.ann.sign_in()
+    page = unescape(desk.ann.get(f"/inbox/{id}").text)
+    assert "could not be done, and is tried again each minute" in page and 'violates check constraint "broken"' in page
+    sql(desk, "alter table anton.approval_event drop constraint broken")
+    desk.advance("2m")
+    assert "could not be done" not in desk.ann.get(f"/inbox/{id}").text
+
+
 def test_what_has_changed_can_be_asked_again_from_its_page(desk):
     id = asked(desk)
     csrf = form_of(desk.ann.get(f"/inbox/{id}").text)["csrf"]

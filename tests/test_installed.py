@@ -32,6 +32,7 @@ from anton.cli import main
 from anton.component import Component
 from anton.errors import MigrationError, Miswired
 from anton.installed import Installed, installed, options_of, page
+from anton.outbox import ActionComponent
 
 pytestmark = pytest.mark.once("the app's own process: the server is asked for the same")
 
@@ -66,6 +67,12 @@ READS_NOTHING = {
     "Rss": "polled: no records",
     "SlackAskApproval": "of Notices alone",
     "SlackReact": "reads where the trace began",
+}
+
+# What acts and takes not all guards of actions.
+UNGUARDED = {
+    "PostgresWrite": {"allow"},                                        # its table and its columns are fixed
+    "SlackAskApproval": {"approve", "cap", "rate", "allow"},           # it asks people, where approvals say
 }
 
 every = pytest.mark.parametrize("one", installed(), ids=lambda one: one.name)
@@ -121,6 +128,20 @@ def test_a_secret_is_in_no_repr_and_in_no_definition(name: str, tmp_path: Path):
         elif name not in ("OpenAiFineTune", "SlackAskApproval"):       # bound by itself; to Notices
             source.on_new_records(component)
     assert not any(SECRET in json.dumps(handler.definition(), default=str) for handler in app.handlers.values())
+
+
+@every
+def test_what_acts_has_a_model_of_its_arguments_and_takes_the_guards_of_actions(one: Installed, tmp_path: Path):
+    assert one.cls is not None
+    if not issubclass(one.cls, ActionComponent):
+        return
+    with declaring(App("shop", tmp_path)):
+        component = MADE[one.name](Table("made"))
+        assert isinstance(component, ActionComponent) and component.arguments is not None
+        assert component.arguments.model_config.get("extra") == "forbid"
+        guards = {"approve", "cap", "rate", "allow"} - set(options_of(one.cls))
+        assert guards == UNGUARDED.get(one.name, set())
+        assert component.made().model is component.arguments
 
 
 @pytest.mark.parametrize("name", MADE)

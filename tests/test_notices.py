@@ -23,7 +23,7 @@ from starlette.routing import Route
 from anton import Approval, action
 from anton.app import declaring
 from anton.component import components_of
-from anton.errors import BadOption
+from anton.errors import BadOption, DecisionRefused
 from anton.migrate import migrate
 from anton.notices import Message, Notice, Notices, compose
 
@@ -137,7 +137,7 @@ def test_migrate_and_doctor_name_whom_an_action_asks_and_cannot_reach(live, monk
     found = sql(live, "select problem from anton.findings() where kind = 'action'")
     assert [row["problem"] for row in found] == [
         "it asks @cfo, and that is nobody", "it asks ann by e-mail, who has no address",
-        "it asks zoe, and that is nobody"]
+        "it asks zoe, and that is nobody", "it asks by e-mail, and no handler of Notices() sends those"]
     with declaring(live.app):
         Approval("zoe", via=["slack:#finance"])
         assert any("via=['slack:#finance'] of an approval is posted by nothing" in note
@@ -146,7 +146,33 @@ def test_migrate_and_doctor_name_whom_an_action_asks_and_cannot_reach(live, monk
         assert not any("slack" in note for note in live.db.run(migrate(live.db, live.app)).notes)
     sql(live, "select anton.put_person('zoe', 'zoe@example.com'), anton.put_person('ann', 'ann@example.com'), "
               "anton.put_person('cleo', 'cleo@example.com', p_groups => '{cfo}')")
-    assert sql(live, "select from anton.findings() where kind = 'action'") == []
+    assert [row[0] for row in sql(live, "select problem from anton.findings() where kind = 'action'")] == [
+        "it asks by e-mail, and no handler of Notices() sends those"]
+
+
+@pytest.mark.parametrize(("where", "silent"), [
+    (None, ["email"]), ("via = 'slack'", ["email"]), ("via = 'email'", ["slack"]), ("not (via = 'email')", ["email"]),
+    ("via in ('slack', 'email')", [])])
+def test_doctor_names_channels_whose_notices_nobody_takes(where, silent, live, monkeypatch):
+    monkeypatch.delenv("SMTP_HOST", raising=False)
+    know(live, "ann", email="ann@example.com")
+    with declaring(live.app):
+        @action(approve=Approval("ann", via=["slack:#finance", "email"]))
+        def refund(amount: int) -> None:
+            pass
+
+    live.migrate()
+    problems = "select problem from anton.findings() where kind = 'action'"
+    said = {"slack": "it asks in slack:#finance, and no handler of Notices() posts there",
+            "email": "it asks by e-mail, and no handler of Notices() sends those"}
+    assert {row[0] for row in sql(live, problems)} == set(said.values())
+    with declaring(live.app):
+        @Notices().on_new_records(where=where)
+        def tell(notices: Any) -> None:
+            pass
+
+    live.migrate()
+    assert {row[0] for row in sql(live, problems)} == {said[one] for one in silent}
 
 
 @pytest.mark.parametrize("via", ["mail", "emial", "slack", "slack:", "slak:#finance", "slack:#fi nance"])
@@ -165,6 +191,16 @@ def test_the_mail_of_a_notice_has_a_link_that_decides_it(told):
     told.run()
     assert told.sent == [5]
     assert path.rpartition("/")[2] not in str(sql(told, "select n::text from anton.notice n"))
+
+
+def test_a_mail_goes_to_its_persons_own_address_and_says_what_is_asked_whatever_a_notice_says(told):
+    notice = next(one for one in told.notices if one.via == "email").model_dump()
+    forged = Notice.model_validate({**notice, "to": "eve@evil.example", "subject": "nothing much"})
+    mail: Message = told.db.run(compose(told.db, told.app, forged))
+    assert (mail.to, mail.subject) == ("ann@example.com", "To decide: refund: amount 5")
+    assert "nothing much" not in mail.text
+    with pytest.raises(DecisionRefused, match="eve has no e-mail address"):
+        told.db.run(compose(told.db, told.app, Notice.model_validate({**notice, "person": "eve"})))
 
 
 def test_a_button_decides_as_the_person_who_pressed_it(told):

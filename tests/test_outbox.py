@@ -286,6 +286,49 @@ def test_a_cap_lets_through_what_it_says_and_the_rest_waits_for_the_next_day(liv
     assert len(peer.got) == 5
 
 
+def test_a_call_that_no_period_of_a_cap_can_take_is_refused_and_is_sent_when_the_cap_is_raised(live, peer):
+    refund = declare(live, peer, cap="100 amount/day")
+    for order, amount in enumerate((101, -1, 5)):
+        refund.send(order, amount)
+    live.run()
+    assert states(live) == ["refused", "refused", "sent"]              # the last waited for none of them
+    first = sql(live, "select min(id) from anton.action")[0][0]
+    assert live.calls[0].error == (
+        "the cap of 100 amount a day takes no call that needs 101. Nothing is sent: make it less, or raise cap=, anton "
+        f"migrate, and then: anton actions retry {first}")
+    assert "takes no call that needs -1" in live.calls[1].error
+    call_sql(live, "retry_action", 1)
+    live.run()
+    assert states(live) == ["refused", "refused", "sent"]              # it is judged anew, by what there is
+    refund.caps = [{"amount": "200", "of": "amount", "period": "day"}]
+    live.migrate()
+    call_sql(live, "retry_action", 1)
+    live.run()
+    assert states(live) == ["sent", "refused", "sent"] and [amount for _, amount, _ in peer.got] == [5, 101]
+
+
+def test_a_call_that_waits_for_a_cap_says_so_and_goes_on_when_it_is_raised(live, peer):
+    refund = declare(live, peer, cap="1/day")
+    refund.send(7, 5)
+    live.run()
+    refund.send(8, 5)
+    live.run()
+    assert states(live) == ["sent", "new"]
+    assert live.calls[1].error == "the cap of 1 calls a day is used up: 1 of it are, and this call needs 1"
+    refund.caps = [{"amount": "2", "of": None, "period": "day"}]
+    live.migrate()
+    live.run()
+    assert states(live) == ["sent", "sent"] and live.calls[1].error is None
+
+
+def test_a_captured_call_is_held_to_its_caps_size_too(app, peer):
+    refund = declare(app, peer, cap="100 amount/day")
+    refund.send(7, 101)
+    refund.send(8, 100)
+    app.run()
+    assert states(app) == ["refused", "captured"]
+
+
 def test_a_call_that_is_sent_again_in_another_period_counts_there(live, peer):
     refund = declare(live, peer, cap="10 amount/day")
     peer.raises = [Discard("no such order")]
@@ -300,6 +343,16 @@ def test_a_call_that_is_sent_again_in_another_period_counts_there(live, peer):
     assert [row["amount"] for row in sql(live, "select amount from anton.action_used order by since")] == [6, 6]
     live.advance("25h")
     assert states(live) == ["sent", "sent"]
+
+
+def test_a_rate_holds_back_what_is_sent(live, peer):
+    refund = declare(live, peer, rate="1/h")
+    refund.send(7, 5)
+    refund.send(8, 5)
+    live.run()
+    assert len(peer.got) == 1 and sorted(states(live)) == ["new", "sent"]
+    live.advance("2h")
+    assert len(peer.got) == 2
 
 
 def test_of_two_calls_at_once_one_gets_what_is_left_of_a_cap(live, peer):

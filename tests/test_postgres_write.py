@@ -12,6 +12,7 @@ from urllib.parse import urlsplit, urlunsplit
 import psycopg
 import pytest
 from anton_components.vendor.postgres.action import PostgresWrite
+from desk import sql
 
 from anton import Table
 from anton.app import App, declaring
@@ -138,13 +139,15 @@ def test_a_database_that_is_away_holds_calls_up_and_its_password_is_not_shown(li
     assert states(live) == ["retrying"] and "never-to-be-seen" not in str(live.calls)
 
 
-def test_a_call_by_psql_chooses_no_other_table(live, other):
+@pytest.mark.parametrize("table, more", [("public.secrets", {}), ("sales.orders of all", {"at": "2000-01-01"})])
+def test_a_call_by_psql_chooses_no_other_table_and_no_other_columns(table, more, live, other):
     other.execute("create table public.secrets (id int)")
     write(live, other.url, {}, unique=["id"])
-    live._fetch("insert into anton.action (app, name, args) values ('" + live.app.name + "', 'PostgresWrite', "
-                "jsonb_build_object('table', 'public.secrets', 'row', jsonb_build_object('id', 1))) returning id")
+    (call,) = live.calls
+    sql(live, "insert into anton.action (app, name, args) values ($1, 'PostgresWrite', $2)", live.app.name,
+        {"table": table, "row": {**call.row, "id": 2, **more}})
     live.run()
-    assert states(live) == ["sent", "refused"]
+    assert states(live) == ["sent", "refused"] and len(rows(other)) == 1
 
 
 def test_what_cannot_be_is_refused_where_it_is_declared():

@@ -9,14 +9,16 @@ from urllib.parse import parse_qsl
 
 import pytest
 from anton_components.vendor.slack.action import SlackPostMessage, SlackReact, SlackReply, SlackUpdateMessage
+from desk import know, sql
 from peers import served
 from slack_sdk import WebClient
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from anton import Table
+from anton import Approval, Table
 from anton.app import declaring
+from anton.errors import InvalidRecord
 
 pytestmark = pytest.mark.once("wires of components: the server is asked for the same")
 
@@ -89,3 +91,61 @@ def test_what_a_reply_gave_names_it_for_the_next(live, peer):
     live.run()
     (row,) = live.records("posts")
     assert (row["channel"], row["thread_ts"], row["ts"], row["text"]) == ("C2", "3.5", "7.5", "hi")
+
+
+def by_psql(app: Any, name: str, /, **args: Any) -> None:
+    sql(app, "insert into anton.action (app, name, args) values ($1, $2, $3)", app.app.name, name, args)
+
+
+@pytest.mark.parametrize("what", CALLS)
+def test_only_channels_that_are_allowed_get_anything_and_no_more_than_the_cap(what, live, peer):
+    make, _ = CALLS[what]
+    with declaring(live.app):
+        texts = Table("texts")
+        texts.on_new_records(make(oauth_token=TOKEN, api=peer.url, allow=["C1", "C2"], cap="1/day"))
+    live.migrate()
+    texts.append({"text": "hi", "channel": "C2", "ts": "3.5", **EVENT})
+    live.run()
+    (call,) = live.calls
+    by_psql(live, call.name, **{**call.args, "channel": "C3"})
+    by_psql(live, call.name, **call.args)
+    live.run()
+    assert [call.state for call in live.calls] == ["sent", "refused", "new"] and len(peer.got) == 1
+    assert live.calls[1].error == "channel C3 is not among what is allowed: C1, C2"
+    assert live.calls[2].error == "the cap of 1 calls a day is used up: 1 of it are, and this call needs 1"
+    live.advance("25h")
+    assert [method for method, _ in peer.got] == [peer.got[0][0]] * 2
+
+
+@pytest.mark.parametrize("what", CALLS)
+def test_a_call_by_psql_says_no_more_than_the_component_would(what, live, peer):
+    make, _ = CALLS[what]
+    with declaring(live.app):
+        texts = Table("texts")
+        texts.on_new_records(make(oauth_token=TOKEN, api=peer.url))
+    live.migrate()
+    texts.append({"text": "hi", "channel": "C2", "ts": "3.5", **EVENT})
+    live.run()
+    (call,) = live.calls
+    by_psql(live, call.name, **call.args, blocks=[{"type": "divider"}])
+    live.run()
+    assert [call.state for call in live.calls] == ["sent", "refused"] and len(peer.got) == 1
+    assert "blocks" in live.calls[1].error
+
+
+def test_an_edit_of_a_message_is_checked_by_its_model(live, peer):
+    with declaring(live.app):
+        texts = Table("texts")
+        texts.on_new_records(SlackPostMessage(oauth_token=TOKEN, api=peer.url, channel="C1", approve=Approval("ann")))
+    live.migrate()
+    know(live, "ann")
+    texts.append({"text": "hi"})
+    live.run()
+    (asked,) = live.approvals
+    with pytest.raises(InvalidRecord, match="channel"):
+        asked.approve(by="ann", edit={"channel": "#two words"})
+    with pytest.raises(InvalidRecord, match="username"):
+        asked.approve(by="ann", edit={"username": "the boss"})
+    asked.approve(by="ann", edit={"text": "ho"})
+    live.run()
+    assert [(method, body["text"]) for method, body in peer.got] == [("chat.postMessage", "ho")]

@@ -57,7 +57,8 @@ class _GitHub(ActionComponent):
     """What all calls of GitHub have in common.
 
     repo: "owner/name". token: a value or env(…); default GITHUB_TOKEN. api: where GitHub is. timeout: seconds for one
-    answer. allow: repositories, "acme/*". approve, cap: as of actions. map: the record's names for those in braces.
+    answer. allow: repositories, "acme/*". approve, cap, rate: as of actions. map: the record's names for those in
+    braces.
     """
 
     service = "GitHub"
@@ -67,11 +68,11 @@ class _GitHub(ActionComponent):
 
     def __init__(self, repo: str, *, token: Env | str | None = None, api: str = API, timeout: float = 30.0,
                  allow: Sequence[str] | None = None, into: Table[Any] | None = None, approve: Approval | None = None,
-                 cap: str | Sequence[str] = (), map: Mapping[str, str] | None = None,
+                 cap: str | Sequence[str] = (), rate: str | None = None, map: Mapping[str, str] | None = None,
                  connection: str | None = None) -> None:
         super().__init__(secret=token, map=map, connection=connection)
         self.repo, self.timeout, self.into, self.approve = repo, timeout, into, approve
-        self.allow, self.cap = list(allow or ()), cap
+        self.allow, self.cap, self.rate = list(allow or ()), cap, rate
         self.api = (self.address(None if api == API else api) or API).rstrip("/")
         self._clients = Clients(lambda token: importlib.import_module("httpx").AsyncClient(timeout=timeout, headers={
             "Authorization": f"Bearer {token}", "Accept": "application/vnd.github+json", "User-Agent": "Anton",
@@ -80,8 +81,7 @@ class _GitHub(ActionComponent):
     def options(self) -> dict[str, Any]:
         """Options of its Action."""
         allow = self.allow or ([] if placeholders(self.repo) else [self.repo])
-        return {**super().options(), "approve": self.approve, "cap": self.cap, "timeout": self.timeout * 2 + 5,
-                "allow": {"repo": allow} if allow else None}
+        return {**super().options(), "timeout": self.timeout * 2 + 5, "allow": {"repo": allow} if allow else None}
 
     async def ask(self, method: str, path: str, body: Any = None) -> Any:
         """One request. Raises WorldError and Discard when it was refused, HTTPStatusError for 5xx."""
@@ -122,7 +122,7 @@ class GitHubComment(_GitHub):
     repo: "owner/name". issue: its number. token: a value or env(…); default GITHUB_TOKEN. body: Markdown. A comment of
     HTML that nobody sees is added: by it a comment is found when nobody knows whether it was made; one that is not
     found is unknown. into: gets {"repo", "number", "url", "record_id"}; number is the comment's id. allow:
-    repositories, "acme/*". approve, cap: as of actions. map: the record's names for those in braces. api: where
+    repositories, "acme/*". approve, cap, rate: as of actions. map: the record's names for those in braces. api: where
     GitHub is. timeout: seconds for one answer.
     """
 
@@ -164,7 +164,7 @@ class GitHubIssue(_GitHub):
     repo: "owner/name". token: a value or env(…); default GITHUB_TOKEN. title, body: of the issue; Markdown. labels:
     those it gets. A comment of HTML that nobody sees is added to the body: by it the issue is found when nobody knows
     whether it was made; one that is not found is unknown. into: gets {"repo", "number", "url", "record_id"}. allow:
-    repositories, "acme/*". approve, cap: as of actions. map: the record's names for those in braces. api: where
+    repositories, "acme/*". approve, cap, rate: as of actions. map: the record's names for those in braces. api: where
     GitHub is. timeout: seconds for one answer.
     """
 
@@ -206,8 +206,8 @@ class GitHubLabel(_GitHub):
 
     repo: "owner/name". issue: its number. labels: those to be added; {name} in all three is the record's value. token:
     a value or env(…); default GITHUB_TOKEN. into: gets {"repo", "number", "url", "record_id"}. allow: repositories,
-    "acme/*". approve, cap: as of actions. map: the record's names for those in braces. api: where GitHub is. timeout:
-    seconds for one answer.
+    "acme/*". approve, cap, rate: as of actions. map: the record's names for those in braces. api: where GitHub is.
+    timeout: seconds for one answer.
     """
 
     effect = "idempotent"

@@ -12,12 +12,14 @@ import importlib
 import logging
 import re
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, cast
 from urllib.parse import quote
 
 import orjson
+from pydantic import BaseModel, ConfigDict, StringConstraints, create_model
 
 from anton import Approval, Ctx, Discard, Table
 from anton.kit import (
@@ -49,6 +51,13 @@ MORE = 10_000  # and that are read besides: a secret that is cut in two would no
 _QUIET = ContextVar("_QUIET", default=False)  # what httpx logs has the address in it
 _HOST = re.compile(r"https?://(?:[^/?#]*@)?([A-Za-z0-9._-]+)(?=[:/?#]|$)")
 _ONE = re.compile(r"\{([A-Za-z_]\w*)\}")
+Address = Annotated[str, StringConstraints(pattern=r"^https?://[^\s/?#][^\s]*$")]
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", UserWarning)                       # "json" is a method of models, long deprecated
+    # What is sent: method, url, json. A call is of the method that its component was declared with.
+    REQUESTS: dict[str, type[BaseModel]] = {
+        method: create_model("Request", __config__=ConfigDict(extra="forbid"), method=(cast(Any, Literal[method]), ...),
+                             url=(Address, ...), json=(Any, None)) for method in METHODS}
 
 
 class HttpRequest(ActionComponent):
@@ -62,8 +71,8 @@ class HttpRequest(ActionComponent):
     hosts, "*.example.com", or "https://*.example.com/api/*"; default the url's host. private: whether it may lead into
     private networks (10.0.0.1, localhost). Each redirect is held to both, and headers and secret are left behind.
     timeout: seconds for all of it. into: gets {"status", "body", "url", "record_id"}; body is JSON or text, the first
-    MB of it, with *** for a secret that the service repeats. approve, cap: as of actions. An answer of 4xx is a dead
-    letter. Raises BadOption.
+    MB of it, with *** for a secret that the service repeats. approve, cap, rate: as of actions. An answer of 4xx is a
+    dead letter. Raises BadOption.
     """
 
     service = "HTTP"
@@ -75,7 +84,8 @@ class HttpRequest(ActionComponent):
                  sign: str | None = None, effect: Literal["unsafe", "idempotent"] = "unsafe",
                  allow: Sequence[str] | None = None, private: bool = False, timeout: float = 30.0,
                  into: Table[Any] | None = None, approve: Approval | None = None, cap: str | Sequence[str] = (),
-                 map: Mapping[str, str] | None = None, connection: str | None = None) -> None:
+                 rate: str | None = None, map: Mapping[str, str] | None = None,
+                 connection: str | None = None) -> None:
         super().__init__(secret=secret, map=map, connection=connection)
         if self.address(None) is not None:
             raise BadOption("connection", connection, "HttpRequest", "one without base_url: the url says where")
@@ -85,8 +95,8 @@ class HttpRequest(ActionComponent):
         if not isinstance(url, Env) and not re.match(r"https?://[^/{}]+", url):
             raise BadOption("url", url, "HttpRequest", 'an address whose host is fixed: "https://api.x.com/orders/{id}"')
         self.method, self.json, self.sign, self.timeout, self.into = method, json, sign, timeout, into
-        self.effect, self.approve, self.private = effect, approve, private
-        self.allow, self.cap = list(allow or ()), cap
+        self.effect, self.approve, self.private, self.arguments = effect, approve, private, REQUESTS[method]
+        self.allow, self.cap, self.rate = list(allow or ()), cap, rate
         self._url, self._headers = url, dict(headers or {})
         self._clients = Clients(lambda _: importlib.import_module("httpx").AsyncClient(timeout=timeout))
 
@@ -101,8 +111,7 @@ class HttpRequest(ActionComponent):
     def options(self) -> dict[str, Any]:
         """Options of its Action."""
         allow = self.allow or self._hosts()
-        return {**super().options(), "approve": self.approve, "cap": self.cap,
-                "allow": {"url": allow} if allow else None, "timeout": self.timeout * 2 + 5}
+        return {**super().options(), "allow": {"url": allow} if allow else None, "timeout": self.timeout * 2 + 5}
 
     def _hosts(self) -> list[str]:
         """The host that its url has: no call by psql leads to another one."""

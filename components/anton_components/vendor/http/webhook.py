@@ -28,8 +28,8 @@ class SendWebhook(HttpRequest):
     sent along, texts or env(…). Any answer but 2xx, and none, is tried again: after 5 s, 5 min, 30 min, 2 h, 5 h, 10 h,
     14 h, 20 h and 24 h, each with 10 % of jitter; then, and at once for 410 Gone, it is a dead letter. allow: hosts,
     "*.example.com"; private: whether it may lead into private networks; timeout: seconds for one attempt. into: gets
-    {"status", "body", "url", "record_id"}. approve, cap: as of actions. map: the record's names for those in braces.
-    Raises BadOption.
+    {"status", "body", "url", "record_id"}. approve, cap, rate: as of actions. map: the record's names for those in
+    braces. Raises BadOption.
     """
 
     example = "order_desk"
@@ -37,13 +37,13 @@ class SendWebhook(HttpRequest):
     def __init__(self, url: str = "{url}", *, secret: Env | str, json: Any = None,
                  headers: Mapping[str, Env | str] | None = None, allow: Sequence[str] | None = None,
                  private: bool = False, timeout: float = 20.0, into: Table[Any] | None = None,
-                 approve: Approval | None = None, cap: str | Sequence[str] = (), map: Mapping[str, str] | None = None,
-                 connection: str | None = None) -> None:
+                 approve: Approval | None = None, cap: str | Sequence[str] = (), rate: str | None = None,
+                 map: Mapping[str, str] | None = None, connection: str | None = None) -> None:
         if not re.match(r"https?://|\{", url):
             raise BadOption("url", url, "SendWebhook", 'a URL, or "{url}" for that of the record')
         super().__init__("https://of.the.record", json=json, headers=headers, secret=secret, sign="standard_webhooks",
                          effect="idempotent", allow=allow, private=private, timeout=timeout, into=into,
-                         approve=approve, cap=cap, map=map, connection=connection)
+                         approve=approve, cap=cap, rate=rate, map=map, connection=connection)
         self._url = url
 
     def options(self) -> dict[str, Any]:

@@ -6,13 +6,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Annotated, Any
 
 import asyncpg
 import orjson
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, create_model
 
 from anton import Approval, Ctx, Discard, Table
 from anton.kit import (
@@ -42,24 +42,33 @@ class Written(BaseModel):
     row: dict[str, Any]
 
 
+def _of(columns: set[str]) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    def check(row: dict[str, Any]) -> dict[str, Any]:
+        if set(row) != columns:
+            raise ValueError(f"its columns are {', '.join(sorted(columns))}, not {', '.join(sorted(row))}")
+        return row
+
+    return check
+
+
 class PostgresWrite(ActionComponent):
     """Writes a row into a table of another Postgres for each record.
 
     database: its URL, env(…) as it holds a password; what does the writing may do no more there than it must. to:
-    "schema.table". row: {column: "{name}"}, where "{name}" alone keeps its type; None: the record. unique: columns
-    that a unique index is on: a row that is there already is replaced, and a call whose outcome is not known is made
-    again. Without, it is "unsafe": such a call is unknown. into: gets {"table", "row", "record_id"}. timeout: seconds
-    for all of it. approve, cap: as of actions. map: the record's names for those in braces. A row that the database
+    "schema.table". row: {column: "{name}"}, where "{name}" alone keeps its type; None: the record. unique: columns that
+    a unique index is on: a row that is there already is replaced, and a call whose outcome is not known is made again.
+    Without, it is "unsafe": such a call is unknown. into: gets {"table", "row", "record_id"}. timeout: seconds for all
+    of it. approve, cap, rate: as of actions. map: the record's names for those in braces. A row that the database
     refuses is a dead letter.
     """
 
     service = "Postgres"
     example = "order_desk"
-    arguments = Written
+    arguments: type[BaseModel] | None = Written
 
     def __init__(self, database: Env | str, to: str, row: Mapping[str, str] | None = None, *,
                  unique: Sequence[str] = (), timeout: float = 30.0, into: Table[Any] | None = None,
-                 approve: Approval | None = None, cap: str | Sequence[str] = (),
+                 approve: Approval | None = None, cap: str | Sequence[str] = (), rate: str | None = None,
                  map: Mapping[str, str] | None = None) -> None:
         super().__init__(secret=database, map=map)
         if not all(to.split(".")) or len(to.split(".")) > 2:
@@ -67,8 +76,11 @@ class PostgresWrite(ActionComponent):
         if row is not None and not set(unique) <= set(row):
             raise BadOption("unique", unique, "PostgresWrite", f"columns of row=: {', '.join(row)}")
         self.to, self.columns, self.unique, self.timeout = to, row, tuple(unique), timeout
-        self.into, self.approve, self.cap = into, approve, cap
+        self.into, self.approve, self.cap, self.rate = into, approve, cap, rate
         self.effect = "idempotent" if unique else "unsafe"
+        if row is not None:                                            # no call by psql, and no edit, writes others
+            self.arguments = create_model("Written", __base__=Written,
+                                          row=(Annotated[dict[str, Any], AfterValidator(_of(set(row)))], ...))
 
     def unset(self) -> str | None:
         """What to set, when its URL is a reference to what is not there."""
@@ -80,8 +92,7 @@ class PostgresWrite(ActionComponent):
 
     def options(self) -> dict[str, Any]:
         """Options of its Action. Its table is not for an edit, nor for psql, to choose."""
-        return {**super().options(), "approve": self.approve, "cap": self.cap, "timeout": self.timeout * 2 + 5,
-                "allow": {"table": [self.to]}, "concurrency": 4}
+        return {**super().options(), "timeout": self.timeout * 2 + 5, "allow": {"table": [self.to]}, "concurrency": 4}
 
     def inputs(self) -> Mapping[str, Any]:
         """What row names; of any type."""

@@ -53,8 +53,8 @@ class S3Put(ActionComponent):
     or env(…); default AWS_ACCESS_KEY_ID. secret_key: a value or env(…); default AWS_SECRET_ACCESS_KEY. session_token:
     of a temporary key. endpoint: another service than Amazon's, "https://s3.example.com"; the bucket is in the path
     then. The same file is put again where an answer is lost. allow: keys, "reports/*". timeout: seconds for one answer.
-    into: gets {"bucket", "key", "etag", "record_id"}. approve, cap: as of actions. map: the record's names for those
-    in braces.
+    into: gets {"bucket", "key", "etag", "record_id"}. approve, cap, rate: as of actions. map: the record's names for
+    those in braces.
     """
 
     service = "S3"
@@ -68,13 +68,14 @@ class S3Put(ActionComponent):
                  region: str = "us-east-1", access_key: Env | str | None = None, secret_key: Env | str | None = None,
                  session_token: Env | str | None = None, endpoint: str | None = None, timeout: float = 60.0,
                  allow: Sequence[str] | None = None, into: Table[Any] | None = None, approve: Approval | None = None,
-                 cap: str | Sequence[str] = (), map: Mapping[str, str] | None = None,
+                 cap: str | Sequence[str] = (), rate: str | None = None, map: Mapping[str, str] | None = None,
                  connection: str | None = None) -> None:
         super().__init__(secret=secret_key, map=map, connection=connection)
         self.bucket, self.key, self.body, self.region = bucket, key, body, region
         self.content_type = content_type or ("application/json" if body is None else "text/plain; charset=utf-8")
         self.endpoint = self.address(endpoint)
-        self.timeout, self.into, self.approve, self.allow, self.cap = timeout, into, approve, list(allow or ()), cap
+        self.timeout, self.into, self.approve, self.allow = timeout, into, approve, list(allow or ())
+        self.cap, self.rate = cap, rate
         self._access_key = env("AWS_ACCESS_KEY_ID") if access_key is None else access_key
         self._session_token = session_token
         self._clients = Clients(lambda _: importlib.import_module("httpx").AsyncClient(timeout=timeout))
@@ -86,7 +87,7 @@ class S3Put(ActionComponent):
 
     def options(self) -> dict[str, Any]:
         """Options of its Action."""
-        return {**super().options(), "approve": self.approve, "cap": self.cap, "timeout": self.timeout * 2 + 5,
+        return {**super().options(), "timeout": self.timeout * 2 + 5,
                 "allow": {"bucket": [self.bucket], **({"path": self.allow} if self.allow else {})}}
 
     def inputs(self) -> Mapping[str, Any]:

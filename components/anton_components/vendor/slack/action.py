@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import importlib
 import uuid
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, StringConstraints, model_serializer
 
 from anton import Approval, Ctx, Discard, Table
 from anton.kit import ActionComponent, Call, Clients, Env, WorldError, fill, placeholders
@@ -22,11 +24,55 @@ _UNWELL = {"ratelimited", "rate_limited", "internal_error", "fatal_error", "serv
            "org_login_required", "ekm_access_denied", "team_access_not_granted"}
 
 
+Word = Annotated[str, StringConstraints(pattern=r"^\S{1,200}$")]
+
+
+class _Sent(BaseModel):
+    """What is sent: what is None is left out."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    @model_serializer(mode="wrap")
+    def _given(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in dump(self).items() if value is not None}
+
+
+class Message(_Sent):
+    """A message. channel: an id, or "#name"."""
+
+    channel: Word
+    text: str
+    thread_ts: Word | None = None
+
+
+class Reply(Message):
+    """A message in a thread."""
+
+    thread_ts: Word
+    reply_broadcast: bool | None = None
+
+
+class Update(_Sent):
+    """A message as it is to be."""
+
+    channel: Word
+    ts: Word
+    text: str
+
+
+class Reaction(_Sent):
+    """A reaction to the message of a timestamp."""
+
+    channel: Word
+    timestamp: Word
+    name: Word
+
+
 class _Slack(ActionComponent):
     """What all calls of Slack have in common.
 
-    oauth_token: a value or env(…); default SLACK_TOKEN. api: where Slack is. timeout: seconds for one answer. approve:
-    whom to ask before.
+    oauth_token: a value or env(…); default SLACK_TOKEN. api: where Slack is. timeout: seconds for one answer. allow:
+    channels, as calls name them: "C0123", "#ops-*". approve, cap, rate: as of actions.
     """
 
     service = "Slack"
@@ -36,9 +82,10 @@ class _Slack(ActionComponent):
     into: Table[Any] | None = None
 
     def __init__(self, oauth_token: Env | str | None, api: str, timeout: float, map: Mapping[str, str] | None,
-                 approve: Approval | None, connection: str | None) -> None:
+                 connection: str | None, allow: Sequence[str] | None = None, approve: Approval | None = None,
+                 cap: str | Sequence[str] = (), rate: str | None = None) -> None:
         super().__init__(secret=oauth_token, map=map, connection=connection)
-        self.approve = approve
+        self.allow, self.approve, self.cap, self.rate = list(allow or ()), approve, cap, rate
         self.api = (self.address(None if api == API else api) or API).rstrip("/")
         self.timeout = timeout
         self._clients = Clients(lambda token: importlib.import_module("httpx").AsyncClient(
@@ -46,12 +93,13 @@ class _Slack(ActionComponent):
 
     def options(self) -> dict[str, Any]:
         """Options of its Action."""
-        return {**super().options(), "approve": self.approve}
+        return {**super().options(), "allow": {"channel": self.allow} if self.allow else None}
 
     async def call(self, method: str, body: Mapping[str, Any], fine: str = "") -> dict[str, Any]:
         """One request. fine: an error that says that it was done before. Raises WorldError, Discard."""
         client = await self._clients.get(self.credential() or "")
-        response = await client.post(f"{self.api}/{method}", json=body)
+        given = {name: value for name, value in body.items() if value is not None}
+        response = await client.post(f"{self.api}/{method}", json=given)
         response.raise_for_status()
         reply: dict[str, Any] = response.json()
         error = str(reply.get("error"))
@@ -71,17 +119,20 @@ class SlackPostMessage(_Slack):
     "body"} when it has another name. channel: an id or "#name", for records that did not begin in Slack. into: a
     Table that gets {"channel", "thread_ts", "ts", "text", "record_id"} for each message; ts is what reactions and
     replies refer to. A record whose message cannot be posted at all (no channel, unknown channel, too long) is a dead
-    letter. approve: whom to ask before it is posted. api: where Slack is. timeout: seconds for one answer. Slack drops
-    a second message with the same client_msg_id, so a call whose outcome is not known is made again with the same.
+    letter. allow: channels, as calls name them: "C0123", "#ops-*". approve, cap, rate: as of actions. api: where Slack
+    is. timeout: seconds for one answer. Slack drops a second message with the same client_msg_id, so a call whose
+    outcome is not known is made again with the same.
     """
 
     example = "slack_ai_bot"
+    arguments: type[BaseModel] | None = Message
 
     def __init__(self, *, oauth_token: Env | str | None = None, message_template: str = "{text}",
                  channel: str | None = None, into: Table[Any] | None = None, api: str = API,
-                 timeout: float = 30.0, map: Mapping[str, str] | None = None,
-                 approve: Approval | None = None, connection: str | None = None) -> None:
-        super().__init__(oauth_token, api, timeout, map, approve, connection)
+                 timeout: float = 30.0, allow: Sequence[str] | None = None, approve: Approval | None = None,
+                 cap: str | Sequence[str] = (), rate: str | None = None, map: Mapping[str, str] | None = None,
+                 connection: str | None = None) -> None:
+        super().__init__(oauth_token, api, timeout, map, connection, allow, approve, cap, rate)
         self.message_template = message_template
         self.channel = channel
         self.into = into
@@ -112,7 +163,8 @@ class SlackPostMessage(_Slack):
         """What `into` gets; a message that was captured has a ts of its own."""
         posted = {"ts": f"captured-{call.idempotency_key}"} if result is None else result
         key = call.subject[1] if call.subject else [None]
-        return {"thread_ts": None, **call.args, **posted, "record_id": key[0] if len(key) == 1 else None}
+        return {"thread_ts": call.args.get("thread_ts"), "channel": call.args["channel"], "text": call.args["text"],
+                **posted, "record_id": key[0] if len(key) == 1 else None}
 
     async def send(self, args: Mapping[str, Any], key: str) -> dict[str, Any]:
         """One chat.postMessage."""
@@ -125,18 +177,20 @@ class SlackReply(_Slack):
 
     oauth_token: a value or env(…); default SLACK_TOKEN. message_template: {name} is the record's value. The record has
     "channel" and "ts"; map: {"ts": "posted"} when they have other names. broadcast: whether the channel sees it, too.
-    into: a Table that gets {"channel", "thread_ts", "ts", "text", "record_id"}. approve: whom to ask before. api: where
-    Slack is. timeout: seconds for one answer. A reply whose outcome is not known is made again with the same
-    client_msg_id, which Slack drops.
+    into: a Table that gets {"channel", "thread_ts", "ts", "text", "record_id"}. allow: channels, as calls name them:
+    "C0123". approve, cap, rate: as of actions. api: where Slack is. timeout: seconds for one answer. A reply whose
+    outcome is not known is made again with the same client_msg_id, which Slack drops.
     """
 
     example = "order_desk"
+    arguments = Reply
 
     def __init__(self, *, oauth_token: Env | str | None = None, message_template: str = "{text}",
                  broadcast: bool = False, into: Table[Any] | None = None, api: str = API, timeout: float = 30.0,
-                 map: Mapping[str, str] | None = None, approve: Approval | None = None,
+                 allow: Sequence[str] | None = None, approve: Approval | None = None, cap: str | Sequence[str] = (),
+                 rate: str | None = None, map: Mapping[str, str] | None = None,
                  connection: str | None = None) -> None:
-        super().__init__(oauth_token, api, timeout, map, approve, connection)
+        super().__init__(oauth_token, api, timeout, map, connection, allow, approve, cap, rate)
         self.message_template, self.broadcast, self.into = message_template, broadcast, into
 
     def inputs(self) -> Mapping[str, Any]:
@@ -161,16 +215,18 @@ class SlackUpdateMessage(_Slack):
     """Changes a message that was posted, for each record: what SlackPostMessage's `into` holds names it.
 
     oauth_token: a value or env(…); default SLACK_TOKEN. message_template: {name} is the record's value. The record has
-    "channel" and "ts"; map: {"ts": "posted"} when they have other names. approve: whom to ask before. api: where Slack
-    is. timeout: seconds for one answer.
+    "channel" and "ts"; map: {"ts": "posted"} when they have other names. allow: channels, as calls name them: "C0123".
+    approve, cap, rate: as of actions. api: where Slack is. timeout: seconds for one answer.
     """
 
     example = "incident_room"
+    arguments = Update
 
     def __init__(self, *, oauth_token: Env | str | None = None, message_template: str = "{text}", api: str = API,
-                 timeout: float = 30.0, map: Mapping[str, str] | None = None,
-                 approve: Approval | None = None, connection: str | None = None) -> None:
-        super().__init__(oauth_token, api, timeout, map, approve, connection)
+                 timeout: float = 30.0, allow: Sequence[str] | None = None, approve: Approval | None = None,
+                 cap: str | Sequence[str] = (), rate: str | None = None, map: Mapping[str, str] | None = None,
+                 connection: str | None = None) -> None:
+        super().__init__(oauth_token, api, timeout, map, connection, allow, approve, cap, rate)
         self.message_template = message_template
 
     def inputs(self) -> Mapping[str, Any]:
@@ -192,16 +248,18 @@ class SlackReact(_Slack):
     """Adds a reaction to the message that a record's trace began with, such as 👀 before the answer is thought about.
 
     emoji: its name, "eyes". oauth_token: a value or env(…); default SLACK_TOKEN. A record that did not begin with a
-    message in Slack is a dead letter. map: as of other components. approve: whom to ask before. api: where Slack is.
-    timeout: seconds for one answer.
+    message in Slack is a dead letter. map: as of other components. allow: channels, as calls name them: "C0123".
+    approve, cap, rate: as of actions. api: where Slack is. timeout: seconds for one answer.
     """
 
     example = "incident_room"
+    arguments = Reaction
 
     def __init__(self, emoji: str = "eyes", *, oauth_token: Env | str | None = None, api: str = API,
-                 timeout: float = 30.0, map: Mapping[str, str] | None = None,
-                 approve: Approval | None = None, connection: str | None = None) -> None:
-        super().__init__(oauth_token, api, timeout, map, approve, connection)
+                 timeout: float = 30.0, allow: Sequence[str] | None = None, approve: Approval | None = None,
+                 cap: str | Sequence[str] = (), rate: str | None = None, map: Mapping[str, str] | None = None,
+                 connection: str | None = None) -> None:
+        super().__init__(oauth_token, api, timeout, map, connection, allow, approve, cap, rate)
         self.emoji = emoji.strip(":")
 
     async def args(self, record: Any, ctx: Ctx) -> dict[str, Any]:

@@ -9,9 +9,10 @@ import json
 import re
 import uuid
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
-from anton_components.vendor.slack.action import _NAMESPACE, API, _Slack
+from anton_components.vendor.slack.action import _NAMESPACE, API, Word, _Sent, _Slack
+from pydantic import BaseModel
 
 from anton import Ctx, Discard
 from anton.kit import Env, base_of, current_app, current_database
@@ -22,6 +23,15 @@ _TITLE = 300                                                           # charact
 _DECISIONS: tuple[tuple[str, dict[str, str]], ...] = (
     ("approve", {"style": "primary"}), ("edit", {}), ("reject", {"style": "danger"}))
 _TYPED, _OPTION, _OPTIONS, _FIELDS = 3000, 70, 100, 90                 # characters of an input, of an option; how many
+
+
+class Asked(_Sent):
+    """Which approval is told of, where. text: as it was when it was told; what is posted is made where it is sent."""
+
+    channel: Word
+    text: str
+    approval: int
+    kind: Literal["asked", "reminder", "escalated", "edited", "decided"]
 
 
 class SlackAskApproval(_Slack):
@@ -35,26 +45,32 @@ class SlackAskApproval(_Slack):
     """
 
     example = "ticket_triage"
+    arguments: type[BaseModel] | None = Asked
 
     def __init__(self, *, connection: str | None = None, oauth_token: Env | str | None = None, api: str = API,
                  timeout: float = 30.0) -> None:
-        super().__init__(oauth_token, api, timeout, None, None, connection)
+        super().__init__(oauth_token, api, timeout, None, connection)
 
     async def args(self, record: Any, ctx: Ctx) -> dict[str, Any]:
         """The message of a notice."""
         if record.via != "slack":
             raise Discard(f"notice {record.id} goes by {record.via}; say where=\"via = 'slack'\"")
-        db = current_database()
-        async with db.conn() as conn:
-            found = await db.call_value(conn, "show_approval", record.approval_id)
-        if found is None:
-            raise Discard(f"no approval {record.approval_id}")
-        return message(found, record.kind, record.to, base_of(current_app()))
+        told = {"channel": record.to, "approval": record.approval_id, "kind": record.kind}
+        return {**told, "text": (await self._message(told))["text"]}
 
     async def send(self, args: Mapping[str, Any], key: str) -> dict[str, Any]:
-        """One chat.postMessage."""
-        reply = await self.call("chat.postMessage", {**args, "client_msg_id": str(uuid.uuid5(_NAMESPACE, key))})
+        """One chat.postMessage, of the approval as it is now: no call, whoever wrote it, has a text of its own."""
+        body = await self._message(args)
+        reply = await self.call("chat.postMessage", {**body, "client_msg_id": str(uuid.uuid5(_NAMESPACE, key))})
         return {"ts": reply["ts"], "channel": reply["channel"]}
+
+    async def _message(self, told: Mapping[str, Any]) -> dict[str, Any]:
+        db = current_database()
+        async with db.conn() as conn:
+            found = await db.call_value(conn, "show_approval", told["approval"])
+        if found is None or f"slack:{told['channel']}" not in found["via"]:
+            raise Discard(f"no approval {told['approval']} is asked in {told['channel']}")
+        return message(found, told["kind"], told["channel"], base_of(current_app()))
 
     async def ask_edit(self, trigger: str, approval: Mapping[str, Any], fields: Sequence[Any]) -> None:
         """One views.open: the dialog of an approval. fields: as form.py has them. Raises WorldError, Discard."""

@@ -46,8 +46,8 @@ class SendEmail(ActionComponent):
     "idempotent" where the server drops a second message with the same Message-ID, which is made of the call's key.
     Whether it was taken is unknown only when the connection breaks after the message's end and before the server's
     answer. It goes to all recipients or to none: one that is refused is a dead letter. allow: recipients,
-    "*@example.com". timeout: seconds for each answer. into: gets {"message_id", "to", "record_id"}. approve, cap: as of
-    actions. map: the record's names for those in braces. Raises BadOption.
+    "*@example.com". timeout: seconds for each answer. into: gets {"message_id", "to", "record_id"}. approve, cap, rate:
+    as of actions. map: the record's names for those in braces. Raises BadOption.
     """
 
     service = "SMTP"
@@ -60,7 +60,7 @@ class SendEmail(ActionComponent):
                  password: Env | str | None = None, tls: Literal["starttls", "tls", "none"] = "starttls",
                  port: int | None = None, effect: Literal["unsafe", "idempotent"] = "unsafe",
                  allow: Sequence[str] | None = None, timeout: float = 30.0, into: Table[Any] | None = None,
-                 approve: Approval | None = None, cap: str | Sequence[str] = (),
+                 approve: Approval | None = None, cap: str | Sequence[str] = (), rate: str | None = None,
                  map: Mapping[str, str] | None = None, connection: str | None = None) -> None:
         super().__init__(secret=password, map=map, connection=connection)
         if not re.fullmatch(r"[^@\s<>,]+@[A-Za-z0-9.-]+", parseaddr(sender)[1]) or re.search(r"[\r\n]", sender):
@@ -72,7 +72,7 @@ class SendEmail(ActionComponent):
         self.to = (to,) if isinstance(to, str) else tuple(to)
         self.subject, self.text, self.html = subject, text, html
         self.effect, self.timeout, self.into, self.approve = effect, timeout, into, approve
-        self.allow, self.cap = list(allow or ()), cap
+        self.allow, self.cap, self.rate = list(allow or ()), cap, rate
         self._tls = ssl.create_default_context()
 
     def unset(self) -> str | None:
@@ -81,8 +81,8 @@ class SendEmail(ActionComponent):
 
     def options(self) -> dict[str, Any]:
         """Options of its Action."""
-        return {**super().options(), "approve": self.approve, "cap": self.cap,
-                "allow": {"to": self.allow} if self.allow else None, "timeout": self.timeout * 8 + 5}
+        return {**super().options(), "allow": {"to": self.allow} if self.allow else None,
+                "timeout": self.timeout * 8 + 5}
 
     def inputs(self) -> Mapping[str, Any]:
         """What the templates name; of any type, for it becomes text."""

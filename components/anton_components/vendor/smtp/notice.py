@@ -64,6 +64,8 @@ class _SendNotice(SendEmail):
         notice, db = Notice.model_validate(args["notice"]), current_database()
         async with db.conn() as conn:
             asked = await db.call_value(conn, "show_approval", notice.approval_id)
+        if asked is None:
+            raise Discard(f"no approval {notice.approval_id}")
         if asked["state"] != "pending":
             return {"skipped": f"it is {asked['state']}"}
         try:
