@@ -505,7 +505,8 @@ declare v_rule jsonb; v_was jsonb;
 begin
   select to_jsonb(r), r.approval into v_rule, v_was from anton.action_rule r;
   perform anton.put_action(v_rule || jsonb_build_object('approval', v_was || '{given}'));
-  perform anton.put_person('eve', null, null, '{{finance}}'), anton.ask_approval(id, v_was || '{given}') from anton.action;
+  perform anton.put_person('eve', null, null, '{{finance}}');
+  perform anton.ask_approval(id, v_was || '{given}') from anton.action;
   {decided}
   perform anton.put_action(v_rule);
 end $$"""
