@@ -176,7 +176,7 @@ class Sender:
             args = action.model.model_validate(call.args)
         except ValidationError as error:                               # written by psql, or by a release before
             return {"verdict": "refuse", "by": "arguments", "why": "; ".join(reasons(error))}
-        if has_secret(orjson.dumps(call.args).decode()):
+        if has_secret(orjson.dumps([call.args, call.idempotency_key]).decode()):
             return {"verdict": "refuse", "by": "secret", "why": "a secret of this app is among its arguments"}
         if action.policy is not None and not isinstance(action.policy, str):
             if call.cause is not None and not call.taint and not call.taint_known:
