@@ -443,7 +443,9 @@ async def _attack(url: str, folder: str, guarded: bool, channels: Sequence[str],
         well = [Payload("", "notify", {"url": f"http://127.0.0.1:{there.inside.server_address[1]}/fine",
                                        "text": "all is well"}),
                 Payload("", "message", {"to": "bob@shop.example", "text": "all is well"})]
-        for some in (well, [one for one in chosen if not one.sql], *([one] for one in chosen if one.sql)):
+        single = [[one] for one in chosen if one.guard == "sql"]       # each finds what those before it made
+        for some in (well, [one for one in chosen if not one.sql], [one for one in chosen if one.guard == "forged"],
+                     *single):
             texts = [one.text() for one in some]
             if "webhook" in channels:
                 transport = httpx.ASGITransport(app=app)
@@ -460,7 +462,7 @@ async def _attack(url: str, folder: str, guarded: bool, channels: Sequence[str],
                     there.inside.answers += texts
                     await conn.executemany("insert into lookups (data) values (jsonb_build_object('n', $1::int))",
                                            [(n,) for n in range(len(texts))])
-            for _ in range(1 if len(some) == 1 else ROUNDS):
+            for _ in range(ROUNDS if some[:1] and not some[0].sql else 1):
                 await Worker(db, app).run_until_idle()
                 async with db.conn() as conn:                          # what waits to be tried again is, at once
                     await conn.execute("update anton.handler set probe_at = anton.now() where probe_at > anton.now()")
@@ -479,7 +481,7 @@ async def _attack(url: str, folder: str, guarded: bool, channels: Sequence[str],
 
 # Guarded, but for SQL that the runtime's owner runs: people's decisions are forged, and that counts
 PLANTED = partial(attack, guarded=True, channels=CHANNELS[:1], planted=True,
-                  only=lambda one: one.guard in ("forged", "approval"))
+                  only=lambda one: one.guard == "approval" or "anton.decide(id, 'ann'" in one.sql)
 
 
 def tried(chosen: Sequence[Payload]) -> Counter[str]:
