@@ -549,6 +549,9 @@ begin
 end $$;
 
 create or replace trigger event_guard before update or delete or truncate on approval_event for each statement execute function guard_event();
+do $$ begin                                                      -- nor is a right to change them granted to anybody, their owner included
+  execute format('revoke update, delete, truncate on approval_event from public, %s', (select relowner::regrole from pg_class where oid = 'approval_event'::regclass));
+end $$;
 create or replace trigger approval_kept before truncate on approval for each statement execute function guard_event();
 
 -- list_approvals(state or null, limit) -> approvals, newest first

@@ -717,6 +717,13 @@ def test_what_happened_to_approvals_stays(statement, live, sent):
     assert [row["kind"] for row in sql(live, "select kind from anton.approval_event")] == ["asked"]
 
 
+def test_nobody_has_a_right_to_change_what_happened_to_approvals(live):
+    granted = sql(live, "select relowner::regrole::text as owner, has_table_privilege(relowner, oid, 'insert') as adds, "
+                        "has_table_privilege(relowner, oid, 'update, delete, truncate') as changes "
+                        "from pg_class where oid = 'anton.approval_event'::regclass")
+    assert [tuple(row) for row in granted] == [("anton_owner", True, False)]
+
+
 FORGED = [
     ({}, "noted as it happens"),
     ({"person": "'zoe'"}, 'nobody is called "zoe"'),
