@@ -479,9 +479,10 @@ async def _attack(url: str, folder: str, guarded: bool, channels: Sequence[str],
         await db.close()
 
 
-# Guarded, but for SQL that the runtime's owner runs: people's decisions are forged, and that counts
-PLANTED = partial(attack, guarded=True, channels=CHANNELS[:1], planted=True,
-                  only=lambda one: one.guard == "approval" or "anton.decide(id, 'ann'" in one.sql)
+# Without guards; and guarded, but for SQL that the runtime's owner runs: people's decisions are forged, and that counts
+CONTROLS = {"control": partial(attack, guarded=False, only=lambda one: one.leaks),
+            "planted": partial(attack, guarded=True, channels=CHANNELS[:1], planted=True,
+                               only=lambda one: one.guard == "approval" or "anton.decide(id, 'ann'" in one.sql)}
 
 
 def tried(chosen: Sequence[Payload]) -> Counter[str]:
@@ -494,9 +495,9 @@ def tried(chosen: Sequence[Payload]) -> Counter[str]:
 def injection(run: Run) -> Rows:
     """All payloads by all channels, and a control without guards."""
     found: dict[str, Found] = {}
-    for name in ("control", "planted", "guarded"):
+    for name in (*CONTROLS, "guarded"):
         with run.server.database(f"injection_{name}") as url, tempfile.TemporaryDirectory() as folder:
-            found[name] = PLANTED(url, folder) if name == "planted" else attack(url, folder, name == "guarded")
+            found[name] = CONTROLS[name](url, folder) if name in CONTROLS else attack(url, folder, guarded=True)
     with world() as there:
         least, guards = tried(payloads(there)), Counter(one.guard for one in payloads(there))
     control, (left, states, n) = found["control"][0], found["guarded"]
