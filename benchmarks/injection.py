@@ -346,7 +346,7 @@ def declare(app: App, there: World, db: Database, guarded: bool, mails: list[dic
             if tool == "sql()":
                 await sql(text.replace("{", "{{").replace("}", "}}"))
             elif tool == "role":
-                conn = await asyncpg.connect(as_role(db.url))
+                conn = await asyncpg.connect(as_role(str(db.dsn)))
                 try:
                     await conn.execute(text)
                 finally:

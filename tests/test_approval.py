@@ -577,7 +577,7 @@ def test_a_role_that_only_writes_to_the_apps_tables_decides_nothing_and_is_nobod
     server.sql("drop role if exists scribe", "create role scribe login")
     try:
         sql(live, "grant select, insert, update, delete on all tables in schema public to scribe")
-        with psycopg.connect(re.sub(r"//postgres(:[^@/]*)?@", "//scribe@", live.db.url), autocommit=True) as conn:
+        with psycopg.connect(re.sub(r"//postgres(:[^@/]*)?@", "//scribe@", live.db.dsn), autocommit=True) as conn:
             texts = [f"insert into anton.{one} select * from anton.{one}" for one in ("person", "session", "link")]
             for text in [*forged(row["id"], row["args_sha256"]), *texts, "set role anton_owner"]:
                 with pytest.raises(psycopg.errors.InsufficientPrivilege):
@@ -718,7 +718,7 @@ def test_what_happened_to_approvals_stays(statement, live, sent):
 
 
 def test_nobody_has_a_right_to_change_what_happened_to_approvals(live):
-    granted = sql(live, "select relowner::regrole::text as owner, has_table_privilege(relowner, oid, 'insert') as adds, "
+    granted = sql(live, "select relowner::regrole::text, has_table_privilege(relowner, oid, 'insert') as adds, "
                         "has_table_privilege(relowner, oid, 'update, delete, truncate') as changes "
                         "from pg_class where oid = 'anton.approval_event'::regclass")
     assert [tuple(row) for row in granted] == [("anton_owner", True, False)]
