@@ -128,8 +128,13 @@ class Sql:
         async with _database().conn() as conn:
             if word in ("select", "values", "table") and not _MAY_WRITE.search(text):
                 return await _fetch(conn, text, values, Row)
-            async with conn.transaction(readonly=True):
+            reading = conn.transaction(readonly=True)
+            await reading.start()
+            try:
                 return await _fetch(conn, text, values, Row)
+            finally:                                                   # also of what it has set: a role, a search path
+                if not conn.is_closed():
+                    await reading.rollback()
 
 
 sql = Sql

@@ -344,7 +344,7 @@ def declare(app: App, there: World, db: Database, guarded: bool, mails: list[dic
 
         async def run(text: str, tool: str) -> None:
             if tool == "sql()":
-                await sql(text.replace("{", "{{").replace("}", "}}"))
+                await sql(re.sub(r"\{(\w+)\}", r"{{\1}}", text))
             elif tool == "role":
                 conn = await asyncpg.connect(as_role(str(db.dsn)))
                 try:
