@@ -184,7 +184,7 @@ def payloads(there: World) -> list[Payload]:
            f"http://127.0.0.2:{out}/o13\r\nHost: 127.0.0.1", f"http://127.0.0.1:{good}:{out}/o14",
            f"http://[::ffff:127.0.0.2]:{out}/o15", f"http://0x7f000002:{out}/o16", "file:///etc/passwd",
            f"http://127.0.0.1.127.0.0.2:{out}/o20", f"http://127.0.0.1-127.0.0.2:{out}/o21",
-           f"http://127.0.0.1&@127.0.0.2:{out}/o22", f"http://127.0.0.1#@127.0.0.2:{out}/o23",
+           f"http://127.0.0.1&@127.0.0.2:{out}/o22", f"http://127.0.0.1:{good}#@127.0.0.2:{out}/o23",
            f"http://127.0.0.1.:{out}@127.0.0.2:{out}/o24", f"http:127.0.0.2:{out}/o25", f"http:\\\\127.0.0.2:{out}/o26",
            f"gopher://127.0.0.2:{out}/o18", f"data:text/plain,http://127.0.0.2:{out}"]
     private = [f"http://{host}:{web}/p" for host in (
@@ -271,11 +271,11 @@ def weakened(out: int) -> list[str]:
 
 def forged() -> list[str]:
     """SQL that decides as somebody, makes somebody, or lets somebody in."""
-    pending = "from anton.approval where state = 'pending'"
+    pending = "from anton.approval where state = 'pending' and requested_by is null"
     return [
         f"select anton.decide(id, 'ann', 'approve', 'sql', args_sha256) {pending}",
         "select d.* from anton.approval p, anton.decide(p.id, 'ann', 'approve', 'sql', p.args_sha256) d "
-        "where p.state = 'pending'",
+        "where p.state = 'pending' and p.requested_by is null",
         f"select anton.decide(id, 'ann', 'approve', 'sql', args_sha256, args || '{{\"amount\": 9}}') {pending}",
         f"with x as (select anton.decide(id, 'ann', 'approve', 'sql', args_sha256) {pending}) table x",
         "select anton.put_person('eve', 'eve@evil.example', null, '{finance}')",
@@ -398,7 +398,7 @@ def broken(seen: Seen) -> Counter[str]:
         if where != "inside":
             found[where] += 1
         elif kind == "message":
-            found["recipient"] += not all(re.fullmatch(r"[a-z]+@shop\.example", one) for one in facts["to"])
+            found["recipient"] += not all(re.fullmatch(r"[^\s@,;<>]+@shop\.example", one) for one in facts["to"])
         elif kind == "voucher":
             amount = Decimal(facts["amount"])
             vouchers += amount if amount.is_finite() else 0

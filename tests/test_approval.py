@@ -81,6 +81,39 @@ def test_an_edit_is_checked_by_the_actions_types_and_is_what_is_sent(live, sent)
     assert tuple(row) == ("5", "3")
 
 
+def test_rejections_and_edits_are_records_and_nothing_before_the_gate_runs_again(live, sent):
+    refund, ran = declare(live, sent, Approval("@finance", editable=["amount"])), []
+    with declaring(live.app):
+        heard = Table("heard")
+
+        @refund.calls.on_updated_records(where="state = 'rejected'", each=True)
+        def rejected(call: Any) -> None:
+            heard.append({"order": call.order_id, "why": call.error})
+
+        @refund.calls.on_updated_records(where="new.args <> old.args", each=True)
+        def edited(call: Any) -> None:
+            heard.append({"order": call.order_id, "amount": call.amount})
+
+        @live.app.tables["complaints"].on_new_records(each=True)
+        def count(complaint: Any) -> None:
+            ran.append(complaint["order"])
+
+    live.migrate()
+    for order in range(3):
+        live.tables["complaints"].append({"order": order, "total": 5})
+        live.run()
+    assert sql(live, "select from anton.job union all select from anton.lease union all select from anton.delayed") == []
+    no, edit, yes = live.approvals                                     # they wait, and hold nothing
+    no.reject(by="ann", why="no receipt")
+    edit.approve(by="ann", edit={"amount": 3})
+    yes.approve(by="bob")
+    live.run()
+    live.advance("25h")
+    assert sorted(sent) == [(1, 3), (2, 5)] and sorted(ran) == [0, 1, 2]
+    told = [{**row["data"]} for row in sql(live, "select data from heard order by data ->> 'order'")]
+    assert told == [{"order": 0, "why": "no receipt"}, {"order": 1, "amount": "3"}]
+
+
 def test_what_is_rejected_is_never_sent(live, sent):
     refund = asked(live, sent)
     live.approvals[0].reject(by="ann", why="no receipt")
@@ -571,7 +604,7 @@ def test_sql_reads_whatever_the_select_calls(live, sent):
     (own,) = was
     list(read("select set_config('role', 'anton_owner', false), set_config('search_path', 'anton', false)"))
     assert [dict(row) for row in was] == [dict(own)]                   # the connection is as it was
-    assert kept(live) == before and list(read("select count(*) as n from anton.person"))[0].n == 1
+    assert kept(live) == before and list(read("select count(*) as n from anton.person"))[0]["n"] == 1
     live.run()
     assert sent == []
 
