@@ -51,6 +51,7 @@ class Call(BaseModel):
     approval_id: int | None = None
     token: int | None = None
     attempt: int = 0
+    in_doubt: bool = False
     cause: int | None = None
     trace: int | None = None
     at: datetime

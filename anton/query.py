@@ -35,6 +35,7 @@ T = TypeVar("T")
 _PLACEHOLDER = re.compile(r"\{\{([A-Za-z_]\w*)\}\}|\{([A-Za-z_]\w*)\}")
 _NO_TEXT = re.compile(r"invalid input for query argument \$(\d+):.*expected str, got (?:list|tuple)", re.DOTALL)
 _FIRST_WORD = re.compile(r"(?:\s|\(|--[^\n]*\n|/\*.*?\*/)*(\w+)", re.DOTALL)
+_MAY_WRITE = re.compile(r"\(|\binto\b", re.IGNORECASE)  # a SELECT that calls a function may
 
 
 class Source(Protocol[T]):
@@ -125,10 +126,15 @@ class Sql:
             raise QueryError(f"sql() reads; it was: {self.text}. Record writes with append, update and delete; "
                              "schema changes go into migrations/", sql=text)
         async with _database().conn() as conn:
-            if word in ("select", "values", "table"):
+            if word in ("select", "values", "table") and not _MAY_WRITE.search(text):
                 return await _fetch(conn, text, values, Row)
-            async with conn.transaction(readonly=True):
+            reading = conn.transaction(readonly=True)
+            await reading.start()
+            try:
                 return await _fetch(conn, text, values, Row)
+            finally:                                                   # also of what it has set: a role, a search path
+                if not conn.is_closed():
+                    await reading.rollback()
 
 
 sql = Sql

@@ -15,7 +15,7 @@ import logging
 import random
 import socket
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import orjson
 from pydantic import ValidationError
@@ -56,6 +56,9 @@ class Sender:
         if call.state in ("sent", "captured"):
             self._into(db, call, call.result)                          # its sender ended between end_action and the ack
             return
+        if call.state == "sending" and (call.error is not None or effects() != "live"):
+            await self._look(db, call)                                 # it has no next attempt, or none from here
+            return
         begun = ("new", "ready", "retrying", "failed", "sending")
         verdict = await self._judge(db, call) if call.state in begun else None
         if effects() != "live":
@@ -63,7 +66,7 @@ class Sender:
             return
         again, token = None, random.getrandbits(63)
         while True:
-            row = (await _call(db, "begin_action", call.id, token, verdict, again))[0]
+            row = (await _call(db, "begin_action", call.id, token, verdict, again, self.action.definition()))[0]
             if row["verdict"] == "over":
                 if row["state"] in ("sent", "captured"):
                     self._into(db, call, row["result"])
@@ -111,6 +114,11 @@ class Sender:
             over = refused or (last and (isinstance(error, Retry) or not is_world(error)))
             # an unsafe one is here when it did not happen, or when probe= said so
             doubt = False if action.effect == "unsafe" else None if did_not_happen(error) else True
+            before = call.in_doubt or call.state == "sending"
+            if over and action.probe is not None and (doubt or doubt is None and before):
+                if await self._probe(db, call, token, say(error)) is not False:
+                    return
+                doubt = False
             await self._end(db, call, token, "failed" if over else "retrying", None, say(error), doubt)
             if refused and not isinstance(error, Discard):
                 raise Discard(say(error)) from error
@@ -149,6 +157,18 @@ class Sender:
             self._into(db, call, answer)
         return True
 
+    async def _look(self, db: Database, call: Call) -> None:
+        """Ends a call that is not begun any more, and may have happened: as probe= says, else as unknown."""
+        token, live = cast(int, call.token), effects() == "live"
+        try:
+            happened = await self._probe(db, call, token, call.error) if live else None
+        except Exception as error:                                     # by the attempts, that there is an end to it
+            raise Retry(f"probe: {say(error)}") from error
+        if not live:
+            await self._end(db, call, token, "unknown", None, "its sender did not come back, and nothing leaves here")
+        elif happened is False:
+            await self._end(db, call, token, "failed", None, f"it did not happen: {call.error}", False)
+
     async def _judge(self, db: Database, call: Call) -> dict[str, Any] | None:
         """What policy= and when= say of a call, as begin_action() takes it."""
         action = self.action
@@ -156,7 +176,7 @@ class Sender:
             args = action.model.model_validate(call.args)
         except ValidationError as error:                               # written by psql, or by a release before
             return {"verdict": "refuse", "by": "arguments", "why": "; ".join(reasons(error))}
-        if has_secret(orjson.dumps(call.args).decode()):
+        if has_secret(orjson.dumps([call.args, call.idempotency_key]).decode()):
             return {"verdict": "refuse", "by": "secret", "why": "a secret of this app is among its arguments"}
         if action.policy is not None and not isinstance(action.policy, str):
             if call.cause is not None and not call.taint and not call.taint_known:

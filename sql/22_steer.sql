@@ -16,7 +16,7 @@ end $$;
 
 -- cancel(job) -> whether it was still waiting. A job that is being worked or done is not touched.
 create or replace function cancel(p_job bigint) returns boolean language plpgsql volatile set search_path from current as $$
-declare v job; v_now timestamptz := now();
+declare v job; v_now timestamptz := now(); v_key jsonb;
 begin
   delete from job where id = p_job and handler_id <> 0 returning * into v;
   if v.id is null then
@@ -29,7 +29,25 @@ begin
   insert into receipt (id, slot, at, handler_id, n, change_ids, los, his, causes, ids, keys, depth, trace, tenant)   -- of nothing done
   values (nextval('change_seq'), slot(v_now), v_now, abs(v.handler_id), 0, array[v.change_id], array[v.lo], array[v.hi], array[v.cause], v.ids, v.keys, v.depth, v.trace, v.tenant);
   perform end_turn(v.handler_id, p_job) where is_ordered(v.handler_id);
+  for v_key in select coalesce(case when v.ids is not null then to_jsonb(array[v.ids[o - v.lo + 1]]) end, v.keys -> (o - v.lo), change_key(c, o))
+                 from generate_series(v.lo, v.hi) o left join change c on c.id = v.change_id where o <> all (coalesce(v.settled, '{}')) loop
+    perform note_death(abs(v.handler_id), v_key, 'its job was cancelled');
+  end loop;
   return true;
+end $$;
+
+-- put_again(handler, key, op, cause, depth, trace, tenant) -> a job for a record, which nobody has written
+create or replace function put_again(p_handler int, p_key jsonb, p_op "char", p_cause bigint, p_depth smallint, p_trace bigint, p_tenant text) returns bigint
+language plpgsql volatile set search_path from current as $$
+declare v_job bigint := nextval('change_seq'); v_change bigint := nextval('change_seq'); v_now timestamptz := now(); v_id boolean;
+begin
+  select w.key_kind = 'id' into v_id from handler h join watched w on w.id = h.table_id where h.id = p_handler;
+  insert into change (id, slot, at, xid, table_id, op, n, ids, keys, cause, depth, trace, tenant)
+  select v_change, slot(v_now), v_now, pg_current_xact_id(), h.table_id, p_op, 1, case when v_id then array[(p_key ->> 0)::bigint] end,
+         case when not v_id then jsonb_build_array(p_key) end, p_cause, p_depth, p_trace, p_tenant from handler h where h.id = p_handler;
+  insert into job (handler_id, id, change_id, at, cause, trace, lo, hi, depth, op, tenant) values (p_handler, v_job, v_change, v_now, p_cause, p_trace, 1, 1, p_depth, p_op, p_tenant);
+  perform ring();
+  return v_job;
 end $$;
 
 -- replay(dead letter) -> its new job. The idempotency key stays what it was.

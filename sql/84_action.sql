@@ -145,13 +145,14 @@ create or replace function allowed(p_value text, p_patterns text[]) returns bool
     from mail_addresses(p_value) list
 $$;
 
--- forbidden(action) -> why its arguments are not allowed by what its app declares, null when they are
-create or replace function forbidden(a action) returns text language sql stable set search_path from current as $$
+drop function if exists forbidden(action);
+-- forbidden(action, rule) -> why its arguments are not allowed by what is declared, null when they are
+create or replace function forbidden(a action, r action_rule) returns text language sql stable set search_path from current as $$
   select format('%s %s is not among what is allowed: %s', k, coalesce(v, 'null'), array_to_string(p, ', '))
-    from action_rule r cross join lateral jsonb_each(r.allow) x (k, list) cross join lateral (
+    from jsonb_each(r.allow) x (k, list) cross join lateral (
       select array(select jsonb_array_elements_text(list))) y (p) cross join lateral (    -- of a list each element counts
       select jsonb_array_elements_text(case when jsonb_typeof(a.args -> k) = 'array' then a.args -> k else jsonb_build_array(a.args -> k) end)) z (v)
-   where r.app = a.app and r.name = a.name and not coalesce(allowed(v, p), false) limit 1
+   where not coalesce(allowed(v, p), false) limit 1
 $$;
 
 -- caps_of(action, rule) -> its caps, in the order in which they are locked, and what the call needs of each
@@ -215,7 +216,7 @@ begin
     v_why := 'app, name, idempotency_key, gate, approve, taint, requested_by, subject, cause, trace and depth of a call stay as they are';
   elsif new.args is distinct from old.args and not (old.state = 'waiting' and new.state = 'ready') then
     v_why := 'its arguments change by an edit in its approval only';
-  elsif new.state = old.state and new.state <> 'sending' and new.token is not distinct from old.token then
+  elsif new.state = old.state and new.token is not distinct from old.token then
     null;
   elsif not (case old.state
       when 'new' then new.state in ('waiting', 'sending', 'captured', 'refused', 'failed')
@@ -238,7 +239,7 @@ begin
                   when new.token is null or new.token = old.token then 'begin_action() makes it'
                   when new.verdict ->> 'verdict' = 'refuse' then 'a policy refuses it'
                   when unapproved(new, v_rule) then 'nobody has approved it with these arguments'
-                  else forbidden(new) end;
+                  else forbidden(new, v_rule) end;
   elsif old.state = 'sending' and new.token is distinct from old.token then
     v_why := 'another sender has it';
   end if;
@@ -273,25 +274,33 @@ end $$;
 
 create or replace trigger action_kept before delete or truncate on action for each statement execute function guard_kept();
 
--- begin_action(action, token, verdict, again) -> what its sender has to do; the intent is committed with it
+-- own_rule(rule, declared) -> the rule as the code of its sender declares it, which nobody changes by SQL; null: a sender of a release before
+create or replace function own_rule(r action_rule, d jsonb) returns action_rule language sql stable set search_path from current as $$
+  select case when r.name is null or d is null then r else jsonb_populate_record(r, d) end
+$$;
+
+drop function if exists begin_action(bigint, bigint, jsonb, bigint);
+-- begin_action(action, token, verdict, again, declared) -> what its sender has to do; the intent is committed with it
 --   send       state is sending, under this token
 --   uncertain  another sender began it and did not come back, and it may have happened: probe, then again = that sender's token, or end_action(unknown)
 --   ask        a person has to approve it, or to again, as a record that it rests on has changed: ask_approval()
 --   stopped    by anton actions stop;  capped: a cap is used up, for `after`
 --   over       nothing to do: `state` says what became of it
 -- verdict: what policy and when= said of these arguments: {"verdict": pass | ask | refuse, "by", "why"}
-create or replace function begin_action(p_action bigint, p_token bigint, p_verdict jsonb default null, p_again bigint default null)
+-- declared: what put_action() gets of the sender's own code. It has to let the call through as well as action_rule, whatever became of that
+create or replace function begin_action(p_action bigint, p_token bigint, p_verdict jsonb default null, p_again bigint default null, p_declared jsonb default null)
 returns table (verdict text, state text, args jsonb, idempotency_key text, attempt int, held bigint, result jsonb, reason text, after interval)
 language plpgsql volatile set search_path from current as $$
 #variable_conflict use_column
-declare a action; r action_rule; c record; v_now timestamptz := now(); v_since timestamptz; v_used numeric; v_had numeric; v_needs numeric; v_counted jsonb := '[]'; v_old boolean;
+declare a action; r action_rule; o action_rule; c record; v_now timestamptz := now(); v_since timestamptz; v_used numeric; v_had numeric; v_needs numeric; v_counted jsonb := '[]'; v_ask boolean; v_old boolean;
 begin
   select * into a from action where id = p_action for update;
   select * into r from action_rule x where x.app = a.app and x.name = a.name and x.missing_at is null;
+  o := own_rule(r, p_declared);
   verdict := 'over'; state := a.state; args := a.args; idempotency_key := a.idempotency_key; attempt := a.attempt; held := a.token; result := a.result; reason := a.error;
   if a.id is null or a.state not in ('new', 'ready', 'retrying', 'failed', 'sending') then
     return next; return;
-  elsif a.state = 'sending' and r.effect is distinct from 'idempotent' and p_again is distinct from a.token then
+  elsif a.state = 'sending' and (r.effect, o.effect) is distinct from ('idempotent', 'idempotent') and p_again is distinct from a.token then
     verdict := 'uncertain';
     return next; return;
   elsif setting('actions') = 'stopped' then
@@ -302,13 +311,18 @@ begin
     a.taint := taint_of(a.cause);
   end if;
   p_verdict := policy_says(a, r, p_verdict);
+  if o.policy_sql is distinct from r.policy_sql then
+    p_verdict := policy_says(a, o, p_verdict);
+  end if;
   if p_verdict is not null then
     a.verdict := p_verdict || jsonb_build_object('args_sha256', args_hash(a.args));
   end if;
   reason := case when r.name is null then 'its app does not declare it (any more)'
-                 when a.verdict ->> 'verdict' = 'refuse' then coalesce(a.verdict ->> 'why', 'a policy refuses it') else coalesce(forbidden(a), beyond(a, r)) end;
+                 when a.verdict ->> 'verdict' = 'refuse' then coalesce(a.verdict ->> 'why', 'a policy refuses it')
+                 else coalesce(forbidden(a, r), case when o.allow <> r.allow then forbidden(a, o) end, beyond(a, r), case when o.caps <> r.caps then beyond(a, o) end) end;
   v_old := outdated(a);
-  if a.state = 'sending' and (reason is not null or unapproved(a, r) or v_old) then  -- begun, and held back since: it may have happened
+  v_ask := unapproved(a, r) or unapproved(a, o) or asked_less(a, o);
+  if a.state = 'sending' and (reason is not null or v_ask or v_old) then  -- begun, and held back since: it may have happened
     verdict := 'uncertain'; reason := coalesce(reason, a.verdict ->> 'why', case when v_old then 'a record it rests on has changed since it was approved' else 'nobody has approved it' end);
     return next; return;
   end if;
@@ -317,7 +331,7 @@ begin
     update action set state = case when a.state in ('new', 'ready', 'retrying') then 'refused' else 'failed' end, error = reason, verdict = a.verdict, taint = a.taint where id = a.id;
     state := case when a.state in ('new', 'ready', 'retrying') then 'refused' else 'failed' end;
     return next; return;
-  elsif unapproved(a, r) or v_old then
+  elsif v_ask or v_old then
     perform mark_action(a.id);
     update action set verdict = a.verdict, taint = a.taint where id = a.id;
     verdict := 'ask'; reason := a.verdict ->> 'why';
@@ -325,7 +339,8 @@ begin
   end if;
   a.in_doubt := p_again is distinct from a.token and (a.in_doubt or a.state = 'sending');
   perform set_config('anton.rule', 'on', true);
-  for c in select * from caps_of(a, r) loop                -- counted once in a period, however often it is tried; an edit makes it more or less
+  for c in select min(x.amount) as amount, x."of", x.period, x.needs from (select * from caps_of(a, r) union all select * from caps_of(a, o)) x
+            group by 2, 3, 4 order by 2, 3 loop  -- counted once in a period, however often it is tried; an edit makes it more or less
     v_since := period_start(c.period, v_now);
     insert into action_used (app, name, "of", period, since) values (a.app, a.name, c."of", c.period, v_since) on conflict do nothing;
     select amount into v_used from action_used u
@@ -379,12 +394,13 @@ begin
   return true;
 end $$;
 
--- note_death(handler, key, error): the job of a call is a dead letter. What was begun, or is in doubt, is unknown; what was not, failed. Of a handler
--- that is no sender nothing
+-- note_death(handler, key, error): a call has no job any more: it is a dead letter, or was cancelled. What was begun, or is in doubt, is unknown; what
+-- was not, failed. Where the action has a probe, its sender gets one more job to ask it first: sending with an error is what begins nothing any more. Of
+-- a handler that is no sender nothing
 create or replace function note_death(p_handler int, p_key jsonb, p_error text) returns void language plpgsql volatile set search_path from current
 set jit = off set enable_seqscan = off as $$
 declare
-  r action_rule; a action; v_doubt boolean;
+  r action_rule; a action; v_doubt boolean; v_look boolean;
   v_context text := coalesce(current_setting('anton.context', true), ''); v_tenant text := coalesce(current_setting('anton.tenant', true), '');
 begin
   select x.* into r from handler h join action_rule x on x.app = h.app and x.handler = h.name where h.id = p_handler;
@@ -396,12 +412,17 @@ begin
     return;
   end if;
   v_doubt := a.state = 'sending' or a.in_doubt;
+  v_look := a.state = 'sending' and a.error is null and r.probe and r.missing_at is null;
   if a.cause is not null then                              -- what listens to calls goes on with the chain
     perform enter(a.cause, a.depth, a.trace, null);
   end if;
   perform mark_action(a.id);
-  update action set state = case when v_doubt then 'unknown' else 'failed' end, in_doubt = v_doubt,
-         error = case when v_doubt then 'an attempt did not end, and whether it happened is not known: ' else '' end || p_error where id = a.id;
+  update action set state = case when v_look then 'sending' when v_doubt then 'unknown' else 'failed' end, in_doubt = v_doubt,
+         error = case when v_doubt and not v_look then 'an attempt did not end, and whether it happened is not known: ' else '' end || p_error
+   where id = a.id;
+  if v_look then
+    perform put_again(p_handler, p_key, 'u', a.cause, a.depth::smallint, a.trace, nullif(v_tenant, ''));
+  end if;
   perform set_config('anton.context', v_context, true), set_config('anton.tenant', v_tenant, true);
 end $$;
 
@@ -427,7 +448,7 @@ begin
   p_verdict := policy_says(a, r, p_verdict);
   a.verdict := coalesce(p_verdict || jsonb_build_object('args_sha256', args_hash(a.args)), a.verdict);
   v_why := case when r.name is null then 'its app does not declare it (any more)'
-                when a.verdict ->> 'verdict' = 'refuse' then coalesce(a.verdict ->> 'why', 'a policy refuses it') else coalesce(forbidden(a), beyond(a, r)) end;
+                when a.verdict ->> 'verdict' = 'refuse' then coalesce(a.verdict ->> 'why', 'a policy refuses it') else coalesce(forbidden(a, r), beyond(a, r)) end;
   perform mark_action(a.id);
   update action set state = case when v_why is null then a.state else 'refused' end, error = coalesce(v_why, error), verdict = a.verdict, taint = a.taint where id = a.id;
   return case when v_why is not null then 'refused' when unapproved(a, r) or outdated(a) then 'ask' else 'capture' end;

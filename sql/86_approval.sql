@@ -437,6 +437,22 @@ create or replace function loosened(p approval, r action_rule, c action) returns
    where d is not null
 $$;
 
+-- asked_less(action, rule) -> whether it needs an approval, and the one that it has asked less than the rule says
+create or replace function asked_less(a action, r action_rule) returns boolean language plpgsql stable set search_path from current as $$
+declare p approval; v_rule action_rule; v_bare action := a;
+begin
+  v_bare.approval_id := null;
+  if a.approval_id is null or not unapproved(v_bare, r) then
+    return false;
+  end if;
+  if r.approval <> '{}' then
+    v_rule := r;
+  end if;
+  select * into p from approval x where x.id = a.approval_id and x.action_id = a.id and x.state = 'approved';
+  return loosened(p, v_rule, a) is not null
+      or coalesce(p.decided_via = 'timeout' and p.expires_at - p.at < (coalesce(nullif(r.approval, '{}'), a.approve) ->> 'timeout')::interval, false);
+end $$;
+
 -- noted(approval, kind) -> whether this transaction has noted that of it, as its arguments and who decided it are
 create or replace function noted(a approval, p_kind text) returns boolean language sql stable set search_path from current as $$
   select exists (select from approval_event e where e.approval_id = a.id and e.kind = p_kind and e.xid = pg_current_xact_id_if_assigned() and e.args_sha256 = a.args_sha256
@@ -557,6 +573,9 @@ begin
 end $$;
 
 create or replace trigger event_guard before update or delete or truncate on approval_event for each statement execute function guard_event();
+do $$ begin                                                      -- nor is a right to change them granted to anybody, their owner included
+  execute format('revoke update, delete, truncate on approval_event from public, %s', (select relowner::regrole from pg_class where oid = 'approval_event'::regclass));
+end $$;
 create or replace trigger approval_kept before truncate on approval for each statement execute function guard_event();
 
 -- list_approvals(state or null, limit) -> approvals, newest first

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from datetime import timedelta
 from decimal import Decimal
 from typing import Any
 
+import asyncpg
+import psycopg
 import pytest
 
 from anton import Approval, Table, action, sender
+from anton import sql as read
 from anton.app import declaring
-from anton.errors import AntonError, BadOption, DecisionRefused, Discard, InvalidRecord
+from anton.errors import AntonError, BadOption, DecisionRefused, Discard, InvalidRecord, QueryError
 
 
 @pytest.fixture
@@ -75,6 +79,40 @@ def test_an_edit_is_checked_by_the_actions_types_and_is_what_is_sent(live, sent)
     assert sent == [(7, 3)]
     (row,) = sql(live, "select before ->> 'amount' as before, after ->> 'amount' as after from anton.approval")
     assert tuple(row) == ("5", "3")
+
+
+def test_rejections_and_edits_are_records_and_nothing_before_the_gate_runs_again(live, sent):
+    refund, ran = declare(live, sent, Approval("@finance", editable=["amount"])), []
+    with declaring(live.app):
+        heard = Table("heard")
+
+        @refund.calls.on_updated_records(where="state = 'rejected'", each=True)
+        def rejected(call: Any) -> None:
+            heard.append({"order": call.order_id, "why": call.error})
+
+        @refund.calls.on_updated_records(where="new.args <> old.args", each=True)
+        def edited(call: Any) -> None:
+            heard.append({"order": call.order_id, "amount": call.amount})
+
+        @live.app.tables["complaints"].on_new_records(each=True)
+        def count(complaint: Any) -> None:
+            ran.append(complaint["order"])
+
+    live.migrate()
+    for order in range(3):
+        live.tables["complaints"].append({"order": order, "total": 5})
+        live.run()
+    for table in ("job", "lease", "delayed"):
+        assert sql(live, f"select id from anton.{table} where handler_id <> 0") == []
+    no, edit, yes = live.approvals                                     # they wait, and hold nothing
+    no.reject(by="ann", why="no receipt")
+    edit.approve(by="ann", edit={"amount": 3})
+    yes.approve(by="bob")
+    live.run()
+    live.advance("25h")
+    assert sorted(sent) == [(1, 3), (2, 5)] and sorted(ran) == [0, 1, 2]
+    told = [{**row["data"]} for row in sql(live, "select data from heard order by data ->> 'order'")]
+    assert told == [{"order": 0, "why": "no receipt"}, {"order": 1, "amount": "3"}]
 
 
 def test_what_is_rejected_is_never_sent(live, sent):
@@ -475,6 +513,135 @@ def test_a_sender_asks_whom_its_code_says_whatever_was_made_of_the_rule(live, se
     assert sent == [(0, 5)]
 
 
+WEAKENED = [
+    ({"policy": "'refuse: no'"}, {"policy_sql": "'send'"}, "refused"),
+    ({"policy": "'refuse: no'"}, {"policy": False, "policy_sql": None}, "refused"),
+    ({"approve": Approval("@finance"), "policy": "'send'"}, {"gate": "open", "approval": {}}, "waiting"),
+    ({"approve": Approval("@finance", when=lambda call: False), "policy": "'ask: who?'"},
+     {"gate": "open", "approval": {}, "policy_sql": "'send'"}, "waiting"),
+    ({"allow": {"order_id": ["8"]}}, {"allow": {}}, "refused"),
+    ({"allow": {"order_id": ["8"]}}, {"allow": {"order_id": ["*"]}}, "refused"),
+    ({"cap": "4 amount/day"}, {"caps": []}, "new"),
+    ({"cap": "4 amount/day"}, {"caps": [{"amount": "900", "of": "amount", "period": "day"}]}, "new")]
+
+
+@pytest.mark.parametrize("options, by_hand, state", WEAKENED)
+def test_what_the_senders_code_declares_holds_whatever_put_action_is_told(options, by_hand, state, live, sent):
+    options = dict(options)
+    refund = declare(live, sent, options.pop("approve", None), **options)
+    sql(live, "select anton.put_action(to_jsonb(r) || $1) from anton.action_rule r", by_hand)
+    refund.send(7, 5)
+    live.run()
+    live.advance("1h")
+    assert sent == [] and [call.state for call in live.calls] == [state]
+
+
+def test_an_unsafe_call_is_not_sent_again_whatever_put_action_says_of_its_effect(live, sent):
+    refund = declare(live, sent, None)
+    refund.send(7, 5)
+    sql(live, "select anton.begin_action(id, 5) from anton.action")                    # its sender was killed
+    sql(live, "select anton.put_action(to_jsonb(r) || '{\"effect\": \"idempotent\"}') from anton.action_rule r")
+    live.run()
+    assert sent == [] and [call.state for call in live.calls] == ["unknown"]
+
+
+BY_EVE = """
+do $$
+declare v_rule jsonb; v_was jsonb;
+begin
+  select to_jsonb(r), r.approval into v_rule, v_was from anton.action_rule r;
+  perform anton.put_action(v_rule || jsonb_build_object('approval', v_was || '{given}'));
+  perform anton.put_person('eve', null, null, '{{finance}}');
+  perform anton.ask_approval(id, v_was || '{given}') from anton.action;
+  {decided}
+  perform anton.put_action(v_rule);
+end $$"""
+DECIDED = "perform anton.decide(id, 'eve', 'approve', 'psql', args_sha256) from anton.approval;"
+TIMED = "perform anton.expire_approval(id) from anton.approval;"
+
+
+@pytest.mark.parametrize("declared, given, decided", [
+    (Approval("@finance"), '{"approvers": ["eve"]}', DECIDED),
+    (Approval("@finance", quorum=2), '{"quorum": 1}', DECIDED),
+    (Approval("@finance"), '{"timeout": "0 s", "on_timeout": "approve"}', TIMED),
+    (Approval("@finance", on_timeout="approve"), '{"timeout": "0 s"}', TIMED)])
+def test_an_approval_counts_where_it_asked_no_less_than_the_senders_code_declares(declared, given, decided, live, sent):
+    declare(live, sent, declared).send(7, 5)
+    sql(live, BY_EVE.format(given=given, decided=decided))
+    assert [call.state for call in live.calls] == ["ready"]            # as far as the database knows
+    live.run()
+    assert sent == [] and [call.state for call in live.calls] == ["waiting"]
+    (again,) = live.approvals
+    assert again.approvers == declared.who
+    for person in ("ann", "bob")[:declared.quorum]:
+        again.approve(by=person)
+    live.run()
+    assert sent == [(7, 5)]
+
+
+# Who may do what by SQL
+
+
+def forged(approval: int, sha256: str) -> list[str]:
+    """What a model would run that may run SQL: each makes it somebody, decides, or changes what is asked."""
+    return [
+        f"select anton.decide({approval}, 'ann', 'approve', 'psql', '{sha256}')",
+        f"select * from anton.decide_by_link('{sha256}', 'approve', 'psql') d",
+        "select anton.put_person('eve', null, null, '{finance}')", "select anton.put_person('ann', 'eve@evil.example')",
+        f"select anton.make_link('ann', '{sha256}', '1 hour', {approval})",
+        f"select anton.open_session('{sha256}', '{sha256}', '1 hour')",
+        f"select anton.note_event({approval}, 'voted', 'ann', 'psql', '{sha256}')",
+        f"with x as (select anton.decide({approval}, 'ann', 'approve', 'psql', '{sha256}')) select * from x",
+        "select anton.put_action(to_jsonb(r) || '{\"gate\": \"open\"}') from anton.action_rule r",
+        "select set_config('anton.rule', 'on', false), anton.put_action(to_jsonb(r)) from anton.action_rule r",
+        "select set_config('transaction_read_only', 'off', true), anton.put_person('eve')",
+        "select anton.start_actions()", f"select anton.expire_approval({approval})",
+        "select 'eve' as name into anton.someone", "values (anton.put_person('eve'))"]
+
+
+def kept(app: Any) -> list[Any]:
+    return [sql(app, f"select to_jsonb(x) as row from anton.{table} x order by 1") for table in (
+        "person", "link", "session", "approval", "approval_event", "action", "action_rule")]
+
+
+def test_sql_reads_whatever_the_select_calls(live, sent):
+    asked(live, sent)
+    sql(live, "select anton.put_person('ann', null, null, '{finance}')")
+    (row,), before = sql(live, "select id, args_sha256 from anton.approval"), kept(live)
+    for text in forged(row["id"], row["args_sha256"]):
+        with pytest.raises((QueryError, asyncpg.ActiveSQLTransactionError),
+                           match="read-only transaction|read-write mode must be set|sql\\(\\) reads"):
+            list(read(re.sub(r"\{(\w+)\}", r"{{\1}}", text)))
+    was = read("select current_user::text as role, current_setting('search_path') as path")
+    (own,) = was
+    list(read("select set_config('role', 'anton_owner', false), set_config('search_path', 'anton', false)"))
+    assert [dict(row) for row in was] == [dict(own)]                   # the connection is as it was
+    assert kept(live) == before and list(read("select count(*) as n from anton.person"))[0]["n"] == 1
+    live.run()
+    assert sent == []
+
+
+def test_a_role_that_only_writes_to_the_apps_tables_decides_nothing_and_is_nobody(live, sent, server):
+    asked(live, sent)
+    sql(live, "select anton.put_person('ann', null, null, '{finance}')")
+    (row,), before = sql(live, "select id, args_sha256 from anton.approval"), kept(live)
+    server.sql("drop role if exists scribe", "create role scribe login")
+    try:
+        sql(live, "grant select, insert, update, delete on all tables in schema public to scribe")
+        with psycopg.connect(re.sub(r"//postgres(:[^@/]*)?@", "//scribe@", live.db.dsn), autocommit=True) as conn:
+            texts = [f"insert into anton.{one} select * from anton.{one}" for one in ("person", "session", "link")]
+            for text in [*forged(row["id"], row["args_sha256"]), *texts, "set role anton_owner"]:
+                with pytest.raises(psycopg.errors.InsufficientPrivilege):
+                    conn.execute(text)
+            conn.execute("insert into complaints (data) values ('{\"order\": 8, \"total\": 5}')")
+    finally:
+        sql(live, "drop owned by scribe")
+        server.sql("drop role scribe")
+    assert kept(live) == before
+    live.run()
+    assert sent == [] and [call.state for call in live.calls] == ["waiting"] * 2
+
+
 UNDECIDED = [
     ("state = 'rejected', decided_by = 'ann', decided_via = 'psql'", "becomes rejected with its event"),
     ("state = 'superseded'", "becomes superseded with its event"),
@@ -625,6 +792,13 @@ def test_what_happened_to_approvals_stays(statement, live, sent):
     with pytest.raises(Exception, match="append-only"):
         sql(live, statement)
     assert [row["kind"] for row in sql(live, "select kind from anton.approval_event")] == ["asked"]
+
+
+def test_nobody_has_a_right_to_change_what_happened_to_approvals(live):
+    granted = sql(live, "select relowner::regrole::text, has_table_privilege(relowner, oid, 'insert') as adds, "
+                        "has_table_privilege(relowner, oid, 'update, delete, truncate') as changes "
+                        "from pg_class where oid = 'anton.approval_event'::regclass")
+    assert [tuple(row) for row in granted] == [("anton_owner", True, False)]
 
 
 FORGED = [

@@ -405,6 +405,88 @@ def test_a_call_whose_job_died_is_unknown_where_it_was_begun_and_else_failed(eff
     assert states(live) == ["sent"] and len(peer.got) == 1
 
 
+@pytest.mark.parametrize("answer, state", [
+    ({"number": 1}, "sent"), (False, "failed"), (None, "unknown"), (ValueError("what?"), "unknown"),
+    (WorldError("away"), "unknown")])
+def test_of_a_call_whose_last_attempt_died_its_probe_is_asked_before_it_is_unknown(answer, state, live, peer):
+    asked, told = [], []
+
+    def probe(call: Any) -> Any:
+        asked.append(call.order_id)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    refund = declare(live, peer, probe=probe, attempts=2)
+    with declaring(live.app):
+        @refund.calls.on_updated_records(each=True)
+        def tell(call: Any) -> None:
+            told.append(call.state)
+
+    live.migrate()
+    refund.send(7, 5)
+    sql(live, DEATH.format(begun="perform anton.begin_action(min(id), 9) from anton.action;"))
+    assert states(live) == ["sending"]
+    live.run()
+    live.advance("1h")
+    assert states(live) == [state] and peer.got == [] and "unknown" not in told[:-1]
+    assert len(asked) == (2 if isinstance(answer, WorldError) else 1)  # by the attempts, then there is an end to it
+    assert len(live.records("refunds")) == (state == "sent")
+
+
+def test_a_call_whose_probe_died_too_is_unknown(live, peer):
+    declare(live, peer, probe=lambda call: False).send(7, 5)
+    sql(live, DEATH.format(begun="perform anton.begin_action(min(id), 9) from anton.action;"))
+    sql(live, DEATH.format(begun=""))
+    live.run()
+    assert states(live) == ["unknown"] and peer.got == []
+
+
+@pytest.mark.parametrize("answer, state", [({"number": 1}, "sent"), (False, "failed"), (None, "unknown")])
+@pytest.mark.parametrize("last", [RuntimeError("broke"), Retry("later"), Discard("no")])
+def test_an_idempotent_call_that_is_tried_no_more_is_what_its_probe_says(last, answer, state, live, peer):
+    refund = declare(live, peer, effect="idempotent", attempts=2, probe=lambda call: answer)
+    peer.raises = [RuntimeError("broke"), last]
+    refund.send(7, 5)
+    live.run()
+    live.advance("1h")
+    assert states(live) == [state] and peer.got == [] and not peer.raises
+
+
+@pytest.mark.parametrize("begun, state", [(False, "failed"), (True, "unknown")])
+def test_a_call_whose_job_is_cancelled_ends_and_can_be_sent_again(begun, state, live, peer):
+    refund = declare(live, peer)
+    with transaction():
+        for order in range(3):
+            refund.send(order, 5)
+    if begun:
+        sql(live, "select anton.begin_action(id, id) from anton.action")
+    assert [row[0] for row in sql(live, "select anton.cancel(id) from anton.job")] == [True]
+    assert states(live) == [state] * 3 and all(call.error.endswith("its job was cancelled") for call in live.calls)
+    live.run()
+    assert peer.got == []
+    call_sql(live, "retry_action", 2)
+    live.run()
+    assert sorted(states(live)) == sorted([state, "sent", state]) and [order for order, _, _ in peer.got] == [1]
+
+
+def test_a_call_that_is_cancelled_while_it_waits_to_be_tried_again_is_failed(live, peer):
+    declare(live, peer).send(7, 5)
+    peer.raises = [Retry("later")]
+    live.run()
+    assert states(live) == ["retrying"]
+    assert sql(live, "select anton.cancel(id) from anton.delayed")[0][0]
+    live.advance("1h")
+    assert states(live) == ["failed"] and peer.got == []
+
+
+def test_a_process_that_captures_says_of_what_another_began_that_nobody_knows(app, peer):
+    declare(app, peer).send(7, 5)
+    sql(app, "select anton.begin_action(id, 5) from anton.action")
+    app.run()
+    assert states(app) == ["unknown"] and peer.got == []
+
+
 def test_a_captured_call_whose_dead_letter_is_replayed_is_captured(app, peer):
     refund = declare(app, peer)
     refund.send(7, 5)
