@@ -258,9 +258,9 @@ class Permits:
         valid = self.valid(now)
         mine = [n for n, holder in valid.items() if holder == worker]
         free = [n for n in range(1, self.most + 1) if n not in valid]
-        new = [n for n in free if n not in locked][: min(len(free) - (spare and bool(free)), max(0, wanted - len(mine)))]
-        back = mine[wanted:]
-        return {**{n: (worker, now + lease) for n in mine[:wanted] + new}, **dict.fromkeys(back)}
+        most = min(len(free) - (spare and bool(free)), max(0, wanted - len(mine)))
+        new, back = [n for n in free if n not in locked][:most], mine[wanted:]
+        return {**dict.fromkeys(mine[:wanted] + new, (worker, now + lease)), **dict.fromkeys(back)}
 
     def change(self, changes: dict[int, tuple[int, float] | None]) -> None:
         """They are committed."""
@@ -272,7 +272,7 @@ class Permits:
     def keep(self, worker: int, now: float, lease: float) -> int:
         """What a worker holds lasts longer; what ran out is not revived. How many these are."""
         mine = [n for n, holder in self.valid(now).items() if holder == worker]
-        self.held |= {n: (worker, now + lease) for n in mine}
+        self.held |= dict.fromkeys(mine, (worker, now + lease))
         return len(mine)
 
     def died(self, worker: int) -> None:

@@ -21,7 +21,6 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-
 from pg import Pg
 from servers import Server
 
@@ -410,7 +409,9 @@ class Base(RuleBasedStateMachine):
             assert self.sql("select anton.replay('h')") == len(rows)
         found = [
             row[0]
-            for row in self.look.execute("select change_id from anton.job where handler_id > 0 order by change_id").fetchall()
+            for row in self.look.execute(
+                "select change_id from anton.job where handler_id > 0 order by change_id"
+            ).fetchall()
             if row[0] not in before
         ]
         for _, change, ordinal in rows:

@@ -19,7 +19,7 @@ import psycopg
 import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule, run_state_machine_as_test
-from machine import BUG, SETTINGS, TENANTS, WORKERS, WRITERS, Base, Blocked, Tx, opened
+from machine import BUG, SETTINGS, TENANTS, WORKERS, Base, Blocked, Tx, opened
 from servers import Server
 
 from chaos.bugs import BUGS, JOB, Bug
@@ -387,7 +387,13 @@ WRONG = (  # (what the SQL does wrong, where, as shipped, as it is then, what th
         "case when p_tenant <> '' then set_config('anton.tenant', p_tenant, false) end",
         "I13: an output of another tenant",
     ),
-    ("two tenants acked as one", JOB, " or min(coalesce(tenant, '')) <> max(coalesce(tenant, ''))", "", "DID NOT RAISE"),
+    (
+        "two tenants acked as one",
+        JOB,
+        " or min(coalesce(tenant, '')) <> max(coalesce(tenant, ''))",
+        "",
+        "DID NOT RAISE",
+    ),
     ("a let_go that does nothing", JOB, "if v_set = 0 or v_set > v_ms then", "if false then", "let_go: idle for"),
     (
         "a let_go that lengthens what is shorter",
@@ -403,7 +409,13 @@ WRONG = (  # (what the SQL does wrong, where, as shipped, as it is then, what th
         "greatest(2, 60 + extract(epoch from p_until - now()))",
         "let_go: idle for",
     ),
-    ("an ack that stays", JOB, "perform let_go(v_until);\n  insert into receipt", "insert into receipt", "let_go: idle for"),
+    (
+        "an ack that stays",
+        JOB,
+        "perform let_go(v_until);\n  insert into receipt",
+        "insert into receipt",
+        "let_go: idle for",
+    ),
     (
         "a claim that begins with the same tenant each time",
         TENANT,
