@@ -9,6 +9,7 @@ none before; and the last state of each row is seen.
 from __future__ import annotations
 
 import re
+import sys
 import traceback
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -50,9 +51,10 @@ class Flow(Machine):
 
     def teardown(self) -> None:
         super().teardown()
-        self.move(12_000)
-        self.poll()
-        assert not self.rest.changed and self.seen == self.notes(), "the last state of a note is not seen"
+        if sys.exc_info()[0] is None:
+            self.move(12_000)
+            self.poll()
+            assert not self.rest.changed and self.seen == self.notes(), "the last state of a note is not seen"
 
     # Permits
 
