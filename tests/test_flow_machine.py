@@ -224,7 +224,11 @@ COUNTED = """    update permit set worker_id = p_worker, lease_until = v_now + p
         order by q.n limit least(v_free, p_wanted - v_held)));"""
 NOT_SO = "the queue is not as the model has it|another handler is ready than in the model"
 WRONG = (  # (what is wrong, how, what the machine has to say)
-    ("permits counted, then claimed", ((PERMIT, SHIPPED, COUNTED),), f"permits are held, of {LIMIT}"),
+    (
+        "permits counted, then claimed",
+        ((PERMIT, SHIPPED, COUNTED),),
+        f"permits are held, of {LIMIT}|permits: held by others than in the model",
+    ),
     (
         "permits of the dead that are not freed",
         ((DEATH, "  update permit set worker_id = null, lease_until = '-infinity' where worker_id = p_worker;\n", ""),),
