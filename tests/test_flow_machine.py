@@ -33,9 +33,10 @@ WANTED = st.integers(0, LIMIT + 1)
 
 
 class Flow(Machine):
-    """And these rules."""
+    """And these rules, without those of Machine that have nothing to do with them."""
 
     resting = 0  # the handler of notes
+    acks_of_two_tenants = beats = cancels_late = dead_letters = freezes = truncate = waits = zombie = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -114,9 +115,12 @@ class Flow(Machine):
             self.permits.change(change)
 
     @precondition(lambda self: self.told)
-    @rule(worker=SOME)
-    def keeps(self, worker: int) -> None:
-        """The heartbeat."""
+    @rule(data=st.data(), late=st.booleans())
+    def keeps(self, data: Any, late: bool) -> None:
+        """The heartbeat; late: when they have run out."""
+        worker = data.draw(st.sampled_from(sorted(self.told)))
+        if late:
+            self.move(12_000)
         rows = dict(self.look.execute(
             "select * from anton.keep_permits(%s, make_interval(secs => %s))", (worker + 1, LONGER)).fetchall())
         kept = rows.get(self.handler, 0)
@@ -150,9 +154,14 @@ class Flow(Machine):
     # Delay and debounce
 
     @precondition(lambda self: len(self.open) < 2)
-    @rule(n=st.integers(1, 7), tenant=st.sampled_from(TENANTS))
-    def append_later(self, n: int, tenant: str | None) -> None:
+    @rule(n=st.integers(1, 7), tenant=st.sampled_from(TENANTS), passes=st.sampled_from([None, 0, 1000, 3700]))
+    def append_later(self, n: int, tenant: str | None, passes: int | None) -> None:
+        """Left open; or committed, and looked for when so much time has passed."""
         self.append(n, tenant, "insert", later=True)
+        if passes is not None:
+            self.end(next(reversed(self.open)), True)
+            self.move(passes)
+            self.poll()
 
     def touch(self, writer: int, n: int) -> None:
         """A writer changes notes, each writer its own."""
