@@ -28,7 +28,10 @@ FIXED = {
 TRIALS = 3  # of each bug
 WORKER = ("ack", "everywhere", "handler", "lanes", "settle", "timeout", "worker")
 TESTS: list[tuple[list[str], dict[str, str]]] = [
-    (["tests/test_state_machine.py", "-o", "faulthandler_timeout=900"], {"ANTON_EXAMPLES": "300", "ANTON_STEPS": "60"}),
+    (
+        ["tests/test_state_machine.py", "tests/test_flow_machine.py", "-o", "faulthandler_timeout=900"],
+        {"ANTON_EXAMPLES": "300", "ANTON_STEPS": "60"},
+    ),
     ([f"tests/test_{name}.py" for name in WORKER], {"ANTON_TEST_POOLED": "1"}),
 ]
 

@@ -10,7 +10,6 @@ import bisect
 import itertools
 import signal
 import time
-from collections import Counter
 from collections.abc import Hashable, Iterable
 from typing import Any
 
@@ -18,7 +17,8 @@ from anton.permits import LONGER
 from chaos.cell import Cell
 from chaos.faults import PATIENCE, WORKERS, Result, fault
 
-MOST = {"hold": 3, "alone": 1, "inorder": 1}  # of the app; alone, inorder: of each kind
+Call = tuple[float, float]
+Calls = dict[tuple[str, Hashable], list[Call]]  # by handler and key
 KINDS = "abcdef"
 RATE, WINDOW = 100, 5.0  # of the app's pace
 FELT = 0.25  # seconds that a start may be noted after it was made, on a busy machine
@@ -27,13 +27,28 @@ OFFERED, FIRST = 15, 100  # records for pace in a second, and at once: more than
 
 @fault("F1", "SIGKILL of workers in handlers with a limit, for all or for each key, or a rate, over all processes")
 def limited(cell: Cell, n: int) -> Result:
-    """No more run at a time than the limit, or begin than the rate, none out of its order, the dead hold no permits,
-    and all is worked."""
-    result, ids, died, kept, paced = Result(), itertools.count(1), dict[int, float](), 0, 0
+    """Every kind of limit holds, the dead hold no permits, and all is worked."""
+    result = Result()
     cell.start(WORKERS)
+    died = _killed(cell, n)
+    kept = _held_by_the_dead(cell)
+    took = cell.drain(PATIENCE)
+    cell.look()
+    result.n, result.verdict = len(died), cell.check()
+    result.verdict.require(took is not None, f"not drained, and nothing acked for {PATIENCE:g} s")
+    result.verdict.require(kept == 0, f"{kept} permits are held by the dead")
+    found = calls(cell.events, died)
+    for kind in (_limit_for_all, _limit_for_each_key, _order_of_each_key, _rate):
+        kind(result, cell.events, found)
+    result.more["drain_s"] = took
+    return result
+
+
+def _killed(cell: Cell, n: int) -> dict[int, float]:
+    """Offers records to all of these handlers while n workers are killed, each inside of a call: who, and when."""
+    ids, paced, died = itertools.count(1), 0, dict[int, float]()
     began = time.monotonic()
-    end = began + 60 + 10 * n
-    while len(died) < n and time.monotonic() < end:
+    while len(died) < n and time.monotonic() < began + 60 + 10 * n:
         for kind in KINDS:
             cell.add("gated", [next(ids) for _ in range(2)], kind)
         due = FIRST + int(OFFERED * (time.monotonic() - began))
@@ -47,22 +62,33 @@ def limited(cell: Cell, n: int) -> Result:
             died[pid] = time.time()
             cell.signal(pid, signal.SIGKILL)
         time.sleep(cell.random.uniform(0.05, 0.4))
-    kept = _held_by_the_dead(cell)
-    took = cell.drain(PATIENCE)
-    cell.look()
-    result.n, result.verdict = len(died), cell.check()
-    result.verdict.require(took is not None, f"not drained, and nothing acked for {PATIENCE:g} s")
-    most = Counter[str]()
-    for (handler, key), found in calls(cell.events, died).items():
-        most[handler] = max(most[handler], overlap(found))
-        result.verdict.require(most[handler] <= MOST[handler], f"{handler} ran {most[handler]} times at once ({key})")
-    late = overtaken(cell.events)
+    return died
+
+
+def _limit_for_all(result: Result, events: list[dict[str, Any]], found: Calls) -> None:
+    """hold, concurrency=3: no more calls at a time over all processes."""
+    most = result.more["most_of_all"] = at_once(found, "hold")
+    result.verdict.require(most <= 3, f"hold ran {most} times at once")
+
+
+def _limit_for_each_key(result: Result, events: list[dict[str, Any]], found: Calls) -> None:
+    """alone, concurrency=1, per="kind": no more calls of a kind at a time."""
+    most = result.more["most_of_a_key"] = at_once(found, "alone")
+    result.verdict.require(most <= 1, f"alone ran {most} times at once")
+
+
+def _order_of_each_key(result: Result, events: list[dict[str, Any]], found: Calls) -> None:
+    """inorder, ordered=True, per="kind": one call of a kind at a time, and none after that of a later record."""
+    most, late = at_once(found, "inorder"), overtaken(events)
+    result.verdict.require(most <= 1, f"inorder ran {most} times at once")
     result.verdict.require(not late, f"inorder ran {late} records after a later one of their key")
-    most_begun = within([event["at"] for event in cell.events if event["what"] == "start"], WINDOW - FELT)
-    result.verdict.require(most_begun <= RATE, f"pace began {most_begun} records in {WINDOW:g} s")
-    result.verdict.require(kept == 0, f"{kept} permits are held by the dead")
-    result.more |= {"most": dict(most), "most_begun": most_begun, "drain_s": took}
-    return result
+
+
+def _rate(result: Result, events: list[dict[str, Any]], found: Calls) -> None:
+    """pace, rate="100/5s": no more begin in any window over all processes."""
+    starts = [event["at"] for event in events if event["what"] == "start"]
+    most = result.more["most_begun"] = within(starts, WINDOW - FELT)
+    result.verdict.require(most <= RATE, f"pace began {most} records in {WINDOW:g} s")
 
 
 def _held_by_the_dead(cell: Cell) -> int:
@@ -78,9 +104,6 @@ def _held_by_the_dead(cell: Cell) -> int:
         time.sleep(0.05)
 
 
-Call = tuple[float, float]
-
-
 def inside(events: Iterable[dict[str, Any]], died: dict[int, float]) -> list[tuple[str, int, float, int]]:
     """Calls that have begun and not ended, of the living: handler, record, when, pid."""
     began: dict[tuple[str, int, int], float] = {}
@@ -92,10 +115,10 @@ def inside(events: Iterable[dict[str, Any]], died: dict[int, float]) -> list[tup
     return [(handler, id, at, pid) for (handler, id, pid), at in began.items() if pid not in died]
 
 
-def calls(events: Iterable[dict[str, Any]], died: dict[int, float]) -> dict[tuple[str, Hashable], list[Call]]:
+def calls(events: Iterable[dict[str, Any]], died: dict[int, float]) -> Calls:
     """From when to when each call was made, by handler and what has the limit."""
     began: dict[tuple[str, int, int], tuple[float, Hashable]] = {}
-    found: dict[tuple[str, Hashable], list[Call]] = {}
+    found: Calls = {}
     for event in events:
         if event["what"] == "in":
             began[event["handler"], event["id"], event["pid"]] = event["at"], event["key"]
@@ -115,6 +138,11 @@ def overtaken(events: Iterable[dict[str, Any]]) -> int:
             late += event["id"] < last.get(event["key"], 0)
             last[event["key"]] = max(event["id"], last.get(event["key"], 0))
     return late
+
+
+def at_once(found: Calls, handler: str) -> int:
+    """How many of its calls were going on at once, at most; of one key, where it has keys."""
+    return max((overlap(some) for (name, _), some in found.items() if name == handler), default=0)
 
 
 def overlap(found: list[Call]) -> int:

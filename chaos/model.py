@@ -1,6 +1,8 @@
 """Model: the queue as it should be, in plain Python; the oracle of tests/test_state_machine.py.
 
     Queue      where each record of each change is: in a job, under a lease, waiting, dead, done or cancelled
+    Permits    of a handler with a limit: who holds them, and until when
+    Rest       keys of a handler that debounces: which have changed, and when each is due
 
 A part is (change, lo, hi), and names a job wherever it is: each record is in one part, and each part in one place.
 """
@@ -55,10 +57,11 @@ class Queue:
         """Ordinals that are not settled."""
         return [o for o in range(part[1], part[2] + 1) if o not in self.jobs[part].settled]
 
-    def add(self, change: int, n: int, tenant: str | None, origin: str | None = None) -> None:
-        """A committed change."""
+    def add(self, change: int, n: int, tenant: str | None, origin: str | None = None, due: float | None = None) -> None:
+        """A committed change. due: it is handled then."""
+        place = "job" if due is None else "delayed"
         self.tenants[change] = tenant
-        self.jobs[change, 1, n] = Job(tenant=tenant, origin=origin)
+        self.jobs[change, 1, n] = Job(place, tenant=tenant, origin=origin, run_at=due or 0.0)
 
     def open(self) -> bool:
         """Whether a claim may get anything."""
@@ -233,6 +236,69 @@ class Queue:
             return False
         del self.jobs[part]
         return True
+
+
+@dataclass
+class Permits:
+    """Those of a handler: who holds each, and until when. most: how many there are."""
+
+    most: int
+    held: dict[int, tuple[int, float]] = field(default_factory=dict)
+
+    def valid(self, now: float) -> dict[int, int]:
+        """Who holds which."""
+        return {n: worker for n, (worker, until) in sorted(self.held.items()) if until > now}
+
+    def asked(self, worker: int, wanted: int, now: float, lease: float, spare: bool,
+              locked: Iterable[int] = ()) -> dict[int, tuple[int, float] | None]:
+        """What changes when a worker asks for so many: what it takes and keeps, None for what it gives back.
+
+        spare: one is left to the jobs of the dead. locked: what another takes at this moment.
+        """
+        valid = self.valid(now)
+        mine = [n for n, holder in valid.items() if holder == worker]
+        free = [n for n in range(1, self.most + 1) if n not in valid]
+        most = min(len(free) - (spare and bool(free)), max(0, wanted - len(mine)))
+        new, back = [n for n in free if n not in locked][:most], mine[wanted:]
+        return {**dict.fromkeys(mine[:wanted] + new, (worker, now + lease)), **dict.fromkeys(back)}
+
+    def change(self, changes: dict[int, tuple[int, float] | None]) -> None:
+        """They are committed."""
+        for n, holder in changes.items():
+            self.held.pop(n, None)
+            if holder is not None:
+                self.held[n] = holder
+
+    def keep(self, worker: int, now: float, lease: float) -> int:
+        """What a worker holds lasts longer; what ran out is not revived. How many these are."""
+        mine = [n for n, holder in self.valid(now).items() if holder == worker]
+        self.held |= dict.fromkeys(mine, (worker, now + lease))
+        return len(mine)
+
+    def died(self, worker: int) -> None:
+        """What it held is free."""
+        self.held = {n: holder for n, holder in self.held.items() if holder[0] != worker}
+
+
+@dataclass
+class Rest:
+    """Keys that have changed, and when; each is due once, when it has come to rest or has waited for too long."""
+
+    debounce: float
+    max_wait: float
+    changed: dict[int, list[float]] = field(default_factory=dict)
+
+    def change(self, key: int, at: float) -> None:
+        """Committed; it was written at that time."""
+        self.changed.setdefault(key, []).append(at)
+
+    def due(self, now: float) -> list[int]:
+        """The keys that have a job from now on, and wait no more."""
+        found = [key for key, times in self.changed.items()
+                 if min(max(times) + self.debounce, min(times) + self.max_wait) <= now]
+        for key in found:
+            del self.changed[key]
+        return sorted(found)
 
 
 def _until(parts: list[Part], records: int) -> list[Part]:

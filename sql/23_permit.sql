@@ -3,7 +3,7 @@
 -- renewed runs out.
 
 -- permit(worker, handler, wanted, lease, more, suspects) -> permits that this worker holds now
--- Takes free ones up to `wanted`, or gives back what it holds beyond. Never waits for another worker.
+-- Takes free ones up to `wanted`, or gives back what it holds beyond; what it holds then lasts a lease. Never waits for another worker.
 --   more      also beyond this worker's share, the limit over the live workers of the handler's app
 --   suspects  to run jobs of dead workers. Who does not leaves one permit to them, else they might never get one; and
 --             where one worker has all of a handler (per), it waits until they, and all that others hold, are done
@@ -32,7 +32,6 @@ begin
     v_rows := array(select ctid from permit where handler_id = p_handler and worker_id = p_worker and lease_until > v_now
                      order by n desc limit v_held - p_wanted for update skip locked);
     update permit set worker_id = null, lease_until = '-infinity' where ctid = any (v_rows);
-    return v_held - cardinality(v_rows);
   end if;
   update permit set lease_until = v_now + p_lease           -- all that it holds last as long
    where handler_id = p_handler and worker_id = p_worker and lease_until > v_now;

@@ -6,34 +6,53 @@ Six connections: three workers, two writers, and one that looks on. Which transa
 
 from __future__ import annotations
 
+import os
 import random
 import sys
 import time
 from collections import Counter
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import psycopg
 import pytest
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from pg import Pg
+from servers import Server
 
+from chaos.bugs import Bug, planted
 from chaos.model import LEASE, Part, Queue, Refused
 
 AHEAD = 100_000.0  # the clock begins here: the server is up for longer than any lease
 WORKERS, WRITERS = (0, 1, 2), (3, 4)
 TENANTS = [None, None, "acme", "beta"]
+DELAY = 2000.0  # of what is written now and handled later
 STATE = """
 with x as (
   select 'job' as place, id, change_id, lo, hi, settled, attempt, crashes, tenant, origin,
-         null::text as token, false as alone, 0 as together, false as ended from anton.job
+         null::text as token, false as alone, 0 as together, false as ended from anton.job where handler_id > 0
   union all select 'delayed', id, change_id, lo, hi, settled, attempt, crashes, tenant, origin, null, false, 0, false
     from anton.delayed
   union all select 'lease', id, change_id, lo, hi, settled, attempt, crashes, tenant, origin, token::text, alone,
                    together, lease_until < anton.now() from anton.lease)
 select (select coalesce(jsonb_agg(x), '[]') from x)"""
 ENDS = ("commit", "commit", "roll back", "crash", "terminate", "lose the reply")
+
+
+SETTINGS = settings(
+    max_examples=int(os.environ.get("ANTON_EXAMPLES", "12")),
+    stateful_step_count=int(os.environ.get("ANTON_STEPS", "40")),
+    deadline=None,
+    phases=(Phase.generate,),
+    suppress_health_check=list(HealthCheck),
+    print_blob=True,
+    database=None,
+)
+BUG = settings(SETTINGS, max_examples=60, stateful_step_count=100, derandomize=True)  # to find one
 
 
 class Blocked(Exception):
@@ -79,7 +98,7 @@ class Base(RuleBasedStateMachine):
         self.tokens: list[int] = []
         self.held_by: dict[int, set[int]] = {worker: set() for worker in WORKERS}  # tokens it was given
         self.past: list[tuple[int, list[int]]] = []  # what any token ever held: (token, ids)
-        self.open: dict[int, tuple[int, int, str | None]] = {}  # writer: (first id, records, tenant)
+        self.open: dict[int, tuple[int, int, str | None, float | None]] = {}  # writer: (first id, records, tenant, due)
         self.txs: dict[int, Tx] = {}
         self.ids: dict[Part, int] = {}
         self.rows: set[int] = set()  # of orders, committed
@@ -281,13 +300,16 @@ class Base(RuleBasedStateMachine):
         tenant=st.sampled_from(TENANTS),
         how=st.sampled_from(["insert", "copy", "upsert", "merge"]),
     )
-    def append(self, n: int, tenant: str | None, how: str) -> None:
-        """New rows; an upsert also writes rows that are there, which are no new records."""
+    def append(self, n: int, tenant: str | None, how: str, later: bool = False) -> None:
+        """New rows, handled now or later; an upsert also writes rows that are there, which are no new records."""
         writer = next(w for w in WRITERS if w not in self.open)
         conn, first, last = self.conns[writer], self.next_id, self.next_id + n - 1
         conn.execute("begin")
         if tenant:
             conn.execute(f"set local anton.tenant = '{tenant}'")
+        due = self.model.now + DELAY if later else None
+        if later:
+            conn.execute("select anton.put_due(make_interval(secs => %s), null)", (DELAY,))
         if how == "copy":
             with conn.cursor().copy("copy orders from stdin") as copy:
                 for id in range(first, last + 1):
@@ -304,7 +326,7 @@ class Base(RuleBasedStateMachine):
                 "insert into orders select unnest(%s::bigint[]) on conflict (id) do update set id = excluded.id",
                 ([*there, *range(first, last + 1)],),
             )
-        self.open[writer] = first, n, tenant
+        self.open[writer] = first, n, tenant, due
         self.next_id += n
 
     @precondition(lambda self: self.open)
@@ -314,14 +336,15 @@ class Base(RuleBasedStateMachine):
 
     def end(self, writer: int, commit: bool) -> None:
         """A writer's transaction. Its change is known by the first id it wrote."""
-        first, n, tenant = self.open.pop(writer)
+        first, n, tenant, due = self.open.pop(writer)
         self.conns[writer].execute("commit" if commit else "rollback")
-        found = self.look.execute("select change_id, ids from anton.job where %s = any (ids)", (first,)).fetchall()
+        place = "job" if due is None else "delayed"
+        found = self.look.execute(f"select change_id, ids from anton.{place} where %s = any (ids)", (first,)).fetchall()
         assert len(found) == commit, "I2: a job without its commit, or a commit without its job"
         for change, ids in found:
             assert sorted(ids) == list(range(first, first + n)), "I2: other records than were written"
             self.rows.update(ids)
-            self.model.add(change, n, tenant)
+            self.model.add(change, n, tenant, due=due)
 
     @precondition(lambda self: self.rows and not self.open)
     @rule()
@@ -344,7 +367,8 @@ class Base(RuleBasedStateMachine):
             "select ready, suspects from anton.poll(1, array[%s]::int[], %s)", (self.handler, f"{LEASE} s")
         ).fetchall()[0]
         self.model.promote()
-        assert ready == ([self.handler] if self.any("job") and self.model.open() else None)
+        wanted = [self.handler] if self.any("job") and self.model.open() else None
+        assert ready == wanted, "another handler is ready than in the model"
         ended = [job for job in self.model.jobs.values() if job.place == "lease" and job.until <= self.model.now]
         assert suspects == (0 if self.model.paused else len(ended))
 
@@ -385,7 +409,9 @@ class Base(RuleBasedStateMachine):
             assert self.sql("select anton.replay('h')") == len(rows)
         found = [
             row[0]
-            for row in self.look.execute("select change_id from anton.job order by change_id").fetchall()
+            for row in self.look.execute(
+                "select change_id from anton.job where handler_id > 0 order by change_id"
+            ).fetchall()
             if row[0] not in before
         ]
         for _, change, ordinal in rows:
@@ -439,3 +465,30 @@ class Base(RuleBasedStateMachine):
             "select count(*) from results r where not exists "
             "(select from anton.receipt x where x.id = r.receipt and r.change = any (x.change_ids))"
         ), "I5: an output without a receipt of its record"
+
+
+@contextmanager
+def opened(machine: type[Base], server: Server, template: str, bug: Bug | None) -> Iterator[Pg]:
+    """A database for the machine, with its connections; the bug is in its functions."""
+    name = server.clone(template)
+    pg = Pg(server.url(name))
+    pg.sql(
+        "create table orders (id bigint primary key)",
+        "create table results (receipt bigint, change bigint, ordinal int, tenant text)",
+        "create table test_clock (ahead interval not null)",
+        "insert into test_clock values ('0')",
+        "grant select on test_clock to public",
+        "create or replace function anton.now() returns timestamptz language sql volatile as "
+        "'select pg_catalog.clock_timestamp() + (select ahead from public.test_clock)'",
+    )
+    if bug is not None:
+        with planted(bug) as (_, statements):
+            pg.sql(*statements)
+    machine.url, machine.handler = server.url(name), pg.listen("orders", "new", name="h")
+    machine.look = pg.conn
+    pg.sql("set lock_timeout = '60 s'")  # nobody is to be in its way
+    machine.conns = [machine.connect() for _ in (*WORKERS, *WRITERS)]
+    yield pg
+    for conn in [pg.conn, *machine.conns]:
+        conn.close()
+    server.drop(name)

@@ -94,6 +94,14 @@ def test_permits_run_out_and_are_not_revived(desk: Desk) -> None:
     assert desk.take(2, 5) == 5 and desk.take(1, 5) == 0
 
 
+def test_what_is_kept_of_permits_that_are_given_back_lasts_a_lease_from_then(desk: Desk) -> None:
+    assert desk.take(1, 4) == 4
+    desk.advance(20)
+    assert desk.take(1, 2) == 2
+    desk.advance(20)
+    assert desk.valid() == 2 and desk.take(2, 5) == 3
+
+
 def test_who_sees_a_worker_die_frees_its_permits(desk: Desk) -> None:
     worker = desk.value("select anton.register_worker('test', 'here', 1, '1')")
     assert desk.take(worker, 5) == 5

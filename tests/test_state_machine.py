@@ -11,25 +11,23 @@ ANTON_EXAMPLES: how many runs (12), of ANTON_STEPS steps (40).
 
 from __future__ import annotations
 
-import os
 import traceback
 from collections.abc import Iterator
 from typing import Any
 
 import psycopg
 import pytest
-from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule, run_state_machine_as_test
-from machine import TENANTS, WORKERS, WRITERS, Base, Blocked, Tx
-from pg import Pg
+from machine import BUG, SETTINGS, TENANTS, WORKERS, Base, Blocked, Tx, opened
 from servers import Server
 
-from chaos.bugs import BUGS, JOB, Bug, planted
+from chaos.bugs import BUGS, JOB, Bug
 from chaos.model import LEASE, Part, Refused
 
 SOME = st.sampled_from(WORKERS)
 OPEN = st.sampled_from([False, False, True])
+TENANT = "sql/26_tenant.sql"
 TURNS = sorted({name or "" for name in TENANTS})
 LEFT_OPEN = 100.0  # seconds of its lease that an ack which is left open must have: then the server lets it be idle
 
@@ -366,81 +364,79 @@ def one(id: int) -> list[tuple[str, Any]]:
 
 @pytest.fixture
 def machine(server: Server, template: str, request: pytest.FixtureRequest) -> Iterator[type[Machine]]:
-    name = server.clone(template)
-    pg = Pg(server.url(name))
-    pg.sql(
-        "create table orders (id bigint primary key)",
-        "create table results (receipt bigint, change bigint, ordinal int, tenant text)",
-        "create table test_clock (ahead interval not null)",
-        "insert into test_clock values ('0')",
-        "grant select on test_clock to public",
-        "create or replace function anton.now() returns timestamptz language sql volatile as "
-        "'select pg_catalog.clock_timestamp() + (select ahead from public.test_clock)'",
-    )
-    bug = getattr(request, "param", None)
-    if bug is not None:
-        with planted(bug) as (_, statements):
-            pg.sql(*statements)
-    Machine.url, Machine.handler = server.url(name), pg.listen("orders", "new", name="h")
-    Machine.look = pg.conn
-    pg.sql("set lock_timeout = '60 s'")  # nobody is to be in its way
-    Machine.conns = [Machine.connect() for _ in (*WORKERS, *WRITERS)]
-    yield Machine
-    for conn in [pg.conn, *Machine.conns]:
-        conn.close()
-    server.drop(name)
-
-
-SETTINGS = settings(
-    max_examples=int(os.environ.get("ANTON_EXAMPLES", "12")),
-    stateful_step_count=int(os.environ.get("ANTON_STEPS", "40")),
-    deadline=None,
-    phases=(Phase.generate,),
-    suppress_health_check=list(HealthCheck),
-    print_blob=True,
-    database=None,
-)
+    with opened(Machine, server, template, getattr(request, "param", None)):
+        yield Machine
 
 
 def test_the_queue_is_as_the_model_has_it_whatever_happens(machine: type[Machine]) -> None:
     run_state_machine_as_test(machine, settings=SETTINGS)
 
 
-WRONG = (  # (what the SQL does wrong, as shipped, as it is then, what the machine has to say)
+WRONG = (  # (what the SQL does wrong, where, as shipped, as it is then, what the machine has to say)
     (
         "outputs of no tenant",
+        JOB,
         "set_config('anton.tenant', coalesce(p_tenant, ''), true)",
         "set_config('anton.tenant', '', true)",
         "I13: an output of another tenant",
     ),
     (
         "outputs of the tenant before",
+        JOB,
         "set_config('anton.tenant', coalesce(p_tenant, ''), true)",
         "case when p_tenant <> '' then set_config('anton.tenant', p_tenant, false) end",
         "I13: an output of another tenant",
     ),
-    ("two tenants acked as one", " or min(coalesce(tenant, '')) <> max(coalesce(tenant, ''))", "", "DID NOT RAISE"),
-    ("a let_go that does nothing", "if v_set = 0 or v_set > v_ms then", "if false then", "let_go: idle for"),
+    (
+        "two tenants acked as one",
+        JOB,
+        " or min(coalesce(tenant, '')) <> max(coalesce(tenant, ''))",
+        "",
+        "DID NOT RAISE",
+    ),
+    ("a let_go that does nothing", JOB, "if v_set = 0 or v_set > v_ms then", "if false then", "let_go: idle for"),
     (
         "a let_go that lengthens what is shorter",
+        JOB,
         "if v_set = 0 or v_set > v_ms then",
         "if true then",
         "let_go: longer than the session's own",
     ),
     (
         "a let_go for longer than the lease",
+        JOB,
         "greatest(2, extract(epoch from p_until - now()))",
         "greatest(2, 60 + extract(epoch from p_until - now()))",
         "let_go: idle for",
     ),
-    ("an ack that stays", "perform let_go(v_until);\n  insert into receipt", "insert into receipt", "let_go: idle for"),
+    (
+        "an ack that stays",
+        JOB,
+        "perform let_go(v_until);\n  insert into receipt",
+        "insert into receipt",
+        "let_go: idle for",
+    ),
+    (
+        "a claim that begins with the same tenant each time",
+        TENANT,
+        "tenants_in_turn(p_handler, p_turn, 32, v_end)",
+        "tenants_in_turn(p_handler, null, 32, v_end)",
+        "a claim of other jobs",
+    ),
+    (
+        "a claim of one tenant that forgets the others",
+        TENANT,
+        "tenants_in_turn(p_handler, p_turn, 32, v_end)",
+        "tenants_in_turn(p_handler, p_turn, 1, v_end)",
+        "a claim of other jobs",
+    ),
 )
 
 
 @pytest.mark.parametrize(
     ("machine", "says"),
     [
-        *((Bug(name, ((JOB, shipped, wrong),), "", 0, ""), says) for name, shipped, wrong, says in WRONG),
+        *((Bug(name, ((path, shipped, wrong),), "", 0, ""), says) for name, path, shipped, wrong, says in WRONG),
         *((bug, "") for bug in BUGS if all(path.endswith(".sql") for path, _, _ in bug.edits)),
     ],
     indirect=["machine"],
@@ -448,6 +444,5 @@ WRONG = (  # (what the SQL does wrong, as shipped, as it is then, what the machi
 )
 def test_a_bug_in_the_queue_is_found(machine: type[Machine], says: str) -> None:
     with pytest.raises((AssertionError, psycopg.Error, Refused, Blocked, pytest.fail.Exception)) as error:
-        run_state_machine_as_test(machine, settings=settings(SETTINGS, max_examples=60, stateful_step_count=100,
-                                                             derandomize=True))
+        run_state_machine_as_test(machine, settings=BUG)
     assert says in "".join(traceback.format_exception(error.value))

@@ -12,7 +12,7 @@ from typing import Any
 import asyncpg
 import psycopg
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from pg import Pg
 from working import Bench, one_handler
@@ -321,6 +321,88 @@ def test_what_has_no_start_for_its_work_has_waited_all_the_same() -> None:
     works, rests = lane_of(1, 0, slot_since=since, tap=Tap()), lane_of(2, 0, slot_since=since, tap=Tap(), ready=False)
     worker._order.extend([works, rests])
     assert worker._first(Lane.free, "slot_since") == [] and works.slot_since == since < rests.slot_since
+
+
+class Slot:
+    """A worker with one slot, and lanes of these priorities; its clock stands until it is moved."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, priorities: list[int]) -> None:
+        self.now = 1000.0
+        patch.setattr("anton.worker.time", SimpleNamespace(monotonic=lambda: self.now))
+        self.worker = Worker(None, App("t"))                           # type: ignore[arg-type]
+        self.worker.slots, self.ran = 0, list[int]()
+        patch.setattr(self.worker, "_start", self._start)
+        self.lanes = [lane_of(n, priority, slot_since=self.now) for n, priority in enumerate(priorities)]
+        self.worker._order.extend(self.lanes)
+        self.since: dict[int, float] = {}                              # who waits, and since when
+
+    def _start(self, run: Any) -> None:
+        self.ran.append(run.lane.id)
+        self.worker.slots = 0
+
+    def comes(self, n: int) -> None:
+        """Work for a lane."""
+        self.worker._dispatch_first(self.now)                          # as the wake-up before did
+        job: Any = SimpleNamespace(id=1, tenant=None, attempt=0, probe=False, waited=0.0, left=range(100), token=1)
+        self.lanes[n].claimed([job], 9, 900, 0, self.now, 0.0)
+        self.since.setdefault(n, self.now)
+
+    def free(self, seconds: float) -> None:
+        """The slot is free after so long."""
+        self.now += seconds
+        self.worker.slots = 1
+        self.worker._dispatch_first(self.now)
+        self.worker.slots = 0
+
+
+PICKS = st.lists(st.one_of(st.tuples(st.just("comes"), st.integers(0, 3)),
+                           st.tuples(st.just("free"), st.sampled_from([0.1, 0.7, 2.0]))), max_size=60)
+
+
+def picks(patch: pytest.MonkeyPatch, priorities: list[int], steps: list[tuple[str, Any]]) -> None:
+    """Whoever waits is picked up by priority and waiting, and each in bounded time."""
+    slot = Slot(patch, priorities)
+    for what, argument in steps:
+        if what == "comes":
+            slot.comes(argument)
+            continue
+        slot.free(argument)
+        if not slot.since:
+            assert not slot.ran
+            continue
+        first = slot.ran.pop()
+        ranks = {n: priorities[n] + slot.now - since for n, since in slot.since.items()}
+        assert ranks[first] >= max(ranks.values()) - 1e-6, "another goes first"
+        for n, since in slot.since.items():                            # nine seconds, and a turn of each other
+            assert slot.now - since <= 9 - priorities[n] + 2.0 * len(priorities), "one is starved"
+        if slot.lanes[first].waiting:
+            slot.since[first] = slot.now
+        else:
+            del slot.since[first]
+
+
+@pure
+@given(st.lists(st.integers(0, 9), min_size=4, max_size=4), PICKS)
+def test_slots_go_to_whom_priority_and_waiting_put_first_and_nobody_is_starved(priorities: list[int], steps: Any):
+    with pytest.MonkeyPatch.context() as patch:
+        picks(patch, priorities, steps)
+
+
+@pytest.mark.parametrize("wrong", [
+    pytest.param(lambda priority, waited: priority, id="no ageing"),
+    pytest.param(lambda priority, waited: waited, id="no priority"),
+    pytest.param(lambda priority, waited: -priority + waited, id="the lowest first"),
+])
+def test_a_wrong_rank_is_found(wrong: Any) -> None:
+    @settings(pure, max_examples=300, derandomize=True, database=None, phases=(Phase.generate,))
+    @given(st.lists(st.integers(0, 9), min_size=4, max_size=4), PICKS)
+    def found(priorities: list[int], steps: Any) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("anton.worker.rank", wrong)
+            picks(patch, priorities, steps)
+
+    with pytest.raises(AssertionError, match="another goes first|one is starved"):
+        found()
 
 
 @pytest.mark.parametrize("priority", [-1, 10, 5.0, "5", True])
