@@ -202,7 +202,7 @@ class Runner:
             raise World(error) from error
         lane.measured(inputs.width)
         if lane.order is not None:
-            lane.order.note(batch, inputs.items, inputs.first, inputs.twins)
+            inputs.order = lane.order.note(batch, inputs.items, inputs.first, inputs.twins)
         return inputs
 
     async def finish(self, run: Run, inputs: Inputs, called: Called, ms: float, conflicts: int = 0,
@@ -320,6 +320,8 @@ class Runner:
                 if each.gather(self.pullers.open_chunks):
                     await self._flush(run, each, (time.perf_counter() - started) * 1000)
         finally:
+            if lane.order is not None and not each.over:
+                lane.order.stopped = True                              # before what waits for its keys may have them
             each.ended = True
             each.drop()
             if lane.order is not None:
