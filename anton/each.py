@@ -88,7 +88,7 @@ class Each:
         self.settled = 0
         self._flushed_at = time.monotonic()
         self._find: dict[int, int] | None = None
-        self.order = inputs.order or [None] * self.count               # see order.py; a lane may get its order meanwhile
+        self.order = inputs.order or [None] * self.count               # a lane may get an order meanwhile
         self.awaited = False
         self.ran: set[int] = set()
         self.off: dict[Hashable, list[int]] = {}
