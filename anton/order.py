@@ -92,7 +92,9 @@ class Order:
             return keys if first is None else [keys[position] for position in first]
         keys, at = _values(items, self.column), 0
         for job, ordinals in batch.parts if first is None else ():
-            job.order = {**(job.order or {}), **dict(zip(ordinals, keys[at:at + len(ordinals)], strict=True))}
+            if job.order is None:
+                job.order = {}
+            job.order.update(zip(ordinals, keys[at:at + len(ordinals)], strict=True))
             at += len(ordinals)
         for item, position in enumerate(first or ()):
             for place in (position, *twins.get(item, ())):
@@ -210,12 +212,16 @@ class Order:
         return found
 
     def _free(self, each: Any, items: Iterable[int]) -> None:
-        keys, inside = each.order, self._inside
+        keys, inside, aside = each.order, self._inside, self._aside
         with self._lock:
             for item in items:
-                holder = inside.get(keys[item])
+                key = keys[item]
+                holder = inside.get(key)
                 if holder is not None and holder[0] is each and holder[1] == item:
-                    self._hand_over(keys[item])
+                    if key in aside:
+                        self._hand_over(key)
+                    else:
+                        del inside[key]
 
     def _hand_over(self, key: Hashable) -> None:
         """Who had the key has it no more; the next one has."""

@@ -320,10 +320,12 @@ class Runner:
                 if each.gather(self.pullers.open_chunks):
                     await self._flush(run, each, (time.perf_counter() - started) * 1000)
         finally:
-            if lane.order is not None and not each.over:
+            over = each.over
+            if lane.order is not None and not over:
                 lane.order.stopped = True                              # before what waits for its keys may have them
             each.ended = True
-            each.drop()
+            if not over:
+                each.drop()
             if lane.order is not None:
                 lane.order.leave(each)
                 self.pullers.pull(lane)
