@@ -21,7 +21,7 @@ from anton.errors import HandlerTimeout, Outcome
 from anton.fate import Fate, failed, fate_of, is_world
 from anton.gate import NOTHING, Gate
 from anton.lane import Lane
-from anton.order import Order, OutOfOrder
+from anton.order import OutOfOrder
 from anton.read import Inputs
 from anton.threads import Threads
 from anton.turns import Turns
@@ -88,18 +88,18 @@ class Each:
         self.settled = 0
         self._flushed_at = time.monotonic()
         self._find: dict[int, int] | None = None
-        self.order: list[Hashable] = []                                # with ordered=, see order.py
-        self.jobs: list[int] = []
-        self.held: dict[int, Hashable] = {}
+        self.order = inputs.order or [None] * self.count               # a lane may get an order meanwhile
+        self.awaited = False
         self.ran: set[int] = set()
         self.off: dict[Hashable, list[int]] = {}
 
     def send(self) -> None:
         """Puts the items where pullers find them: those of tenants in turn, but for an order, which is one for all."""
-        items, entries = self.lane.items, [(self, item) for item in range(self.count)]
         if self.lane.order is not None:
-            self._note_order(self.lane.order)
-        elif items and items[-1][0].tenant != self.tenant:
+            self.lane.order.send(self)
+            return
+        items, entries = self.lane.items, [(self, item) for item in range(self.count)]
+        if items and items[-1][0].tenant != self.tenant:
             turns = Turns[str | None, Any]()
             turns.weights = self.lane.waiting.weights
             for entry in [*_drain(items), *entries]:
@@ -107,12 +107,10 @@ class Each:
             entries = list(turns.all())
         items.extend(entries)
 
-    def _note_order(self, order: Order) -> None:
-        """The key and the job of each item."""
-        for item in range(self.count):
-            job, ordinal = self.inputs.batch.at(item if self.inputs.first is None else self.inputs.first[item])
-            self.order.append(order.of_job(job, ordinal))
-            self.jobs.append(job.id)
+    def job(self, item: int) -> int:
+        """The id of an item's job."""
+        job, _ = self.inputs.batch.at(item if self.inputs.first is None else self.inputs.first[item])
+        return job.id
 
     def tell(self) -> None:
         """There is something to take. From any thread."""
@@ -153,27 +151,28 @@ class Each:
 
     def drop(self) -> None:
         """Skips what was not started."""
-        lane = self.lane
+        lane, mine = self.lane, list[int]()
         for _ in range(len(lane.items)):
             try:
                 each, item = lane.items.popleft()
             except IndexError:
                 break
             if each is self:
-                self.skipped.append(item)
-                if lane.order is not None:
-                    lane.order.skip(self, item)
+                mine.append(item)
             else:
                 lane.items.append((each, item))
+        self.skipped.extend(mine)
         if lane.gate is not None:
             self.skipped.extend(lane.gate.drop(self))
         if lane.order is not None:
             self.skipped.extend(lane.order.drop(self))
+            for item in mine:                                          # last: the next of its key may come for it
+                lane.order.skip(self, item)
 
     async def wait(self, seconds: float) -> None:
         """Until something changed, at most so long."""
         if self.finished:
-            gather = QUICK if self._hurry else GATHER
+            gather = QUICK if self.awaited else GATHER
             seconds = min(seconds, max(0.0, self._flushed_at + gather - time.monotonic()))
         if not self.changed.is_set():
             timer = self.loop.call_later(seconds, self.changed.set)
@@ -183,31 +182,29 @@ class Each:
 
     def gather(self, open_chunks: Callable[[Each], list[Chunk]]) -> bool:
         """Takes what is finished. Whether it is time to settle it."""
+        off = [] if self.lane.order is None else self.lane.order.put_off(self)
+        hurry, self.awaited = self.awaited, False                      # what ends from here on may be for the next time
         chunks = [self.chunks.popleft() for _ in range(len(self.chunks))]
         waited = time.monotonic() - self._flushed_at
-        if waited > AT_LATEST or self._hurry:
+        if waited > AT_LATEST or hurry:
             chunks += open_chunks(self)
         for chunk in chunks:
             done, ops, fates = chunk.cut()
             self.finished += done
             self.ops += ops
             self.fates |= fates
-        if self.lane.order is not None:
-            off = self.lane.order.put_off(self)
-            self.finished += off
-            self.fates |= dict.fromkeys(off, LATER)
-        gather = QUICK if self._hurry else GATHER
-        return bool(self.finished) and (len(self.finished) >= FLUSH or waited >= gather or self._all())
+        self.finished += off
+        self.fates |= dict.fromkeys(off, LATER)
+        enough = len(self.finished) >= FLUSH or waited >= (QUICK if hurry else GATHER) or self._all()
+        if hurry and not enough:
+            self.awaited = True
+        return bool(self.finished) and enough
 
     def flushed(self) -> None:
         """What was taken is settled."""
         self.settled += len(self.finished)
         self.finished, self.ops, self.fates = [], [], {}
         self._flushed_at = time.monotonic()
-
-    @property
-    def _hurry(self) -> bool:
-        return self.lane.order is not None and self.lane.order.waiting
 
     @property
     def over(self) -> bool:
@@ -251,13 +248,10 @@ class Puller:
             return False
         while True:
             try:
-                entry = lane.items.popleft() if lane.order is None else lane.order.next(lane)
+                each, item = entry = lane.items.popleft()
             except IndexError:
-                entry = None
-            if entry is None:
                 self.release()
                 return False
-            each, item = entry
             if each.world is None and lane.down is None and (lane.order is None or lane.order.may(each)):
                 if lane.tap is not None and not lane.tap.take():
                     lane.items.appendleft(entry)

@@ -15,6 +15,28 @@ from typing import Any
 NOTHING = object()  # no key: outside
 
 
+def value_of(record: Any, column: str) -> Hashable:
+    """What a record has in a column, as text where it cannot be a key; None where it has none."""
+    try:
+        value = getattr(record, column) if hasattr(record, "model_fields_set") else record[column]
+    except (KeyError, AttributeError):
+        return None
+    return value if isinstance(value, Hashable) else repr(value)
+
+
+def take_out(aside: dict[Hashable, deque[Any]], each: object) -> list[int]:
+    """Takes what waits of one batch out of what waits by key; the items."""
+    found: list[int] = []
+    for key, waiting in list(aside.items()):
+        mine = [item for of, item in waiting if of is each]
+        if len(mine) == len(waiting):
+            del aside[key]
+        elif mine:
+            aside[key] = deque(entry for entry in waiting if entry[0] is not each)
+        found += mine
+    return found
+
+
 class Gate:
     """At most `most` records at a time for each value of a column. Entries are a lane's items: (Each, item)."""
 
@@ -26,11 +48,7 @@ class Gate:
 
     def key(self, record: Any) -> Hashable:
         """What a record has in the column; None where it has none."""
-        try:
-            value = getattr(record, self.column) if hasattr(record, "model_fields_set") else record[self.column]
-        except (KeyError, AttributeError):
-            return None
-        return value if isinstance(value, Hashable) else repr(value)
+        return value_of(record, self.column)
 
     def enter(self, key: Hashable, entry: Any) -> bool:
         """Whether a record of this key may run; else its entry is put aside."""
@@ -67,13 +85,5 @@ class Gate:
 
     def drop(self, each: object) -> list[int]:
         """Takes out what waits of one batch; the items."""
-        found: list[int] = []
         with self._lock:
-            for key, waiting in list(self._aside.items()):
-                found += [item for of, item in waiting if of is each]
-                kept = deque(entry for entry in waiting if entry[0] is not each)
-                if kept:
-                    self._aside[key] = kept
-                else:
-                    del self._aside[key]
-        return found
+            return take_out(self._aside, each)

@@ -1,6 +1,6 @@
 """Order: which records of a handler with ordered= may run now. One of a key at a time, first what was first.
 
-    batches, in the order of their claims -> records, in theirs -> nobody of its key is inside: runs
+    batches, in the order of their claims -> records, in theirs -> nobody of its key is inside: it is now, and may run
                                                                    else waits aside, until that one is settled
     an earlier one of its key waits for a retry, or is dead    ->  put off: into turn (sql/27_order.sql), off the queue
 
@@ -13,12 +13,13 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
-from collections.abc import Hashable, Iterable
+from collections.abc import Collection, Hashable, Iterable, Sequence
 from typing import Any
 
 import orjson
 
 from anton.errors import LeaseLost
+from anton.gate import take_out, value_of
 
 UNKNOWN = "?"  # the key of a record that cannot be read: those stand in a line of their own
 
@@ -33,8 +34,8 @@ class OutOfOrder(LeaseLost):
 class Order:
     """The order of one lane. column: whose values it is for, None: the primary key.
 
-    An entry is a lane's item: (Each, item). Each has order, the keys of its items; here it gets held, the keys that
-    its items keep others from, ran, those of them that ended, and off, what is to be put off by key.
+    An entry is a lane's item: (Each, item). Each has order, the keys of its items; here it gets ran, those of them that
+    ended and are not settled, off, what is to be put off by key, and awaited: others wait for what it has to settle.
     closed: keys, as text, of which some record waits in turn; heads: jobs that are the first of such a key.
     """
 
@@ -45,7 +46,7 @@ class Order:
         self.tenure = -1                                               # of the permits, that closed is known for
         self.stopped = False                                           # what was begun goes back: begin nothing later
         self._lock = threading.Lock()
-        self._inside: dict[Hashable, Any] = {}
+        self._inside: dict[Hashable, Any] = {}                         # the entry that keeps each key
         self._aside: dict[Hashable, deque[Any]] = {}
         self._line: deque[Any] = deque()
         self._moved = asyncio.Event()
@@ -70,15 +71,6 @@ class Order:
 
     # Keys
 
-    def key(self, record: Any) -> Hashable:
-        """What a record has in the column; None where it has none."""
-        assert self.column is not None
-        try:
-            value = getattr(record, self.column) if hasattr(record, "model_fields_set") else record[self.column]
-        except (KeyError, AttributeError):
-            return None
-        return value if isinstance(value, Hashable) else repr(value)
-
     def of_job(self, job: Any, ordinal: int) -> Hashable:
         """The key of one record of a job; UNKNOWN where it was not read."""
         if self.column is not None:
@@ -92,62 +84,91 @@ class Order:
             return UNKNOWN
         return orjson.dumps(list(key) if isinstance(key, tuple) else [key], default=str).decode()
 
-    def note(self, batch: Any, items: Iterable[Any], first: list[int] | None, twins: dict[int, list[int]]) -> None:
-        """Notes at their jobs which keys the records of a batch have, as these were read."""
+    def note(self, batch: Any, items: Sequence[Any], first: list[int] | None,
+             twins: dict[int, list[int]]) -> list[Hashable]:
+        """The keys of a batch's items; with a column they are noted at their jobs, too, as they were read."""
         if self.column is None:
-            return
-        for item, record in enumerate(items):
-            key = self.key(record)
-            for position in (item if first is None else first[item], *twins.get(item, ())):
-                job, ordinal = batch.at(position)
+            keys = [key for job, ordinals in batch.parts for key in self._own(job, ordinals)]
+            return keys if first is None else [keys[position] for position in first]
+        keys, at = _values(items, self.column), 0
+        for job, ordinals in batch.parts if first is None else ():
+            if job.order is None:
+                job.order = {}
+            job.order.update(zip(ordinals, keys[at:at + len(ordinals)], strict=True))
+            at += len(ordinals)
+        for item, position in enumerate(first or ()):
+            for place in (position, *twins.get(item, ())):
+                job, ordinal = batch.at(place)
                 if job.order is None:
                     job.order = {}
-                job.order[ordinal] = key
+                job.order[ordinal] = keys[item]
+        return keys
+
+    def _own(self, job: Any, ordinals: Sequence[int]) -> Iterable[Hashable]:
+        """Primary keys of records of a job."""
+        if job.ids is not None and len(ordinals) == job.size:
+            ids: list[int] = job.ids
+            return ids
+        return (self.of_job(job, ordinal) for ordinal in ordinals)
 
     # Records
 
-    def next(self, lane: Any) -> Any:
-        """The next entry of the lane that may run, or that the caller is to skip(); None when there is none."""
-        items = lane.items
+    def send(self, each: Any) -> None:
+        """Puts the records of a batch, in order, where pullers find them, or aside."""
+        entries = [(each, item) for item in range(len(each.order))]
+        by_key = dict(zip(each.order, entries, strict=True))
         with self._lock:
-            while items:
-                each, item = entry = items.popleft()
-                if self.stopped or each.world is not None or lane.down is not None or each.ended:
-                    return entry
-                key = each.order[item]
-                inside = self._inside.get(key)
-                off = bool(self.closed) and self.text(key) in self.closed and each.jobs[item] not in self.heads
-                together = off and inside is each and key in each.off and key not in self._aside
-                if inside is not None and not together:
+            if len(by_key) == len(entries) and not self.closed and self._inside.keys().isdisjoint(by_key):
+                self._inside.update(by_key)                            # the same as below, at once
+                each.lane.items.extend(entries)
+                return
+            for key, entry in zip(each.order, entries, strict=True):
+                holder = self._inside.get(key)
+                if holder is None:
+                    if self._enter(key, entry):
+                        each.lane.items.append(entry)
+                elif holder[0] is each and key in each.off and key not in self._aside and self._is_off(key, entry):
+                    each.off[key].append(entry[1])
+                else:
                     self._aside.setdefault(key, deque()).append(entry)
-                    continue
-                self._inside[key] = each
-                if off:
-                    each.off.setdefault(key, []).append(item)
-                    self._with_it(each, key)
-                    each.tell()
-                    continue
-                each.held[item] = key
-                return entry
-        return None
+                    if holder[1] in holder[0].ran:
+                        holder[0].awaited = True
+                        holder[0].tell()
+
+    def _enter(self, key: Hashable, entry: Any) -> bool:
+        """The entry has its key now. Whether it may run: else it is put off, with what comes next of its batch."""
+        each, item = entry
+        self._inside[key] = entry
+        if not self._is_off(key, entry):
+            return True
+        each.off[key] = [item]
+        waiting = self._aside.get(key)
+        while waiting and waiting[0][0] is each and self._is_off(key, waiting[0]):
+            each.off[key].append(waiting.popleft()[1])
+        if waiting is not None and not waiting:
+            del self._aside[key]
+        each.tell()
+        return False
+
+    def _is_off(self, key: Hashable, entry: Any) -> bool:
+        """An earlier record of its key waits in turn. What is given back comes again, and is not put off."""
+        if not self.closed or self.text(key) not in self.closed:
+            return False
+        each, item = entry
+        begins = self.may(each) and each.world is None and each.lane.down is None
+        return begins and each.job(item) not in self.heads
 
     def ended(self, each: Any, item: int) -> bool:
         """A call has ended: its key is free when it is settled, or at once when its batch has left. Whether another
         record waits for it."""
-        with self._lock:
-            each.ran.add(item)
-            if not each.ended:
-                return each.held.get(item) in self._aside
-            self._free(each, item)
+        each.ran.add(item)
+        if each.ended:
+            self._free(each, (item,))
             return False
-
-    def _with_it(self, each: Any, key: Hashable) -> None:
-        """Of the same batch, what waits aside first is put off together with what just was."""
-        waiting = self._aside.get(key)
-        while waiting and waiting[0][0] is each and each.jobs[waiting[0][1]] not in self.heads:
-            each.off[key].append(waiting.popleft()[1])
-        if waiting is not None and not waiting:
-            del self._aside[key]
+        if each.order[item] not in self._aside:
+            return False
+        each.awaited = True
+        return True
 
     def may(self, each: Any) -> bool:
         """Whether records of this batch are still begun."""
@@ -155,80 +176,79 @@ class Order:
 
     def skip(self, each: Any, item: int) -> None:
         """This one is not run, and is given back with its batch."""
-        with self._lock:
-            if item not in each.held:
-                self._hand_over(each.order[item])
-                return
-            each.ran.add(item)
-            if each.ended:
-                self._free(each, item)
+        each.ran.add(item)
+        if each.ended:
+            self._free(each, (item,))
 
     def put_off(self, each: Any) -> list[int]:
         """Takes what is to be put off of a batch, in order."""
         with self._lock:
             found, each.off = each.off, {}
             for key, items in found.items():
-                each.held[items[-1]] = key
+                self._inside[key] = each, items[-1]
                 each.ran.add(items[-1])
+                if key in self._aside:
+                    each.awaited = True
             return [item for items in found.values() for item in items]
 
-    def settled(self, each: Any, items: Iterable[int]) -> None:
+    def settled(self, each: Any, items: Collection[int]) -> None:
         """These are committed, so the next of their keys may run."""
-        with self._lock:
-            for item in items:
-                self._free(each, item)
+        self._free(each, items)
+        each.ran.difference_update(items)
 
     def leave(self, each: Any) -> None:
         """A batch ends, whatever of it is settled. What still runs of it keeps its key until it has ended."""
-        with self._lock:
-            each.ended = True
-            for key in each.off:
-                self._open(each, key)
-            each.off = {}
-            for item in each.ran:
-                self._free(each, item)
+        each.ended = True                                              # what ends from here on frees its key itself
+        self._free(each, list(each.ran))
 
     def drop(self, each: Any) -> list[int]:
         """Takes out what waits of one batch; the items."""
-        found: list[int] = []
         with self._lock:
-            for key, waiting in list(self._aside.items()):
-                found += [item for of, item in waiting if of is each]
-                kept = deque(entry for entry in waiting if entry[0] is not each)
-                if kept:
-                    self._aside[key] = kept
-                else:
-                    del self._aside[key]
-            for key, items in each.off.items():
-                found += items
-                self._open(each, key)
+            found, off = take_out(self._aside, each), each.off
             each.off = {}
+            for key, items in off.items():
+                found += items
+                self._hand_over(key)
         return found
 
-    @property
-    def waiting(self) -> bool:
-        """Some record waits for one of its key to be settled."""
-        return bool(self._aside)
-
-    def _free(self, each: Any, item: int) -> None:
-        if item in each.held:
-            self._open(each, each.held.pop(item))
-
-    def _open(self, each: Any, key: Hashable) -> None:
-        if self._inside.get(key) is not each:
-            return
-        del self._inside[key]
-        self._hand_over(key)
+    def _free(self, each: Any, items: Iterable[int]) -> None:
+        keys, inside, aside = each.order, self._inside, self._aside
+        with self._lock:
+            for item in items:
+                key = keys[item]
+                holder = inside.get(key)
+                if holder is not None and holder[0] is each and holder[1] == item:
+                    if key in aside:
+                        self._hand_over(key)
+                    else:
+                        del inside[key]
 
     def _hand_over(self, key: Hashable) -> None:
+        """Who had the key has it no more; the next one has."""
+        self._inside.pop(key, None)
         waiting = self._aside.get(key)
-        if waiting and key not in self._inside:
-            entry = waiting.popleft()
-            if not waiting:
-                del self._aside[key]
+        if waiting is None:
+            return
+        entry = waiting.popleft()
+        if not waiting:
+            del self._aside[key]
+        if self._enter(key, entry):
             entry[0].lane.items.appendleft(entry)
 
     def know(self, keys: Iterable[str], closed: Iterable[str]) -> None:
         """Of these keys, those some record of which waits, as a commit left it."""
         with self._lock:
             self.closed = self.closed.difference(keys).union(closed)
+
+
+def _values(records: Sequence[Any], column: str) -> list[Hashable]:
+    """value_of() for each; of plain values in one go."""
+    try:
+        if records and hasattr(records[0], "model_fields_set"):
+            values = [getattr(record, column) for record in records]
+        else:
+            values = [record[column] for record in records]
+        set(values)                                                    # raises where one cannot be a key
+    except (KeyError, AttributeError, TypeError):
+        return [value_of(record, column) for record in records]
+    return values

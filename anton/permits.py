@@ -42,8 +42,8 @@ class Permits:
         return self.held if time.monotonic() < self.until else 0
 
     def room(self) -> int:
-        """How many may run."""
-        return self.valid * self.each
+        """How many may run. Asked for each record."""
+        return self.held * self.each if time.monotonic() < self.until else 0
 
     def got(self, held: int, before: float, lease: timedelta) -> None:
         """So many are held, as of a time before the database was asked: here they run out sooner than there."""

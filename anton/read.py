@@ -8,7 +8,7 @@ One key twice in a batch arrives once, and both changes settle with it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from operator import itemgetter
@@ -37,7 +37,8 @@ class Inputs:
 
     first: position in the batch of each item, None: its own number. gone: positions of vanished records. twins:
     further positions of an item whose key comes more than once. broken: rows that do not fit the table's model. events:
-    there are events of the table among them, whose item is None. width: bytes of the widest rows, about.
+    there are events of the table among them, whose item is None. width: bytes of the widest rows, about. order: with
+    ordered=, the key of each item.
     """
 
     batch: Batch
@@ -50,6 +51,7 @@ class Inputs:
     images: dict[int, tuple[Any, Any]] = field(default_factory=dict)
     events: bool = False
     width: float = 1.0
+    order: list[Hashable] = field(default_factory=list)
 
     def positions(self, items: Iterable[int]) -> list[int]:
         """Where these items and their twins are in the batch, rising."""

@@ -202,7 +202,7 @@ class Runner:
             raise World(error) from error
         lane.measured(inputs.width)
         if lane.order is not None:
-            lane.order.note(batch, inputs.items, inputs.first, inputs.twins)
+            inputs.order = lane.order.note(batch, inputs.items, inputs.first, inputs.twins)
         return inputs
 
     async def finish(self, run: Run, inputs: Inputs, called: Called, ms: float, conflicts: int = 0,
@@ -320,8 +320,12 @@ class Runner:
                 if each.gather(self.pullers.open_chunks):
                     await self._flush(run, each, (time.perf_counter() - started) * 1000)
         finally:
+            over = each.over
+            if lane.order is not None and not over:
+                lane.order.stopped = True                              # before what waits for its keys may have them
             each.ended = True
-            each.drop()
+            if not over:
+                each.drop()
             if lane.order is not None:
                 lane.order.leave(each)
                 self.pullers.pull(lane)

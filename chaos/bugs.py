@@ -275,8 +275,8 @@ MORE = (  # not of the twelve
         (
             (
                 "anton/order.py",
-                "            each.ran.add(item)\n            if not each.ended:\n                return each.held.get(item) in self._aside\n",
-                "            each.ran.add(item)\n",
+                "        if each.ended:\n            self._free(each, (item,))\n            return False\n        if each.order",
+                "        self._free(each, (item,))\n        if each.order",
             ),
         ),
         "F1",

@@ -21,12 +21,12 @@ PACKAGE = REPO / "anton"
 LAYERS = [
     "errors groups share sent",
     "secret reach db deadline duration embedded form limit meaning pages price template plan threads "
-    "rank rebuilt turns vector",
+    "rank rebuilt turns vector gate",
     "dbt.manifest dbt.profile dbt.init",
     "dbt.gate handshake config option columns people relation queue doorbell status due chunk parquet ledger memo "
     "later",
     "rate",
-    "scheme op sqlfile lineage graph permits gate within order",
+    "scheme op sqlfile lineage graph permits within order",
     "chart signed apply sqlread dbt.runner dbt.child dbt.lineage",
     "verify write app heartbeat lane ddl",
     "record schedule action approval fate flow steps pace",

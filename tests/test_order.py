@@ -280,27 +280,29 @@ class Batch:
     """Of the model below: what Order asks of an Each."""
 
     def __init__(self, lane: Any, keys: list[int]) -> None:
-        self.lane, self.order, self.jobs, self.world, self.ended = lane, keys, list(range(len(keys))), None, False
-        self.held: dict[int, Any] = {}
+        self.lane, self.order, self.world, self.ended, self.awaited = lane, keys, None, False, False
         self.ran: set[int] = set()
         self.off: dict[Any, list[int]] = {}
 
     def tell(self) -> None:
         pass
 
+    def job(self, item: int) -> int:
+        return -1
+
 
 @given(st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=6), min_size=1, max_size=6), st.data())
 @settings(max_examples=300, deadline=None)
 def test_a_key_has_one_inside_its_records_come_in_order_and_none_is_left(sent: list[list[int]], data: Any) -> None:
-    """Batches are sent, records begin, end and are settled in any order; a closed key's are put off, in order."""
+    """Batches are sent, records begin, end and are settled in any order; a closed key's are put off, in order. Whoever
+    has to settle what others wait for knows.
+    """
     lane: Any = SimpleNamespace(items=deque(), down=None)
     turns = Order(None)
     coming, begun, running, over = [Batch(lane, keys) for keys in sent], list[Batch](), set[Any](), set[Any]()
     came = defaultdict[int, list[tuple[int, int]]](list)
     closed = data.draw(st.sets(st.integers(0, 3), max_size=1))
     turns.know((), map(turns.text, closed))
-    for batch in coming:
-        batch.jobs = [-1] * len(batch.order)
     waiting = list(coming)
     while waiting or len(over) < sum(map(len, sent)):
         moves = [*(["send"] if waiting else []), *(["begin"] if lane.items else []), *(["end"] if running else []),
@@ -309,8 +311,9 @@ def test_a_key_has_one_inside_its_records_come_in_order_and_none_is_left(sent: l
         if move == "send":
             batch = waiting.pop(0)
             begun.append(batch)
-            lane.items.extend((batch, item) for item in range(len(batch.order)))
-        elif move == "begin" and (entry := turns.next(lane)) is not None:
+            turns.send(batch)
+        elif move == "begin":
+            entry = lane.items.popleft()
             key = entry[0].order[entry[1]]
             assert key not in closed and key not in [each.order[item] for each, item in running]
             running.add(entry)
@@ -321,15 +324,18 @@ def test_a_key_has_one_inside_its_records_come_in_order_and_none_is_left(sent: l
             turns.ended(*entry)
         elif move == "settle":
             batch = data.draw(st.sampled_from([one for one in begun if one.ran or one.off]))
+            batch.awaited = False
             off = turns.put_off(batch)
             for item in off:
                 came[batch.order[item]].append((coming.index(batch), item))
-            done = {item for item in batch.ran if (batch, item) not in over} | set(off)
+            done = batch.ran | set(off)
             turns.settled(batch, done)
             over |= {(batch, item) for item in done}
-            batch.ran.clear()
+        idle = {each.order[item] for each in begun for item in range(len(each.order))
+                if (each, item) not in over and (each, item) not in running and item not in each.ran}
+        assert all(each.awaited for each in begun for item in each.ran if each.order[item] in idle)
     assert all(found == sorted(found) for found in came.values())
-    assert not turns.waiting and sum(map(len, came.values())) == sum(map(len, sent))
+    assert sum(map(len, came.values())) == sum(map(len, sent))
 
 
 MAIN = """
