@@ -348,6 +348,9 @@ class Settler:
                 await queue.retry_in_turn(self.db, conn, job.token, job.id, ordinals, keys, after, fate.error,
                                           fate.kind == "failed")
             return
+        if fate.kind == "later":
+            await queue.defer(self.db, conn, job.token, job.id, ordinals, after, fate.error)
+            return
         await queue.retry(self.db, conn, job.token, job.id, ordinals, after, fate.error, fate.kind == "failed")
 
     async def _bury(self, conn: Conn, lane: Lane, job: Job, ordinal: int, reason: str, error: str,

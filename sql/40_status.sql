@@ -483,6 +483,7 @@ create or replace function show_handler(p_handler text) returns jsonb language s
                         from limits() l where l.handler_id = h.id), '{}')
          || coalesce((select jsonb_build_object('tenants', t) from tenants_waiting(h.id) t where t <> '{}'), '{}')
          || coalesce((select jsonb_build_object('rate', r.said, 'rate_used', rate_used(h.id), 'rate_next', next_rate(h.id)) from rates() r where r.handler_id = h.id), '{}')
+         || coalesce((select jsonb_build_object('rate', r.said, 'rate_keys', (select count(*) from rate_key k where k.handler_id = h.id and k.until > now())) from key_rates() r where r.handler_id = h.id), '{}')
     from handler h join status s on s.app = h.app and s.handler = h.name where h.id = find_handler(p_handler)
 $$;
 

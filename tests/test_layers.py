@@ -26,9 +26,10 @@ LAYERS = [
     "dbt.gate handshake config option columns people relation queue doorbell status due chunk parquet ledger memo "
     "later",
     "rate",
+    "starts",
     "scheme op sqlfile lineage graph permits gate within order",
     "chart signed apply sqlread dbt.runner dbt.child dbt.lineage",
-    "verify write app heartbeat lane ddl",
+    "verify write app heartbeat lane ddl keyrate",
     "record schedule action approval fate flow steps pace",
     "sink read component settle rights storage ask",
     "query each answers structured",
