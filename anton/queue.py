@@ -298,8 +298,11 @@ async def note_starts(db: Database, conn: Conn, worker: int, handler: int,
 
 
 async def defer(db: Database, conn: Conn, lease: int, job: int, ordinals: list[int], after: timedelta,
-                why: str) -> None:
-    """Settles records here that were not begun, and queues them anew after a wait, together where they lie together."""
+                why: str | None) -> None:
+    """Settles records here that were not begun, and queues them anew after a wait, together where they lie together.
+
+    why: None: their time is to come.
+    """
     await db.call(conn, "defer", lease, job, ordinals, after, why)
 
 

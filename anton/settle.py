@@ -349,7 +349,7 @@ class Settler:
                                           fate.kind == "failed")
             return
         if fate.kind == "later":
-            await queue.defer(self.db, conn, job.token, job.id, ordinals, after, fate.error)
+            await queue.defer(self.db, conn, job.token, job.id, ordinals, after, fate.error or None)
             return
         await queue.retry(self.db, conn, job.token, job.id, ordinals, after, fate.error, fate.kind == "failed")
 

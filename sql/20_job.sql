@@ -295,7 +295,7 @@ begin
 end $$;
 
 -- defer(token, id, ordinals, after, why)
--- Settles records here that were not begun, and queues them anew after a wait; those that lie side by side in one job.
+-- Settles records here that were not begun, and queues them anew after a wait; those that lie side by side in one job. why null: their time is to come
 create or replace function defer(p_token bigint, p_id bigint, p_ordinals int[], p_after interval, p_why text)
 returns void language plpgsql volatile set search_path from current as $$
 declare v_due timestamptz := now() + p_after; v lease;
