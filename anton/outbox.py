@@ -127,23 +127,17 @@ class Action:
                 "handler": self.sender.name}
 
     def send(self, *args: Any, approve: Approval | None = None, key: str | None = None, by: str | None = None,
-             delay: Any = None, at: Any = None, **named: Any) -> Any:
+             **named: Any) -> Any:
         """Records one call, to commit with what surrounds it; returns its record, as append() does; with key= it has no
         id yet, as there may be such a call already: select(idempotency_key=…).
 
         args, named: its arguments, checked at once. approve: whom to ask about this call; it adds to what is declared,
         never takes away. key: an idempotency key of your own: a second call with the same is none. by: the person who
-        asks for it, who may not approve it. delay, at: it is sent so much later, "1h", or at that time, an aware
-        datetime, and people are asked meanwhile; of an action that has an argument of that name they are the argument.
+        asks for it, who may not approve it. Among named, delay= or at=: it is sent so much later, "1h", or at that
+        time, an aware datetime, and people are asked meanwhile; where the action has such an argument, it is that.
         Raises InvalidRecord, BadOption, NoScope.
         """
-        for name, value in (("delay", delay), ("at", at)):
-            if value is not None and name in self.model.model_fields:
-                named[name] = value
-        if "delay" in self.model.model_fields:
-            delay = None
-        if "at" in self.model.model_fields:
-            at = None
+        delay, at = (None if name in self.model.model_fields else named.pop(name, None) for name in ("delay", "at"))
         return self._record(self.checked(*args, **named), approve, key, by, subject_of(), delay, at)
 
     def checked(self, *args: Any, **named: Any) -> dict[str, Any]:

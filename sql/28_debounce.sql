@@ -2,24 +2,27 @@
 -- Writers only add: the jobs of such a handler carry its id with a minus, and nobody claims them. Workers fold them into
 -- a row for each key, and make a job of a key that is due. So no writer waits for another, however hot a key is.
 
--- debounced() -> jobs made: folds what was written, for a moment, then takes what is due. Its worker claims before it calls it again
+-- debounced() -> jobs made: folds what was written, about 5,000 changes, then takes what is due. For more its worker calls it again, and claims in between
 create or replace function debounced() returns int language plpgsql volatile set search_path from current
 set jit = off set enable_seqscan = off as $$
-declare v_handler int; h handler; v_now timestamptz; v_until timestamptz := clock_timestamp() + interval '50 ms';
+declare v_handler int; h handler; v_now timestamptz; v_n bigint; v_all bigint := 0;
 begin
   if exists (select from job where handler_id < 0) then
     for v_handler in select x.id from handler x cross join lateral (select j.id from job j where j.handler_id = -x.id order by j.id limit 1) j order by j.id loop
       select * into h from handler where id = v_handler;
-      while fold(h) > 0 and clock_timestamp() < v_until loop
+      loop
+        v_n := fold(h);
+        v_all := v_all + v_n;
+        exit when v_n = 0 or v_all >= 5000;
       end loop;
-      exit when clock_timestamp() >= v_until;
+      exit when v_all >= 5000;
     end loop;
   end if;
   v_now := now();                                          -- no job is older than a change it stands for
   return case when exists (select from debounce where due_at <= v_now) then ripen(v_now) else 0 end;
 end $$;
 
--- fold(handler) -> changes folded into its keys, about 2,000 at most; 0: none, or another worker is at it
+-- fold(handler) -> changes folded into its keys, about 5,000 at most; 0: none, or another worker is at it
 -- A key that changes is due a debounce later, and max_wait after its first change at most. With per, a record that
 -- another of its key has replaced is settled here, and its receipt says so.
 create or replace function fold(h handler) returns bigint language plpgsql volatile set search_path from current
@@ -30,10 +33,10 @@ begin
     return 0;
   end if;
   with locked as materialized (
-    select ctid as row, id, hi - lo + 1 as n from job where handler_id = -h.id order by id limit 500 for update skip locked)
+    select ctid as row, id, hi - lo + 1 as n from job where handler_id = -h.id order by id limit 1000 for update skip locked)
   select array_agg(x.row) into v_rows
     from (select j.row, sum(j.n) over (order by j.id) - j.n as before from locked j) x
-   where x.before < 2000;
+   where x.before < 5000;
   if v_rows is null then
     return 0;
   end if;

@@ -270,7 +270,8 @@ class Clock(Pg):
 
     def due(self) -> list[int]:
         """Keys of the jobs that there are now."""
-        self.sql("select anton.promote()")
+        while self.value("select anton.promote() > 0 or exists (select from anton.job where handler_id < 0)"):
+            pass
         return sorted(event.key for event in self.events(self.h))
 
 
