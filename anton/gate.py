@@ -115,8 +115,11 @@ class Gate:
 
     def wanted(self, key: Hashable) -> int:
         """Records of a key that could begin, had they a start. The lock is held."""
-        aside = len(self._aside.get(key, ()))
-        return min(aside, self.most - self._inside.get(key, 0)) + (key in self._wanted)
+        return min(self.aside(key), self.most - self._inside.get(key, 0)) + (key in self._wanted)
+
+    def aside(self, key: Hashable) -> int:
+        """Records of a key that wait. The lock is held."""
+        return len(self._aside.get(key, ()))
 
     def served(self, keys: Iterable[Hashable]) -> list[Any]:
         """These were given starts: the entries that may try now. The keys are last in turn."""

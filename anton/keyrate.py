@@ -133,7 +133,9 @@ class KeyMeter:
             with books.gate.lock:
                 starts.clear()
             books.tenure = books.permits.tenure
-        wanted, pause = self._wanted(books, now)
+        wanted, many, pause = self._wanted(books, now)
+        if many:
+            self._wait(books, many, starts.first(books.late))
         if not wanted:
             return pause
         books.due = now + EVERY
@@ -165,13 +167,15 @@ class KeyMeter:
                 self._loop.call_later(wait, self._open, books, [key for key, plan in given.items() if slot in plan])
         return books.due - time.monotonic()
 
-    def _wanted(self, books: _Books, now: float) -> tuple[dict[Hashable, int], float]:
-        """Starts that can be used until the next asking but one, by key; else seconds until there is to look again."""
+    def _wanted(self, books: _Books, now: float) -> tuple[dict[Hashable, int], list[Hashable], float]:
+        """Starts that can be used until the next asking but one, by key; keys that have too many records here; seconds
+        until there is to look again, where none is wanted.
+        """
         gate, starts, lane = books.gate, books.starts, books.lane
         books.usual += (starts.began - books.usual) * 0.3
         starts.began = 0
         can = max(1, int(lane.room - lane.running + 2 * books.usual + FEW) - len(lane.items))
-        found: dict[Hashable, int] = {}
+        found, many = dict[Hashable, int](), list[Hashable]()
         keys, past, pause = gate.waiting(), starts.past if starts.keys else 0, 60.0
         with gate.lock:
             starts.forget(keys)
@@ -179,18 +183,18 @@ class KeyMeter:
                 known, count = starts.keys.get(key), gate.wanted(key)
                 if known is not None and known.again > now:
                     pause = min(pause, known.again - now)
+                    if gate.aside(key) > known.few:
+                        many.append(key)
                     continue
                 if known is not None and known.left:
                     starts.unused(key, past)
                     count -= sum(known.left.values())
-                if count > 0:
+                if count > 0 and can > 0:
                     found[key] = min(count, can)
                     can -= found[key]
                 else:
                     pause = min(pause, EVERY)
-                if can <= 0:
-                    break
-        return found, pause
+        return found, many, pause
 
     async def _learn(self, conn: Conn, books: _Books, keys: Iterable[Hashable]) -> None:
         """What was given of keys that are met for the first time."""
@@ -225,6 +229,7 @@ class KeyMeter:
                     for entry, slot in zip(out, slots, strict=True):
                         self._put_off(entry, timedelta(seconds=max(0.0, starts.opens(first) - margin
                                                                    + (slot - first) * starts.slot)))
+                known.few = kept
                 known.again = time.monotonic() + starts.opens(starts.next(key, first))
 
     def _open(self, books: _Books, keys: Iterable[Hashable]) -> None:

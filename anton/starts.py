@@ -31,10 +31,10 @@ class Key:
 
     given: starts by slot that were planned and not given back. left: those of them that have not begun. line: the
     slot in which the last record that was put off is expected to begin; lined: how many in the same. again: when to
-    look at it again, by time.monotonic().
+    look at it again, by time.monotonic(). few: records that may wait here until then.
     """
 
-    __slots__ = ("again", "given", "left", "line", "lined")
+    __slots__ = ("again", "few", "given", "left", "line", "lined")
 
     def __init__(self) -> None:
         self.given: dict[int, int] = {}
@@ -42,6 +42,7 @@ class Key:
         self.line = -math.inf
         self.lined = 0
         self.again = 0.0
+        self.few = 0
 
 
 class Starts:
