@@ -164,7 +164,7 @@ class Action:
             row |= {"gate": "always", "approve": approve.definition()}
         due = due_of(current.db, delay, at, f'the call of action "{self.name}"')
         if due is not None:
-            row |= {"delay": due.delay} if due.delay is not None else {"due_at": due.at}
+            row["delay" if due.at is None else "due_at"] = due.at or due.delay
         row |= {"requested_by": by} if by else {}
         row |= {"subject": about} if about else {}
         row |= {"taint": ["http"]} if current.kind == "route" else {}

@@ -58,6 +58,7 @@ class Starts:
         self.keys: dict[Hashable, Key] = {}
         self.over: set[Hashable] = set()
         self.began = 0
+        self.slot_us = 0                                               # of a slot; slot: in seconds
         self.set(most, length_us)
 
     def set(self, most: int, length_us: int) -> None:

@@ -57,7 +57,8 @@ insert into anton.rate (handler_id, said, most, length_us) select {shared} + g, 
   from generate_series(1, 10000) g;
 select anton.set_rate({small}, '1000/s');
 insert into anton.rate_key (handler_id, key, ends, counts, until)
-  select {small}, '[' || g || ']', '{{1,2}}', '{{1,1}}', t + interval '1 day' from generate_series(1, {depth} / 10) g, anton.now() t;
+  select {small}, '[' || g || ']', '{{1,2}}', '{{1,1}}', t + interval '1 day'
+    from generate_series(1, {depth} / 10) g, anton.now() t;
 """
 PUT_MODEL = """select anton.put_model('{"app": "test", "name": "copies", "table": "copies", "key": ["id"],
   "body": "select id, n from orders", "refresh": ["public.orders"], "distinct_keys": true,

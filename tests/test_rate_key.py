@@ -1,4 +1,4 @@
-"""Rates of keys: no window of time holds more starts of one key than rate= beside per= says, whoever has the handler."""
+"""Rates of keys: no window holds more starts of one key than rate= beside per= says, whoever has the handler."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from anton.errors import BadOption
 from anton.starts import Starts, text
 from anton.testing import TestApp
 
-MOVES = st.lists(st.tuples(st.integers(0, 90), st.integers(0, 30), st.sampled_from(["use", "half", "die", "take over"])),
+MOVES = st.lists(st.tuples(st.integers(0, 90), st.integers(0, 30), st.sampled_from(["use", "half", "die", "over"])),
                  min_size=5, max_size=40)
 
 
@@ -44,7 +44,7 @@ def test_no_window_holds_more_starts_of_a_key_whatever_is_planned_used_given_bac
                 used = count if then == "use" else count // 2
                 began += [slot] * used
                 starts.keys["k"].left[slot] -= used
-        if then in ("die", "take over"):
+        if then in ("die", "over"):
             began += [slot for slot, count in starts.keys["k"].left.items() for _ in range(count) if then == "die"]
             starts = Starts(most, length)
             starts.learn(["k"], noted)
