@@ -46,7 +46,7 @@ select h.app, h.name as handler,
             when t.n > 0 then format('%s records wait for an earlier one of their key', t.n)
             when j.n > 0 then coalesce(waits_for(h.id), waits_turn(h.id))
             when rest.keys > 0 then format('%s wait to come to rest, debounce %s%s', rest.keys, h.debounce, ', the next until ' || date_trunc('second', rest.next_at))
-            when d.rated_at is not null then format('records wait for the rate of their key, %s for each %s; the next until %s', (select r.said from rate r where r.handler_id = h.id), h.per, date_trunc('second', d.rated_at))
+            when d.rated_at is not null then format('records wait for the rate of their key, %s for each %s; the next until %s', (select r.said from key_rates() r where r.handler_id = h.id), h.per, date_trunc('second', d.rated_at))
             when d.next_at is not null then format('the next is due at %s', date_trunc('second', d.next_at)) end as why,
        h.max_lag, coalesce(lag.is_behind, false) as behind, coalesce(l.workers, 0) as workers, coalesce(l.versions, '{}') as versions
   from handler h join watched w on w.id = h.table_id cross join span

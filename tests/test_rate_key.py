@@ -131,7 +131,7 @@ async def test_who_takes_over_knows_what_began_and_a_worker_that_ends_gives_back
 async def test_who_does_not_hold_the_handler_notes_no_starts(db: Database) -> None:
     bench = await one_handler(db, lambda record: None, each=True, rate="1/h", per="c")
     h = await bench.value("select id from anton.handler")
-    note = "select anton.note_starts($1, $2, '{k}', '{{1000000}}', '{{1}}')"
+    note = "select anton.note_starts($1, $2, '{k}', array['{1000000}'], array['{1}'])"
     assert await bench.value(note, 1, h) is None and await bench.count("anton.rate_key") == 0
     await bench.sql("select anton.permit(1, $1, 1, '1 m')", h)
     assert await bench.value(note, 1, h) > 0 and await bench.value(note, 2, h) is None
