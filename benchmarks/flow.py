@@ -254,7 +254,7 @@ def rate_key(run: Run) -> Rows:
 
         with worker(conn, url, "app_rate_key", "--processes", "2"):
             wait_for(lambda: workers(conn) >= 2, 60, "both processes to register")
-            conn.execute("insert into rated (customer) select g % %s from generate_series(1, %s) g",
+            conn.execute("insert into rated (customer) select mod(g, %s) from generate_series(1, %s) g",
                          (RATED, seconds * RATED * EACH))
             for kill in (1, 2):
                 wait_for(lambda kill=kill: len(starts()) > kill * seconds * RATED * EACH / 3, 120, "starts")
