@@ -297,13 +297,10 @@ async def note_starts(db: Database, conn: Conn, worker: int, handler: int,
     return at
 
 
-async def defer(db: Database, conn: Conn, lease: int, job: int, ordinals: list[int], after: timedelta,
+async def defer(db: Database, conn: Conn, lease: int, job: int, ordinals: list[int], afters: list[timedelta],
                 why: str | None) -> None:
-    """Settles records here that were not begun, and queues them anew after a wait, together where they lie together.
-
-    why: None: their time is to come.
-    """
-    await db.call(conn, "defer", lease, job, ordinals, after, why)
+    """Settles records here that were not begun, and queues them anew, each after its wait. why: None: they are due."""
+    await db.call(conn, "defer", lease, job, ordinals, afters, why)
 
 
 @dataclass(slots=True)

@@ -219,7 +219,8 @@ class Starts:
             if known.line < soonest or known.lined >= self.group:
                 known.line, known.lined = max(soonest, known.line + self.step), 0
             known.lined += 1
-            found.append(known.line)
+            together = found and known.line - found[-1] < self.patience / 4 / self.slot  # these wait here, a little
+            found.append(found[-1] if together else known.line)
         return found
 
 
