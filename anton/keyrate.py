@@ -218,7 +218,7 @@ class KeyMeter:
     def _wait(self, books: _Books, keys: Iterable[Hashable], first: int) -> None:
         """Of keys that have no start for all their records: until when they wait, here or in the queue."""
         gate, starts = books.gate, books.starts
-        margin = starts.patience / 2 if self._patience is None else 0.0
+        soon = starts.opens(first) - (starts.patience / 2 if self._patience is None else 0.0)
         with gate.lock:
             for key in keys:
                 known = starts.keys[key]
@@ -227,8 +227,7 @@ class KeyMeter:
                 if out := gate.beyond(key, kept):
                     slots = starts.put_off(key, first, kept - coming, len(out))
                     for entry, slot in zip(out, slots, strict=True):
-                        self._put_off(entry, timedelta(seconds=max(0.0, starts.opens(first) - margin
-                                                                   + (slot - first) * starts.slot)))
+                        self._put_off(entry, timedelta(seconds=max(0.0, soon + (slot - first) * starts.slot)))
                 known.few = kept
                 known.again = time.monotonic() + starts.opens(starts.next(key, first))
 
