@@ -140,10 +140,14 @@ class Gate:
         with self.lock:
             self._wanted -= keys
 
-    def beyond(self, key: Hashable, kept: int) -> list[Any]:
-        """Takes out what waits of a key beyond so many. The lock is held."""
+    def beyond(self, key: Hashable, kept: int, least: int) -> list[Any]:
+        """Takes out what waits of a key beyond so many, and all of the batch that it begins in, down to the least: else
+        most batches would have to wait for a few records. The lock is held.
+        """
         waiting = self._aside.get(key, deque())
         found = [waiting.pop() for _ in range(max(0, len(waiting) - kept))]
+        while found and len(waiting) > least and waiting[-1][0] is found[-1][0]:
+            found.append(waiting.pop())
         if key in self._aside and not waiting:
             del self._aside[key]
         return found[::-1]

@@ -224,8 +224,8 @@ class KeyMeter:
                 known = starts.keys[key]
                 coming = sum(known.left.values())
                 kept = coming + starts.kept(key, first)
-                if out := gate.beyond(key, kept):
-                    slots = starts.put_off(key, first, kept - coming, len(out))
+                if out := gate.beyond(key, kept, max(coming, kept // 2)):
+                    slots = starts.put_off(key, first, gate.aside(key) - coming, len(out))
                     for entry, slot in zip(out, slots, strict=True):
                         self._put_off(entry, timedelta(seconds=max(0.0, soon + (slot - first) * starts.slot)))
                 known.few = kept
