@@ -2,20 +2,20 @@
 -- Writers only add: the jobs of such a handler carry its id with a minus, and nobody claims them. Workers fold them into
 -- a row for each key, and make a job of a key that is due. So no writer waits for another, however hot a key is.
 
--- debounced() -> jobs made: folds what was written, about 5,000 changes, then takes what is due. For more its worker calls it again, and claims in between
+-- debounced() -> jobs made: folds what was written, about 5,000 changes of each handler, then takes what is due. For more its worker calls it again, and
+-- claims in between
 create or replace function debounced() returns int language plpgsql volatile set search_path from current
 set jit = off set enable_seqscan = off as $$
-declare v_handler int; h handler; v_now timestamptz; v_n bigint; v_all bigint := 0;
+declare h handler; v_now timestamptz; v_n bigint; v_all bigint;
 begin
   if exists (select from job where handler_id < 0) then
-    for v_handler in select x.id from handler x cross join lateral (select j.id from job j where j.handler_id = -x.id order by j.id limit 1) j order by j.id loop
-      select * into h from handler where id = v_handler;
+    for h in select * from handler x where exists (select from job j where j.handler_id = -x.id) order by x.id loop
+      v_all := 0;
       loop
         v_n := fold(h);
         v_all := v_all + v_n;
         exit when v_n = 0 or v_all >= 5000;
       end loop;
-      exit when v_all >= 5000;
     end loop;
   end if;
   v_now := now();                                          -- no job is older than a change it stands for
