@@ -2,7 +2,7 @@
 -- Writers only add: the jobs of such a handler carry its id with a minus, and nobody claims them. Workers fold them into
 -- a row for each key, and make a job of a key that is due. So no writer waits for another, however hot a key is.
 
--- debounced() -> jobs made: folds what was written, about 5,000 changes of each handler, then takes what is due. For more its worker calls it again, and
+-- debounced() -> jobs made: folds what was written, about 2,000 changes of each handler, then takes what is due. For more its worker calls it again, and
 -- claims in between
 create or replace function debounced() returns int language plpgsql volatile set search_path from current
 set jit = off set enable_seqscan = off as $$
@@ -14,7 +14,7 @@ begin
       loop
         v_n := fold(h);
         v_all := v_all + v_n;
-        exit when v_n = 0 or v_all >= 5000;
+        exit when v_n = 0 or v_all >= 2000;
       end loop;
     end loop;
   end if;
@@ -22,7 +22,7 @@ begin
   return case when exists (select from debounce where due_at <= v_now) then ripen(v_now) else 0 end;
 end $$;
 
--- fold(handler) -> changes folded into its keys, about 5,000 at most; 0: none, or another worker is at it
+-- fold(handler) -> changes folded into its keys, about 2,000 at most; 0: none, or another worker is at it
 -- A key that changes is due a debounce later, and max_wait after its first change at most. With per, a record that
 -- another of its key has replaced is settled here, and its receipt says so.
 create or replace function fold(h handler) returns bigint language plpgsql volatile set search_path from current
@@ -36,7 +36,7 @@ begin
     select ctid as row, id, hi - lo + 1 as n from job where handler_id = -h.id order by id limit 1000 for update skip locked)
   select array_agg(x.row) into v_rows
     from (select j.row, sum(j.n) over (order by j.id) - j.n as before from locked j) x
-   where x.before < 5000;
+   where x.before < 2000;
   if v_rows is null then
     return 0;
   end if;
@@ -87,7 +87,7 @@ begin
          set record = excluded.record, first_at = least(d.first_at, excluded.first_at), last_at = greatest(d.last_at, excluded.last_at),
              due_at = least(greatest(d.last_at, excluded.last_at) + $4, least(d.first_at, excluded.first_at) + $5),
              cause = excluded.cause, depth = excluded.depth, trace = excluded.trace, tenant = excluded.tenant)
-    select count(*) from raw$f$, v_key)
+    select coalesce(sum(hi - lo + 1), 0) from raw$f$, v_key)
     into v_n using v_rows, h.id, v_now, coalesce(h.debounce, '0'), case when h.debounce is null then '0' else h.max_wait end,
                    h.where_sql is not null, h.per is not null, w.key_kind = 'id';
   return v_n;
