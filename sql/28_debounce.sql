@@ -93,7 +93,7 @@ begin
   return v_n;
 end $$;
 
--- ripen(now) -> jobs made of keys that are due, 20,000 at most
+-- ripen(now) -> jobs made of keys that are due, 5,000 at most
 -- A key waits as long as a change is unfolded that may be older than its time.
 create or replace function ripen(p_now timestamptz) returns int language plpgsql volatile set search_path from current
 set jit = off set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
@@ -102,7 +102,7 @@ begin
   with due as materialized (
     select d.ctid as row from debounce d
      where d.due_at <= p_now and d.due_at <= coalesce((select j.at from job j where j.handler_id = -d.handler_id order by j.id limit 1), p_now)
-     order by d.due_at limit 20000 for update skip locked
+     order by d.due_at limit 5000 for update skip locked
   ), taken as (
     delete from debounce d using many(array(select due.row from due)) x (row) where d.ctid = x.row returning d.*
   ), ranked as (

@@ -382,7 +382,7 @@ def test_many_keys_of_one_statement_stay_together(clock: Clock) -> None:
     clock.tick()
     clock.tick()
     clock.sql("select anton.promote()")
-    assert clock.sql("select count(*), sum(hi - lo + 1) from anton.job where handler_id > 0") == [(20, 20000)]
+    assert clock.sql("select count(*), sum(hi - lo + 1) from anton.job where handler_id > 0") == [(5, 5000)]
     assert len(clock.due()) == 21000 + KEYS and clock.value("select count(*) from anton.debounce") == 0
 
 
