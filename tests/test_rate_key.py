@@ -122,7 +122,8 @@ async def test_who_takes_over_knows_what_began_and_a_worker_that_ends_gives_back
     await bench.add("a", [{"c": "a", "n": 1}])
     async with bench.running():
         await met(lambda: len(done) == 1)
-    await bench.sql("insert into anton.rate_key select handler_id, '[\"killed\"]', ends, counts, until from anton.rate_key")
+    await bench.sql("insert into anton.rate_key select handler_id, '[\"killed\"]', ends, counts, until "
+                    "from anton.rate_key")
     await bench.add("a", [{"c": "a", "n": 2}, {"c": "b", "n": 3}, {"c": "killed", "n": 4}])
     await bench.work()
     assert done == [1, 3] and await bench.value("select sum(hi - lo + 1) from anton.delayed") == 2
