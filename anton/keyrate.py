@@ -174,7 +174,7 @@ class KeyMeter:
         gate, starts, lane = books.gate, books.starts, books.lane
         books.usual += (starts.began - books.usual) * 0.3
         starts.began = 0
-        can = max(1, int(lane.room - lane.running + 2 * books.usual + FEW) - len(lane.items))
+        can = max(0, int(lane.room - lane.running + 2 * books.usual + FEW) - len(lane.items))
         found, many = dict[Hashable, int](), list[Hashable]()
         keys, past, pause = gate.waiting(), starts.past if starts.keys else 0, 60.0
         with gate.lock:
@@ -198,11 +198,11 @@ class KeyMeter:
 
     async def _learn(self, conn: Conn, books: _Books, keys: Iterable[Hashable]) -> None:
         """What was given of keys that are met for the first time."""
-        new = {text(key): key for key in keys if key not in books.starts.keys}
+        new = [key for key in keys if key not in books.starts.keys]
         if new:
-            rows = await queue.key_starts(self._db, conn, books.lane.id, [*new])
+            rows = await queue.key_starts(self._db, conn, books.lane.id, [*map(text, new)])
             with books.gate.lock:
-                books.starts.learn(new.values(), rows)
+                books.starts.learn(new, rows)
 
     async def _note(self, conn: Conn, books: _Books, keys: Iterable[Hashable]) -> bool:
         """Has the database know all that is given of these keys; False: this worker does not hold the handler."""
