@@ -118,7 +118,7 @@ begin
   end if;
   if options ? 'per' and not options ? 'debounce' then
     raise exception using errcode = 'NT004', message = format('handler "%s": per "%s" without debounce', p_name, options ->> 'per'),
-      hint = 'in SQL per says of which column debounce is; a limit for each key is for functions with each=True';
+      hint = 'in SQL per says of which column debounce is; a limit or a rate for each key is for functions with each=True';
   end if;
   select table_id into v_old from handler where app = 'sql' and name = p_name;
   v_id := put_handler(jsonb_strip_nulls(jsonb_build_object(
