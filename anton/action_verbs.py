@@ -13,7 +13,7 @@ from anton.verbs import FOUND, OK, emit, list_rows, query, show_row
 
 Args = argparse.Namespace
 
-_ACTIONS = ("id", "name", "app", "state", "args", "at")
+_ACTIONS = ("id", "name", "app", "state", "args", "at", "due_at")
 _APPROVALS = ("id", "name", "state", "preview", "approvers", "decided_by", "via", "at", "expires_at")
 
 

@@ -55,6 +55,7 @@ class Call(BaseModel):
     cause: int | None = None
     trace: int | None = None
     at: datetime
+    due_at: datetime | None = None
     sent_at: datetime | None = None
     settled_at: datetime | None = None
 

@@ -20,6 +20,7 @@ from anton.permits import Permits
 from anton.rank import PRIORITY
 from anton.rate import Tap
 from anton.relation import describe_all
+from anton.starts import Starts
 
 
 async def read_lanes(db: Database, app: App, known: Mapping[int, Lane]) -> dict[int, Lane]:
@@ -32,6 +33,7 @@ async def read_lanes(db: Database, app: App, known: Mapping[int, Lane]) -> dict[
         limits = {row[0]: (row[1], row[2]) for row in await db.call(conn, "limits")}
         orders = await queue.orders(db, conn)
         rates = {row[0]: math.ceil(row[2] * 1e6 / row[3]) for row in await db.call(conn, "rates")}
+        key_rates = {row[0]: (row[2], row[3]) for row in await db.call(conn, "key_rates")}
         models = {row[0] for row in await db.call(conn, "refreshers")}
         priorities = {row[0]: row[1] for row in await db.call(conn, "priorities")}
         weights = {row[0]: row[1] for row in await db.call(conn, "tenant_weights")}
@@ -54,7 +56,7 @@ async def read_lanes(db: Database, app: App, known: Mapping[int, Lane]) -> dict[
             if lane.id in orders:
                 _order(lane, known.get(lane.id), orders[lane.id])
             else:
-                _limit(lane, known.get(lane.id), most, per)
+                _limit(lane, known.get(lane.id), most, per, key_rates.get(lane.id))
         _tap(lane, known.get(lane.id), rates.get(lane.id))
         if code is not None:
             code.relation = relations.get(names[row["id"]])            # None: reading it will say so; it waits
@@ -71,8 +73,9 @@ async def read_lanes(db: Database, app: App, known: Mapping[int, Lane]) -> dict[
     return lanes
 
 
-def _limit(lane: Lane, known: Lane | None, most: int, per: str | None) -> None:
-    """Gives a lane its permits, or those it has already. With per= one is all: it has the handler, and a gate."""
+def _limit(lane: Lane, known: Lane | None, most: int, per: str | None, rate: tuple[int, int] | None) -> None:
+    """Gives a lane its permits, or those it has already. With per= one is all: it has the handler, and a gate, where
+    each key may have a rate: starts in so many microseconds."""
     _permits(lane, known, most, 1)
     assert lane.permits is not None
     if per is not None:
@@ -80,6 +83,13 @@ def _limit(lane: Lane, known: Lane | None, most: int, per: str | None) -> None:
         lane.permits.most = 1
         lane.gate = known.gate if known is not None and known.gate is not None else Gate(per, most)
         lane.gate.column, lane.gate.most = per, most
+        if rate is not None and lane.gate.starts is None:
+            lane.gate.starts = Starts(*rate)
+        elif rate is not None and lane.gate.starts is not None:
+            with lane.gate.lock:
+                lane.gate.starts.set(*rate)
+        else:
+            lane.gate.starts = None
 
 
 def _order(lane: Lane, known: Lane | None, per: str | None) -> None:

@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import suppress
+from datetime import timedelta
 from typing import Any
 
 from anton.db import Database
@@ -33,6 +34,7 @@ AT_LATEST = 1.0  # seconds
 SLOW = 0.01  # seconds in one record after which more threads help
 QUICK = 0.01  # seconds that few wait where others wait for them to be settled
 STUBBORN = 5.0  # seconds that a cancelled coroutine may take to end
+RATED = "waits for the rate of its key"
 SLICE = 0.002  # seconds after which a coroutine that never waits lets others run
 
 
@@ -85,6 +87,7 @@ class Each:
         self.finished: list[int] = []
         self.ops: list[Op] = []
         self.fates: dict[int, Fate] = {}
+        self.later: dict[int, Fate] = {}                               # with a rate for each key: they go back
         self.settled = 0
         self._flushed_at = time.monotonic()
         self._find: dict[int, int] | None = None
@@ -195,6 +198,10 @@ class Each:
             self.fates |= fates
         self.finished += off
         self.fates |= dict.fromkeys(off, LATER)
+        if self.later:
+            self.finished += self.later
+            self.fates |= self.later
+            self.later = {}
         enough = len(self.finished) >= FLUSH or waited >= (QUICK if hurry else GATHER) or self._all()
         if hurry and not enough:
             self.awaited = True
@@ -324,6 +331,13 @@ class Puller:
 
 AGAIN = Fate("retry", "the world fails")
 LATER = Fate("later", "an earlier record of its key waits")
+
+
+def put_off(entry: tuple[Each, int], after: timedelta) -> None:
+    """An item that has not begun waits in the queue, for its key's rate. Called in the event loop."""
+    each, item = entry
+    each.later[item] = Fate("later", RATED, after)
+    each.changed.set()
 
 
 class Pullers:

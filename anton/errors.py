@@ -559,6 +559,14 @@ class Discard(Outcome):
         self.why = why
 
 
+class Later(Outcome):
+    """Not now, but after a while; nothing counts against the record. Of the runtime's own handlers."""
+
+    def __init__(self, after: timedelta) -> None:
+        super().__init__("later")
+        self.after = after
+
+
 def _classes(base: type[AntonError]) -> Iterable[type[AntonError]]:
     yield base
     for sub in base.__subclasses__():

@@ -265,9 +265,9 @@ def _per(handler: Handler, options: Mapping[str, Any], of: str) -> str | None:
         return per
     if not handler.each or handler.kind == "sql" or not set(handler.ops) <= {"new", "updated", "deleted"}:
         raise BadOption("per", per, of, "a function with each=True beside it: only one record has one value")
-    if options.get("concurrency") is None and not handler.ordered:
-        raise BadOption("per", per, of, f"concurrency=N beside it: how many records of one {per} may run at a time; or "
-                        "ordered=True: one, in order")
+    if options.get("concurrency") is None and options.get("rate") is None and not handler.ordered:
+        raise BadOption("per", per, of, f"concurrency=N beside it: how many records of one {per} may run at a time; "
+                        'rate="100/m": how many may begin; or ordered=True: one, in order')
     return per
 
 
@@ -284,9 +284,9 @@ def _check_order(handler: Handler, options: Mapping[str, Any], of: str) -> None:
 def _rate(handler: Handler, value: Any, of: str) -> str | None:
     if value is None:
         return None
-    if handler.per is not None:
-        raise BadOption("rate", value, of, f"no rate= beside per=: there is no rate for each {handler.per}; "
-                                           "leave one of them out")
+    if handler.per is not None and handler.debounce is not None:
+        raise BadOption("rate", value, of, f"no rate= beside debounce= with per=, which is what comes to rest, each "
+                                           f"{handler.per}; leave one of them out")
     if handler.ordered:
         raise BadOption("rate", value, of, "no rate= beside ordered=True: leave one of them out")
     return normal(value, of)

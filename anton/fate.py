@@ -19,7 +19,7 @@ from typing import Literal
 import asyncpg
 
 from anton.duration import duration
-from anton.errors import DatabaseUnreachable, Discard, MissingPrivilege, Outcome, Retry, UnknownTable, WorldError
+from anton.errors import DatabaseUnreachable, Discard, Later, MissingPrivilege, Outcome, Retry, UnknownTable, WorldError
 from anton.lane import Lane
 from anton.secret import hide
 
@@ -81,7 +81,9 @@ class World(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Fate:
-    """What becomes of a record that is not done. after: None: the backoff. later: it was not begun, see order.py."""
+    """What becomes of a record that is not done. after: None: the backoff. later: it was not begun: see order.py,
+    keyrate.py, and calls of actions that are due later.
+    """
 
     kind: Literal["retry", "discarded", "failed", "later"]
     error: str
@@ -108,6 +110,8 @@ def failed(error: BaseException) -> Fate:
 
 def fate_of(outcome: Outcome) -> Fate:
     """What Retry or Discard means. A retry counts as an attempt, so that there is an end to it."""
+    if isinstance(outcome, Later):
+        return Fate("later", "", outcome.after)
     if isinstance(outcome, Discard):
         return Fate("discarded", hide(outcome.why or "discarded"))
     why, after = (outcome.why, outcome.after) if isinstance(outcome, Retry) else (str(outcome), None)

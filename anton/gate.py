@@ -1,6 +1,7 @@
 """Gate: which records of a handler with per= may run now.
 
     next record -> its key has fewer than N running: go        else it waits aside, until one of its key is done
+                   with rate=, and a start: go                 or there is a start for it (keyrate.py)
 
 One process has all of such a handler (permits.py), so what runs is counted here, exactly. Called from any thread.
 """
@@ -9,8 +10,10 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any
+
+from anton.starts import Starts
 
 NOTHING = object()  # no key: outside
 
@@ -38,13 +41,19 @@ def take_out(aside: dict[Hashable, deque[Any]], each: object) -> list[int]:
 
 
 class Gate:
-    """At most `most` records at a time for each value of a column. Entries are a lane's items: (Each, item)."""
+    """At most `most` records at a time for each value of a column. Entries are a lane's items: (Each, item).
+
+    starts: with rate=, those of each key; lock: held while they are looked at. short: told that a record wants one.
+    """
 
     def __init__(self, column: str, most: int) -> None:
         self.column, self.most = column, most
-        self._lock = threading.Lock()
+        self.starts: Starts | None = None
+        self.short: Callable[[], None] = lambda: None
+        self.lock = threading.Lock()
         self._inside: dict[Hashable, int] = {}
         self._aside: dict[Hashable, deque[Any]] = {}
+        self._wanted: set[Hashable] = set()                            # of which a record runs once more, outside
 
     def key(self, record: Any) -> Hashable:
         """What a record has in the column; None where it has none."""
@@ -52,18 +61,23 @@ class Gate:
 
     def enter(self, key: Hashable, entry: Any) -> bool:
         """Whether a record of this key may run; else its entry is put aside."""
-        with self._lock:
+        with self.lock:
             inside = self._inside.get(key, 0)
-            if inside < self.most:
+            room = inside < self.most
+            if room and (self.starts is None or self.starts.take(key)):
                 self._inside[key] = inside + 1
                 return True
             self._aside.setdefault(key, deque()).append(entry)
-            return False
+        if room:
+            self.short()
+        return False
 
     def enter_all(self, keys: set[Hashable]) -> bool:
         """Whether one record of each of these may run; else none has entered."""
-        with self._lock:
+        with self.lock:
             if any(self._inside.get(key, 0) >= self.most for key in keys):
+                return False
+            if self.starts is not None and not self._start_all(self.starts, keys):
                 return False
             for key in keys:
                 self._inside[key] = self._inside.get(key, 0) + 1
@@ -71,19 +85,79 @@ class Gate:
 
     def leave(self, key: Hashable) -> Any:
         """One of this key is done: the entry that may try next, None when none waits."""
-        with self._lock:
+        with self.lock:
             inside = self._inside.pop(key) - 1
             if inside:
                 self._inside[key] = inside
-            waiting = self._aside.get(key)
-            if not waiting:
+            if self.starts is not None and not self.starts.free(key):
                 return None
-            entry = waiting.popleft()
-            if not waiting:
-                del self._aside[key]
-            return entry
+            return next(iter(self._out(key, 1)), None)
+
+    def _out(self, key: Hashable, most: int) -> list[Any]:
+        """Takes the first that wait for a key."""
+        waiting = self._aside.get(key)
+        found = [waiting.popleft() for _ in range(min(most, len(waiting)))] if waiting else []
+        if waiting is not None and not waiting:
+            del self._aside[key]
+        return found
 
     def drop(self, each: object) -> list[int]:
         """Takes out what waits of one batch; the items."""
-        with self._lock:
+        with self.lock:
             return take_out(self._aside, each)
+
+    # With a rate
+
+    def _start_all(self, starts: Starts, keys: set[Hashable]) -> bool:
+        """Takes a start of each key, all or none; what lacks one is wanted for it."""
+        lacking = [key for key in keys if not starts.free(key)]
+        self._wanted.update(lacking)
+        if lacking:
+            self.short()
+            return False
+        self._wanted.difference_update(keys)
+        return sum(starts.take(key) for key in keys) == len(keys)        # one's slot may end meanwhile
+
+    def waiting(self) -> list[Hashable]:
+        """The keys of which records wait, those that were served longest ago first."""
+        with self.lock:
+            return [*dict.fromkeys((*self._wanted, *self._aside))]
+
+    def wanted(self, key: Hashable) -> int:
+        """Records of a key that could begin, had they a start. The lock is held."""
+        return min(self.aside(key), self.most - self._inside.get(key, 0)) + (key in self._wanted)
+
+    def aside(self, key: Hashable) -> int:
+        """Records of a key that wait. The lock is held."""
+        return len(self._aside.get(key, ()))
+
+    def served(self, keys: Iterable[Hashable]) -> list[Any]:
+        """These were given starts: the entries that may try now. The keys are last in turn."""
+        found: list[Any] = []
+        with self.lock:
+            for key in keys:
+                waiting = self._aside.pop(key, None)
+                if waiting is not None:
+                    self._aside[key] = waiting
+                    found += self._out(key, min(self.most - self._inside.get(key, 0), self._free(key)))
+        return found
+
+    def _free(self, key: Hashable) -> int:
+        return self.starts.free(key) if self.starts is not None else self.most
+
+    def gives_up(self, keys: set[Hashable]) -> None:
+        """What wanted to run once more goes back."""
+        with self.lock:
+            self._wanted -= keys
+
+    def beyond(self, key: Hashable, kept: int, least: int) -> list[Any]:
+        """Takes out what waits of a key beyond so many, and all of the batch that it begins in, down to the least: else
+        most batches would have to wait for a few records. The lock is held.
+        """
+        waiting = self._aside.get(key, deque())
+        found = [waiting.pop() for _ in range(max(0, len(waiting) - kept))]
+        while found and len(waiting) > least and waiting[-1][0] is found[-1][0]:
+            found.append(waiting.pop())
+        if key in self._aside and not waiting:
+            del self._aside[key]
+        return found[::-1]

@@ -15,6 +15,7 @@ from __future__ import annotations
 import inspect
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 from functools import partial
 from typing import Any, ClassVar, Literal, cast, overload
 
@@ -38,6 +39,7 @@ from anton.errors import (
 )
 from anton.event import Event
 from anton.handler import HandlerSpec
+from anton.later import due_of
 from anton.notices import mail_by_default
 from anton.record import Appended
 from anton.relation import described
@@ -131,9 +133,12 @@ class Action:
 
         args, named: its arguments, checked at once. approve: whom to ask about this call; it adds to what is declared,
         never takes away. key: an idempotency key of your own: a second call with the same is none. by: the person who
-        asks for it, who may not approve it. Raises InvalidRecord, NoScope.
+        asks for it, who may not approve it. Among named, delay= or at=: it is sent so much later, "1h", or at that
+        time, an aware datetime, and people are asked meanwhile; where the action has such an argument, it is that.
+        Raises InvalidRecord, BadOption, NoScope.
         """
-        return self._record(self.checked(*args, **named), approve, key, by, subject_of())
+        delay, at = (None if name in self.model.model_fields else named.pop(name, None) for name in ("delay", "at"))
+        return self._record(self.checked(*args, **named), approve, key, by, subject_of(), delay, at)
 
     def checked(self, *args: Any, **named: Any) -> dict[str, Any]:
         """Its arguments as JSON. Raises InvalidRecord with every reason."""
@@ -147,16 +152,19 @@ class Action:
             raise InvalidRecord(f"action {self.name}", given, reasons(error)) from None
 
     def _record(self, args: dict[str, Any], approve: Approval | None, key: str | None, by: str | None,
-                about: list[Any] | None) -> Any:
+                about: list[Any] | None, delay: Any = None, at: datetime | None = None) -> Any:
         found = find_scope()
         if found is None:
             with transaction():
-                return self._record(args, approve, key, by, about)
+                return self._record(args, approve, key, by, about, delay, at)
         current, who = found
         row: dict[str, Any] = {"app": self.app.name, "name": self.name, "args": args,
                                "idempotency_key": key or str(uuid.uuid4())}
         if approve is not None and (approve.when is None or approve.when(self.model.model_validate(args))):
             row |= {"gate": "always", "approve": approve.definition()}
+        due = due_of(current.db, delay, at, f'the call of action "{self.name}"')
+        if due is not None:
+            row["delay" if due.at is None else "due_at"] = due.at or due.delay
         row |= {"requested_by": by} if by else {}
         row |= {"subject": about} if about else {}
         row |= {"taint": ["http"]} if current.kind == "route" else {}

@@ -10,7 +10,7 @@ nothing. Durations are timedelta, times aware UTC. Ordinals count the records of
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
@@ -282,6 +282,25 @@ async def take_rate(db: Database, conn: Conn, worker: int, handler: int, wanted:
     use: the part of what it took lately that it used. late: how long the answer takes.
     """
     return next(iter(await db.call(conn, "take_rate", worker, handler, wanted, slots, unused, use, late)), None)
+
+
+async def key_starts(db: Database, conn: Conn, handler: int, keys: list[str]) -> dict[str, tuple[list[int], list[int]]]:
+    """What was given of the rates of keys: ends of slots, in microseconds, and starts in each."""
+    return {row["key"]: (row["ends"], row["counts"]) for row in await db.call(conn, "key_starts", handler, keys)}
+
+
+async def note_starts(db: Database, conn: Conn, worker: int, handler: int,
+                      rows: Mapping[str, tuple[list[int], list[int]]]) -> int | None:
+    """Notes all that is given of the rates of keys; the time, in microseconds. None: the worker does not hold it."""
+    ends, counts = ([f"{{{','.join(map(str, row[n]))}}}" for row in rows.values()] for n in (0, 1))
+    at: int | None = await db.call_value(conn, "note_starts", worker, handler, [*rows], ends, counts)
+    return at
+
+
+async def defer(db: Database, conn: Conn, lease: int, job: int, ordinals: list[int], afters: list[timedelta],
+                why: str | None) -> None:
+    """Settles records here that were not begun, and queues them anew, each after its wait. why: None: they are due."""
+    await db.call(conn, "defer", lease, job, ordinals, afters, why)
 
 
 @dataclass(slots=True)

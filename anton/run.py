@@ -27,7 +27,7 @@ from anton import queue
 from anton.app import App
 from anton.call import MARGIN, Called, Caller, Interrupted, Stuck
 from anton.db import Database
-from anton.each import AGAIN, SLOW, Each, Pullers
+from anton.each import AGAIN, RATED, SLOW, Each, Pullers
 from anton.errors import HandlerTimeout, LeaseLost, RowChanged, WriteRefused
 from anton.fate import Fate, World, failed, fate_of, is_world, no_fit, say
 from anton.lane import FEW, Batch, Lane
@@ -44,7 +44,12 @@ log = logging.getLogger("anton.worker")
 
 WAYS = 8  # a failed batch is cut into so many
 PERMIT = 0.005  # seconds between two looks for a permit for what runs once more
+LATE = timedelta(seconds=5)  # that what runs once more waits for a start of its key, before it goes back for as long
 CONFLICTS = 20  # runs of one record whose row keeps changing, before it waits a moment
+
+
+class _Late(Exception):
+    """What runs once more has no start for long."""
 
 
 @dataclass(eq=False)
@@ -182,6 +187,9 @@ class Runner:
         except Stuck as stuck:
             self.stuck()
             await self._blame(run, inputs, stuck.item, stuck.error)
+            return
+        except _Late:
+            await self.settler.fail(lane, batch, Fate("later", RATED, LATE))
             return
         except (World, LeaseLost, Closed):
             raise
@@ -377,12 +385,15 @@ class Runner:
         """A permit, and the gate, for records that run again one by one, outside of the pullers."""
         gate = lane.gate
         keys = set(map(gate.key, inputs.items)) if gate is not None else set()
+        late = time.monotonic() + LATE.total_seconds()
         lane.again += 1
         try:
             while True:
                 free = lane.running + self._again_now.get(lane.id, 0) < lane.room
                 if free and (gate is None or gate.enter_all(keys)):
                     break
+                if gate is not None and gate.starts is not None and time.monotonic() > late:
+                    raise _Late
                 await asyncio.sleep(PERMIT)
             self._again_now[lane.id] = self._again_now.get(lane.id, 0) + 1
             try:
@@ -395,6 +406,8 @@ class Runner:
                         lane.items.appendleft(entry)
         finally:
             lane.again -= 1
+            if gate is not None:
+                gate.gives_up(keys)
             self.pullers.pull(lane)
 
     async def _made(self, run: Run, inputs: Inputs) -> Called:

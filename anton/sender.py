@@ -15,6 +15,7 @@ import logging
 import random
 import socket
 from collections.abc import Callable
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, cast
 
 import orjson
@@ -25,7 +26,7 @@ from anton.action import effects
 from anton.calls import Call
 from anton.ctx import Ctx
 from anton.db import Database
-from anton.errors import CapReached, Discard, Retry, WorldError
+from anton.errors import CapReached, Discard, Later, Retry, WorldError
 from anton.fate import is_world, say, status_of
 from anton.op import Call as Step
 from anton.secret import has_secret
@@ -76,6 +77,8 @@ class Sender:
                 return
             if row["verdict"] == "stopped":
                 raise WorldError("actions are stopped; to let them go on: anton actions start")
+            if row["state"] == "due":
+                await self._later(db, call)
             if row["verdict"] == "capped":
                 raise CapReached(f"{self.action.name}: {row['reason']}", row["after"])
             if row["args"] != call.args:                               # edited, and approved so, since it was read
@@ -211,8 +214,14 @@ class Sender:
         what = await _value(db, "note_verdict", call.id, verdict)
         if what == "ask":
             await self._ask(db, call, (verdict or {}).get("why"))
+        elif what == "due":
+            await self._later(db, call)
         elif what == "capture" and await _value(db, "capture_action", call.id):
             self._into(db, call, None, captured=True)
+
+    async def _later(self, db: Database, call: Call) -> None:
+        """Raises Later until its time has come."""
+        raise Later(await _value(db, "due_in", call.id) or timedelta(0))
 
     def _into(self, db: Database, call: Call, returned: Any, captured: bool = False) -> None:
         """Writes what a call gave, once, with the ack."""

@@ -150,7 +150,7 @@ def handler(file: SqlFile, app: str) -> dict[str, Any]:
         if found.get(key) not in (None, *allowed):
             raise BadOption(key, found[key], of, one_of(allowed))
     if "per" in found and "debounce" not in found:
-        raise BadOption("per", found["per"], of, "debounce: beside it; a limit for each key is for functions")
+        raise BadOption("per", found["per"], of, "debounce: beside it; a limit or a rate for each key is for functions")
     return found | ({"limit": found["concurrency"]} if "concurrency" in found else {})  # it holds over all processes
 
 

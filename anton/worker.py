@@ -27,16 +27,18 @@ from anton.app import App
 from anton.catalogue import feed, read_lanes
 from anton.db import Database
 from anton.doorbell import Answer, Doorbell
+from anton.each import put_off
 from anton.errors import LeaseLost
 from anton.fate import World, disconnected
 from anton.heartbeat import Heartbeat
+from anton.keyrate import KeyMeter
 from anton.lane import Lane
 from anton.leases import Pulse, drop, kept
 from anton.pace import Pace
 from anton.permits import AGAIN, Office
 from anton.queue import Job, Look
 from anton.rank import rank
-from anton.rate import Meter
+from anton.rate import NEAR, Meter
 from anton.run import Run, Runner
 from anton.share import version
 from anton.suspects import work_suspects
@@ -211,6 +213,7 @@ class Worker:
             self._runner.depth_limit = int(settings["depth_limit"])
             self._office = Office(self.db, self.id, self._length)
             self._meter = Meter(self.db, self.id, self._opened)
+            self._keys = KeyMeter(self.db, self.id, self._runner.pullers.pull, put_off, None if self._hold else NEAR)
             await self._refresh()
         except Exception as error:
             if patient and disconnected(error):
@@ -232,6 +235,8 @@ class Worker:
         self._close()
         if self._active:
             await asyncio.wait(self._active, timeout=self._grace)
+        with contextlib.suppress(Exception):
+            await self._keys.end()
         if not self._active:                                           # else they run out by themselves
             with contextlib.suppress(Exception):
                 await self._office.end()
@@ -270,6 +275,7 @@ class Worker:
         self._ranked = len({lane.priority for lane in lanes.values()}) > 1
         self._office.know(lanes.values())
         self._meter.know(lanes.values())
+        self._keys.know(lanes.values())
         self._runner.reader.forget()
 
     # Claiming

@@ -31,6 +31,7 @@ from benchmarks.subject import (
 )
 
 RATE = 1000  # of app_rate: starts in a second
+RATED, EACH = 50, 20  # of app_rate_key: customers, and starts of each in a second
 LIMIT, SERVED = 10, 0.1  # of app_limit; seconds that the receiver takes for a call
 PROCESSES = "8"
 KEYS = 10_000  # of the records of app_per
@@ -237,3 +238,35 @@ def rate(run: Run) -> Rows:
     detail: dict[str, object] = {"starts": len(at), "seconds": at[-1] - at[0],
                                  "by_process": sorted(Counter(pid for _, pid in starts).values())}
     return {"rate_violations": Row(over, detail=detail), "rate_used": Row(used, detail=detail)}
+
+
+@bench(at_most("rate_key_violations", 0, "starts"))
+def rate_key(run: Run) -> Rows:
+    """rate="20/s" for each of 50 customers, two processes, the one that has the handler killed twice: all windows."""
+    seconds = run.size(20, 4)
+    with (tempfile.NamedTemporaryFile() as file, run.server.database("rate_key") as url, connect(url) as conn):
+        os.environ["BENCH_STARTS"] = file.name
+        conn.execute("create table rated (id bigint generated always as identity primary key, customer bigint)")
+        migrate(url, "app_rate_key")
+
+        def starts() -> list[tuple[float, int, int]]:
+            return list(struct.iter_unpack("dqq", Path(file.name).read_bytes()))
+
+        with worker(conn, url, "app_rate_key", "--processes", "2"):
+            wait_for(lambda: workers(conn) >= 2, 60, "both processes to register")
+            conn.execute("insert into rated (customer) select mod(g, %s) from generate_series(1, %s) g",
+                         (RATED, seconds * RATED * EACH))
+            for kill in (1, 2):
+                wait_for(lambda kill=kill: len(starts()) > kill * seconds * RATED * EACH / 3, 120, "starts")
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(starts()[-1][1], signal.SIGKILL)
+            wait_idle(conn)
+        check(conn, "select 1 where false", "select 1 where false")
+        found: dict[int, list[float]] = {}
+        for at, _, customer in starts():
+            found.setdefault(customer, []).append(at)
+    over = sum(late - early < 1.0 for at in map(sorted, found.values())
+               for early, late in zip(at, at[EACH:], strict=False))
+    ends = [at for one in found.values() for at in one]
+    return {"rate_key_violations": Row(over, detail={"starts": len(ends), "customers": len(found),
+                                                     "seconds": max(ends) - min(ends)})}

@@ -83,7 +83,7 @@ $$;
 create or replace function waits_for_permit(p_handler int) returns text language sql volatile set search_path from current as $$
   select case when h.ordered then format('one record at a time for each %s, in order, in one process: worker %s', coalesce(h.per, 'primary key'), min(p.worker_id))
               when h.per is null then format('waits for a permit: all %s of its concurrency are in use', count(*))
-              else format('at most %s records at a time for each %s, in one process: worker %s', h.concurrency, h.per, min(p.worker_id)) end
+              else format('at most %s records at a time for each %s%s, in one process: worker %s', h.concurrency, h.per, ', begun at ' || (select r.said from rate r where r.handler_id = p_handler), min(p.worker_id)) end
     from permit p join handler h on h.id = p.handler_id
    where p.handler_id = p_handler group by h.per, h.ordered, h.concurrency having count(*) = permits_used(p_handler)
 $$;

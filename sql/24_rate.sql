@@ -37,10 +37,54 @@ begin
    where (r.said, r.most, r.length_us) is distinct from (excluded.said, excluded.most, excluded.length_us);
 end $$;
 
--- rates() -> handlers that have one
+-- rates() -> handlers that have one; those of keys apart
 create or replace function rates() returns table (handler_id int, said text, most int, length_us bigint) language sql stable set search_path from current as $$
-  select handler_id, said, most, length_us from rate
+  select r.handler_id, r.said, r.most, r.length_us from rate r where not exists (select from handler h where h.id = r.handler_id and h.per is not null and h.debounce is null)
 $$;
+
+-- key_rates() -> handlers that have one for each value of per
+create or replace function key_rates() returns table (handler_id int, said text, most int, length_us bigint) language sql stable set search_path from current as $$
+  select r.handler_id, r.said, r.most, r.length_us from rate r where exists (select from handler h where h.id = r.handler_id and h.per is not null and h.debounce is null)
+$$;
+
+-- key_starts(handler, keys) -> what was given of their rates and still counts
+create or replace function key_starts(p_handler int, p_keys text[]) returns table (key text, ends bigint[], counts int[])
+language plpgsql volatile set search_path from current
+set jit = off set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
+#variable_conflict use_column
+begin
+  return query select r.key, r.ends, r.counts from unnest(p_keys) k (key) join rate_key r on r.handler_id = p_handler and r.key = k.key;
+end $$;
+
+-- note_starts(worker, handler, keys, ends, counts) -> the time, in microseconds since 1970; null, and nothing noted: the worker does not hold the handler
+-- Before any of these starts is used. ends, counts: of each key an array as text, all that is given of it in this window.
+-- Who comes to hold the handler later sees them: the permit is not to be had before this commits.
+create or replace function note_starts(p_worker int, p_handler int, p_keys text[], p_ends text[], p_counts text[]) returns bigint
+language plpgsql volatile set search_path from current
+set jit = off set enable_seqscan = off as $$
+declare v_us bigint := extract(epoch from now()) * 1000000; v_length bigint;
+begin
+  perform from permit p where p.handler_id = p_handler and p.worker_id = p_worker and p.lease_until > (select now()) for key share;
+  if not found then
+    return null;
+  end if;
+  select length_us into v_length from rate where handler_id = p_handler;
+  insert into rate_key as r (handler_id, key, ends, counts, until)
+  select p_handler, k.key, k.ends::bigint[], k.counts::int[],
+         to_timestamp((coalesce((k.ends::bigint[])[cardinality(k.ends::bigint[])], 0) + coalesce(v_length, 0) * 1.05) / 1000000.0)
+    from unnest(p_keys, p_ends, p_counts) k (key, ends, counts) order by k.key
+  on conflict (handler_id, key) do update set ends = excluded.ends, counts = excluded.counts, until = excluded.until;
+  return v_us;
+end $$;
+
+-- forget_starts(now) -> rows of keys whose starts are all out of their window, 10,000 at most
+create or replace function forget_starts(p_now timestamptz) returns bigint language plpgsql volatile set search_path from current as $$
+declare v_n bigint;
+begin
+  delete from rate_key where ctid = any (array(select ctid from rate_key where until < p_now limit 10000));
+  get diagnostics v_n = row_count;
+  return v_n;
+end $$;
 
 -- take_rate(worker, handler, wanted, slots, unused, use, late, ahead) -> at_us, the time; slot_us; numbers of slots and how many starts
 -- of each this worker has now; next_us: where there is none, when there is one. No row: no rate. Times are now()'s since 1970.

@@ -2,15 +2,19 @@
 -- Writers only add: the jobs of such a handler carry its id with a minus, and nobody claims them. Workers fold them into
 -- a row for each key, and make a job of a key that is due. So no writer waits for another, however hot a key is.
 
--- debounced() -> jobs made: folds what was written, then takes what is due
+-- debounced() -> jobs made: folds what was written, about 2,000 changes of each handler, then takes what is due. For more its worker calls it again, and
+-- claims in between
 create or replace function debounced() returns int language plpgsql volatile set search_path from current
 set jit = off set enable_seqscan = off as $$
-declare h handler; v_now timestamptz;
+declare h handler; v_now timestamptz; v_n bigint; v_all bigint;
 begin
   if exists (select from job where handler_id < 0) then
     for h in select * from handler x where exists (select from job j where j.handler_id = -x.id) order by x.id loop
-      for v_page in 1..50 loop
-        exit when fold(h) = 0;
+      v_all := 0;
+      loop
+        v_n := fold(h);
+        v_all := v_all + v_n;
+        exit when v_n = 0 or v_all >= 2000;
       end loop;
     end loop;
   end if;
@@ -18,7 +22,7 @@ begin
   return case when exists (select from debounce where due_at <= v_now) then ripen(v_now) else 0 end;
 end $$;
 
--- fold(handler) -> changes folded into its keys, about 20,000 at most; 0: none, or another worker is at it
+-- fold(handler) -> changes folded into its keys, about 2,000 at most; 0: none, or another worker is at it
 -- A key that changes is due a debounce later, and max_wait after its first change at most. With per, a record that
 -- another of its key has replaced is settled here, and its receipt says so.
 create or replace function fold(h handler) returns bigint language plpgsql volatile set search_path from current
@@ -32,7 +36,7 @@ begin
     select ctid as row, id, hi - lo + 1 as n from job where handler_id = -h.id order by id limit 1000 for update skip locked)
   select array_agg(x.row) into v_rows
     from (select j.row, sum(j.n) over (order by j.id) - j.n as before from locked j) x
-   where x.before < 20000;
+   where x.before < 2000;
   if v_rows is null then
     return 0;
   end if;
@@ -83,13 +87,13 @@ begin
          set record = excluded.record, first_at = least(d.first_at, excluded.first_at), last_at = greatest(d.last_at, excluded.last_at),
              due_at = least(greatest(d.last_at, excluded.last_at) + $4, least(d.first_at, excluded.first_at) + $5),
              cause = excluded.cause, depth = excluded.depth, trace = excluded.trace, tenant = excluded.tenant)
-    select count(*) from raw$f$, v_key)
+    select coalesce(sum(hi - lo + 1), 0) from raw$f$, v_key)
     into v_n using v_rows, h.id, v_now, coalesce(h.debounce, '0'), case when h.debounce is null then '0' else h.max_wait end,
                    h.where_sql is not null, h.per is not null, w.key_kind = 'id';
   return v_n;
 end $$;
 
--- ripen(now) -> jobs made of keys that are due, 20,000 at most
+-- ripen(now) -> jobs made of keys that are due, 5,000 at most
 -- A key waits as long as a change is unfolded that may be older than its time.
 create or replace function ripen(p_now timestamptz) returns int language plpgsql volatile set search_path from current
 set jit = off set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
@@ -98,7 +102,7 @@ begin
   with due as materialized (
     select d.ctid as row from debounce d
      where d.due_at <= p_now and d.due_at <= coalesce((select j.at from job j where j.handler_id = -d.handler_id order by j.id limit 1), p_now)
-     order by d.due_at limit 20000 for update skip locked
+     order by d.due_at limit 5000 for update skip locked
   ), taken as (
     delete from debounce d using many(array(select due.row from due)) x (row) where d.ctid = x.row returning d.*
   ), ranked as (

@@ -47,7 +47,10 @@ begin
     end if;
   end if;
   if d ->> 'per' is not null then
-    v_bad := case when d ->> 'rate' is not null then format('rate "%s" with per "%s": there is no rate for each value', d ->> 'rate', d ->> 'per')
+    v_bad := case when d ->> 'rate' is not null and v_debounce is not null
+                    then format('rate "%s" with per "%s", which is what comes to rest', d ->> 'rate', d ->> 'per')
+                  when d ->> 'rate' is not null and not coalesce((d ->> 'each_record')::boolean, false)
+                    then format('rate "%s" with per "%s": a rate for each value is for functions with each=True', d ->> 'rate', d ->> 'per')
                   when d ->> 'limit' is not null and not coalesce((d ->> 'each_record')::boolean, false)
                     then format('concurrency %s with per "%s": a limit for each value is for functions with each=True', d ->> 'limit', d ->> 'per') end;
     if v_bad is not null then
@@ -85,7 +88,7 @@ begin
    where id = v_id and (per, debounce, ordered, on_dead) is distinct from (d ->> 'per', v_debounce, coalesce((d ->> 'ordered')::boolean, false), coalesce(d ->> 'on_dead', 'skip'));
   perform settle_turns(v_id);
   perform set_priority(v_id, d ->> 'priority');
-  perform set_limit(v_id, case when (d ->> 'ordered')::boolean or d ->> 'per' is not null and d ->> 'limit' is not null then 1 else (d ->> 'limit')::int end);
+  perform set_limit(v_id, case when (d ->> 'ordered')::boolean or d ->> 'per' is not null and coalesce(d ->> 'limit', d ->> 'rate') is not null then 1 else (d ->> 'limit')::int end);
   perform set_rate(v_id, d ->> 'rate');
   return v_id;
 end $$;
@@ -115,7 +118,7 @@ begin
   end if;
   if options ? 'per' and not options ? 'debounce' then
     raise exception using errcode = 'NT004', message = format('handler "%s": per "%s" without debounce', p_name, options ->> 'per'),
-      hint = 'in SQL per says of which column debounce is; a limit for each key is for functions with each=True';
+      hint = 'in SQL per says of which column debounce is; a limit or a rate for each key is for functions with each=True';
   end if;
   select table_id into v_old from handler where app = 'sql' and name = p_name;
   v_id := put_handler(jsonb_strip_nulls(jsonb_build_object(

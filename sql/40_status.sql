@@ -46,6 +46,7 @@ select h.app, h.name as handler,
             when t.n > 0 then format('%s records wait for an earlier one of their key', t.n)
             when j.n > 0 then coalesce(waits_for(h.id), waits_turn(h.id))
             when rest.keys > 0 then format('%s wait to come to rest, debounce %s%s', rest.keys, h.debounce, ', the next until ' || date_trunc('second', rest.next_at))
+            when d.rated_at is not null then format('records wait for the rate of their key, %s for each %s; the next until %s', (select r.said from key_rates() r where r.handler_id = h.id), h.per, date_trunc('second', d.rated_at))
             when d.next_at is not null then format('the next is due at %s', date_trunc('second', d.next_at)) end as why,
        h.max_lag, coalesce(lag.is_behind, false) as behind, coalesce(l.workers, 0) as workers, coalesce(l.versions, '{}') as versions
   from handler h join watched w on w.id = h.table_id cross join span
@@ -53,7 +54,8 @@ select h.app, h.name as handler,
   left join live l on l.app is not distinct from case when h.kind = 'sql' and h.app = 'sql' then null else h.app end
   left join backfill b on b.handler_id = h.id
   left join lateral (select sum(hi - lo + 1) as n, min(at) as at from job where job.handler_id = h.id) j on true
-  left join lateral (select sum(hi - lo + 1 - coalesce(cardinality(settled), 0)) as n, min(run_at) filter (where error is null) as next_at
+  left join lateral (select sum(hi - lo + 1 - coalesce(cardinality(settled), 0)) as n, min(run_at) filter (where error is null) as next_at,
+                           min(run_at) filter (where error = 'waits for the rate of its key') as rated_at
                        from delayed where delayed.handler_id in (h.id, -h.id)) d on true
   left join lateral (select r.keys, r.next_at from resting(h.id) r) rest on true
   left join lateral (select sum(hi - lo + 1 - coalesce(cardinality(settled), 0)) as n, min(at) as at from lease where lease.handler_id = h.id) f on true
@@ -484,6 +486,7 @@ create or replace function show_handler(p_handler text) returns jsonb language s
                         from limits() l where l.handler_id = h.id), '{}')
          || coalesce((select jsonb_build_object('tenants', t) from tenants_waiting(h.id) t where t <> '{}'), '{}')
          || coalesce((select jsonb_build_object('rate', r.said, 'rate_used', rate_used(h.id), 'rate_next', next_rate(h.id)) from rates() r where r.handler_id = h.id), '{}')
+         || coalesce((select jsonb_build_object('rate', r.said, 'rate_keys', (select count(*) from rate_key k where k.handler_id = h.id and k.until > now())) from key_rates() r where r.handler_id = h.id), '{}')
     from handler h join status s on s.app = h.app and s.handler = h.name where h.id = find_handler(p_handler)
 $$;
 
@@ -509,10 +512,11 @@ end $$;
 
 -- list_actions(name or null, limit, state or null) -> calls of actions, newest first
 drop function if exists list_actions(text, int);
+drop function if exists list_actions(text, int, text);
 create or replace function list_actions(p_name text default null, p_limit int default 50, p_state text default null) returns table (
-  id bigint, name text, app text, state text, args jsonb, at timestamptz)
+  id bigint, name text, app text, state text, args jsonb, at timestamptz, due_at timestamptz)
 language sql stable set search_path from current as $$
-  select id, name, app, state, args, at from action
+  select id, name, app, state, args, at, due_at from action
    where (p_name is null or name = p_name) and (p_state is null or state = p_state) order by id desc limit p_limit
 $$;
 

@@ -27,6 +27,10 @@ begin
   if v_n > 0 then
     return format('%s ticks forgotten', v_n);
   end if;
+  v_n := forget_starts(v_now);
+  if v_n > 0 then
+    return format('%s keys with a rate forgotten', v_n);
+  end if;
   v_n := forget_deliveries(v_now);
   if v_n > 0 then
     return format('%s deliveries forgotten', v_n);

@@ -202,6 +202,7 @@ begin
       v_why := 'token, attempt, approval_id, verdict, resolved_by, counted and in_doubt are set by the runtime';
     end if;
     new.idempotency_key := coalesce(new.idempotency_key, gen_random_uuid()::text);
+    new.due_at := coalesce(new.due_at, now() + new.delay);
     if new.requested_by is not null then
       new.requested_by := coalesce(person_of(new.requested_by), new.requested_by);
     end if;
@@ -212,8 +213,8 @@ begin
     new.taint_known := true;
   elsif (new.id, new.app, new.name, new.idempotency_key, new.at, new.requested_by, new.subject, new.cause, new.trace, new.depth)
         is distinct from (old.id, old.app, old.name, old.idempotency_key, old.at, old.requested_by, old.subject, old.cause, old.trace, old.depth)
-        or new.gate is distinct from old.gate or new.approve is distinct from old.approve or not new.taint @> old.taint or new.taint_known is distinct from old.taint_known then
-    v_why := 'app, name, idempotency_key, gate, approve, taint, requested_by, subject, cause, trace and depth of a call stay as they are';
+        or new.gate is distinct from old.gate or new.approve is distinct from old.approve or new.due_at is distinct from old.due_at or new.delay is distinct from old.delay or not new.taint @> old.taint or new.taint_known is distinct from old.taint_known then
+    v_why := 'app, name, idempotency_key, gate, approve, taint, due_at, delay, requested_by, subject, cause, trace and depth of a call stay as they are';
   elsif new.args is distinct from old.args and not (old.state = 'waiting' and new.state = 'ready') then
     v_why := 'its arguments change by an edit in its approval only';
   elsif new.state = old.state and new.token is not distinct from old.token then
@@ -279,12 +280,17 @@ create or replace function own_rule(r action_rule, d jsonb) returns action_rule 
   select case when r.name is null or d is null then r else jsonb_populate_record(r, d) end
 $$;
 
+-- due_in(action) -> how long a call is not to be sent yet, null when it may be
+create or replace function due_in(p_action bigint) returns interval language sql volatile set search_path from current as $$
+  select due_at - t from action cross join (select now() as t) x where id = p_action and due_at > t
+$$;
+
 drop function if exists begin_action(bigint, bigint, jsonb, bigint);
 -- begin_action(action, token, verdict, again, declared) -> what its sender has to do; the intent is committed with it
 --   send       state is sending, under this token
 --   uncertain  another sender began it and did not come back, and it may have happened: probe, then again = that sender's token, or end_action(unknown)
 --   ask        a person has to approve it, or to again, as a record that it rests on has changed: ask_approval()
---   stopped    by anton actions stop;  capped: a cap is used up, for `after`
+--   stopped    by anton actions stop;  capped: a cap is used up, for `after`; or, where state is due, its time is to come
 --   over       nothing to do: `state` says what became of it
 -- verdict: what policy and when= said of these arguments: {"verdict": pass | ask | refuse, "by", "why"}
 -- declared: what put_action() gets of the sender's own code. It has to let the call through as well as action_rule, whatever became of that
@@ -335,6 +341,9 @@ begin
     perform mark_action(a.id);
     update action set verdict = a.verdict, taint = a.taint where id = a.id;
     verdict := 'ask'; reason := a.verdict ->> 'why';
+    return next; return;
+  elsif a.state <> 'sending' and due_in(a.id) is not null then  -- senders of the release before wait a little, too
+    verdict := 'capped'; state := 'due'; reason := format('due at %s', date_trunc('second', a.due_at)); after := least(due_in(a.id), interval '10 s');
     return next; return;
   end if;
   a.in_doubt := p_again is distinct from a.token and (a.in_doubt or a.state = 'sending');
@@ -435,7 +444,7 @@ begin
   return found;
 end $$;
 
--- note_verdict(action, verdict) -> what is to be done with a call that is captured: capture | ask | refused | over
+-- note_verdict(action, verdict) -> what is to be done with a call that is captured: capture | ask | due (later) | refused | over
 create or replace function note_verdict(p_action bigint, p_verdict jsonb) returns text language plpgsql volatile set search_path from current as $$
 declare a action; r action_rule; v_why text;
 begin
@@ -451,7 +460,7 @@ begin
                 when a.verdict ->> 'verdict' = 'refuse' then coalesce(a.verdict ->> 'why', 'a policy refuses it') else coalesce(forbidden(a, r), beyond(a, r)) end;
   perform mark_action(a.id);
   update action set state = case when v_why is null then a.state else 'refused' end, error = coalesce(v_why, error), verdict = a.verdict, taint = a.taint where id = a.id;
-  return case when v_why is not null then 'refused' when unapproved(a, r) or outdated(a) then 'ask' else 'capture' end;
+  return case when v_why is not null then 'refused' when unapproved(a, r) or outdated(a) then 'ask' when due_in(a.id) is not null then 'due' else 'capture' end;
 end $$;
 
 -- retry_action(action, person) -> its state: a call that failed, was refused, or that is unknown and did not happen, is sent again; what guards it holds as

@@ -21,14 +21,16 @@ PACKAGE = REPO / "anton"
 LAYERS = [
     "errors groups share sent",
     "secret reach db deadline duration embedded form limit meaning pages price template plan threads "
-    "rank rebuilt turns vector gate",
+    "rank rebuilt turns vector",
     "dbt.manifest dbt.profile dbt.init",
     "dbt.gate handshake config option columns people relation queue doorbell status due chunk parquet ledger memo "
     "later",
     "rate",
+    "starts",
+    "gate",
     "scheme op sqlfile lineage graph permits within order",
     "chart signed apply sqlread dbt.runner dbt.child dbt.lineage",
-    "verify write app heartbeat lane ddl",
+    "verify write app heartbeat lane ddl keyrate",
     "record schedule action approval fate flow steps pace",
     "sink read component settle rights storage ask",
     "query each answers structured",

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import subprocess
 import sys
+from datetime import timedelta
 from decimal import Decimal
 from typing import Any
 from urllib.parse import quote
@@ -136,6 +137,58 @@ def test_who_watches_sees_each_call_and_what_becomes_of_it_however_many_there_ar
     app.approvals[0].approve(by="ann")
     app.run()
     assert seen() == ["captured"]
+
+
+def test_a_call_that_is_put_off_is_there_and_sent_at_its_time(live, peer):
+    refund = declare(live, peer)
+    refund.send(7, 5, delay="1h")
+    refund.send(8, 5, key="eight", at=live.now + timedelta(hours=2))
+    refund.send(9, 5, at=live.now - timedelta(hours=1))
+    with pytest.raises(BadOption, match="delay= or at=, not both"):
+        refund.send(7, 5, delay="1h", at=live.now)
+    with pytest.raises(InvalidRecord, match="after"):
+        refund.send(7, 5, after="1h")
+    live.run()
+    assert [order for order, _, _ in peer.got] == [9] and states(live) == ["new", "new", "sent"]
+    listed = {row["id"]: row["due_at"] for row in sql(live, "select * from anton.list_actions()")}
+    assert [due is not None for _, due in sorted(listed.items())] == [True, True, True]
+    assert sql(live, f"select error from anton.why('anton.action', '{min(listed)}') where level > 0"
+               )[0]["error"].startswith("due at")
+    with pytest.raises(Exception, match="stay as they are"):
+        sql(live, "update anton.action set due_at = null")
+    live.advance("59m")
+    assert len(peer.got) == 1
+    live.advance("2m")
+    assert [order for order, _, _ in peer.got] == [9, 7]
+    live.advance("1h")
+    assert [order for order, _, _ in peer.got] == [9, 7, 8] and states(live) == ["sent"] * 3 and not live.dead
+
+
+def test_people_are_asked_at_once_about_a_call_that_is_put_off(app, peer):
+    refund = declare(app, peer, approve=Approval("ann"))
+    sql(app, "select anton.put_person('ann')")
+    refund.send(7, 5, delay="1d")
+    app.run()
+    (asked,) = app.approvals
+    asked.approve(by="ann")
+    app.run()
+    assert states(app) == ["ready"]
+    app.advance("1d")
+    assert states(app) == ["captured"]
+
+
+def test_an_action_with_an_argument_of_that_name_gets_it(app):
+    with declaring(app.app):
+        @action
+        def remind(at: str, *, key: str) -> None: ...
+
+    app.migrate()
+    remind.send(at="noon")
+    remind.send("noon", delay="1h")
+    app.run()
+    assert [(call.at, call.state) for call in app._calls("true")] and states(app) == ["captured", "new"]
+    app.advance("1h")
+    assert states(app) == ["captured", "captured"]
 
 
 def test_bound_to_a_table_it_calls_once_for_each_record(app, peer):

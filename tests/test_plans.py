@@ -18,7 +18,7 @@ from servers import Server
 
 from anton import read
 
-QUEUE = ("job", "lease", "delayed", "change", "receipt", "output", "dead", "debounce", "turn", "rate")
+QUEUE = ("job", "lease", "delayed", "change", "receipt", "output", "dead", "debounce", "turn", "rate", "rate_key")
 DEPTHS = (0, 1_000, 1_000_000)
 TOKEN = 7
 
@@ -56,6 +56,9 @@ insert into anton.debounce (handler_id, key, record, first_at, last_at, due_at)
 insert into anton.rate (handler_id, said, most, length_us) select {shared} + g, '9/1s', 9, 1000000
   from generate_series(1, 10000) g;
 select anton.set_rate({small}, '1000/s');
+insert into anton.rate_key (handler_id, key, ends, counts, until)
+  select {small}, '[' || g || ']', '{{1,2}}', '{{1,1}}', t + interval '1 day'
+    from generate_series(1, {depth} / 10) g, anton.now() t;
 """
 PUT_MODEL = """select anton.put_model('{"app": "test", "name": "copies", "table": "copies", "key": ["id"],
   "body": "select id, n from orders", "refresh": ["public.orders"], "distinct_keys": true,
@@ -323,6 +326,20 @@ def rates(watched: Watched) -> None:
     watched.run("select anton.waits_for($1), anton.rate_used($1), anton.next_rate($1)", args=(watched.small,))
 
 
+def rates_of_keys(watched: Watched) -> None:
+    """The rows of the keys that wait, known ones and new ones, and no others."""
+    h = watched.large
+    watched.pg.sql(f"select anton.set_limit({h}, 1)", f"select anton.permit(1, {h}, 1, '60 s')")
+    for n in (1, 500):
+        keys = [f"[{k}]" for k in range(1, n + 1)]
+        watched.run("select * from anton.key_starts($1, $2)", args=(h, keys))
+        for _ in range(2):
+            ((at,),) = watched.run("select anton.note_starts(1, $1, $2, $3, $4)",
+                                   args=(h, keys, ["{9,99}"] * n, ["{1,1}"] * n))
+            assert at
+    watched.pg.sql(f"select anton.set_limit({h}, null)")
+
+
 def looking(watched: Watched) -> None:
     """Leases have no index by time, which each heartbeat would have to keep: there are as many as are being worked."""
     handlers = [watched.small, watched.large, watched.images, watched.sql_handler]
@@ -363,7 +380,7 @@ def turns(watched: Watched) -> None:
 
 
 CHECKS = (looking, capture, claim_leased_and_ack, fetch_of_rows_and_images, settling_by_record, sql_handlers, models,
-          promotion, turns_of_tenants, debounce, delay, rates, turns)
+          promotion, turns_of_tenants, debounce, delay, rates, rates_of_keys, turns)
 
 
 def test_no_statement_of_the_hot_path_reads_the_queue_whole_or_sorts_it(watched: Watched) -> None:

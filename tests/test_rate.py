@@ -125,11 +125,6 @@ def test_what_is_no_rate_is_refused(bad: Any) -> None:
         Table("a").on_new_records(name="h", rate=bad)(lambda record: None)
 
 
-def test_a_rate_beside_per_is_refused() -> None:
-    with declaring(App("t")), pytest.raises(BadOption, match="no rate= beside per="):
-        Table("a").on_new_records(name="h", each=True, concurrency=1, per="c", rate="1/s")(lambda record: None)
-
-
 def test_a_start_is_taken_only_within_its_slot_by_both_bounds_of_the_clock() -> None:
     tap = Tap()
     now = time.monotonic()

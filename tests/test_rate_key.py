@@ -1,0 +1,158 @@
+"""Rates of keys: no window holds more starts of one key than rate= beside per= says, whoever has the handler."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Hashable
+from decimal import Decimal
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from working import met, one_handler
+
+from anton import Table
+from anton.app import App, declaring
+from anton.db import Database
+from anton.errors import BadOption
+from anton.starts import Starts, text
+from anton.testing import TestApp
+
+MOVES = st.lists(st.tuples(st.integers(0, 90), st.integers(0, 30), st.sampled_from(["use", "half", "die", "over"])),
+                 min_size=5, max_size=40)
+
+
+@settings(max_examples=200, deadline=None)
+@given(most=st.integers(1, 40), length=st.sampled_from([100_000, 1_000_000, 60_000_000]), moves=MOVES)
+def test_no_window_holds_more_starts_of_a_key_whatever_is_planned_used_given_back_or_lost(
+        most: int, length: int, moves: list[tuple[int, int, str]]) -> None:
+    """Each start is as late as its slot allows for the windows before, as early as it allows for those after."""
+    starts, noted, began = Starts(most, length), dict[str, tuple[list[int], list[int]]](), list[int]()
+    starts.learn(["k"], noted)
+    now = 1_000_000
+    for pause, wanted, then in moves:
+        now += pause
+        starts.unused("k", now)
+        plan = starts.plan("k", now, wanted)
+        noted[text("k")] = starts.row("k")
+        if then == "die":                                              # all that was noted may have begun
+            began += [slot for slot, count in plan.items() for _ in range(count)]
+        else:
+            starts.grant("k", plan)
+            for slot, count in plan.items():
+                used = count if then == "use" else count // 2
+                began += [slot] * used
+                starts.keys["k"].left[slot] -= used
+        if then in ("die", "over"):
+            began += [slot for slot, count in starts.keys["k"].left.items() for _ in range(count) if then == "die"]
+            starts = Starts(most, length)
+            starts.learn(["k"], noted)
+        else:
+            assert starts.next("k", now) >= now
+    began.sort()
+    slot = starts.slot_us
+    assert all((late - early - 1) * slot >= length for early, late in zip(began, began[most:], strict=False))
+
+
+def test_what_is_equal_here_is_one_key_in_the_database() -> None:
+    same: list[list[Hashable]] = [[1, 1.0, Decimal("1.00"), True], [Decimal("2.50"), Decimal("2.5")], [None], ["1"]]
+    assert [len({text(key) for key in keys}) for keys in same] == [1, 1, 1, 1]
+    assert len({text(keys[0]) for keys in same} | {text("x" * 5000), text("x" * 5001)}) == 6
+
+
+def test_a_rate_for_each_key_needs_single_records_and_is_refused_beside_debounce_and_order() -> None:
+    with declaring(App("t")):
+        on = Table("a").on_new_records
+        for options, why in (({"each": True, "debounce": "1s"}, "no rate= beside debounce="),
+                             ({"each": True, "ordered": True}, "no rate= beside ordered"),
+                             ({}, "a function with each=True")):
+            with pytest.raises(BadOption, match=why):
+                on(name="h", per="c", rate="1/s", **options)(lambda record: None)
+
+
+async def test_records_of_a_key_begin_no_faster_than_its_rate_and_those_of_others_do_not_wait(db: Database) -> None:
+    at: dict[str, list[float]] = {}
+    bench = await one_handler(db, lambda record: at.setdefault(record["c"], []).append(time.monotonic()), each=True,
+                              rate="10/500ms", per="c", table="orders")
+    await bench.add("orders", ({"c": "hot"} for _ in range(25)))
+    await bench.add("orders", ({"c": f"k{n}"} for n in range(200)))
+    async with bench.running():
+        await bench.until_done()
+    hot = at.pop("hot")
+    assert len(at) == 200 and len(hot) == 25
+    assert all(late - early > 0.5 for early, late in zip(hot, hot[10:], strict=False))
+    assert max(found[0] for found in at.values()) < hot[-1]
+    assert await bench.count("anton.rate_key") == 201
+
+
+async def test_records_that_would_wait_for_long_go_back_and_come_in_time(db: Database) -> None:
+    done: list[str] = []
+    bench = await one_handler(db, lambda record: done.append(record["c"]), each=True, rate="2/h", per="c")
+    await bench.add("a", ({"c": c} for c in "aaaaaab"))
+    await bench.work()
+    assert sorted(done) == ["a", "b"]
+    assert await bench.value("select sum(hi - lo + 1) from anton.delayed") == 5
+    assert await bench.column("select distinct error from anton.delayed") == ["waits for the rate of its key"]
+
+
+def test_time_that_moves_lets_records_of_a_key_begin_at_its_rate(app: TestApp) -> None:
+    done: list[tuple[str, int]] = []
+    with declaring(app.app):
+        orders = Table("orders")
+        orders.on_new_records(each=True, name="note", rate="3/h", per="customer")(
+            lambda order: done.append((order["customer"], order["id"])))
+    app.migrate()
+    ids = [orders.append({"customer": "ann"}).id for _ in range(7)]
+    orders.append({"customer": "bob"})
+    app.run()
+    assert sorted(name for name, _ in done) == ["ann", "bob"]
+    left = next(iter({*ids} - {id for _, id in done}))
+    assert [tuple(row) for row in app._fetch(f"select state, error from anton.why('orders', '{left}') where level > 0")
+            ] == [("delayed", "waits for the rate of its key")]
+    app.advance("1h")
+    assert [name for name, _ in done].count("ann") in (3, 4)
+    app.advance("1d")
+    assert len(done) == 8 and {id for name, id in done if name == "ann"} == {*ids}
+
+
+async def test_who_takes_over_knows_what_began_and_a_worker_that_ends_gives_back_the_rest(db: Database) -> None:
+    done: list[int] = []
+    bench = await one_handler(db, lambda record: done.append(record["n"]), each=True, rate="1/h", per="c")
+    await bench.add("a", [{"c": "a", "n": 1}])
+    async with bench.running():
+        await met(lambda: len(done) == 1)
+    await bench.sql("insert into anton.rate_key select handler_id, '[\"killed\"]', ends, counts, until "
+                    "from anton.rate_key")
+    await bench.add("a", [{"c": "a", "n": 2}, {"c": "b", "n": 3}, {"c": "killed", "n": 4}])
+    await bench.work()
+    assert done == [1, 3] and await bench.value("select sum(hi - lo + 1) from anton.delayed") == 2
+    assert await bench.column("select counts from anton.rate_key order by key") == [[1], [1], [1]]
+
+
+async def test_who_does_not_hold_the_handler_notes_no_starts(db: Database) -> None:
+    bench = await one_handler(db, lambda record: None, each=True, rate="1/h", per="c")
+    h = await bench.value("select id from anton.handler")
+    note = "select anton.note_starts($1, $2, '{k}', array['{1000000}'], array['{1}'])"
+    assert await bench.value(note, 1, h) is None and await bench.count("anton.rate_key") == 0
+    await bench.sql("select anton.permit(1, $1, 1, '1 m')", h)
+    assert await bench.value(note, 1, h) > 0 and await bench.value(note, 2, h) is None
+    assert await bench.count("anton.rate_key") == 1
+    while await bench.value("select anton.maintain()") is not None:
+        pass
+    assert await bench.count("anton.rate_key") == 0
+
+
+async def test_a_record_that_fails_takes_another_start_of_its_key(db: Database) -> None:
+    tried: list[Any] = []
+
+    def handle(record: Any) -> None:
+        tried.append(record["c"])
+        raise ValueError("no")
+
+    bench = await one_handler(db, handle, each=True, rate="1/h", per="c", concurrency=1, backoff="1ms")
+    await bench.add("a", [{"c": "a"}, {"c": "b"}])
+    await bench.work()
+    assert sorted(tried) == ["a", "b"]
+    shown = await bench.value("select anton.show_handler('handle')")
+    assert (shown["rate"], shown["per"], shown["limit"], shown["rate_keys"]) == ("1/1h", "c", 1, 2)
