@@ -46,6 +46,7 @@ from anton.kit import (
 
 METHODS = ("POST", "PUT", "PATCH", "DELETE", "GET")
 REDIRECTS = 5
+UNSET = "https://not-set"  # stands in for an address whose variable is not set, where calls are captured
 MOST = 1_000_000  # bytes of an answer that are kept,
 MORE = 10_000  # and that are read besides: a secret that is cut in two would not be seen
 _QUIET = ContextVar("_QUIET", default=False)  # what httpx logs has the address in it
@@ -134,7 +135,7 @@ class HttpRequest(ActionComponent):
             return quote(fill(found[0], record, self.map), safe="")
 
         body = _plain(record) if self.json is None else _filled(self.json, record, self.map)
-        url = _hidden(reveal(self._url) or "") if isinstance(self._url, Env) else _ONE.sub(quoted, self._url)
+        url = _hidden(reveal(self._url) or UNSET) if isinstance(self._url, Env) else _ONE.sub(quoted, self._url)
         return {"method": self.method, "url": url, "json": None if self.method == "GET" else body}
 
     async def send(self, args: Mapping[str, Any], key: str) -> dict[str, Any]:
