@@ -379,6 +379,8 @@ def declare(app: App, there: World, db: Database, guarded: bool, mails: list[dic
             elif told["action"] == "preview":
                 previews.append(told["args"])
             elif told["action"] in app.actions:
+                if "key" in told["args"]:                              # a second call with it would be none
+                    told["args"]["key"] += f"-{answer['id']}"
                 with suppress(InvalidRecord):
                     app.actions[told["action"]].send(**told["args"])
 
