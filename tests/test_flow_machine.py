@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import invariant, precondition, rule, run_state_machine_as_test
 from machine import BUG, SETTINGS, TENANTS, opened
 from servers import Server
-from test_state_machine import SOME, Machine
+from test_state_machine import SOME, TENANT, TURNS, Machine
 
 from chaos.bugs import JOB, PERMIT, Bug
 from chaos.model import LEASE, Permits, Rest
@@ -151,6 +151,18 @@ class Flow(Machine):
         ).fetchall()
         assert dict(rows) == self.permits.valid(self.model.now), "permits: held by others than in the model"
 
+    # Tenants
+
+    @precondition(lambda self: not self.open)
+    @rule(turn=st.sampled_from([None, *TURNS]))
+    def take_turns(self, turn: str | None) -> None:
+        """Two tenants have work, and a claim is of one job."""
+        for tenant in ("acme", "beta"):
+            self.append(1, tenant, "insert")
+            self.end(next(reversed(self.open)), True)
+        self.equal()
+        self.claim(self.free(0), 1, 1, turn=turn)
+
     # Delay and debounce
 
     @precondition(lambda self: len(self.open) < 2)
@@ -231,6 +243,7 @@ COUNTED = """    update permit set worker_id = p_worker, lease_until = v_now + p
      where handler_id = p_handler and n = any (array(
        select q.n from permit q where q.handler_id = p_handler and q.lease_until <= v_now
         order by q.n limit least(v_free, p_wanted - v_held)));"""
+TURN = "tenants_in_turn(p_handler, p_turn, 32, v_end)"
 NOT_SO = "the queue is not as the model has it|another handler is ready than in the model"
 WRONG = (  # (what is wrong, how, what the machine has to say)
     (
@@ -247,6 +260,11 @@ WRONG = (  # (what is wrong, how, what the machine has to say)
         "a permit that has run out, and is kept",
         ((PERMIT, "p.worker_id = p_worker and p.lease_until > v_now for", "p.worker_id = p_worker for"),),
         "permits: other ones are kept",
+    ),
+    (
+        "a claim that begins with the same tenant each time",
+        ((TENANT, TURN, "tenants_in_turn(p_handler, null, 32, v_end)"),),
+        "a claim of other jobs",
     ),
     (
         "delayed work that is ready too early",

@@ -417,13 +417,6 @@ WRONG = (  # (what the SQL does wrong, where, as shipped, as it is then, what th
         "let_go: idle for",
     ),
     (
-        "a claim that begins with the same tenant each time",
-        TENANT,
-        "tenants_in_turn(p_handler, p_turn, 32, v_end)",
-        "tenants_in_turn(p_handler, null, 32, v_end)",
-        "a claim of other jobs",
-    ),
-    (
         "a claim of one tenant that forgets the others",
         TENANT,
         "tenants_in_turn(p_handler, p_turn, 32, v_end)",
