@@ -317,7 +317,7 @@ begin
   if v_why is null and p_decision = 'approve' then           -- what would be refused at once is said while somebody is there to edit it
     select * into v_call from action where id = v.action_id;
     v_call.args := v_args;
-    v_why := (select coalesce(forbidden(v_call), beyond(v_call, r)) from action_rule r where r.app = v.app and r.name = v.name and r.missing_at is null);
+    v_why := (select coalesce(forbidden(v_call, r), beyond(v_call, r)) from action_rule r where r.app = v.app and r.name = v.name and r.missing_at is null);
   end if;
   if v_why is not null then
     raise exception using errcode = 'NT009', message = format('approval %s: %s', p_approval, v_why), hint = 'anton approvals list, anton people list';
