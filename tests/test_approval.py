@@ -521,8 +521,8 @@ WEAKENED = [
      {"gate": "open", "approval": {}, "policy_sql": "'send'"}, "waiting"),
     ({"allow": {"order_id": ["8"]}}, {"allow": {}}, "refused"),
     ({"allow": {"order_id": ["8"]}}, {"allow": {"order_id": ["*"]}}, "refused"),
-    ({"cap": "4 amount/day"}, {"caps": []}, "new"),
-    ({"cap": "4 amount/day"}, {"caps": [{"amount": "900", "of": "amount", "period": "day"}]}, "new")]
+    ({"cap": "4 amount/day"}, {"caps": []}, "refused"),
+    ({"cap": "4 amount/day"}, {"caps": [{"amount": "900", "of": "amount", "period": "day"}]}, "refused")]
 
 
 @pytest.mark.parametrize("options, by_hand, state", WEAKENED)
