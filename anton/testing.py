@@ -294,9 +294,9 @@ class TestApp:
 
     @property
     def approvals(self) -> list[Asked]:
-        """The approvals that wait, oldest first."""
+        """The approvals that wait, in the order of their calls."""
         rows = self._fetch("select id, name, state, preview, args, approvers, decided_by, difference "
-                           "from {schema}.approval where state = 'pending' order by id")
+                           "from {schema}.approval where state = 'pending' order by action_id, id")
         return [Asked(row[0], row[1], row[2], row[3], row[4], tuple(row[5]), row[6], row[7], self) for row in rows]
 
     @property
