@@ -211,6 +211,8 @@ def flow_free(run: Run) -> Rows:
             for turn in range(3 * run.times):
                 for side, (url, repo) in list(sides.items())[::1 if turn % 2 else -1]:
                     with connect(url) as conn, worker(conn, url, app, repo=repo) as pid:
+                        conn.execute("insert into bench_in (n, s) select n, s from source limit 1000")
+                        wait_idle(conn)                                # what a worker does when it begins is over
                         conn.execute("truncate bench_in, bench_out")
                         conn.execute("checkpoint")
                         meter = proc.Meter(run.server.postmaster, pid)

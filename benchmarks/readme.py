@@ -34,6 +34,13 @@ LINES = {
     "a 5M-row CSV into a Table, against psql's \\copy; memory": ["csv_vs_copy", "csv_rss_mb"],
     "500,000 rows through Python, CSV and Parquet, against that; memory": [
         "csv_python_vs_copy", "parquet_vs_copy", "parquet_rss_mb"],
+    "8 processes, 33 kills, a limit of 10 at a time: records beyond it; used": ["limit_violations", "limit_used"],
+    "a rate of 1,000/s over 4 processes: starts beyond it; used": ["rate_violations", "rate_used"],
+    "a rate for each of 50 customers, its process killed twice: starts beyond it": ["rate_key_violations"],
+    "200,000 records in order for each key, kills and retries: out of order": ["order_violations"],
+    "in order, and a limit for each key, 10,000 keys, against neither": ["ordered_vs_unordered", "per_key_vs_none"],
+    "a tenant with 1M records: p99 of the pick-up of another's": ["fair_tenant_p99_ms"],
+    "without any of these, against the engine before them": ["flow_free_cost"],
     "10,000 hostile requests: failures": ["hostile_failures"],
     "200 approvals, 8 channels at once, and wrong ways: not exactly one decision": ["approval_wrong"],
     "a person approves → the call is sent: p99": ["approve_to_sent_p99_ms"],

@@ -146,6 +146,13 @@ def test_each_bar_of_actions_and_approvals_has_a_figure() -> None:
     assert [name for name in names if name not in found or found[name]["value"] is None] == []
 
 
+def test_each_bar_of_flow_has_a_figure() -> None:
+    found = {row["name"]: row for row in json.loads((REPO / "benchmarks/results/latest.json").read_text())}
+    names = ["limit_violations", "limit_used", "order_violations", "ordered_vs_unordered", "per_key_vs_none",
+             "rate_violations", "rate_used", "rate_key_violations", "fair_tenant_p99_ms", "flow_free_cost"]
+    assert [name for name in names if name not in found or found[name]["value"] is None] == []
+
+
 def test_the_readme_shows_what_was_survived() -> None:
     text = (REPO / "README.md").read_text()
     found = json.loads((REPO / "benchmarks/results/chaos.json").read_text())
