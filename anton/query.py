@@ -34,7 +34,7 @@ from anton.write import OnConflict, Scope, Step, commit, find_scope, in_loop, sc
 T = TypeVar("T")
 _PLACEHOLDER = re.compile(r"\{\{([A-Za-z_]\w*)\}\}|\{([A-Za-z_]\w*)\}")
 _NO_TEXT = re.compile(r"invalid input for query argument \$(\d+):.*expected str, got (?:list|tuple)", re.DOTALL)
-_FIRST_WORD = re.compile(r"(?:\s|\(|--[^\n\r]*[\n\r]|/\*.*?\*/)*+(\w+)", re.DOTALL)
+_FIRST_WORD = re.compile(r"(?:\s|\(|--[^\n\r]*[\n\r]|/\*(?:(?!/\*).)*?\*/)*+(\w+)", re.DOTALL)
 _READS = ("select", "with", "values", "table", "show", "explain")
 
 

@@ -241,6 +241,7 @@ def test_update_and_delete_take_no_order_and_no_limit(orders: Table[Order]) -> N
     (lambda t: list(sql("delete from orders")), r"sql\(\) reads"),
     (lambda t: list(sql("deallocate all")), r"sql\(\) reads"),
     (lambda t: list(sql("--\rdeallocate all --\nselect 1")), r"sql\(\) reads"),
+    (lambda t: list(sql("/* /* */ select */ deallocate all")), r"sql\(\) reads"),
     (lambda t: list(sql("/**/" * 60 + "!")), r"sql\(\) reads"),      # in no time
     (lambda t: list(sql("with x as (delete from orders returning 1) select * from x")), "read-only transaction"),
     (lambda t: list(sql("select o.gone from orders o")), "read-only transaction"),
