@@ -505,12 +505,34 @@ def test_a_sender_asks_whom_its_code_says_whatever_was_made_of_the_rule(live, se
         refund.send(order, 5)
         live.run()
     live.advance("1h")
-    assert sent == [] and [call.state for call in live.calls] == ["waiting", "waiting", "waiting", "failed"]
+    assert sent == [] and [call.state for call in live.calls] == ["waiting", "waiting", "waiting", "new"]
     assert {tuple(row["approvers"]) for row in sql(live, "select approvers from anton.approval")} == {("@finance",)}
     live.migrate()
     live.approvals[0].approve(by="ann")
     live.run()
     assert sent == [(0, 5)]
+
+
+@pytest.mark.parametrize("old", [Approval("@finance"), None])
+def test_while_a_release_that_asks_others_ends_calls_wait_for_a_process_of_the_migrated_one(old, live, sent):
+    new = Approval("@cfo")
+    refund = declare(live, sent, new)
+    refund.approve = old
+    refund.send(7, 5)
+    live.run()
+    live.advance("1h")
+    assert [call.state for call in live.calls] == ["new"] and live.dead == []
+    refund.approve = new
+    live.advance("1h")
+    (asked,) = live.approvals
+    refund.approve = old
+    asked.approve(by="carl")
+    live.run()
+    live.advance("1h")
+    assert [call.state for call in live.calls] == (["ready"] if old else ["sent"]) and live.dead == []
+    refund.approve = new
+    live.advance("1h")
+    assert sent == [(7, 5)] and len(sql(live, "select id from anton.approval")) == 1
 
 
 WEAKENED = [
