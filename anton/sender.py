@@ -210,8 +210,8 @@ class Sender:
         except DecisionRefused as error:
             if call.gate is not None and not (call.approve or {}).get("approvers"):
                 raise                                                  # it asks nobody, whatever its action declares
-            raise WorldError(f"{self.action.name}: this process's code asks other people than what was migrated: {error}."
-                             " Its calls wait for a process of that release, or for: anton migrate") from error
+            raise WorldError(f"{self.action.name}: the code of this process asks other people than what was migrated: "
+                             f"{error}. Its calls wait for a process of that release, or for: anton migrate") from error
 
     async def _capture(self, db: Database, call: Call, verdict: dict[str, Any] | None) -> None:
         """Nothing leaves: what would be sent is captured, what has to be approved is asked for."""
