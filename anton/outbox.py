@@ -16,6 +16,7 @@ import inspect
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
+from decimal import Decimal, InvalidOperation
 from functools import partial
 from typing import Any, ClassVar, Literal, cast, overload
 
@@ -360,12 +361,12 @@ def _cap(text: str, of: str, model: type[BaseModel]) -> dict[str, Any]:
     number, _, argument = amount.strip().partition(" ")
     period = rest.strip()
     try:
-        limit = float(number)
-    except ValueError:
-        limit = -1
-    if limit < 0 or period not in PERIODS or (argument and argument not in model.model_fields):
+        limit = Decimal(number)
+    except InvalidOperation:
+        limit = Decimal("nan")
+    if not limit.is_finite() or limit < 0 or period not in PERIODS or (argument and argument not in model.model_fields):
         raise BadOption("cap", text, of, f'"100/day" or "500 amount/day"; a period: {", ".join(PERIODS)}')
-    return {"amount": number, "of": argument or None, "period": period}
+    return {"amount": str(limit), "of": argument or None, "period": period}
 
 
 async def decide(db: Database, app: Any, approval: int, person: str, decision: Literal["approve", "reject"],

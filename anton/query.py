@@ -23,7 +23,7 @@ from pydantic import BaseModel, ValidationError
 
 from anton.columns import Shape
 from anton.db import Database, current_database, literal, quote
-from anton.errors import InvalidRecord, QueryError, SyncInLoop, did_you_mean
+from anton.errors import InvalidRecord, QueryError, SyncInLoop, did_you_mean, one_of
 from anton.op import Form
 from anton.record import Document, Record, Row
 from anton.relation import Relation, columns_sql, describe, writable
@@ -34,8 +34,8 @@ from anton.write import OnConflict, Scope, Step, commit, find_scope, in_loop, sc
 T = TypeVar("T")
 _PLACEHOLDER = re.compile(r"\{\{([A-Za-z_]\w*)\}\}|\{([A-Za-z_]\w*)\}")
 _NO_TEXT = re.compile(r"invalid input for query argument \$(\d+):.*expected str, got (?:list|tuple)", re.DOTALL)
-_FIRST_WORD = re.compile(r"(?:\s|\(|--[^\n]*\n|/\*.*?\*/)*(\w+)", re.DOTALL)
-_MAY_WRITE = re.compile(r"\(|\binto\b", re.IGNORECASE)  # a SELECT that calls a function may
+_FIRST_WORD = re.compile(r"(?:\s|\(|--[^\n\r]*[\n\r]|/\*(?:(?!/\*).)*?\*/)*+(\w+)", re.DOTALL)
+_READS = ("select", "with", "values", "table", "show", "explain")
 
 
 class Source(Protocol[T]):
@@ -122,13 +122,12 @@ class Sql:
         text = bind(self.text, self.args, values)
         first = _FIRST_WORD.match(text)
         word = first[1].lower() if first else ""
-        if word in ("insert", "update", "delete", "merge", "truncate", "copy", "create", "alter", "drop"):
-            raise QueryError(f"sql() reads; it was: {self.text}. Record writes with append, update and delete; "
-                             "schema changes go into migrations/", sql=text)
+        if word not in _READS:                                         # DEALLOCATE ALL, say, would break the connection
+            raise QueryError(f"sql() reads, by {one_of(_READS)}; it was: {self.text}.{did_you_mean(word, _READS)} "
+                             "Record writes with append, update and delete; schema changes go into migrations/",
+                             sql=text)
         async with _database().conn() as conn:
-            if word in ("select", "values", "table") and not _MAY_WRITE.search(text):
-                return await _fetch(conn, text, values, Row)
-            reading = conn.transaction(readonly=True)
+            reading = conn.transaction(readonly=True)                  # also a view, or an operator, may write
             await reading.start()
             try:
                 return await _fetch(conn, text, values, Row)

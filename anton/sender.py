@@ -26,7 +26,7 @@ from anton.action import effects
 from anton.calls import Call
 from anton.ctx import Ctx
 from anton.db import Database
-from anton.errors import CapReached, Discard, Later, Retry, WorldError
+from anton.errors import CapReached, DecisionRefused, Discard, Later, Retry, WorldError
 from anton.fate import is_world, say, status_of
 from anton.op import Call as Step
 from anton.secret import has_secret
@@ -204,8 +204,14 @@ class Sender:
     async def _ask(self, db: Database, call: Call, reason: str | None) -> None:
         asked = self.action.approve
         definition = {**(asked.definition() if asked else call.approve or {}), "reason": reason}
-        async with db.tx() as conn:
-            await db.call_value(conn, "ask_approval", call.id, definition)
+        try:
+            async with db.tx() as conn:
+                await db.call_value(conn, "ask_approval", call.id, definition)
+        except DecisionRefused as error:
+            if call.gate is not None and not (call.approve or {}).get("approvers"):
+                raise                                                  # it asks nobody, whatever its action declares
+            raise WorldError(f"{self.action.name}: the code of this process asks other people than what was migrated: "
+                             f"{error}. Its calls wait for a process of that release, or for: anton migrate") from error
 
     async def _capture(self, db: Database, call: Call, verdict: dict[str, Any] | None) -> None:
         """Nothing leaves: what would be sent is captured, what has to be approved is asked for."""

@@ -1,7 +1,7 @@
 -- Actions: the outbox. A call is a row of action; a sender carries it out between begin_action() and end_action(), with no transaction
 -- open. guard_action() lets nobody make what only that way may make: it holds for psql, replay and retry alike.
 --
---   new -> waiting -> ready -> sending -> sent | failed | unknown | retrying (-> sending)
+--   new -> waiting -> ready -> sending -> sent | failed | unknown | retrying (-> sending);  unknown, failed -> sent, by a sender that is late
 --   new -> captured | refused;  waiting -> rejected | expired | superseded;  failed, unknown, refused -> ready, by a person
 
 -- args_hash(args) -> SHA-256 of arguments, hex: jsonb as Postgres writes it
@@ -200,6 +200,8 @@ begin
     elsif new.token is not null or new.attempt <> 0 or new.approval_id is not null or new.verdict is not null or new.resolved_by is not null
           or new.counted <> '[]' or new.in_doubt then
       v_why := 'token, attempt, approval_id, verdict, resolved_by, counted and in_doubt are set by the runtime';
+    elsif coalesce(new.due_at, now() + new.delay) >= '10000-01-01 00:00:00+00' then
+      v_why := 'it would be due after the year 9999';
     end if;
     new.idempotency_key := coalesce(new.idempotency_key, gen_random_uuid()::text);
     new.due_at := coalesce(new.due_at, now() + new.delay);
@@ -225,7 +227,7 @@ begin
       when 'ready' then new.state in ('waiting', 'sending', 'captured', 'refused', 'failed')
       when 'retrying' then new.state in ('waiting', 'sending', 'captured', 'refused', 'failed', 'unknown')
       when 'sending' then new.state in ('sending', 'sent', 'failed', 'unknown', 'retrying')
-      when 'failed' then new.state in ('ready', 'waiting', 'sending', 'captured', 'refused')
+      when 'failed' then new.state in ('ready', 'waiting', 'sending', 'captured', 'refused', 'sent')
       when 'unknown' then new.state in ('ready', 'sent', 'failed')
       when 'refused' then new.state = 'ready'
       else false end) then
@@ -382,7 +384,7 @@ end $$;
 -- end_action(action, token, state, result, error) -> whether it is this sender's: what became of it
 --   sent | failed | unknown | retrying (it did not happen, and is tried again)
 --   doubt  true: this attempt may have happened; false: none of them did; null: this one did not. What failed in doubt is unknown
--- A sender that is late, and was given up as unknown, may still say that it was sent.
+-- A sender that is late, and was given up as unknown, or as failed as its probe did not find it yet, may still say that it was sent.
 drop function if exists end_action(bigint, bigint, text, jsonb, text);
 create or replace function end_action(p_action bigint, p_token bigint, p_state text, p_result jsonb default null, p_error text default null,
   p_doubt boolean default null) returns boolean
@@ -390,7 +392,7 @@ language plpgsql volatile set search_path from current as $$
 declare a action; v_doubt boolean;
 begin
   select * into a from action where id = p_action for update;
-  if a.token is distinct from p_token or not (a.state = 'sending' or a.state = 'unknown' and p_state = 'sent') then
+  if a.token is distinct from p_token or not (a.state = 'sending' or a.state in ('unknown', 'failed') and p_state = 'sent') then
     return false;
   end if;
   if a.cause is not null then                              -- what listens to calls goes on with the chain

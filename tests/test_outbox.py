@@ -148,6 +148,8 @@ def test_a_call_that_is_put_off_is_there_and_sent_at_its_time(live, peer):
         refund.send(7, 5, delay="1h", at=live.now)
     with pytest.raises(InvalidRecord, match="after"):
         refund.send(7, 5, after="1h")
+    with pytest.raises(Exception, match="due after the year 9999"):
+        refund.send(7, 5, delay=timedelta(days=3_000_000))
     live.run()
     assert [order for order, _, _ in peer.got] == [9] and states(live) == ["new", "new", "sent"]
     listed = {row["id"]: row["due_at"] for row in sql(live, "select * from anton.list_actions()")}
@@ -495,6 +497,18 @@ def test_a_call_whose_probe_died_too_is_unknown(live, peer):
     assert states(live) == ["unknown"] and peer.got == []
 
 
+@pytest.mark.parametrize("answer, state", [(False, "failed"), (None, "unknown")])
+def test_a_sender_that_is_late_says_that_a_call_was_sent_whatever_its_probe_said(answer, state, live, peer):
+    declare(live, peer, probe=lambda call: answer).send(7, 5)
+    sql(live, "select anton.begin_action(id, 9) from anton.action")
+    sql(live, "select anton.cancel(id) from anton.job")
+    live.run()
+    assert states(live) == [state]
+    ends = "select anton.end_action(id, {}, 'sent', '1') from anton.action"
+    assert [sql(live, ends.format(token))[0][0] for token in (8, 9, 9)] == [False, True, False]
+    assert states(live) == ["sent"] and live.calls[0].error is None
+
+
 @pytest.mark.parametrize("answer, state", [({"number": 1}, "sent"), (False, "failed"), (None, "unknown")])
 @pytest.mark.parametrize("last", [RuntimeError("broke"), Retry("later"), Discard("no")])
 def test_an_idempotent_call_that_is_tried_no_more_is_what_its_probe_says(last, answer, state, live, peer):
@@ -668,8 +682,9 @@ def test_what_cannot_be_is_refused_where_it_is_declared(app):
 
         with pytest.raises(BadOption, match="unsafe"):
             action(effect="none", name="a")(pay)
-        with pytest.raises(BadOption, match="100/day"):
-            action(cap="many", name="b")(pay)
+        for cap in ("many", "nan/day", "inf/day", "-1/day"):
+            with pytest.raises(BadOption, match="100/day"):
+                action(cap=cap, name="b")(pay)
         with pytest.raises(BadSignature, match="send"):
             action(name="c")(pay)(3)
 

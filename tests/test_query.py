@@ -26,6 +26,9 @@ insert into orders select n, 'c' || n % 3, n * 10, case when n % 2 = 0 then 'new
   from generate_series(1, 12) n;
 insert into doc (data) select jsonb_build_object('n', n, 'even', n % 2 = 0) from generate_series(1, 4) n;
 insert into pair values (1, 'x', null), (1, 'y', 'z');
+create function gone(o orders) returns boolean language sql as 'delete from orders where id = o.id returning true';
+create operator @@@ (rightarg = orders, function = gone);
+create view emptied as select gone(o) from orders o;
 """
 
 
@@ -233,9 +236,17 @@ def test_update_and_delete_take_no_order_and_no_limit(orders: Table[Order]) -> N
     (lambda t: list(t.select(id="seven")), "cannot be interpreted as an integer"),
     (lambda t: list(sql("select {x}")), "no value for {x}"),
     (lambda t: sql("select 1", x=1), '"x" is not in the SQL'),
-    (lambda t: list(sql("selec 1")), "syntax error"),
+    (lambda t: list(sql("selec 1")), 'Did you mean "select"'),
+    (lambda t: list(sql("select 1 1")), "syntax error"),
     (lambda t: list(sql("delete from orders")), r"sql\(\) reads"),
+    (lambda t: list(sql("deallocate all")), r"sql\(\) reads"),
+    (lambda t: list(sql("--\rdeallocate all --\nselect 1")), r"sql\(\) reads"),
+    (lambda t: list(sql("/* /* */ select */ deallocate all")), r"sql\(\) reads"),
+    (lambda t: list(sql("/**/" * 60 + "!")), r"sql\(\) reads"),      # in no time
     (lambda t: list(sql("with x as (delete from orders returning 1) select * from x")), "read-only transaction"),
+    (lambda t: list(sql("select o.gone from orders o")), "read-only transaction"),
+    (lambda t: list(sql("select o.* from orders o where @@@ o")), "read-only transaction"),
+    (lambda t: list(sql("table emptied")), "read-only transaction"),
 ])
 def test_what_is_wrong_with_a_read_is_said(orders: Table[Order], read: Any, message: str) -> None:
     with pytest.raises(QueryError, match=message):
