@@ -426,6 +426,8 @@ class Worker:
         except (LeaseLost, World) as error:
             log.warning("worker: %s: %s", lane.name, error)
         lane.down = None
+        if lane.order is not None and lane.order.over:
+            lane.order = lane.order.heir
         if lane.order is not None:
             lane.order.stopped = False
         self._wake.set()
