@@ -220,7 +220,7 @@ async def test_without_the_option_again_nothing_waits(db: Database) -> None:
     assert await bench.value("select anton.show_handler('handle') ->> 'ordered'") == "false"
 
 
-async def test_a_record_that_has_another_key_when_it_is_tried_again_lets_those_of_the_old_one_go_on(db: Database) -> None:
+async def test_a_record_with_another_key_when_it_is_tried_again_lets_those_of_the_old_one_go_on(db: Database) -> None:
     seen, fails = list[int](), 2
 
     async def handle(record: Any) -> None:
