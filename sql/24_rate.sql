@@ -41,9 +41,11 @@ end $$;
 
 -- wait_no_more(handler, changed): its rate is another one, or none: records that went back until there is a start for their key come at once
 create or replace function wait_no_more(p_handler int, p_changed boolean) returns void language plpgsql volatile set search_path from current as $$
+declare v_now timestamptz := now();
 begin
   if p_changed then
-    update delayed set run_at = now() where handler_id = p_handler and error = 'waits for the rate of its key' and run_at > now();
+    update delayed set run_at = v_now where handler_id = p_handler and error = 'waits for the rate of its key' and run_at > v_now;
+    perform ring();
   end if;
 end $$;
 

@@ -267,6 +267,8 @@ async def test_what_waits_for_its_key_goes_on_when_a_migrate_takes_the_option_aw
         await bench.add("a", ({"c": "x", "d": n % 3, "n": n} for n in range(at, at + 10)))
     async with bench.running() as worker:
         await begun.wait()
+        if await bench.count("anton.rate"):
+            await bench.until("select sum(hi - lo + 1) = 29 from anton.delayed")
         await Bench.make(db, after(handle))
         await worker._refresh()
         may.set()
