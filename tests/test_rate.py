@@ -298,15 +298,17 @@ MAIN = """
 import os, time, psycopg
 from anton import Table
 
+a = Table("a")
+
 def begun(name):
     with open(os.environ["TEST_STARTS"], "a") as file:
         file.write(f"{name} {time.monotonic()} {os.getpid()}\\n")
 
-@Table("a").on_new_records(each=True, rate="20/s")
+@a.on_new_records(each=True, rate="20/s")
 def of_all(record):
     begun("of_all")
 
-@Table("a").on_new_records(each=True, rate="20/s", per="c")
+@a.on_new_records(each=True, rate="20/s", per="c")
 def of_a_key(record):
     begun("of_a_key")
 """
