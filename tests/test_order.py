@@ -282,7 +282,8 @@ async def test_what_is_put_off_after_a_migrate_took_the_order_away_does_not_wait
     await updates(bench, 1, 1)
     handler, job = (await bench.sql("select handler_id, id from anton.job"))[0]
     await bench.sql("select anton.permit(1, $1, 1, '1 m')", handler)
-    await bench.sql("select count(*) from anton.claim_ordered(1, 7, array[$1::int], '{1}', '{1}', '{0}', '1 m')", handler)
+    claim = "select count(*) from anton.claim_ordered(1, 7, array[$1::int], '{1}', '{1}', '{0}', '1 m')"
+    assert await bench.value(claim, handler) == 1
     await bench.sql("update anton.handler set ordered = false")
     await bench.sql("select anton.retry_in_turn(7, $1, '{1}', '{\"[1]\"}', '1 h', 'no', true)", job)
     assert await bench.left() == {"delayed": 1} and await bench.count("anton.turn") == 0
