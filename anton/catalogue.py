@@ -15,7 +15,7 @@ from anton.db import Database, quote
 from anton.gate import Gate
 from anton.handler import EACH_CALLS
 from anton.lane import Lane, lane_of
-from anton.order import Order
+from anton.order import Order, OutOfOrder
 from anton.permits import Permits
 from anton.rank import PRIORITY
 from anton.rate import Tap
@@ -65,7 +65,11 @@ async def read_lanes(db: Database, app: App, known: Mapping[int, Lane]) -> dict[
             lane.document = code.relation is not None and code.relation.document and lane.make is None
         old = known.get(lane.id)
         if old is not None:
+            _change_order(lane, old)
+            gate = old.gate
             old.turn_into(lane)
+            if gate is not None and gate is not lane.gate:
+                old.items.extendleft(reversed(gate.close()))           # to the new one, or to none
         lanes[lane.id] = old or lane
     for id, lane in known.items():
         if id not in lanes and not lane.idle:                          # dropped while at work: let it finish
@@ -76,13 +80,14 @@ async def read_lanes(db: Database, app: App, known: Mapping[int, Lane]) -> dict[
 def _limit(lane: Lane, known: Lane | None, most: int, per: str | None, rate: tuple[int, int] | None) -> None:
     """Gives a lane its permits, or those it has already. With per= one is all: it has the handler, and a gate, where
     each key may have a rate: starts in so many microseconds."""
-    _permits(lane, known, most, 1)
-    assert lane.permits is not None
-    if per is not None:
-        lane.concurrency = lane.permits.each = max(EACH_CALLS, most)
-        lane.permits.most = 1
-        lane.gate = known.gate if known is not None and known.gate is not None else Gate(per, most)
-        lane.gate.column, lane.gate.most = per, most
+    if per is None:
+        _permits(lane, known, most, 1)
+    else:
+        lane.concurrency = max(EACH_CALLS, most)
+        _permits(lane, known, 1, lane.concurrency)
+        gate = known.gate if known is not None else None
+        lane.gate = gate if gate is not None and gate.column == per else Gate(per, most)
+        lane.gate.most = most
         if rate is not None and lane.gate.starts is None:
             lane.gate.starts = Starts(*rate)
         elif rate is not None and lane.gate.starts is not None:
@@ -96,12 +101,24 @@ def _order(lane: Lane, known: Lane | None, per: str | None) -> None:
     """One permit is all: with it come the handler and the order of its records, as many at a time as it says."""
     _permits(lane, known, 1, lane.concurrency)
     old = known.order if known is not None else None
-    lane.order = old if old is not None and old.column == per else Order(per)
+    lane.order = old if old is not None and old.column == per and not old.over else Order(per)
+
+
+def _change_order(lane: Lane, known: Lane) -> None:
+    """Where its order is another one now, or none, what runs goes on, and all else goes back before that counts."""
+    old = known.order
+    if old is not None and old is not lane.order and known.calls:
+        old.leave_to(lane.order)
+        lane.order = old
+        if known.down is None:
+            known.down = OutOfOrder()
 
 
 def _permits(lane: Lane, known: Lane | None, most: int, each: int) -> None:
-    """The same object as ever, which knows what is held."""
+    """The same object as ever, which knows what is held. Of fewer than there were none may be left: it asks anew."""
     lane.permits = known.permits if known is not None and known.permits is not None else Permits(most)
+    if most < lane.permits.most:
+        lane.permits.held = 0
     lane.permits.most, lane.permits.each = most, each
 
 

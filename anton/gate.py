@@ -44,6 +44,7 @@ class Gate:
     """At most `most` records at a time for each value of a column. Entries are a lane's items: (Each, item).
 
     starts: with rate=, those of each key; lock: held while they are looked at. short: told that a record wants one.
+    over: the option was taken out, or is of another column; nothing waits here any more.
     """
 
     def __init__(self, column: str, most: int) -> None:
@@ -51,6 +52,7 @@ class Gate:
         self.starts: Starts | None = None
         self.short: Callable[[], None] = lambda: None
         self.lock = threading.Lock()
+        self.over = False
         self._inside: dict[Hashable, int] = {}
         self._aside: dict[Hashable, deque[Any]] = {}
         self._wanted: set[Hashable] = set()                            # of which a record runs once more, outside
@@ -64,7 +66,7 @@ class Gate:
         with self.lock:
             inside = self._inside.get(key, 0)
             room = inside < self.most
-            if room and (self.starts is None or self.starts.take(key)):
+            if self.over or room and (self.starts is None or self.starts.take(key)):
                 self._inside[key] = inside + 1
                 return True
             self._aside.setdefault(key, deque()).append(entry)
@@ -75,9 +77,9 @@ class Gate:
     def enter_all(self, keys: set[Hashable]) -> bool:
         """Whether one record of each of these may run; else none has entered."""
         with self.lock:
-            if any(self._inside.get(key, 0) >= self.most for key in keys):
+            if not self.over and any(self._inside.get(key, 0) >= self.most for key in keys):
                 return False
-            if self.starts is not None and not self._start_all(self.starts, keys):
+            if not self.over and self.starts is not None and not self._start_all(self.starts, keys):
                 return False
             for key in keys:
                 self._inside[key] = self._inside.get(key, 0) + 1
@@ -105,6 +107,14 @@ class Gate:
         """Takes out what waits of one batch; the items."""
         with self.lock:
             return take_out(self._aside, each)
+
+    def close(self) -> list[Any]:
+        """Keeps nobody from now on; the entries that waited."""
+        with self.lock:
+            self.over = True
+            found = [entry for waiting in self._aside.values() for entry in waiting]
+            self._aside.clear()
+            return found
 
     # With a rate
 

@@ -36,7 +36,8 @@ class Order:
 
     An entry is a lane's item: (Each, item). Each has order, the keys of its items; here it gets ran, those of them that
     ended and are not settled, off, what is to be put off by key, and awaited: others wait for what it has to settle.
-    closed: keys, as text, of which some record waits in turn; heads: jobs that are the first of such a key.
+    closed: keys, as text, of which some record waits in turn; heads: jobs that are the first of such a key. over: the
+    option was taken out, or is of another column: what was begun goes back, then the lane has heir.
     """
 
     def __init__(self, column: str | None) -> None:
@@ -45,11 +46,18 @@ class Order:
         self.heads: set[int] = set()
         self.tenure = -1                                               # of the permits, that closed is known for
         self.stopped = False                                           # what was begun goes back: begin nothing later
+        self.over = False
+        self.heir: Order | None = None
         self._lock = threading.Lock()
         self._inside: dict[Hashable, Any] = {}                         # the entry that keeps each key
         self._aside: dict[Hashable, deque[Any]] = {}
         self._line: deque[Any] = deque()
         self._moved = asyncio.Event()
+
+    def leave_to(self, heir: Order | None) -> None:
+        """Another one, or none, comes after it."""
+        self.over = self.stopped = True
+        self.heir = heir
 
     # The line of batches
 

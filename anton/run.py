@@ -360,12 +360,13 @@ class Runner:
     async def _in_line(self, run: Run, alone: bool = False) -> None:
         """Until its records may be sent, and nothing before them runs where it is to be alone."""
         lane, order = run.lane, run.lane.order
-        assert order is not None and lane.permits is not None
+        assert order is not None
         await order.first(run)
         while alone and lane.down is None and (lane.items or lane.running):  # noqa: ASYNC110 (as for a permit)
             await asyncio.sleep(PERMIT)
         if lane.down is not None:
             raise World(lane.down)
+        assert lane.permits is not None
         if order.tenure != lane.permits.tenure:                        # another process may have had the handler
             tenure = lane.permits.tenure
             order.know((), await self.settler.lend(partial(queue.waiting_keys, self.db, handler=lane.id)))

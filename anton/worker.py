@@ -50,6 +50,7 @@ log = logging.getLogger("anton.worker")
 SLOTS = 32  # calls at a time, of all handlers together
 REFRESH, SOON = 5.0, 0.5  # seconds between readings of the handler catalogue; when there is a reason to look
 HOUSEKEEPING, WATCH = 60.0, 20.0  # seconds between them; WATCH: for tables that dbt made anew without hooks
+STEP = 1.0  # seconds between two steps of housekeeping, as long as there is something to do
 LOOK, LOOK_ALL = 0.03, 0.3  # seconds between looks while claims bring work: for the others' jobs; for suspects, too
 MANY = 64  # lanes; with more, a look tells which are worth a claim
 GRACE = 30.0  # seconds that a drain waits for what runs
@@ -426,6 +427,8 @@ class Worker:
         except (LeaseLost, World) as error:
             log.warning("worker: %s: %s", lane.name, error)
         lane.down = None
+        if lane.order is not None and lane.order.over:
+            lane.order = lane.order.heir
         if lane.order is not None:
             lane.order.stopped = False
         self._wake.set()
@@ -641,8 +644,10 @@ class Worker:
                         now = await self.db.call_value(conn, "now")
                         pause = min(pause, max(0.0, (due - now).total_seconds()))
                     if time.monotonic() - kept > HOUSEKEEPING:
-                        kept = time.monotonic()
-                        await self.db.call(conn, "maintain")
+                        if await self.db.call_value(conn, "maintain") is None:
+                            kept = time.monotonic()
+                        else:
+                            pause = min(pause, STEP)
                     if time.monotonic() - watched > WATCH:
                         watched = time.monotonic()
                         await self.db.call(conn, "dbt_watchdog")

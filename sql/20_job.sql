@@ -299,15 +299,16 @@ end $$;
 -- null: their time is to come
 create or replace function defer(p_token bigint, p_id bigint, p_ordinals int[], p_afters interval[], p_why text)
 returns void language plpgsql volatile set search_path from current as $$
-declare v_now timestamptz := now(); v lease;
+declare v_now timestamptz := now(); v lease; v_waits boolean;
 begin
   v := settle(p_token, p_id, p_ordinals);
+  v_waits := p_why is distinct from 'waits for the rate of its key' or exists (select from rate where handler_id = v.handler_id);   -- else there is none any more
   insert into delayed (handler_id, id, change_id, at, cause, trace, lo, hi, attempt, crashes, depth, op, tenant, origin,
                        ids, keys, run_at, error)
   select v.handler_id, nextval('change_seq'), v.change_id, v.at, v.cause, v.trace, p.lo, p.hi, v.attempt, v.crashes, v.depth, v.op, v.tenant, v.origin,
          v.ids[p.lo - v.lo + 1:p.hi - v.lo + 1],
          case when v.keys is not null then jsonb_path_query_array(v.keys, '$[$a to $b]', jsonb_build_object('a', p.lo - v.lo, 'b', p.hi - v.lo)) end,
-         v_now + p.wait, p_why
+         case when v_waits then v_now + p.wait else v_now end, p_why
     from (select wait, min(o) as lo, max(o) as hi
             from (select o, wait, o - row_number() over (partition by wait order by o) as island from unnest(p_ordinals, p_afters) u (o, wait)) x group by wait, island) p;
 end $$;

@@ -28,6 +28,7 @@ declare p record;
 begin
   if p_rate is null then
     delete from rate where handler_id = p_handler;
+    perform wait_no_more(p_handler, found);
     return;
   end if;
   p := parse_rate(p_rate, format('handler "%s"', (select name from handler where id = p_handler)));
@@ -35,6 +36,17 @@ begin
   on conflict (handler_id) do update set said = excluded.said, most = excluded.most, length_us = excluded.length_us,
      since = case when r.length_us = excluded.length_us then r.since else 0 end
    where (r.said, r.most, r.length_us) is distinct from (excluded.said, excluded.most, excluded.length_us);
+  perform wait_no_more(p_handler, found);
+end $$;
+
+-- wait_no_more(handler, changed): its rate is another one, or none: records that went back until there is a start for their key come at once
+create or replace function wait_no_more(p_handler int, p_changed boolean) returns void language plpgsql volatile set search_path from current as $$
+declare v_now timestamptz := now();
+begin
+  if p_changed then
+    update delayed set run_at = v_now where handler_id = p_handler and error = 'waits for the rate of its key' and run_at > v_now;
+    perform ring();
+  end if;
 end $$;
 
 -- rates() -> handlers that have one; those of keys apart

@@ -89,6 +89,7 @@ begin
   for v_key in select distinct k from unnest(p_keys) k loop
     perform next_turn(v.handler_id, v_key);
   end loop;
+  perform leave_turns(v.handler_id);
   perform probe_next(v.handler_id);
 end $$;
 
@@ -105,6 +106,9 @@ begin
     v_job := nextval('change_seq');
     update turn set id = v_job where handler_id = v.handler_id and id = p_id and state = 'first' and key = p_keys[i];
     v_own := found;
+    if not v_own then
+      perform end_turn(v.handler_id, p_id);                 -- it has another key than before
+    end if;
     if not v_own and exists (select from turn where handler_id = v.handler_id and key = p_keys[i]) then   -- it came with one that is before it
       perform put_turn(v, p_ordinals[i], p_keys[i], 'waits', v_job, v_attempt);
       continue;
@@ -116,6 +120,7 @@ begin
             case when v.ids is not null then array[v.ids[p_ordinals[i] - v.lo + 1]] end,
             case when v.keys is not null then jsonb_build_array(v.keys -> (p_ordinals[i] - v.lo)) end, now() + p_after, p_error);
   end loop;
+  perform leave_turns(v.handler_id);
   perform probe_next(v.handler_id);
 end $$;
 
@@ -135,8 +140,10 @@ begin
   end if;
   update turn set state = 'dead', id = v_dead where handler_id = v.handler_id and id = p_id and state = 'first' and key = p_key;
   if not found then
+    perform end_turn(v.handler_id, p_id);                   -- as above
     perform put_turn(v, p_ordinal, p_key, 'dead', v_dead, v.attempt + 1);
   end if;
+  perform leave_turns(v.handler_id);
   return v_dead;
 end $$;
 
@@ -196,6 +203,14 @@ begin
     from turn where handler_id = p_handler order by n;
   delete from turn where handler_id = p_handler;
   perform ring();
+end $$;
+
+-- leave_turns(handler): of one that has no order any more, which its worker learns later, nothing waits
+create or replace function leave_turns(p_handler int) returns void language plpgsql volatile set search_path from current as $$
+begin
+  if not is_ordered(p_handler) then
+    perform settle_turns(p_handler);
+  end if;
 end $$;
 
 -- cancel_turn(job) -> whether it was a record that waits for others of its key

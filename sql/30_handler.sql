@@ -84,6 +84,10 @@ begin
          timeout = excluded.timeout, attempts = excluded.attempts, backoff = excluded.backoff, max_lag = excluded.max_lag,
          options = excluded.options, model_id = excluded.model_id, enabled = true, missing_at = null
   returning id into v_id;
+  if exists (select from handler where id = v_id and ordered and per is distinct from d ->> 'per') then
+    update handler set ordered = false where id = v_id;     -- of another column: nothing waits in the old lines
+    perform settle_turns(v_id);
+  end if;
   update handler set per = d ->> 'per', debounce = v_debounce, ordered = coalesce((d ->> 'ordered')::boolean, false), on_dead = coalesce(d ->> 'on_dead', 'skip')
    where id = v_id and (per, debounce, ordered, on_dead) is distinct from (d ->> 'per', v_debounce, coalesce((d ->> 'ordered')::boolean, false), coalesce(d ->> 'on_dead', 'skip'));
   perform settle_turns(v_id);

@@ -220,6 +220,88 @@ async def test_without_the_option_again_nothing_waits(db: Database) -> None:
     assert await bench.value("select anton.show_handler('handle') ->> 'ordered'") == "false"
 
 
+async def test_a_record_with_another_key_when_it_is_tried_again_lets_those_of_the_old_one_go_on(db: Database) -> None:
+    seen, fails = list[int](), 2
+
+    async def handle(record: Any) -> None:
+        nonlocal fails
+        if record["n"] == 0 and fails:
+            fails -= 1
+            raise ValueError("not yet")
+        seen.append(record["n"])
+
+    bench = await one_handler(db, handle, each=True, ordered=True, per="c", backoff="1h")
+    await bench.add("a", ({"c": "x", "n": n} for n in range(3)))
+    await bench.work()
+    assert not seen
+    await bench.sql("""update a set data = data || '{"c": "y"}' where data ->> 'n' = '0'""")
+    for _ in range(2):
+        await bench.advance(timedelta(hours=3))
+        await bench.work()
+    assert seen == [1, 2, 0] and await bench.left() == {} and await bench.count("anton.turn") == 0
+
+
+def waits_by(**options: Any) -> Callable[[Any], Callable[[], Any]]:
+    return lambda handle: lambda: Table("a").on_new_records(each=True, name="handle", **options)(handle)
+
+
+@pytest.mark.parametrize(("before", "after"), [
+    (waits_by(per="c", concurrency=1), waits_by()),
+    (waits_by(per="c", concurrency=1), waits_by(per="d", concurrency=1)),
+    (waits_by(per="c", rate="1/h"), waits_by()),
+    (waits_by(per="c", ordered=True), waits_by()),
+    (waits_by(per="c", ordered=True), waits_by(per="d", ordered=True)),
+    (waits_by(per="c", ordered=True), waits_by(per="c", concurrency=1)),
+], ids=["per", "per of another", "rate and per", "ordered", "ordered per another", "ordered to per"])
+async def test_what_waits_for_its_key_goes_on_when_a_migrate_takes_the_option_away_or_changes_it(
+        db: Database, before: Any, after: Any) -> None:
+    begun, may, seen = asyncio.Event(), asyncio.Event(), list[int]()
+
+    async def handle(record: Any) -> None:
+        begun.set()
+        await may.wait()
+        seen.append(record["n"])
+
+    bench = await Bench.make(db, before(handle))
+    for at in range(0, 30, 10):
+        await bench.add("a", ({"c": "x", "d": n % 3, "n": n} for n in range(at, at + 10)))
+    async with bench.running() as worker:
+        await begun.wait()
+        if await bench.count("anton.rate"):
+            await bench.until("select sum(hi - lo + 1) = 29 from anton.delayed")
+        await Bench.make(db, after(handle))
+        await worker._refresh()
+        may.set()
+        await bench.until_done()
+    assert sorted(seen) == list(range(30)) and await bench.count("anton.turn") == 0
+
+
+async def test_what_is_put_off_after_a_migrate_took_the_order_away_does_not_wait(db: Database) -> None:
+    """A worker learns of it seconds later."""
+    bench = await Bench.make(db, on_updates(lambda record: None))
+    await updates(bench, 1, 1)
+    handler, job = (await bench.sql("select handler_id, id from anton.job"))[0]
+    await bench.sql("select anton.permit(1, $1, 1, '1 m')", handler)
+    claim = "select count(*) from anton.claim_ordered(1, 7, array[$1::int], '{1}', '{1}', '{0}', '1 m')"
+    assert await bench.value(claim, handler) == 1
+    await bench.sql("update anton.handler set ordered = false")
+    await bench.sql("select anton.retry_in_turn(7, $1, '{1}', '{\"[1]\"}', '1 h', 'no', true)", job)
+    assert await bench.left() == {"delayed": 1} and await bench.count("anton.turn") == 0
+
+
+async def test_a_limit_that_becomes_one_for_each_key_is_asked_for_anew(db: Database) -> None:
+    bench = await Bench.make(db, waits_by(concurrency=3)(lambda record: None))
+    lanes = await read_lanes(db, bench.app, {})
+    (lane,) = lanes.values()
+    assert lane.permits is not None
+    lane.permits.got(2, time.monotonic(), timedelta(minutes=1))
+    await read_lanes(db, bench.app, lanes)
+    assert lane.permits.valid == 2
+    await Bench.make(db, waits_by(concurrency=3, per="c")(lambda record: None))
+    await read_lanes(db, bench.app, lanes)
+    assert lane.permits.valid == 0
+
+
 async def test_a_handler_shows_its_order_and_who_has_it(db: Database) -> None:
     bench = await Bench.make(db, on_updates(lambda record: None, concurrency=7))
     shown = await bench.value("select anton.show_handler('handle')")

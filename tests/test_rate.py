@@ -298,10 +298,19 @@ MAIN = """
 import os, time, psycopg
 from anton import Table
 
-@Table("a").on_new_records(each=True, rate="20/s")
-def note(record):
+a = Table("a")
+
+def begun(name):
     with open(os.environ["TEST_STARTS"], "a") as file:
-        file.write(f"{time.monotonic()} {os.getpid()}\\n")
+        file.write(f"{name} {time.monotonic()} {os.getpid()}\\n")
+
+@a.on_new_records(each=True, rate="20/s")
+def of_all(record):
+    begun("of_all")
+
+@a.on_new_records(each=True, rate="20/s", per="c")
+def of_a_key(record):
+    begun("of_a_key")
 """
 
 
@@ -316,22 +325,26 @@ def test_no_window_holds_more_over_processes_that_are_killed(pg: Pg, tmp_path: P
         return subprocess.Popen([*ANTON, *words], cwd=tmp_path, env=environment, start_new_session=True,
                                 stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
+    def begun(name: str) -> list[list[str]]:
+        return [line.split() for line in starts.read_text().splitlines() if line.startswith(f"{name} ")]
+
     assert anton("migrate").wait(60) == 0
     for _ in range(8):
         pg.sql("insert into a (data) select '{}' from generate_series(1, 10) g")
     work = anton("work", "--processes", "2")
     try:
-        for kill in range(1, 3):
-            until(lambda kill=kill: len(starts.read_text().splitlines()) >= 20 * kill)
+        for kill, name in enumerate(("of_a_key", "of_all"), 1):
+            until(lambda kill=kill, name=name: len(begun(name)) >= 20 * kill)
             with contextlib.suppress(ProcessLookupError):
-                os.kill(int(starts.read_text().split()[-1]), signal.SIGKILL)
+                os.kill(int(begun(name)[-1][2]), signal.SIGKILL)
         until(lambda: pg.value("select not exists (select from anton.job) and not exists (select from anton.lease) "
                                    "and not exists (select from anton.delayed)"))
     finally:
         work.terminate()
         work.wait(60)
-    at = sorted(float(line.split()[0]) for line in starts.read_text().splitlines())
-    assert len(at) >= 80 and all(late - early > 1.0 for early, late in zip(at, at[20:], strict=False))
+    for name in ("of_a_key", "of_all"):
+        at = sorted(float(line[1]) for line in begun(name))
+        assert len(at) >= 80 and all(late - early > 1.0 for early, late in zip(at, at[20:], strict=False)), name
 
 
 def until(met: Any, patience: float = 90.0) -> None:

@@ -156,3 +156,14 @@ async def test_a_record_that_fails_takes_another_start_of_its_key(db: Database) 
     assert sorted(tried) == ["a", "b"]
     shown = await bench.value("select anton.show_handler('handle')")
     assert (shown["rate"], shown["per"], shown["limit"], shown["rate_keys"]) == ("1/1h", "c", 1, 2)
+
+
+async def test_rows_of_keys_do_not_keep_a_worker_from_its_other_housekeeping(
+        db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("anton.worker.STEP", 0.01)
+    bench = await one_handler(db, lambda record: None, each=True, rate="1/s", per="c")
+    await bench.sql("insert into anton.rate_key select 1, g::text, '{1}', '{1}', to_timestamp(0) "
+                    "from generate_series(1, 10001) g")
+    await bench.sql("insert into anton.delivery values ('web/hook', 'old', now() - interval '9 days', 200, '{}', '')")
+    async with bench.running():
+        await bench.until("select not exists (select from anton.delivery) and not exists (select from anton.rate_key)")
