@@ -255,7 +255,7 @@ async def test_with_each_the_records_of_tenants_lie_in_turn() -> None:
     lane.waiting.weights = {"b": 2}
     for tenant, n in (("a", 3), ("b", 3), ("a", 1), (None, 1)):
         of = SimpleNamespace(parts=[(SimpleNamespace(tenant=tenant), [])])
-        inputs: Any = SimpleNamespace(items=["record"] * n, batch=of)
+        inputs: Any = SimpleNamespace(items=["record"] * n, batch=of, order=[])
         Each(None, lane, inputs, None).send()                          # type: ignore[arg-type]
     assert [each.tenant for each, _ in lane.items] == ["a", "b", "b", None, "a", "b", "a", "a"]
 
