@@ -389,7 +389,7 @@ drop function if exists end_action(bigint, bigint, text, jsonb, text);
 create or replace function end_action(p_action bigint, p_token bigint, p_state text, p_result jsonb default null, p_error text default null,
   p_doubt boolean default null) returns boolean
 language plpgsql volatile set search_path from current as $$
-declare a action; v_doubt boolean;
+declare a action; v_doubt boolean; v_handler int;
 begin
   select * into a from action where id = p_action for update;
   if a.token is distinct from p_token or not (a.state = 'sending' or a.state in ('unknown', 'failed') and p_state = 'sent') then
@@ -402,6 +402,12 @@ begin
   perform mark_action(p_action);
   update action set state = case when p_state = 'failed' and v_doubt then 'unknown' else p_state end, in_doubt = v_doubt,
          result = p_result, error = p_error, sent_at = case when p_state = 'sent' then now() end where id = p_action;
+  if a.state <> 'sending' then                             -- it is late: its own job is gone, and what it gives into= is written by another
+    select h.id into v_handler from action_rule r join handler h on h.app = r.app and h.name = r.handler where r.app = a.app and r.name = a.name;
+    if v_handler is not null then
+      perform put_again(v_handler, jsonb_build_array(p_action), 'u', a.cause, a.depth::smallint, a.trace, nullif(current_setting('anton.tenant', true), ''));
+    end if;
+  end if;
   return true;
 end $$;
 

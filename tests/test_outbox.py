@@ -504,9 +504,11 @@ def test_a_sender_that_is_late_says_that_a_call_was_sent_whatever_its_probe_said
     sql(live, "select anton.cancel(id) from anton.job")
     live.run()
     assert states(live) == [state]
-    ends = "select anton.end_action(id, {}, 'sent', '1') from anton.action"
+    ends = "select anton.end_action(id, {}, 'sent', '{{\"number\": 3}}') from anton.action"
     assert [sql(live, ends.format(token))[0][0] for token in (8, 9, 9)] == [False, True, False]
     assert states(live) == ["sent"] and live.calls[0].error is None
+    live.run()
+    assert [row["data"]["number"] for row in sql(live, "select data from refunds")] == [3] and peer.got == []
 
 
 @pytest.mark.parametrize("answer, state", [({"number": 1}, "sent"), (False, "failed"), (None, "unknown")])
