@@ -34,7 +34,8 @@ LINES = {
     "a 5M-row CSV into a Table, against psql's \\copy; memory": ["csv_vs_copy", "csv_rss_mb"],
     "500,000 rows through Python, CSV and Parquet, against that; memory": [
         "csv_python_vs_copy", "parquet_vs_copy", "parquet_rss_mb"],
-    "8 processes, 33 kills, a limit of 10 at a time: records beyond it; used": ["limit_violations", "limit_used"],
+    "8 processes, a storm of kill -9, a limit of 10 at a time: records beyond it; used": [
+        "limit_violations", "limit_used"],
     "a rate of 1,000/s over 4 processes: starts beyond it; used": ["rate_violations", "rate_used"],
     "a rate for each of 50 customers, its process killed twice: starts beyond it": ["rate_key_violations"],
     "200,000 records in order for each key, kills and retries: out of order": ["order_violations"],

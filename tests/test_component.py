@@ -303,7 +303,7 @@ def test_a_reaction_that_is_there_already_is_fine(live, peer):
     assert [dead.error.partition(":")[0] for dead in live.dead] == ["no message to react to"]
 
 
-def test_an_approval_is_asked_with_buttons(live, peer):
+def ask_for_a_refund(live, peer):
     with declaring(live.app):
         @action(approve=Approval("ann", via=["slack:#c"]))
         def refund(amount: int) -> None: ...
@@ -312,6 +312,10 @@ def test_an_approval_is_asked_with_buttons(live, peer):
     live.migrate()
     refund.send(5)
     live.run()
+
+
+def test_an_approval_is_asked_with_buttons(live, peer):
+    ask_for_a_refund(live, peer)
     (message,) = peer.got
     assert (message["channel"], message["text"]) == ("#c", "refund: amount 5")
     pressed = message["blocks"][-1]["elements"]
@@ -326,14 +330,7 @@ def test_an_approval_is_asked_with_buttons(live, peer):
 @pytest.mark.parametrize("more, state", [
     ({"blocks": [{"type": "divider"}]}, "refused"), ({"channel": "#all"}, "failed"), ({}, "sent")])
 def test_no_call_by_psql_asks_with_a_text_of_its_own_or_elsewhere(more, state, live, peer):
-    with declaring(live.app):
-        @action(approve=Approval("ann", via=["slack:#c"]))
-        def refund(amount: int) -> None: ...
-
-        Notices().on_new_records(SlackAskApproval(oauth_token="xoxb-good", api=f"{peer.url}/api"))
-    live.migrate()
-    refund.send(5)
-    live.run()
+    ask_for_a_refund(live, peer)
     args = {"channel": "#c", "text": "all is well", "approval": live.approvals[0].id, "kind": "asked", **more}
     sql(live, "insert into anton.action (app, name, args) values ($1, 'SlackAskApproval', $2)", live.app.name, args)
     live.run()

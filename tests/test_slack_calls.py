@@ -66,15 +66,19 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("what", CALLS)
-def test_it_asks_for_what_slacks_own_library_asks_for(what, live, peer):
-    make, theirs = CALLS[what]
+def say_hi(live, component):
     with declaring(live.app):
         texts = Table("texts")
-        texts.on_new_records(make(oauth_token=TOKEN, api=peer.url))
+        texts.on_new_records(component)
     live.migrate()
     texts.append({"text": "hi", "channel": "C2", "ts": "3.5", **EVENT})
     live.run()
+
+
+@pytest.mark.parametrize("what", CALLS)
+def test_it_asks_for_what_slacks_own_library_asks_for(what, live, peer):
+    make, theirs = CALLS[what]
+    say_hi(live, make(oauth_token=TOKEN, api=peer.url))
     theirs(WebClient(token=TOKEN, base_url=f"{peer.url}/"))
     (method, ours), (wanted, body) = peer.got
     assert (ours.pop("client_msg_id", None) is not None) is (method == "chat.postMessage")
@@ -119,13 +123,7 @@ def test_only_channels_that_are_allowed_get_anything_and_no_more_than_the_cap(wh
 
 @pytest.mark.parametrize("what", CALLS)
 def test_a_call_by_psql_says_no_more_than_the_component_would(what, live, peer):
-    make, _ = CALLS[what]
-    with declaring(live.app):
-        texts = Table("texts")
-        texts.on_new_records(make(oauth_token=TOKEN, api=peer.url))
-    live.migrate()
-    texts.append({"text": "hi", "channel": "C2", "ts": "3.5", **EVENT})
-    live.run()
+    say_hi(live, CALLS[what][0](oauth_token=TOKEN, api=peer.url))
     (call,) = live.calls
     by_psql(live, call.name, **call.args, blocks=[{"type": "divider"}])
     live.run()
