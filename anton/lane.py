@@ -64,16 +64,25 @@ class Batch:
     def __iter__(self) -> Iterator[tuple[Job, int]]:
         return ((job, ordinal) for job, ordinals in self.parts for ordinal in ordinals)
 
+    def by_job(self, positions: Iterable[int]) -> Iterator[tuple[Job, list[int], list[int]]]:
+        """The records at these positions, which are given in rising order: job, positions, ordinals of each part."""
+        part, start, end = 0, 0, 0
+        places, picked = list[int](), list[int]()
+        for position in positions:
+            if position >= end:
+                if places:
+                    yield self.parts[part][0], places, picked
+                part = bisect_right(self._starts, position) - 1
+                start, end = self._starts[part], self._starts[part + 1]
+                places, picked = [], []
+            places.append(position)
+            picked.append(self.parts[part][1][position - start])
+        if places:
+            yield self.parts[part][0], places, picked
+
     def pick(self, positions: Iterable[int]) -> Batch:
         """The records at these positions, which are given in rising order."""
-        parts: list[tuple[Job, list[int]]] = []
-        for position in positions:
-            job, ordinal = self.at(position)
-            if parts and parts[-1][0] is job:
-                parts[-1][1].append(ordinal)
-            else:
-                parts.append((job, [ordinal]))
-        return Batch([*parts])
+        return Batch([(job, ordinals) for job, _, ordinals in self.by_job(positions)])
 
     def without(self, positions: Iterable[int]) -> Batch:
         """The records at all other positions."""

@@ -396,18 +396,10 @@ def _units(batch: Batch, doing: Doing) -> list[_Unit]:
     ):
         return [_Unit(batch.jobs, None, {} if doing.first is None else _places(range(batch.size)), len(doing.gone))]
     done = doing.done if doing.done is not None else [n for n in range(batch.size) if n not in doing.fates]
-    gone, by_job, jobs = set(doing.gone), dict[int, list[tuple[int, int]]](), dict[int, Job]()
-    for position in done:
-        job, ordinal = batch.at(position)
-        jobs[job.id] = job
-        by_job.setdefault(job.id, []).append((position, ordinal))
-    whole: dict[int, _Unit] = {}
-    units: list[_Unit] = []
-    for id, found in by_job.items():
-        job = jobs[id]
-        positions = [position for position, _ in found]
-        lost = sum(position in gone for position in positions)
-        if len(found) == job.size:
+    gone, whole, units = set(doing.gone), dict[int, _Unit](), list[_Unit]()
+    for job, positions, ordinals in batch.by_job(done):
+        lost = sum(position in gone for position in positions) if gone else 0
+        if len(ordinals) == job.size:
             if job.token not in whole:
                 units.append(whole.setdefault(job.token, _Unit([], None, {})))
             unit = whole[job.token]
@@ -415,7 +407,7 @@ def _units(batch: Batch, doing: Doing) -> list[_Unit]:
             unit.places |= {position: n for n, position in enumerate(positions, len(unit.places) + 1)}
             unit.gone += lost
         else:
-            units.append(_Unit([job], [ordinal for _, ordinal in found], _places(positions), lost))
+            units.append(_Unit([job], ordinals, _places(positions), lost))
     if not units and doing.ops:  # only writes of the whole: a receipt to hang them on
         units.append(_Unit([batch.parts[0][0]], [], {}))
     return units
@@ -456,8 +448,9 @@ def _forget(batch: Batch, doing: Doing) -> None:
         for job, ordinals in batch.parts:
             _done(job, ordinals)
         return
-    for job, ordinal in _records(batch, doing):
-        _done(job, (ordinal,))
+    for positions in (doing.done, sorted(doing.fates)):
+        for job, _, ordinals in batch.by_job(positions):
+            _done(job, ordinals)
 
 
 def _done(job: Job, ordinals: Sequence[int]) -> None:

@@ -109,6 +109,7 @@ class Worker:
         self._overdue = False                                          # a call that blocks the loop, and was told
         self._refreshed = 0.0
         self._looked = self._peeked = 0.0
+        self._peeking = False
         self._helped = 0.0
         self._errands: set[asyncio.Task[None]] = set()
         self._wake = asyncio.Event()
@@ -134,8 +135,9 @@ class Worker:
                         await self._rest()
                     elif time.monotonic() - self._looked > LOOK_ALL:
                         await self._look()
-                    elif time.monotonic() - self._peeked > LOOK:
-                        await self._peek()                             # a deep handler must not hide the others' work
+                    elif time.monotonic() - self._peeked > LOOK and not self._peeking:
+                        self._peeking = True                           # a deep handler must not hide the others' work
+                        self._start_chore(self._peek_beside())
                     self._pace.failures = 0
                 except Exception as error:                             # the database is away, or we are wrong: go on
                     self._start_chore(self._bell.hush())               # a held bell makes every writer pay
@@ -520,6 +522,17 @@ class Worker:
             async with self.db.conn() as conn:
                 for id in await queue.ready(self.db, conn, empty):
                     self._lanes[id].ready = True
+
+    async def _peek_beside(self) -> None:
+        """While claims go on, which do not wait for it. That the database is away they say."""
+        try:
+            await self._peek()
+        except Exception as error:
+            if not disconnected(error):
+                log.exception("worker: a look")
+                self._on_error(error)
+        finally:
+            self._peeking = False
 
     def _ring(self) -> None:
         self._rung = True

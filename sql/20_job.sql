@@ -114,7 +114,10 @@ begin
       select distinct change_id, at from held where ids is null and keys is null
     ), found as materialized (
       select m.change_id, x.* from missing m cross join lateral (
-        select c.n, c.ids, c.keys, c.cols, c.degraded from change c where c.id = m.change_id and c.slot = slot(m.at) limit 1) x
+        select c.n, c.ids || '{}' as ids, c.keys, c.cols, c.degraded   -- || reads them once, and not for each job
+          from change c where c.id = m.change_id and c.slot = slot(m.at) limit 1) x
+    ), whose as materialized (                              -- else all handlers are gone through for each job, in their order
+      select id, table_id, failing_since is not null as probe from handler where id = any (p_handlers)
     )
     select l.handler_id, l.id, l.change_id, l.at, l.cause, l.trace, l.lo, l.hi,
            l.attempt, l.crashes, l.depth, l.op, l.tenant, l.origin, l.settled,
@@ -122,8 +125,8 @@ begin
            case when l.keys is not null then l.keys when l.lo = 1 and l.hi = c.n then c.keys
                 when c.keys is not null then jsonb_path_query_array(c.keys, '$[$lo to $hi]',
                        jsonb_build_object('lo', l.lo - 1, 'hi', l.hi - 1)) end,
-           c.cols, c.degraded, h.table_id, (extract(epoch from v_now - l.at) * 1000)::real, h.failing_since is not null
-      from held l join handler h on h.id = l.handler_id left join found c on c.change_id = l.change_id and l.ids is null
+           c.cols, c.degraded, h.table_id, (extract(epoch from v_now - l.at) * 1000)::real, h.probe
+      from held l join whose h on h.id = l.handler_id left join found c on c.change_id = l.change_id and l.ids is null
      order by l.handler_id, l.id;
 end $$;
 
@@ -447,7 +450,7 @@ end $$;
 -- overdue(handlers, now, back) -> (suspects, wake_at): leases that reclaim() would take, and when it will have more
 -- Reads all leases: an index by time would be one more write for each claim, heartbeat and ack.
 create or replace function overdue(p_handlers int[], p_now timestamptz, p_back timestamptz, out suspects int, out wake_at timestamptz)
-language sql stable set search_path from current set enable_seqscan = on as $$
+language sql stable set search_path from current set enable_seqscan = on set max_parallel_workers_per_gather = 0 as $$
   select count(*) filter (where lease_until < p_now and (lease_until = '-infinity' or p_now > p_back)),
          min(greatest(lease_until, p_back)) filter (where lease_until <> '-infinity' and greatest(lease_until, p_back) >= p_now)
     from lease l
