@@ -52,6 +52,7 @@ REFRESH, SOON = 5.0, 0.5  # seconds between readings of the handler catalogue; w
 HOUSEKEEPING, WATCH = 60.0, 20.0  # seconds between them; WATCH: for tables that dbt made anew without hooks
 STEP = 1.0  # seconds between two steps of housekeeping, as long as there is something to do
 LOOK, LOOK_ALL = 0.03, 0.3  # seconds between looks while claims bring work: for the others' jobs; for suspects, too
+LOOKS = 0.02  # of the time is what the latter may take, at one a second at least: they read all leases
 MANY = 64  # lanes; with more, a look tells which are worth a claim
 GRACE = 30.0  # seconds that a drain waits for what runs
 
@@ -110,6 +111,7 @@ class Worker:
         self._refreshed = 0.0
         self._looked = self._peeked = 0.0
         self._peeking = False
+        self._pause = LOOK_ALL                                         # till the next look
         self._helped = 0.0
         self._errands: set[asyncio.Task[None]] = set()
         self._wake = asyncio.Event()
@@ -133,7 +135,7 @@ class Worker:
                     if not await self._claim():
                         self._unknown()
                         await self._rest()
-                    elif time.monotonic() - self._looked > LOOK_ALL:
+                    elif time.monotonic() - self._looked > self._pause:
                         await self._look()
                     elif time.monotonic() - self._peeked > LOOK and not self._peeking:
                         self._peeking = True                           # a deep handler must not hide the others' work
@@ -453,7 +455,7 @@ class Worker:
         if self._office.lanes:
             await self._permits()                                  # what the claim found empty
             if self._office.hungry:                                    # others have the permits: ask again soon
-                await (self._look() if time.monotonic() - self._looked > LOOK_ALL else self._peek())
+                await (self._look() if time.monotonic() - self._looked > self._pause else self._peek())
                 if not self._wanted():
                     await self._nap(AGAIN)
                 return
@@ -498,9 +500,11 @@ class Worker:
 
     async def _look(self) -> Look:
         self._late = False
+        began = time.monotonic()
         async with self.db.conn() as conn:
             look = await queue.poll(self.db, conn, self.id, list(self._lanes), self._length)
         self._looked = self._peeked = time.monotonic()
+        self._pause = min(1.0, max(LOOK_ALL, (self._looked - began) / LOOKS))
         for id in look.ready:
             self._lanes[id].ready = True
         self._quiet = bool(look.suspects) and self._on_suspects is None

@@ -198,17 +198,17 @@ declare
   v_ids bigint[]; v_keys jsonb; v_changes bigint[]; v_los int[]; v_his int[]; v_causes bigint[]; v_n bigint; v_until timestamptz;
 begin
   with done as materialized (
-    delete from lease where token = p_token and id = any (p_ids) returning *
-  ), ranked as (select *, row_number() over () as part from (select * from done order by id) d)
+    delete from lease where token = p_token and id = any (p_ids) returning id, handler_id, change_id, lo, hi, cause, depth, trace, tenant, settled, ids, keys, lease_until
+  )
   select count(*), min(handler_id), min(handler_id) <> max(handler_id) or min(coalesce(tenant, '')) <> max(coalesce(tenant, '')),
          max(depth), min(trace),
          -- no DISTINCT: Postgres 16 sorts for it, and the arrays below would come in that order
          case when min(trace) = max(trace) and count(trace) = count(*) then 1 else 2 end, min(tenant), min(settled),
          array_agg(change_id), array_agg(lo), array_agg(hi), array_agg(cause), sum(hi - lo + 1), min(lease_until),
-         (select array_agg(k order by r.part, o) from ranked r, unnest(r.ids) with ordinality x (k, o)),
-         (select jsonb_agg(k order by r.part, o) from ranked r, jsonb_array_elements(r.keys) with ordinality x (k, o))
+         (select array_agg(k order by d.id, o) from done d, unnest(d.ids) with ordinality x (k, o)),
+         (select jsonb_agg(k order by d.id, o) from done d, jsonb_array_elements(d.keys) with ordinality x (k, o))
     into v_held, v_handler, v_mixed, v_depth, v_trace, v_traces, v_tenant, v_settled, v_changes, v_los, v_his, v_causes, v_n, v_until, v_ids, v_keys
-    from ranked;
+    from (select * from done order by id) d;
   perform fence(p_token, v_held, cardinality(p_ids));
   if v_mixed then
     raise exception using errcode = 'NT004', message = 'ack: jobs of more than one handler or tenant must be acked apart',
