@@ -188,39 +188,39 @@ def priority(run: Run) -> Rows:
 
 @bench(at_least("flow_free_cost", 0.97))
 def flow_free(run: Run) -> Rows:
-    """The engine without any option of flow control, before against after: 500,000 records in batches, and 100,000 jobs
-    of one record, by turns, neither always first. The median of the pairs' ratios: a run alone scatters by a third of
-    its time, so there are three times as many; of the CPU seconds, which scatter less, in the detail. BENCH_BEFORE
-    names a checkout of the release before."""
+    """The engine without any option of flow control, before against after: 200,000 records in batches, and 40,000 jobs
+    of one record, by turns, neither always first, 40 times. The median of the pairs' ratios: one pair scatters by a
+    tenth here and there by a third, so there are many; of the CPU seconds in the detail. BENCH_BEFORE names a checkout
+    of the release before."""
     before = os.environ.get("BENCH_BEFORE", "")
     if not before or not Path(before, "benchmarks").is_dir():
         raise MissingPeer("set BENCH_BEFORE to a checkout of what is to be compared with")
     ratios: dict[str, float] = {}
     detail: dict[str, object] = {}
-    for app, records in (("app_batch", run.size(500_000, 50_000)), ("app_jobs", run.size(100_000, 5_000))):
+    for app, records in (("app_batch", run.size(200_000, 20_000)), ("app_jobs", run.size(40_000, 4_000))):
         took: dict[str, list[float]] = {"before": [], "after": []}
         used: dict[str, list[float]] = {"before": [], "after": []}
-        with run.server.database("free_before") as old, run.server.database("free_after") as new:
-            sides = {"before": (old, Path(before)), "after": (new, Path(__file__).parent.parent)}
-            for url, repo in sides.values():
-                with connect(url) as conn:
-                    source_table(conn, records)
-                    for table in ("bench_in", "bench_out", "held_in"):
-                        plain_table(conn, table)
-                    migrate(url, app, repo)
-            for turn in range(3 * run.times):
-                for side, (url, repo) in list(sides.items())[::1 if turn % 2 else -1]:
-                    with connect(url) as conn, worker(conn, url, app, repo=repo) as pid:
-                        conn.execute("insert into bench_in (n, s) select n, s from source limit 1000")
-                        wait_idle(conn)                                # what a worker does when it begins is over
-                        conn.execute("truncate bench_in, bench_out")
-                        conn.execute("checkpoint")
-                        meter = proc.Meter(run.server.postmaster, pid)
-                        began = time.perf_counter()
-                        conn.execute("insert into bench_in (n, s) select n, s from source")
-                        took[side].append(wait_idle(conn) - began)
-                        used[side].append(meter.per_million(records) or 0.0)
-                        check(conn, "select n, s from bench_in", "select n, s from bench_out")
+        with (run.server.database("free_before") as old, run.server.database("free_after") as new, contextlib.ExitStack() as stack):
+            sides = {}
+            for side, url, repo in (("before", old, Path(before)), ("after", new, Path(__file__).parent.parent)):
+                conn = stack.enter_context(connect(url))
+                source_table(conn, records)
+                for table in ("bench_in", "bench_out", "held_in"):
+                    plain_table(conn, table)
+                migrate(url, app, repo)
+                sides[side] = conn, stack.enter_context(worker(conn, url, app, repo=repo))
+                conn.execute("insert into bench_in (n, s) select n, s from source limit 1000")
+                wait_idle(conn)                                        # what a worker does when it begins is over
+            for turn in range(8 * run.times):
+                for side, (conn, pid) in list(sides.items())[::1 if turn % 2 else -1]:
+                    conn.execute("truncate bench_in, bench_out")
+                    conn.execute("checkpoint")
+                    meter = proc.Meter(run.server.postmaster, pid)
+                    began = time.perf_counter()
+                    conn.execute("insert into bench_in (n, s) select n, s from source")
+                    took[side].append(wait_idle(conn) - began)
+                    used[side].append(meter.per_million(records) or 0.0)
+                    check(conn, "select n, s from bench_in", "select n, s from bench_out")
         ratios[app] = statistics.median(old / new for old, new in zip(took["before"], took["after"], strict=True))
         detail[app] = {"seconds": took, "cpu_s_per_1m": {side: statistics.median(used[side]) for side in used}}
     return {"flow_free_cost": Row(min(ratios.values()), detail={"ratios": ratios, **detail})}
