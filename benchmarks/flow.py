@@ -200,7 +200,8 @@ def flow_free(run: Run) -> Rows:
     for app, records in (("app_batch", run.size(200_000, 20_000)), ("app_jobs", run.size(40_000, 4_000))):
         took: dict[str, list[float]] = {"before": [], "after": []}
         used: dict[str, list[float]] = {"before": [], "after": []}
-        with (run.server.database("free_before") as old, run.server.database("free_after") as new, contextlib.ExitStack() as stack):
+        with (run.server.database("free_before") as old, run.server.database("free_after") as new,
+              contextlib.ExitStack() as stack):
             sides = {}
             for side, url, repo in (("before", old, Path(before)), ("after", new, Path(__file__).parent.parent)):
                 conn = stack.enter_context(connect(url))
