@@ -313,7 +313,8 @@ async def test_a_call_that_is_long_overdue_loses_its_own_lease_alone(db: Databas
                              on_stuck=lambda: stuck.append(1)) as worker:
         await met(lambda: len(inside) == 2)
         assert await bench.value("select count(distinct token) from anton.lease") == 1
-        next(run for run in worker._dispatcher.active.values() if run.lane.name == "one").overdue_at = time.monotonic() - 1
+        [one] = [run for run in worker._dispatcher.active.values() if run.lane.name == "one"]
+        one.overdue_at = time.monotonic() - 1
         await bench.until("select exists (select from anton.lease l join anton.handler h on h.id = l.handler_id "
                           "where h.name = 'one' and lease_until < anton.now() - interval '1 second')")
         assert await bench.value("select lease_until > anton.now() from anton.lease l join anton.handler h "
