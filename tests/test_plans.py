@@ -147,7 +147,8 @@ class Watched:
         if node["Node Type"] == "Seq Scan" and self._matters(relation):
             yield f"Seq Scan on {relation}"
         if node["Node Type"].startswith("Gather"):
-            yield f"parallel workers for {', '.join(_read(node))}"
+            workers = {name.rstrip("0123456789_") for name in _read(node)} & {*QUEUE}
+            yield from (f"parallel workers for {name}" for name in workers)
         if "Sort" in node["Node Type"]:
             sorted_ = {name.rstrip("0123456789_") for name in _read(node)} & {"job", "delayed"}
             yield from (f"Sort of {name}" for name in sorted_)
@@ -346,8 +347,9 @@ def rates_of_keys(watched: Watched) -> None:
 def looking(watched: Watched) -> None:
     """Leases have no index by time, which each heartbeat would have to keep: there are as many as are being worked."""
     handlers = [watched.small, watched.large, watched.images, watched.sql_handler]
-    watched.pg.sql("set parallel_setup_cost = 0", "set parallel_tuple_cost = 0", "set min_parallel_table_scan_size = 0")
     watched.run("select * from anton.poll(1, $1)", args=(handlers,), but="lease")
+    watched.pg.sql("set parallel_setup_cost = 0", "set parallel_tuple_cost = 0", "set min_parallel_table_scan_size = 0")
+    watched.run("select * from anton.overdue($1, anton.now(), anton.now())", args=(handlers,), but="lease")
     watched.pg.sql("reset parallel_setup_cost", "reset parallel_tuple_cost", "reset min_parallel_table_scan_size")
     watched.run("select * from anton.reclaim(1, $1, $2, '30 s', 1)", args=(TOKEN, handlers), but="lease")
     watched.run("select * from anton.reclaim_together(1, $1, $2, '30 s')", args=(TOKEN, handlers), but="lease")
