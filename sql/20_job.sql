@@ -114,7 +114,7 @@ begin
       select distinct change_id, at from held where ids is null and keys is null
     ), found as materialized (
       select m.change_id, x.* from missing m cross join lateral (
-        select c.n, case when c.ids is not null then c.ids || '{}' end as ids, c.keys, c.cols, c.degraded  -- || reads them once, and not for each job
+        select c.n, case when c.ids is not null then c.ids || '{}' end as ids, c.keys, c.cols, c.degraded   -- || reads them once, not for each job
           from change c where c.id = m.change_id and c.slot = slot(m.at) limit 1) x
     ), whose as materialized (                              -- else all handlers are gone through for each job, in their order
       select id, table_id, failing_since is not null as probe from handler where id = any (p_handlers)
