@@ -146,12 +146,12 @@ class Watched:
         relation = node.get("Relation Name", "")
         if node["Node Type"] == "Seq Scan" and self._matters(relation):
             yield f"Seq Scan on {relation}"
-        if node["Node Type"].startswith("Gather"):
-            workers = {name.rstrip("0123456789_") for name in _read(node)} & {*QUEUE}
-            yield from (f"parallel workers for {name}" for name in workers)
         if "Sort" in node["Node Type"]:
             sorted_ = {name.rstrip("0123456789_") for name in _read(node)} & {"job", "delayed"}
             yield from (f"Sort of {name}" for name in sorted_)
+        if node["Node Type"].startswith("Gather"):
+            workers = {name.rstrip("0123456789_") for name in _read(node)} & {*QUEUE}
+            yield from (f"parallel workers for {name}" for name in workers)
         for child in node.get("Plans", ()):
             yield from self._bad(child)
 
