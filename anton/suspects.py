@@ -7,25 +7,61 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+import contextlib
+import time
+from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 
 from anton import queue
+from anton.dispatch import Dispatcher
 from anton.lane import Batch, Lane
+from anton.permits import AGAIN, Office
 from anton.queue import Job
-from anton.run import Run
+from anton.rate import Meter
+from anton.run import Run, Runner
 from anton.settle import Settler
 
 
-async def work_suspects(settler: Settler, lease: timedelta, lanes: Mapping[int, Lane], slots: int,
-                        run: Callable[[Run], Awaitable[object]], alive: Callable[[], bool],
-                        room: Callable[[Lane], Awaitable[int]]) -> int:
-    """Runs them while alive(), so many calls at a time; how many records were settled. run: one batch to its end.
+async def work_suspects(runner: Runner, dispatcher: Dispatcher, office: Office, meter: Meter, lease: timedelta,
+                        close: Callable[[], None]) -> int:
+    """Runs them, as many calls at a time as there are slots, until a drain; how many records were settled.
 
-    room: how many calls of a lane may run; 0: others hold all its permits, and its jobs wait in the queue.
+    close: called then, so that none waits for its rate.
     """
-    db, done, free = settler.db, 0, asyncio.Semaphore(slots)
+    asking = asyncio.create_task(_ask(runner, dispatcher, office, meter, close))
+    try:
+        return await _work(runner.settler, dispatcher, office, lease)
+    finally:
+        asking.cancel()
+
+
+async def _ask(runner: Runner, dispatcher: Dispatcher, office: Office, meter: Meter, close: Callable[[], None]) -> None:
+    """While they run: permits that were lost meanwhile, which nobody else would ask for; a drain."""
+    while office.lanes or meter.lanes:
+        await asyncio.sleep(AGAIN)
+        if dispatcher.closed:
+            close()
+        with contextlib.suppress(Exception):                           # no database: again
+            for lane in dispatcher.order:
+                if lane.permits is not None and (lane.items or lane.again) and not lane.room:
+                    await office.take(lane.id, lane.permits, suspects=True)
+                    runner.pullers.pull(lane)
+
+
+async def _work(settler: Settler, dispatcher: Dispatcher, office: Office, lease: timedelta) -> int:
+    db, lanes, done, free = settler.db, dispatcher.lanes, 0, asyncio.Semaphore(dispatcher.slots)
+
+    async def room(lane: Lane) -> int:
+        """Calls of a lane that may run; 0: others have held all its permits for a while, its jobs go to the queue."""
+        if lane.permits is None:
+            return lane.concurrency
+        end = time.monotonic() + lease.total_seconds() / 4
+        while not await office.take(lane.id, lane.permits, suspects=True):
+            if dispatcher.closed or time.monotonic() > end:
+                return 0
+            await asyncio.sleep(AGAIN)
+        return lane.room
 
     async def work(lane: Lane, jobs: list[Job]) -> None:
         nonlocal done
@@ -44,7 +80,7 @@ async def work_suspects(settler: Settler, lease: timedelta, lanes: Mapping[int, 
         async with free:
             if batch.lane.order is not None:
                 batch.lane.order.tenure = -1                           # the dead may have settled something just now
-            await run(batch)
+            await asyncio.wait({dispatcher.start(batch)})
 
     async def next_jobs() -> tuple[list[Job], bool]:
         """What may run beside what runs, or, when nothing runs, what is to run apart; whether it is the latter."""
@@ -66,7 +102,7 @@ async def work_suspects(settler: Settler, lease: timedelta, lanes: Mapping[int, 
 
     busy: dict[int, asyncio.Task[None]] = {}                           # a handler that is done waits for no other
     try:
-        while alive():
+        while not dispatcher.closed:
             jobs, apart = await next_jobs()
             if not jobs:
                 if not busy:

@@ -42,8 +42,8 @@ BUGS = (
         (
             (
                 JOB,
-                "delete from lease where token = p_token and id = any (p_ids) returning *\n  ), ranked",
-                "delete from lease where id = any (p_ids) returning *\n  ), ranked",
+                "delete from lease where token = p_token and id = any (p_ids) returning id, handler_id",
+                "delete from lease where id = any (p_ids) returning id, handler_id",
             ),
         ),
         "P3a",

@@ -18,7 +18,7 @@ from pydantic import BaseModel
 from servers import Server
 from shop import Shop
 
-import anton.worker
+import anton.chores
 from anton.cli import main
 from anton.db import Portal, set_database
 from anton.dbt.project import DbtProject
@@ -432,9 +432,9 @@ def test_a_table_that_was_made_without_hooks_is_found_by_housekeeping(live: Live
 
 
 def test_a_worker_at_work_finds_such_a_table_within_a_minute(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert 2 * anton.worker.WATCH <= 60                                # since the last look, and asleep until the next
-    monkeypatch.setattr(anton.worker, "WATCH", 0.01)
-    monkeypatch.setattr(anton.worker, "HOUSEKEEPING", float("inf"))    # which would find it, too
+    assert 2 * anton.chores.WATCH <= 60                                # since the last look, and asleep until the next
+    monkeypatch.setattr(anton.chores, "WATCH", 0.01)
+    monkeypatch.setattr(anton.chores, "HOUSEKEEPING", float("inf"))    # which would find it, too
     built = live.shop.sql("select max(id) from anton.dbt_build")[0][0]
 
     async def watch() -> None:

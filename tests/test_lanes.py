@@ -6,15 +6,18 @@ import asyncio
 import threading
 from collections import Counter
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from working import PATIENCE, Bench, one_handler
 
 from anton import Records, Table
 from anton.db import Database
 from anton.errors import WorldError
-from anton.lane import Lane
+from anton.lane import Batch, Lane
 
 
 async def test_a_worker_claims_only_what_it_has_code_for(db: Database):
@@ -237,3 +240,26 @@ def test_what_half_a_second_takes_is_claimed_ahead(concurrency: int, rate: float
     assert lane.wants() == ahead
     lane.items.extend(range(ahead // 2 + 1))
     assert lane.wants() == 0                                           # half of it is left: not yet
+
+
+@settings(deadline=None)
+@given(st.lists(st.lists(st.booleans(), max_size=12), max_size=8), st.data())
+def test_records_by_job_are_those_at_their_positions_and_so_are_parts_of_a_batch(left: list[list[bool]], data: Any):
+    jobs: list[Any] = [SimpleNamespace(id=n, left=[ordinal for ordinal, is_left in enumerate(some, 3) if is_left])
+                       for n, some in enumerate(left)]
+    batch = Batch.of(reversed(jobs))
+    records = [(job, ordinal) for job in jobs for ordinal in job.left]
+    assert [batch.at(position) for position in range(batch.size)] == [*batch] == records
+    taken = [position for position in range(batch.size) if data.draw(st.booleans())]
+    by_job = [*batch.by_job(iter(taken))]
+    assert [place for _, places, _ in by_job for place in places] == taken
+    assert [(job, ordinal) for job, _, ordinals in by_job for ordinal in ordinals] == [records[n] for n in taken]
+    assert [job for job, _, _ in by_job] == [job for job in jobs if any(records[n][0] is job for n in taken)]
+    assert all(len(places) == len(ordinals) for _, places, ordinals in by_job)
+    assert [*batch.pick(iter(taken))] == [records[n] for n in taken]
+    assert batch.pick(taken).jobs == [job for job, _, _ in by_job]
+    assert [*batch.without(taken)] == [record for n, record in enumerate(records) if n not in taken]
+    ways = data.draw(st.integers(1, 10))
+    parts = batch.split(ways)
+    assert [record for part in parts for record in part] == records and len(parts) <= ways
+    assert len({part.size for part in parts[:-1]}) <= 1 and all(part.size for part in parts[1:])

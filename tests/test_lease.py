@@ -173,7 +173,7 @@ async def test_a_record_whose_lease_was_lost_leaves_its_handler_working_when_the
         await met(lambda: bool(seen))
         await bench.sql("delete from anton.lease")                      # another worker has finished it
         worker._lost(set(worker._tokens()[0]))
-        await met(lambda: not worker._active)
+        await met(lambda: not worker._dispatcher.active)
         hold.set()
         await bench.add("a", [{"n": 2}])
         await bench.until_done()
@@ -277,7 +277,7 @@ async def test_a_run_whose_own_commit_ended_its_lease_is_not_cancelled_for_it(db
             await bench.add("a", [{"n": 1}])
             try:
                 await bench.until("select exists (select from b) and not exists (select from anton.lease)")
-                [task] = worker._active
+                [task] = worker._dispatcher.active
                 for _ in range(2):                                      # heartbeats that find nothing
                     seen = await bench.value("select max(seen_at) from anton.worker")
                     await bench.until("select max(seen_at) > $1 from anton.worker", seen)
@@ -313,7 +313,8 @@ async def test_a_call_that_is_long_overdue_loses_its_own_lease_alone(db: Databas
                              on_stuck=lambda: stuck.append(1)) as worker:
         await met(lambda: len(inside) == 2)
         assert await bench.value("select count(distinct token) from anton.lease") == 1
-        next(run for run in worker._active.values() if run.lane.name == "one").overdue_at = time.monotonic() - 1
+        [one] = [run for run in worker._dispatcher.active.values() if run.lane.name == "one"]
+        one.overdue_at = time.monotonic() - 1
         await bench.until("select exists (select from anton.lease l join anton.handler h on h.id = l.handler_id "
                           "where h.name = 'one' and lease_until < anton.now() - interval '1 second')")
         assert await bench.value("select lease_until > anton.now() from anton.lease l join anton.handler h "

@@ -358,7 +358,7 @@ async def test_who_runs_the_jobs_of_the_dead_asks_again_for_a_permit_that_was_lo
         if not done:
             await bench.sql("update anton.permit set worker_id = 0, lease_until = 'infinity'")
             taken.set()
-            await met(lambda: not worker._lanes[id].room)              # the heart told it
+            await met(lambda: not worker._dispatcher.lanes[id].room)              # the heart told it
         done.append(record["n"])
 
     bench = await one_handler(db, handle, each=True, concurrency=1)

@@ -344,9 +344,49 @@ def looking(watched: Watched) -> None:
     """Leases have no index by time, which each heartbeat would have to keep: there are as many as are being worked."""
     handlers = [watched.small, watched.large, watched.images, watched.sql_handler]
     watched.run("select * from anton.poll(1, $1)", args=(handlers,), but="lease")
+    watched.pg.sql("set parallel_setup_cost = 0", "set parallel_tuple_cost = 0", "set min_parallel_table_scan_size = 0")
+    watched.run("select * from anton.overdue($1, anton.now(), anton.now())", args=(handlers,), but="lease")
+    looks = [plan for plan in watched.plans if "from lease l" in plan["Query Text"]]
+    assert looks or not watched.explains
+    assert "Gather" not in json.dumps(looks), watched.state            # a look is no reason to start parallel workers
+    watched.pg.sql("reset parallel_setup_cost", "reset parallel_tuple_cost", "reset min_parallel_table_scan_size")
     watched.run("select * from anton.reclaim(1, $1, $2, '30 s', 1)", args=(TOKEN, handlers), but="lease")
     watched.run("select * from anton.reclaim_together(1, $1, $2, '30 s')", args=(TOKEN, handlers), but="lease")
     watched.run("select anton.thaw('30 s')", but="lease")
+
+
+CHUNK = """
+with c as (
+  insert into anton.change (id, slot, at, xid, table_id, op, n, ids)
+  select nextval('anton.change_seq'), anton.slot(t), t, pg_current_xact_id(), anton.watch('orders'), 'n', 20000,
+         array(select k from generate_series(1, 20000) k) from anton.now() t returning id, at)
+insert into anton.job (handler_id, change_id, at, trace, lo, hi, op)
+  select {handler}, id, at, id, lo, lo + 99, 'n' from c, generate_series(1, 19901, 100) lo"""
+
+
+def test_a_claim_reads_the_keys_of_a_change_and_all_handlers_at_most_once_and_not_for_each_job(pg: Pg) -> None:
+    pg.sql("create table orders (id bigint primary key)")
+    handlers = [pg.put(f"h{n}", "orders", "new") for n in range(200)]
+    pg.sql("analyze anton.handler", CHUNK.format(handler=handlers[100]))
+    with pg.conn.transaction():
+        before = reads(pg)
+        jobs = pg.sql("select lo, ids[1], cardinality(ids) from anton.claim(1, 7, %s, %s, %s, %s, '30 s')",
+                      args=([handlers[100]], [200], [20000], [0]))
+        found = reads(pg) - before
+    assert jobs == [(lo, lo, 100) for lo in range(1, 20000, 100)]
+    assert found["kept apart"] == 1                                    # they are too long for their row
+    assert 0 < found["handler"] < 300                                  # all, to see which are paused; then its own
+
+
+def reads(pg: Pg) -> Counter[str]:
+    """What this transaction has read so far: rows of handlers, and values of changes that are kept apart."""
+    return Counter(dict(pg.sql("""
+        select 'handler', seq_tup_read + idx_tup_fetch from pg_stat_xact_all_tables
+         where relid = 'anton.handler'::regclass
+        union all
+        select 'kept apart', sum(s.idx_scan)::int from pg_stat_xact_all_tables s
+         where s.relid in (select c.reltoastrelid from pg_class c
+                            where c.relnamespace = 'anton'::regnamespace and c.relname like 'change%%')""", args=())))
 
 
 @pytest.mark.system("the embedded Postgres has no auto_explain, and so only scans are seen there")

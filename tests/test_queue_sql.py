@@ -109,6 +109,18 @@ def test_a_job_of_many_records_gets_its_keys_from_its_change(queue: Queue) -> No
     assert queue.value("select count(*) from anton.lease where ids is not null") == 0
 
 
+def test_a_job_of_many_records_whose_keys_are_no_integers_or_that_have_none_has_no_ids(queue: Queue) -> None:
+    queue.sql("create table letters (name text primary key)", "create table marks (n int)")
+    letters, marks = queue.listen("letters", "new"), queue.listen("marks", "new")
+    queue.sql("insert into letters select 'n' || g from generate_series(1, 1500) g",
+              "insert into marks select generate_series(1, 1500)")
+    _, jobs = queue.claim(letters)
+    assert sorted(key for job in jobs for [key] in job.keys) == sorted(f"n{n}" for n in range(1, 1501))
+    assert all(job.ids is None for job in jobs)
+    _, jobs = queue.claim(marks)
+    assert jobs and all(job.ids is None and job.keys is None for job in jobs)
+
+
 def test_after_steps_over_what_was_claimed_before(queue: Queue) -> None:
     queue.insert(1, 2, 3)
     first = queue.value("select min(id) from anton.job")

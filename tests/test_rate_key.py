@@ -160,7 +160,7 @@ async def test_a_record_that_fails_takes_another_start_of_its_key(db: Database) 
 
 async def test_rows_of_keys_do_not_keep_a_worker_from_its_other_housekeeping(
         db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("anton.worker.STEP", 0.01)
+    monkeypatch.setattr("anton.chores.STEP", 0.01)
     bench = await one_handler(db, lambda record: None, each=True, rate="1/s", per="c")
     await bench.sql("insert into anton.rate_key select 1, g::text, '{1}', '{1}', to_timestamp(0) "
                     "from generate_series(1, 10001) g")

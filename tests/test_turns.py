@@ -21,13 +21,13 @@ from anton import Table, sqlfile
 from anton.app import App, declaring
 from anton.catalogue import read_lanes
 from anton.db import Database
+from anton.dispatch import Dispatcher
 from anton.each import Each
 from anton.errors import BadOption
 from anton.lane import Batch, Lane
 from anton.rank import rank
 from anton.rate import Tap
 from anton.turns import Turns
-from anton.worker import Worker
 
 KEYS = "abcd"
 STEPS = st.lists(st.one_of(st.tuples(st.just("add"), st.sampled_from(KEYS), st.integers(1, 5)), st.just(("take",))),
@@ -305,44 +305,49 @@ async def test_where_slots_are_short_the_highest_priority_is_first(db: Database)
     assert calls == ["high", "mid", "low"] and await bench.left() == {}
 
 
+def idle(slots: int) -> Dispatcher:
+    """So many slots, no lanes yet, and nothing runs."""
+    nothing: Any = None
+    return Dispatcher(slots, nothing, nothing, nothing)
+
+
 def test_a_handler_that_has_waited_for_long_enough_goes_before_one_of_a_higher_priority() -> None:
-    worker = Worker(None, App("t"))                                    # type: ignore[arg-type]
+    dispatcher = idle(1)
     now = time.monotonic()
     low, mid, high = lane_of(1, 0, slot_since=now - 9.5), lane_of(2, slot_since=now - 1), lane_of(3, 9, slot_since=now)
-    worker._order.extend([low, mid, high])
-    assert worker._first(lambda lane: True, "slot_since") == [low, high, mid]
-    assert worker._first(lambda lane: lane is not low, "slot_since") == [high, mid]   # low has nothing to wait for
-    assert worker._first(lambda lane: True, "slot_since")[2] == low
+    dispatcher.order.extend([low, mid, high])
+    assert dispatcher._first(lambda lane: True, "slot_since") == [low, high, mid]
+    assert dispatcher._first(lambda lane: lane is not low, "slot_since") == [high, mid]   # low has nothing to wait for
+    assert dispatcher._first(lambda lane: True, "slot_since")[2] == low
 
 
 def test_what_has_no_start_for_its_work_has_waited_all_the_same() -> None:
-    worker = Worker(None, App("t"))                                    # type: ignore[arg-type]
+    dispatcher = idle(1)
     since = time.monotonic() - 9.5
     works, rests = lane_of(1, 0, slot_since=since, tap=Tap()), lane_of(2, 0, slot_since=since, tap=Tap(), ready=False)
-    worker._order.extend([works, rests])
-    assert worker._first(Lane.free, "slot_since") == [] and works.slot_since == since < rests.slot_since
+    dispatcher.order.extend([works, rests])
+    assert dispatcher._first(Lane.free, "slot_since") == [] and works.slot_since == since < rests.slot_since
 
 
 class Slot:
-    """A worker with one slot, and lanes of these priorities; its clock stands until it is moved."""
+    """One slot, and lanes of these priorities; the clock stands until it is moved."""
 
     def __init__(self, patch: pytest.MonkeyPatch, priorities: list[int]) -> None:
         self.now = 1000.0
-        patch.setattr("anton.worker.time", SimpleNamespace(monotonic=lambda: self.now))
-        self.worker = Worker(None, App("t"))                           # type: ignore[arg-type]
-        self.worker.slots, self.ran = 0, list[int]()
-        patch.setattr(self.worker, "_start", self._start)
+        patch.setattr("anton.dispatch.time", SimpleNamespace(monotonic=lambda: self.now))
+        self.dispatcher, self.ran = idle(0), list[int]()
+        patch.setattr(self.dispatcher, "start", self._start)
         self.lanes = [lane_of(n, priority, slot_since=self.now) for n, priority in enumerate(priorities)]
-        self.worker._order.extend(self.lanes)
+        self.dispatcher.order.extend(self.lanes)
         self.since: dict[int, float] = {}                              # who waits, and since when
 
     def _start(self, run: Any) -> None:
         self.ran.append(run.lane.id)
-        self.worker.slots = 0
+        self.dispatcher.slots = 0
 
     def comes(self, n: int) -> None:
         """Work for a lane."""
-        self.worker._dispatch_first(self.now)                          # as the wake-up before did
+        self.dispatcher._fill_by_rank(self.now)                        # as the wake-up before did
         job: Any = SimpleNamespace(id=1, tenant=None, attempt=0, probe=False, waited=0.0, left=range(100), token=1)
         self.lanes[n].claimed([job], 9, 900, 0, self.now, 0.0)
         self.since.setdefault(n, self.now)
@@ -350,9 +355,9 @@ class Slot:
     def free(self, seconds: float) -> None:
         """The slot is free after so long."""
         self.now += seconds
-        self.worker.slots = 1
-        self.worker._dispatch_first(self.now)
-        self.worker.slots = 0
+        self.dispatcher.slots = 1
+        self.dispatcher._fill_by_rank(self.now)
+        self.dispatcher.slots = 0
 
 
 PICKS = st.lists(st.one_of(st.tuples(st.just("comes"), st.integers(0, 3)),
@@ -398,7 +403,7 @@ def test_a_wrong_rank_is_found(wrong: Any) -> None:
     @given(st.lists(st.integers(0, 9), min_size=4, max_size=4), PICKS)
     def found(priorities: list[int], steps: Any) -> None:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("anton.worker.rank", wrong)
+            patch.setattr("anton.dispatch.rank", wrong)
             picks(patch, priorities, steps)
 
     with pytest.raises(AssertionError, match="another goes first|one is starved"):
