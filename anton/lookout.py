@@ -56,8 +56,7 @@ class Lookout:
             look = await queue.poll(self._db, conn, self._worker, list(self._dispatcher.lanes), self._lease)
         self._looked = self._peeked = time.monotonic()
         self._pause = min(1.0, max(LOOK_ALL, (self._looked - began) / LOOKS))
-        for id in look.ready:
-            self._dispatcher.lanes[id].ready = True
+        self._ready(look.ready)
         return look
 
     async def peek(self) -> None:
@@ -67,8 +66,13 @@ class Lookout:
         empty = [lane.id for lane in self._dispatcher.order if not (lane.ready or lane in flowing)]
         if empty:
             async with self._db.conn() as conn:
-                for id in await queue.ready(self._db, conn, empty):
-                    self._dispatcher.lanes[id].ready = True
+                self._ready(await queue.ready(self._db, conn, empty))
+
+    def _ready(self, ids: list[int]) -> None:
+        for id in ids:
+            lane = self._dispatcher.lanes.get(id)
+            if lane is not None:                                       # else the handler was dropped meanwhile
+                lane.ready = True
 
     async def peek_beside(self) -> None:
         """While claims go on, which do not wait for it. That the database is away they say."""
