@@ -39,12 +39,15 @@ begin
   perform wait_no_more(p_handler, found);
 end $$;
 
+-- waits_for_rate() -> what a record that waits for a start of its key has in place of an error. A constant also for the planner
+create or replace function waits_for_rate() returns text language sql immutable set search_path from current as $$ select 'waits for the rate of its key' $$;
+
 -- wait_no_more(handler, changed): its rate is another one, or none: records that went back until there is a start for their key come at once
 create or replace function wait_no_more(p_handler int, p_changed boolean) returns void language plpgsql volatile set search_path from current as $$
 declare v_now timestamptz := now();
 begin
   if p_changed then
-    update delayed set run_at = v_now where handler_id = p_handler and error = 'waits for the rate of its key' and run_at > v_now;
+    update delayed set run_at = v_now where handler_id = p_handler and error = waits_for_rate() and run_at > v_now;
     perform ring();
   end if;
 end $$;
