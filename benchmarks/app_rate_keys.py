@@ -5,11 +5,11 @@ from typing import Any
 from anton import Table
 
 
-@Table("met").on_new_records(each=True, rate="1000/h", per="customer")
+@Table("met").on_new_records(each=True, rate="1000/h", per="k")
 async def meet(record: Any) -> None:
     pass
 
 
-@Table("hot").on_new_records(each=True, rate="100/m", per="customer")
+@Table("hot").on_new_records(each=True, rate="100/m", per="k")
 async def heat(record: Any) -> None:
     pass

@@ -284,46 +284,50 @@ def rate_key(run: Run) -> Rows:
 @bench(at_most("rate_keys_growth", 1.5))
 def rate_keys(run: Run) -> Rows:
     """rate= beside per= with 100,000 live keys: time per record of the last tenth of them over that of the first."""
-    keys, hot = run.size(100_000, 2_000), run.size(1_000, 50)
-    ratios, detail = list[float](), dict[str, object]()
+    detail: dict[str, object] = {}
+    ratios = list[float]()
     for processes in (1, 2):
         with run.server.database("rate_keys") as url, connect(url) as conn:
             for table in ("met", "hot"):
-                conn.execute(f"create table {table} (id bigint generated always as identity primary key, "
-                             "customer bigint)")
+                conn.execute(f"create table {table} (id bigint generated always as identity primary key, k bigint)")
             migrate(url, "app_rate_keys")
             with worker(conn, url, "app_rate_keys", "--processes", str(processes)) as pid:
-                wait_for(lambda: workers(conn) >= processes, 60, "all processes to register")
-                cpu = proc.Meter(run.server.postmaster, pid)
-
-                def took(table: str, first: int, last: int, times: int) -> dict[str, float | None]:
-                    """Of a record: milliseconds, and of CPU of Anton and Postgres."""
-                    used, began = cpu.seconds(), time.perf_counter()
-                    conn.execute(f"insert into {table} (customer) select k from generate_series(1, {times}), "
-                                 f"generate_series({first}, {last}) k")
-                    passed = 1000 * (wait_idle(conn, 1200) - began)
-                    after, n = cpu.seconds(), (last - first + 1) * times
-                    return {"ms": passed / n, "cpu_ms": None if used is None else 1000 * (after - used) / n}
-
-                took("met", 1, keys // 100, 10)                        # warm
-                conn.execute("delete from anton.rate_key")
-                empty = proc.rss_mb(pid)
-                tenths = [took("met", n * keys // 10 + keys, (n + 1) * keys // 10 + keys - 1, 1) for n in range(10)]
-                found = {"tenths": tenths, "again": took("met", keys, 2 * keys - 1, 1),
-                         "hot": took("met", keys, keys + hot - 1, 30)}
-                live = number(conn, "select count(*) from anton.rate_key where until > anton.now()")
-                found |= {"live": live, "rss_mb": [empty, proc.rss_mb(pid)],
-                          "table_mb": number(conn, "select pg_table_size('anton.rate_key')") / 1e6,
-                          "index_mb": number(conn, "select pg_indexes_size('anton.rate_key')") / 1e6}
-                for what in ("maintain()", "promote()", "show_handler('meet')"):
-                    began = time.perf_counter()
-                    conn.execute(f"select anton.{what}")
-                    found[what] = 1000 * (time.perf_counter() - began)
-                began = time.perf_counter()
-                conn.execute("select * from anton.status")
-                found["status"] = 1000 * (time.perf_counter() - began)
-                found["waiting"] = took("hot", 1, hot, 50)
-                found["rss_mb"] += [proc.rss_mb(pid)]
-        ratios.append(tenths[-1]["ms"] / tenths[0]["ms"])
-        detail[f"processes_{processes}"] = found
+                wait_for(lambda: workers(conn) >= processes, 60, "all processes to register")  # noqa: B023
+                tenths, detail[f"processes_{processes}"] = _live_keys(run, conn, pid)
+        ratios.append(tenths[-1] / tenths[0])
     return {"rate_keys_growth": Row(max(ratios), detail=detail)}
+
+
+def _live_keys(run: Run, conn: Conn, pid: int) -> tuple[list[float], dict[str, object]]:
+    """Milliseconds for a record of each tenth of the keys; what else was seen."""
+    keys, hot = run.size(100_000, 2_000), run.size(1_000, 50)
+    cpu, cpus = proc.Meter(run.server.postmaster, pid), list[float | None]()
+
+    def took(table: str, first: int, n: int, times: int = 1) -> float:
+        used, began = cpu.seconds(), time.perf_counter()
+        conn.execute(f"insert into {table} (k) select k from generate_series(1, {times}), "
+                     f"generate_series({first}, {first + n - 1}) k")
+        passed, after = wait_idle(conn, 1200) - began, cpu.seconds()
+        cpus.append(None if used is None or after is None else 1000 * (after - used) / n / times)
+        return 1000 * passed / n / times
+
+    def asked(query: str) -> float:
+        began = time.perf_counter()
+        conn.execute(query)
+        return 1000 * (time.perf_counter() - began)
+
+    took("met", 1, keys // 50)                                         # warm
+    memory = [proc.rss_mb(pid)]
+    tenths = [took("met", keys + n * keys // 10, keys // 10) for n in range(10)]
+    memory.append(proc.rss_mb(pid))
+    found: dict[str, object] = {"tenths_ms": tenths, "again_ms": took("met", keys, keys),
+                                "hot_ms": took("met", keys, hot, 20), "cpu_ms": cpus,
+                                "live": number(conn, "select count(*) from anton.rate_key where until > anton.now()")}
+    for what in ("table", "indexes"):
+        found[f"{what}_mb"] = number(conn, f"select pg_{what}_size('anton.rate_key')") / 1e6
+    for query in ("anton.maintain()", "anton.promote()", "anton.show_handler('meet')"):
+        found[query] = asked(f"select {query}")
+    found["anton.status"] = asked("select * from anton.status")
+    found["waiting_ms"] = took("hot", 1, hot, 50)                      # a line of 50 for each key, at its rate
+    memory.append(proc.rss_mb(pid))
+    return tenths, found | {"rss_mb": memory}

@@ -68,7 +68,8 @@ language plpgsql volatile set search_path from current
 set jit = off set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
 #variable_conflict use_column
 begin
-  return query select r.key, r.ends, r.counts from unnest(p_keys) k (key) join rate_key r on r.handler_id = p_handler and r.key = k.key;
+  return query select k.key, r.ends, r.counts                                      -- limit: key by key, also where the planner takes the table for empty
+                 from unnest(p_keys) k (key) cross join lateral (select * from rate_key r where r.handler_id = p_handler and r.key = k.key limit 1) r;
 end $$;
 
 -- note_starts(worker, handler, keys, ends, counts) -> the time, in microseconds since 1970; null, and nothing noted: the worker does not hold the handler

@@ -141,13 +141,13 @@ def start(server: Server) -> None:
 
 
 def kill(server: Server) -> None:
-    """Ends the server's first process by SIGKILL, and starts it on what that leaves, once the others have ended."""
+    """Ends the server's first process by SIGKILL, and starts it on what that leaves."""
     os.kill(int((_data(server.folder) / "postmaster.pid").read_text().split()[0]), signal.SIGKILL)
     end = time.monotonic() + 60
     while True:
         try:
-            return start(server)
-        except NoServer:
+            return restart(server, "immediate")
+        except NoServer:                                               # they hold its memory until they have ended
             if time.monotonic() > end:
                 raise
             time.sleep(0.05)
