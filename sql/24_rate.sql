@@ -93,11 +93,14 @@ begin
   return v_us;
 end $$;
 
--- forget_starts(now) -> rows of keys whose starts are all out of their window, 10,000 at most
-create or replace function forget_starts(p_now timestamptz) returns bigint language plpgsql volatile set search_path from current as $$
-declare v_n bigint;
+-- forget_starts(now) -> rows of keys whose starts are all out of their window, which were deleted. It looks at a stretch of 200 pages, any one: the
+-- table is as long as there are live keys, and an index by time would be one more write for each note
+create or replace function forget_starts(p_now timestamptz) returns bigint language plpgsql volatile set search_path from current set enable_seqscan = off as $$
+declare
+  v_n bigint; v_first bigint := 200 * floor(random() * ceil(pg_relation_size('rate_key') / current_setting('block_size')::int / 200.0));
+  v_from tid := format('(%s,0)', v_first); v_to tid := format('(%s,0)', v_first + 200);
 begin
-  delete from rate_key where ctid = any (array(select ctid from rate_key where until < p_now limit 10000));
+  delete from rate_key where ctid >= v_from and ctid < v_to and until < p_now;
   get diagnostics v_n = row_count;
   return v_n;
 end $$;
