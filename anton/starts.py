@@ -243,10 +243,11 @@ def text(key: Hashable) -> str:
         value = int(value)
     elif isinstance(value, Decimal):
         value = str(value.normalize(Context(prec=len(value.as_tuple().digits) or 1)))
-    return short(json.dumps([value], default=str))
+    return str(short(json.dumps([value], default=str)))
 
 
-def short(key: Any) -> Any:
+def short(key: Hashable) -> Hashable:
     """A key that is remembered: of a long text its beginning and its hash."""
-    long = isinstance(key, str) and len(key) > LONG
-    return key[:40] + hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest() if long else key
+    if isinstance(key, str) and len(key) > LONG:
+        return key[:40] + hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
+    return key

@@ -325,9 +325,10 @@ def _live_keys(run: Run, conn: Conn, pid: int) -> tuple[list[float], dict[str, o
                                 "live": number(conn, "select count(*) from anton.rate_key where until > anton.now()")}
     for what in ("table", "indexes"):
         found[f"{what}_mb"] = number(conn, f"select pg_{what}_size('anton.rate_key')") / 1e6
-    for query in ("anton.maintain()", "anton.promote()", "anton.show_handler('meet')"):
-        found[query] = asked(f"select {query}")
+    for query in ("anton.forget_starts(anton.now())", "anton.promote()", "anton.show_handler('meet')"):
+        asked(f"select {query}")
+        found[query] = asked(f"select {query}")                        # planned by now
     found["anton.status"] = asked("select * from anton.status")
-    found["waiting_ms"] = took("hot", 1, hot, 50)                      # a line of 50 for each key, at its rate
+    found["waiting_ms"] = took("hot", 1, hot, run.size(50, 5))         # a line of 50 for each key, at its rate
     memory.append(proc.rss_mb(pid))
     return cpus[1:11], found | {"rss_mb": memory}
