@@ -167,8 +167,8 @@ class Tap:
 
     @property
     def far(self) -> bool:
-        """There is no start, and none for a while."""
-        return self.asked and not self.soon() and self.next - time.monotonic() > NEAR
+        """There is no start, none to give back for another, and none for a while."""
+        return self.asked and not self.holds and self.next - time.monotonic() > NEAR
 
     async def turn(self) -> None:
         """Waits for a start. Raises Closed."""
@@ -292,6 +292,8 @@ class Meter:
         if tap.began + sum(back.values()) and (lane.items or tap.waiting):  # else there was nothing to use them for
             tap.use += (tap.began / (tap.began + sum(back.values())) - tap.use) * 0.1
         tap.began = 0
+        if back:                                                       # another may be had at once
+            tap.next = 0.0
         late, kept = timedelta(seconds=min(MOST_LATE, self._late)), back
         try:
             async with self._db.conn() as conn:

@@ -137,6 +137,15 @@ def test_a_start_is_taken_only_within_its_slot_by_both_bounds_of_the_clock() -> 
     assert tap.unused(future=True) == {4_500: 3} and not tap.holds
 
 
+def test_a_start_that_lapsed_unused_is_one_that_comes_back_soon() -> None:
+    tap, now = Tap(), time.monotonic()
+    tap.clock.heard(now, 5_000.0, now)
+    tap.asked, tap.next = True, now + 3600
+    tap.got(1.0, {4_000: 1})
+    assert not tap.soon() and not tap.far
+    assert tap.unused(future=False) == {4_000: 1} and tap.far
+
+
 async def test_starts_that_no_database_takes_back_are_given_back_another_time() -> None:
     meter = Meter(Database("postgresql://127.0.0.1:1/none"), 1, lambda lane: None)  # nobody listens there
     tap = Tap()
