@@ -153,7 +153,8 @@ class Starts:
         for key, slots in plans.items():
             if (known := self.keys.get(key)) is not None:
                 for slot, count in slots.items():
-                    known.given[slot] = max(0, known.given.get(slot, 0) - count)
+                    if (left := known.given.pop(slot, 0) - count) > 0:
+                        known.given[slot] = left
                 self.over.add(key)
 
     def grant(self, key: Hashable, slots: Mapping[int, int]) -> None:
