@@ -34,7 +34,6 @@ AT_LATEST = 1.0  # seconds
 SLOW = 0.01  # seconds in one record after which more threads help
 QUICK = 0.01  # seconds that few wait where others wait for them to be settled
 STUBBORN = 5.0  # seconds that a cancelled coroutine may take to end
-RATED = "waits for the rate of its key"
 SLICE = 0.002  # seconds after which a coroutine that never waits lets others run
 
 
@@ -336,7 +335,7 @@ LATER = Fate("later", "an earlier record of its key waits")
 def put_off(entry: tuple[Each, int], after: timedelta) -> None:
     """An item that has not begun waits in the queue, for its key's rate. Called in the event loop."""
     each, item = entry
-    each.later[item] = Fate("later", RATED, after)
+    each.later[item] = Fate("later", "", after, rated=True)
     each.changed.set()
 
 

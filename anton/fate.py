@@ -82,13 +82,14 @@ class World(Exception):
 @dataclass(frozen=True, slots=True)
 class Fate:
     """What becomes of a record that is not done. after: None: the backoff. later: it was not begun: see order.py,
-    keyrate.py, and calls of actions that are due later.
+    keyrate.py (rated), and calls of actions that are due later.
     """
 
     kind: Literal["retry", "discarded", "failed", "later"]
     error: str
     after: timedelta | None = None
     traceback: str | None = None
+    rated: bool = False
 
 
 def backoff(lane: Lane, attempt: int) -> timedelta:

@@ -13,9 +13,10 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
-from anton.starts import Starts
+from anton.starts import Starts, short
 
 NOTHING = object()  # no key: outside
+NAN = float("nan")  # the one there is, so that it is itself: as in the database, it is one value
 
 
 def value_of(record: Any, column: str) -> Hashable:
@@ -24,7 +25,9 @@ def value_of(record: Any, column: str) -> Hashable:
         value = getattr(record, column) if hasattr(record, "model_fields_set") else record[column]
     except (KeyError, AttributeError):
         return None
-    return value if isinstance(value, Hashable) else repr(value)
+    if isinstance(value, Hashable):
+        return value if value == value else NAN
+    return repr(value)
 
 
 def take_out(aside: dict[Hashable, deque[Any]], each: object) -> list[int]:
@@ -58,8 +61,9 @@ class Gate:
         self._wanted: set[Hashable] = set()                            # of which a record runs once more, outside
 
     def key(self, record: Any) -> Hashable:
-        """What a record has in the column; None where it has none."""
-        return value_of(record, self.column)
+        """What a record has in the column, with a rate in short; None where it has none."""
+        key = value_of(record, self.column)
+        return short(key) if self.starts is not None else key
 
     def enter(self, key: Hashable, entry: Any) -> bool:
         """Whether a record of this key may run; else its entry is put aside."""

@@ -152,7 +152,13 @@ class KeyMeter:
                 first = starts.first(min(MOST_LATE, books.late))
                 plans = {key: starts.plan(key, first, count) for key, count in wanted.items()}
             given = {key: plan for key, plan in plans.items() if plan}
-            if given and not await self._note(conn, books, given):
+            try:
+                noted = not given or await self._note(conn, books, given)
+            except BaseException:                                      # nobody knows whether it is noted: none begins
+                with books.gate.lock:
+                    starts.take_back(given)
+                raise
+            if not noted:
                 books.tenure = -1                                      # somebody else holds the handler
                 return RARELY
             if given:

@@ -298,9 +298,9 @@ async def note_starts(db: Database, conn: Conn, worker: int, handler: int,
 
 
 async def defer(db: Database, conn: Conn, lease: int, job: int, ordinals: list[int], afters: list[timedelta],
-                why: str | None) -> None:
-    """Settles records here that were not begun, and queues them anew, each after its wait. why: None: they are due."""
-    await db.call(conn, "defer", lease, job, ordinals, afters, why)
+                rated: bool) -> None:
+    """Settles records that were not begun, and queues them anew, each after its wait. rated: for its key's rate."""
+    await db.call(conn, "defer", lease, job, ordinals, afters, rated)
 
 
 @dataclass(slots=True)

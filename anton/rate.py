@@ -154,6 +154,12 @@ class Tap:
                 del self._slots[slot]
         return {slot: count for slot, count in gone.items() if count}
 
+    def keep(self, slots: dict[int, int]) -> None:
+        """What was taken out could not be given back: it is to be, another time."""
+        with self._lock:
+            for slot, count in slots.items():
+                self._slots[slot] = self._slots.get(slot, 0) + count
+
     @property
     def holds(self) -> bool:
         """There may be something to give back."""
@@ -161,8 +167,8 @@ class Tap:
 
     @property
     def far(self) -> bool:
-        """There is no start, and none for a while."""
-        return self.asked and not self.soon() and self.next - time.monotonic() > NEAR
+        """There is no start, none to give back for another, and none for a while."""
+        return self.asked and not self.holds and self.next - time.monotonic() > NEAR
 
     async def turn(self) -> None:
         """Waits for a start. Raises Closed."""
@@ -286,16 +292,21 @@ class Meter:
         if tap.began + sum(back.values()) and (lane.items or tap.waiting):  # else there was nothing to use them for
             tap.use += (tap.began / (tap.began + sum(back.values())) - tap.use) * 0.1
         tap.began = 0
-        late = timedelta(seconds=min(MOST_LATE, self._late))
-        async with self._db.conn() as conn:
-            if self._clock.vague:
-                before = time.monotonic()
-                at = (await self._db.call_value(conn, "now")).timestamp()
-                self._clock.heard(before, at, time.monotonic())
-            before = time.monotonic()
-            found = await queue.take_rate(self._db, conn, self._worker, lane.id, max(0, wanted), [*back],
-                                          [*back.values()], tap.use, late)
-            after = time.monotonic()
+        if back:                                                       # another may be had at once
+            tap.next = 0.0
+        late, kept = timedelta(seconds=min(MOST_LATE, self._late)), back
+        try:
+            async with self._db.conn() as conn:
+                if self._clock.vague:
+                    before = time.monotonic()
+                    at = (await self._db.call_value(conn, "now")).timestamp()
+                    self._clock.heard(before, at, time.monotonic())
+                kept, before = {}, time.monotonic()                    # once it is asked, nobody knows
+                found = await queue.take_rate(self._db, conn, self._worker, lane.id, max(0, wanted), [*back],
+                                              [*back.values()], tap.use, late)
+                after = time.monotonic()
+        finally:
+            tap.keep(kept)
         self._late += (after - before - self._late) * 0.3
         tap.asked = True
         if found is None:                                              # its rate was taken out just now

@@ -27,7 +27,7 @@ from anton import queue
 from anton.app import App
 from anton.call import MARGIN, Called, Caller, Interrupted, Stuck
 from anton.db import Database
-from anton.each import AGAIN, RATED, SLOW, Each, Pullers
+from anton.each import AGAIN, SLOW, Each, Pullers
 from anton.errors import HandlerTimeout, LeaseLost, RowChanged, WriteRefused
 from anton.fate import Fate, World, failed, fate_of, is_world, no_fit, say
 from anton.lane import FEW, Batch, Lane
@@ -189,7 +189,7 @@ class Runner:
             await self._blame(run, inputs, stuck.item, stuck.error)
             return
         except _Late:
-            await self.settler.fail(lane, batch, Fate("later", RATED, LATE))
+            await self.settler.fail(lane, batch, Fate("later", "", LATE, rated=True))
             return
         except (World, LeaseLost, Closed):
             raise

@@ -287,16 +287,16 @@ class Settler:
                 owners = {who for who in _owners(doing.ops)
                           if (0 if who == WHOLE else where[who if first is None else first[who]]) == n}
                 outputs += await self._unit(conn, unit, pick(doing.ops, owners), doing)
-        later: dict[tuple[Job, str], list[tuple[int, timedelta]]] = {}
+        later: dict[tuple[Job, bool], list[tuple[int, timedelta]]] = {}
         for (job, fate), ordinals in _by_fate(batch, doing.fates).items():
             if fate.kind == "later" and lane.order is None:
-                waits = later.setdefault((job, fate.error), [])
+                waits = later.setdefault((job, fate.rated), [])
                 waits += [(ordinal, fate.after or timedelta(0)) for ordinal in ordinals]
             else:
                 await self._fate(conn, lane, job, ordinals, fate)
-        for (job, why), waits in later.items():
+        for (job, rated), waits in later.items():
             await queue.defer(self.db, conn, job.token, job.id, [ordinal for ordinal, _ in waits],
-                              [after for _, after in waits], why or None)
+                              [after for _, after in waits], rated)
         if lane.order is not None:
             await self._order(conn, lane, lane.order, batch, doing)
         return outputs

@@ -14,7 +14,8 @@ import json
 import math
 import time
 from collections.abc import Hashable, Iterable, Mapping
-from decimal import Decimal
+from decimal import Context, Decimal
+from itertools import islice
 from typing import Any
 
 from anton.rate import Clock
@@ -101,12 +102,15 @@ class Starts:
         return [(slot + 1) * self.slot_us for slot, _ in given], [count for _, count in given]
 
     def forget(self, busy: Iterable[Hashable]) -> None:
-        """Of too many keys those that are not busy and have nothing to give back, the longest known first."""
-        kept, more = set(busy), len(self.keys) - MOST
-        for key in [key for key in self.keys if key not in kept] if more > 0 else ():
-            if more > 0 and not self.keys[key].left and key not in self.over:
-                del self.keys[key]
-                more -= 1
+        """Of too many keys those that are not busy, the longest known first. Looks at few more than are too many."""
+        more = len(self.keys) - MOST
+        kept = set(busy) if more > 0 else set()
+        for key in [*islice(self.keys, max(0, 2 * more))]:
+            known = self.keys.pop(key)
+            if known.left or key in kept:
+                self.keys[key] = known                                 # looked at last
+            else:
+                self.over.discard(key)                                 # its row says more for a window: that is all
 
     # Time
 
@@ -143,6 +147,15 @@ class Starts:
         given = self._as_of(self.keys[key], first)
         found = {first, *(slot + after for slot in given for after in (1, self.few, self.span))}
         return next(slot for slot in sorted(found) if slot >= first and self._room(given, slot) > 0)
+
+    def take_back(self, plans: Mapping[Hashable, Mapping[int, int]]) -> None:
+        """What was planned does not begin, and may be noted all the same."""
+        for key, slots in plans.items():
+            if (known := self.keys.get(key)) is not None:
+                for slot, count in slots.items():
+                    if (left := known.given.pop(slot, 0) - count) > 0:
+                        known.given[slot] = left
+                self.over.add(key)
 
     def grant(self, key: Hashable, slots: Mapping[int, int]) -> None:
         """What was planned is noted: it may be used."""
@@ -230,6 +243,12 @@ def text(key: Hashable) -> str:
     if isinstance(value, (bool, float, Decimal)) and math.isfinite(value) and value == int(value):
         value = int(value)
     elif isinstance(value, Decimal):
-        value = str(value.normalize())
-    said = json.dumps([value], default=str)
-    return said if len(said) <= LONG else said[:40] + hashlib.sha256(said.encode()).hexdigest()
+        value = str(value.normalize(Context(prec=len(value.as_tuple().digits) or 1)))
+    return str(short(json.dumps([value], default=str)))
+
+
+def short(key: Hashable) -> Hashable:
+    """A key that is remembered: of a long text its beginning and its hash."""
+    if isinstance(key, str) and len(key) > LONG:
+        return key[:40] + hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
+    return key

@@ -280,3 +280,56 @@ def rate_key(run: Run) -> Rows:
     ends = [at for one in found.values() for at in one]
     return {"rate_key_violations": Row(over, detail={"starts": len(ends), "customers": len(found),
                                                      "seconds": max(ends) - min(ends)})}
+
+
+@bench(at_most("rate_keys_growth", 1.5))
+def rate_keys(run: Run) -> Rows:
+    """rate= beside per= with 100,000 live keys: CPU for a record of the last tenth of them over that of the first."""
+    detail: dict[str, object] = {}
+    ratios = list[float]()
+    for processes in (1, 2):
+        with run.server.database("rate_keys") as url, connect(url) as conn:
+            for table in ("met", "hot"):
+                conn.execute(f"create table {table} (id bigint generated always as identity primary key, k bigint)")
+            migrate(url, "app_rate_keys")
+            with worker(conn, url, "app_rate_keys", "--processes", str(processes)) as pid:
+                wait_for(lambda: workers(conn) >= processes, 60, "all processes to register")  # noqa: B023
+                tenths, detail[f"processes_{processes}"] = _live_keys(run, conn, pid)
+        ratios.append(tenths[-1] / tenths[0])
+    return {"rate_keys_growth": Row(max(ratios), detail=detail)}
+
+
+def _live_keys(run: Run, conn: Conn, pid: int) -> tuple[list[float], dict[str, object]]:
+    """CPU, or time where that is not known, for a record of each tenth of the keys; what else was seen."""
+    keys, hot = run.size(100_000, 2_000), run.size(1_000, 50)
+    cpu, cpus = proc.Meter(run.server.postmaster, pid), list[float]()
+
+    def took(table: str, first: int, n: int, times: int = 1) -> float:
+        used, began = cpu.seconds(), time.perf_counter()
+        conn.execute(f"insert into {table} (k) select k from generate_series(1, {times}), "
+                     f"generate_series({first}, {first + n - 1}) k")
+        passed, after = wait_idle(conn, 1200) - began, cpu.seconds()
+        cpus.append(1000 * (passed if used is None or after is None else after - used) / n / times)
+        return 1000 * passed / n / times
+
+    def asked(query: str) -> float:
+        began = time.perf_counter()
+        conn.execute(query)
+        return 1000 * (time.perf_counter() - began)
+
+    took("met", 1, keys // 50)                                         # warm
+    memory = [proc.rss_mb(pid)]
+    tenths = [took("met", keys + n * keys // 10, keys // 10) for n in range(10)]
+    memory.append(proc.rss_mb(pid))
+    found: dict[str, object] = {"tenths_ms": tenths, "again_ms": took("met", keys, keys),
+                                "hot_ms": took("met", keys, hot, 20), "cpu_ms": cpus,
+                                "live": number(conn, "select count(*) from anton.rate_key where until > anton.now()")}
+    for what in ("table", "indexes"):
+        found[f"{what}_mb"] = number(conn, f"select pg_{what}_size('anton.rate_key')") / 1e6
+    for query in ("anton.forget_starts(anton.now())", "anton.promote()", "anton.show_handler('meet')"):
+        asked(f"select {query}")
+        found[query] = asked(f"select {query}")                        # planned by now
+    found["anton.status"] = asked("select * from anton.status")
+    found["waiting_ms"] = took("hot", 1, hot, run.size(50, 5))         # a line of 50 for each key, at its rate
+    memory.append(proc.rss_mb(pid))
+    return cpus[1:11], found | {"rss_mb": memory}

@@ -297,21 +297,22 @@ begin
     from unnest(p_ordinals) o;
 end $$;
 
--- defer(token, id, ordinals, afters, why)
--- Settles records here that were not begun, and queues them anew, each after its wait; those that lie side by side and wait as long in one job. why
--- null: their time is to come
-create or replace function defer(p_token bigint, p_id bigint, p_ordinals int[], p_afters interval[], p_why text)
+-- defer(token, id, ordinals, afters, rated)
+-- Settles records here that were not begun, and queues them anew, each after its wait; those that lie side by side and wait as long in one job.
+-- rated: until there is a start for their key; at once, where the handler has no rate any more. Else their time is to come
+drop function if exists defer(bigint, bigint, int[], interval[], text);
+create or replace function defer(p_token bigint, p_id bigint, p_ordinals int[], p_afters interval[], p_rated boolean)
 returns void language plpgsql volatile set search_path from current as $$
 declare v_now timestamptz := now(); v lease; v_waits boolean;
 begin
   v := settle(p_token, p_id, p_ordinals);
-  v_waits := p_why is distinct from 'waits for the rate of its key' or exists (select from rate where handler_id = v.handler_id);   -- else there is none any more
+  v_waits := not p_rated or exists (select from rate where handler_id = v.handler_id);
   insert into delayed (handler_id, id, change_id, at, cause, trace, lo, hi, attempt, crashes, depth, op, tenant, origin,
                        ids, keys, run_at, error)
   select v.handler_id, nextval('change_seq'), v.change_id, v.at, v.cause, v.trace, p.lo, p.hi, v.attempt, v.crashes, v.depth, v.op, v.tenant, v.origin,
          v.ids[p.lo - v.lo + 1:p.hi - v.lo + 1],
          case when v.keys is not null then jsonb_path_query_array(v.keys, '$[$a to $b]', jsonb_build_object('a', p.lo - v.lo, 'b', p.hi - v.lo)) end,
-         case when v_waits then v_now + p.wait else v_now end, p_why
+         case when v_waits then v_now + p.wait else v_now end, case when p_rated then waits_for_rate() end
     from (select wait, min(o) as lo, max(o) as hi
             from (select o, wait, o - row_number() over (partition by wait order by o) as island from unnest(p_ordinals, p_afters) u (o, wait)) x group by wait, island) p;
 end $$;

@@ -29,6 +29,9 @@ begin
   insert into receipt (id, slot, at, handler_id, n, change_ids, los, his, causes, ids, keys, depth, trace, tenant)   -- of nothing done
   values (nextval('change_seq'), slot(v_now), v_now, abs(v.handler_id), 0, array[v.change_id], array[v.lo], array[v.hi], array[v.cause], v.ids, v.keys, v.depth, v.trace, v.tenant);
   perform end_turn(v.handler_id, p_job) where is_ordered(v.handler_id);
+  if not exists (select from handler h join action_rule r on r.app = h.app and r.handler = h.name where h.id = abs(v.handler_id)) then
+    return true;
+  end if;
   for v_key in select coalesce(case when v.ids is not null then to_jsonb(array[v.ids[o - v.lo + 1]]) end, v.keys -> (o - v.lo), change_key(c, o))
                  from generate_series(v.lo, v.hi) o left join change c on c.id = v.change_id where o <> all (coalesce(v.settled, '{}')) loop
     perform note_death(abs(v.handler_id), v_key, 'its job was cancelled');

@@ -39,12 +39,15 @@ begin
   perform wait_no_more(p_handler, found);
 end $$;
 
+-- waits_for_rate() -> what a record that waits for a start of its key has in place of an error. A constant also for the planner
+create or replace function waits_for_rate() returns text language sql immutable set search_path from current as $$ select 'waits for the rate of its key' $$;
+
 -- wait_no_more(handler, changed): its rate is another one, or none: records that went back until there is a start for their key come at once
 create or replace function wait_no_more(p_handler int, p_changed boolean) returns void language plpgsql volatile set search_path from current as $$
 declare v_now timestamptz := now();
 begin
   if p_changed then
-    update delayed set run_at = v_now where handler_id = p_handler and error = 'waits for the rate of its key' and run_at > v_now;
+    update delayed set run_at = v_now where handler_id = p_handler and error = waits_for_rate() and run_at > v_now;
     perform ring();
   end if;
 end $$;
@@ -65,7 +68,8 @@ language plpgsql volatile set search_path from current
 set jit = off set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
 #variable_conflict use_column
 begin
-  return query select r.key, r.ends, r.counts from unnest(p_keys) k (key) join rate_key r on r.handler_id = p_handler and r.key = k.key;
+  return query select k.key, r.ends, r.counts                                      -- limit: key by key, also where the planner takes the table for empty
+                 from unnest(p_keys) k (key) cross join lateral (select * from rate_key r where r.handler_id = p_handler and r.key = k.key limit 1) r;
 end $$;
 
 -- note_starts(worker, handler, keys, ends, counts) -> the time, in microseconds since 1970; null, and nothing noted: the worker does not hold the handler
@@ -89,11 +93,14 @@ begin
   return v_us;
 end $$;
 
--- forget_starts(now) -> rows of keys whose starts are all out of their window, 10,000 at most
-create or replace function forget_starts(p_now timestamptz) returns bigint language plpgsql volatile set search_path from current as $$
-declare v_n bigint;
+-- forget_starts(now) -> rows of keys whose starts are all out of their window, which were deleted. It looks at a stretch of 200 pages, any one: the
+-- table is as long as there are live keys, and an index by time would be one more write for each note
+create or replace function forget_starts(p_now timestamptz) returns bigint language plpgsql volatile set search_path from current set enable_seqscan = off as $$
+declare
+  v_n bigint; v_first bigint := 200 * floor(random() * ceil(pg_relation_size('rate_key') / current_setting('block_size')::int / 200.0));
+  v_from tid := format('(%s,0)', v_first); v_to tid := format('(%s,0)', v_first + 200);
 begin
-  delete from rate_key where ctid = any (array(select ctid from rate_key where until < p_now limit 10000));
+  delete from rate_key where ctid >= v_from and ctid < v_to and until < p_now;
   get diagnostics v_n = row_count;
   return v_n;
 end $$;

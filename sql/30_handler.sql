@@ -9,7 +9,7 @@ create or replace function put_handler(d jsonb) returns int language plpgsql vol
 declare
   v_table int := watch(d ->> 'table'); v_id int; w watched; v_column text; v_bad text;
   v_debounce interval := (d ->> 'debounce')::interval;
-  v_wait interval := coalesce((d ->> 'max_wait')::interval, 15 * v_debounce, '0');
+  v_wait interval := coalesce((d ->> 'max_wait')::interval, 15 * v_debounce, '0'); v_ordered boolean := coalesce((d ->> 'ordered')::boolean, false);
   v_ops text[] := array(select jsonb_array_elements_text(d -> 'ops'));
   v_columns text[] := case when jsonb_typeof(d -> 'columns') = 'array' then array(select jsonb_array_elements_text(d -> 'columns')) end;
 begin
@@ -65,15 +65,19 @@ begin
   if d ->> 'where_sql' is not null and w.relid <> 0 then
     perform check_where(v_table, bind(d ->> 'where_sql', coalesce(d -> 'params', '{}')), v_ops && array['updated', 'deleted']);
   end if;
+  update handler set ordered = false where app = d ->> 'app' and name = d ->> 'name' and ordered and per is distinct from d ->> 'per' returning id into v_id;
+  if found then
+    perform settle_turns(v_id);                             -- of another column: nothing waits in the old lines
+  end if;
   insert into handler as h (app, name, table_id, kind, ops, each_record, read, where_sql, columns, body, params, into_tables, batch,
-                            max_wait, concurrency, timeout, attempts, backoff, max_lag, options, model_id)
+                            max_wait, concurrency, timeout, attempts, backoff, max_lag, options, per, debounce, ordered, on_dead, model_id)
   values (d ->> 'app', d ->> 'name', v_table, coalesce(d ->> 'kind', 'python'), v_ops, coalesce((d ->> 'each_record')::boolean, false),
           coalesce(d ->> 'read', case when v_debounce is not null then 'now' when v_ops = array['new'] and coalesce(d ->> 'kind', 'python') = 'python' then 'now' else 'change' end),
           d ->> 'where_sql', v_columns, d ->> 'body', coalesce(d -> 'params', '{}'),
           case when jsonb_typeof(d -> 'into_tables') = 'array' then array(select jsonb_array_elements_text(d -> 'into_tables')) else '{}' end,
           coalesce((d ->> 'batch')::int, 1000), v_wait, (d ->> 'concurrency')::int,
           coalesce((d ->> 'timeout')::interval, '5 min'), coalesce((d ->> 'attempts')::int, 5), coalesce((d ->> 'backoff')::interval, '1 s'),
-          (d ->> 'max_lag')::interval, coalesce(d -> 'options', '{}'),
+          (d ->> 'max_lag')::interval, coalesce(d -> 'options', '{}'), d ->> 'per', v_debounce, v_ordered, coalesce(d ->> 'on_dead', 'skip'),
           (select m.id from model m where m.app = d ->> 'app' and m.name = d ->> 'model'))
   on conflict (app, name) do update
      set enabled_at = case when h.enabled and h.table_id = excluded.table_id and h.ops @> excluded.ops and h.where_sql is not distinct from excluded.where_sql
@@ -82,14 +86,9 @@ begin
          where_sql = excluded.where_sql, columns = excluded.columns, body = excluded.body, params = excluded.params,
          into_tables = excluded.into_tables, batch = excluded.batch, max_wait = excluded.max_wait, concurrency = excluded.concurrency,
          timeout = excluded.timeout, attempts = excluded.attempts, backoff = excluded.backoff, max_lag = excluded.max_lag,
-         options = excluded.options, model_id = excluded.model_id, enabled = true, missing_at = null
+         options = excluded.options, per = excluded.per, debounce = excluded.debounce, ordered = excluded.ordered, on_dead = excluded.on_dead,
+         model_id = excluded.model_id, enabled = true, missing_at = null
   returning id into v_id;
-  if exists (select from handler where id = v_id and ordered and per is distinct from d ->> 'per') then
-    update handler set ordered = false where id = v_id;     -- of another column: nothing waits in the old lines
-    perform settle_turns(v_id);
-  end if;
-  update handler set per = d ->> 'per', debounce = v_debounce, ordered = coalesce((d ->> 'ordered')::boolean, false), on_dead = coalesce(d ->> 'on_dead', 'skip')
-   where id = v_id and (per, debounce, ordered, on_dead) is distinct from (d ->> 'per', v_debounce, coalesce((d ->> 'ordered')::boolean, false), coalesce(d ->> 'on_dead', 'skip'));
   perform settle_turns(v_id);
   perform set_priority(v_id, d ->> 'priority');
   perform set_limit(v_id, case when (d ->> 'ordered')::boolean or d ->> 'per' is not null and coalesce(d ->> 'limit', d ->> 'rate') is not null then 1 else (d ->> 'limit')::int end);

@@ -55,7 +55,7 @@ select h.app, h.name as handler,
   left join backfill b on b.handler_id = h.id
   left join lateral (select sum(hi - lo + 1) as n, min(at) as at from job where job.handler_id = h.id) j on true
   left join lateral (select sum(hi - lo + 1 - coalesce(cardinality(settled), 0)) as n, min(run_at) filter (where error is null) as next_at,
-                           min(run_at) filter (where error = 'waits for the rate of its key') as rated_at
+                           min(run_at) filter (where error = waits_for_rate()) as rated_at
                        from delayed where delayed.handler_id in (h.id, -h.id)) d on true
   left join lateral (select r.keys, r.next_at from resting(h.id) r) rest on true
   left join lateral (select sum(hi - lo + 1 - coalesce(cardinality(settled), 0)) as n, min(at) as at from lease where lease.handler_id = h.id) f on true

@@ -145,6 +145,8 @@ class Watched:
         relation = node.get("Relation Name", "")
         if node["Node Type"] == "Seq Scan" and self._matters(relation):
             yield f"Seq Scan on {relation}"
+        if relation == "rate_key" and "Index" in node["Node Type"] and "(key = " not in node.get("Index Cond", ""):
+            yield "all keys of a handler in rate_key"
         if "Sort" in node["Node Type"]:
             sorted_ = {name.rstrip("0123456789_") for name in _read(node)} & {"job", "delayed"}
             yield from (f"Sort of {name}" for name in sorted_)
@@ -337,6 +339,7 @@ def rates_of_keys(watched: Watched) -> None:
             ((at,),) = watched.run("select anton.note_starts(1, $1, $2, $3, $4)",
                                    args=(h, keys, ["{9,99}"] * n, ["{1,1}"] * n))
             assert at
+    watched.run("select anton.forget_starts(anton.now())")
     watched.pg.sql(f"select anton.set_limit({h}, null)")
 
 

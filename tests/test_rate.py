@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,8 +24,8 @@ from working import PATIENCE, Bench, met, one_handler
 from anton import Table
 from anton.app import App, declaring
 from anton.db import Database
-from anton.errors import BadOption
-from anton.rate import Tap, normal
+from anton.errors import BadOption, DatabaseUnreachable
+from anton.rate import Meter, Tap, normal
 from anton.testing import TestApp
 
 SECOND = 1_000_000
@@ -134,6 +135,27 @@ def test_a_start_is_taken_only_within_its_slot_by_both_bounds_of_the_clock() -> 
     tap.got(1.0, {4_500: 3})
     assert not tap.take() and tap.free() == 0
     assert tap.unused(future=True) == {4_500: 3} and not tap.holds
+
+
+def test_a_start_that_lapsed_unused_is_one_that_comes_back_soon() -> None:
+    tap, now = Tap(), time.monotonic()
+    tap.clock.heard(now, 5_000.0, now)
+    tap.asked, tap.next = True, now + 3600
+    tap.got(1.0, {4_000: 1})
+    assert not tap.soon() and not tap.far
+    assert tap.unused(future=False) == {4_000: 1} and tap.far
+
+
+async def test_starts_that_no_database_takes_back_are_given_back_another_time() -> None:
+    meter = Meter(Database("postgresql://127.0.0.1:1/none"), 1, lambda lane: None)  # nobody listens there
+    tap = Tap()
+    tap.closed = True
+    tap.got(1.0, {7: 3})
+    lane: Any = SimpleNamespace(id=1, tap=tap, ready=False, still=True, items=[])
+    meter.know([lane])
+    with pytest.raises(DatabaseUnreachable):
+        await meter.end()
+    assert tap.unused(future=True) == {7: 3}
 
 
 async def test_a_call_that_waits_hears_at_once_of_a_start() -> None:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Hashable
+from contextlib import suppress
 from decimal import Decimal
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from working import met, one_handler
+from servers import Server, kill, running
+from working import Bench, cutting, met, one_handler
 
 from anton import Table
 from anton.app import App, declaring
-from anton.db import Database
+from anton.db import Database, set_database
 from anton.errors import BadOption
 from anton.starts import Starts, text
 from anton.testing import TestApp
@@ -167,3 +170,77 @@ async def test_rows_of_keys_do_not_keep_a_worker_from_its_other_housekeeping(
     await bench.sql("insert into anton.delivery values ('web/hook', 'old', now() - interval '9 days', 200, '{}', '')")
     async with bench.running():
         await bench.until("select not exists (select from anton.delivery) and not exists (select from anton.rate_key)")
+
+
+ODD = {
+    "float8": ["'NaN'", "'NaN'", "'-0'", "0"],
+    "numeric": ["1.0", "1.00", "'NaN'", "'NaN'", *(f"0.1{'0' * 29}{n}" for n in (1, 2))],
+    "text": [r"E'a\\u0000'", r"E'a\\u0000'", "'a'", *(f"repeat('x', {n})" for n in (99999, 99999, 100000))],
+    "int": ["null", "null", "0"],
+    "jsonb": ["""'{"a": 1, "b": [2.50]}'""", """'{"b": [2.50], "a": 1}'""", "'null'", "null"],
+}
+
+
+@pytest.mark.parametrize(("type_", "values"), ODD.items(), ids=ODD)
+async def test_what_is_one_value_in_the_database_is_one_key_however_odd(
+        db: Database, type_: str, values: list[str]) -> None:
+    async with db.conn() as conn:
+        await conn.execute(f"create table odd (id int generated always as identity primary key, c {type_})")
+        await conn.execute(f"insert into odd (c) values ({'), ('.join(values)})")
+        keys = await conn.fetchval("select count(distinct coalesce(c::text, 'null')) from odd" if type_ == "jsonb" else
+                                   "select count(distinct c) + max((c is null)::int) from odd")
+        await conn.execute("truncate odd")
+    done: list[int] = []
+    bench = await one_handler(db, lambda record: done.append(record["id"]), each=True, rate="1/h", per="c", table="odd")
+    await bench.sql(f"insert into odd (c) values ({'), ('.join(values)})")
+    await bench.work()
+    assert len(done) == keys == await bench.count("anton.rate_key")
+    await bench.sql(f"insert into odd (c) values ({'), ('.join(values)})")
+    await bench.work()                                                 # another worker, which reads what was given
+    assert len(done) == keys and 2 * len(values) - keys == await bench.value(
+        "select sum(hi - lo + 1) from anton.delayed")
+
+
+async def test_starts_of_which_nobody_knows_whether_they_are_noted_are_not_used_and_not_lost(db: Database) -> None:
+    done: list[str] = []
+    bench = await one_handler(db, lambda record: done.append(record["c"]), each=True, rate="1/h", per="c")
+    await bench.add("a", [{"c": "a"}, {"c": "b"}])
+    async with cutting(db, b"note_starts") as (proxied, cuts):
+        cuts.append(b"cut")
+        async with Bench(proxied, bench.app).running():
+            await met(lambda: len(done) == 2)
+        await proxied.close()
+    assert not cuts and await bench.column("select counts from anton.rate_key") == [[1], [1]]
+
+
+async def test_no_window_holds_more_starts_when_the_server_is_killed_and_its_rates_go_on(server: Server) -> None:
+    begun: dict[str, list[float]] = {}
+    done: set[int] = set()
+
+    def handle(record: Any) -> None:
+        begun.setdefault(record["c"], []).append(time.monotonic())
+        done.add(record["n"])
+
+    def declare() -> None:
+        Table("orders").on_new_records(each=True, name="keyed", rate="10/500ms", per="c")(handle)
+        Table("calls").on_new_records(each=True, name="plain", rate="20/500ms")(handle)
+
+    with running(server.kind) as own:                                  # the others' server stays up
+        own.sql("create database killed")
+        db = Database(own.url("killed"), source="the test")
+        set_database(db)
+        bench = await Bench.make(db, declare)
+        await bench.add("orders", ({"c": "ab"[n % 2], "n": n} for n in range(50)))
+        await bench.add("calls", ({"c": "plain", "n": n} for n in range(50, 100)))
+        async with bench.running():
+            await met(lambda: min(len(begun.get(name, ())) for name in ("a", "b", "plain")) > 5)
+            await asyncio.to_thread(kill, own)
+            with suppress(Exception):
+                await bench.value("select 1")                          # connections of before
+            await bench.until_done()
+        await db.close()
+        set_database(None)
+    assert done == {*range(100)}
+    for name, most in (("a", 10), ("b", 10), ("plain", 20)):
+        at = sorted(begun[name])
+        assert all(late - early > 0.5 for early, late in zip(at, at[most:], strict=False))
