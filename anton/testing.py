@@ -401,6 +401,7 @@ class _Templates:
         self._server = server
         self._made: dict[Path, str] = {}
         self._urls: dict[Path, str] = {}
+        self._strategy: dict[Path, str] = {}
         self._count = 0
 
     def url(self, folder: Path, name: str) -> str:
@@ -412,6 +413,8 @@ class _Templates:
     def clone(self, app: App, folder: Path) -> str:
         if folder not in self._made:
             self._clear_leftovers(folder)
+            (synced,), = self._execute(folder, "show fsync")
+            self._strategy[folder] = "wal_log" if synced == "on" else "file_copy"  # its checkpoints cost nothing then
             self._made[folder] = self._create(folder)
             db = Database(self.url(folder, self._made[folder]), source="the fixture app")
             db.run(self._migrate(db, app))
@@ -439,7 +442,7 @@ class _Templates:
     def _create(self, folder: Path, template: str = "template1") -> str:
         self._count += 1
         name = f"anton_test_{os.getpid()}_{self._count}"
-        self._execute(folder, f"create database {name} template {template}")
+        self._execute(folder, f"create database {name} template {template} strategy {self._strategy[folder]}")
         return name
 
     def _clear_leftovers(self, folder: Path) -> None:
