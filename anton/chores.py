@@ -60,7 +60,7 @@ class Chores:
     async def run(self) -> None:
         """Begins when the catalogue was read just now."""
         self._refreshed = time.monotonic()
-        kept = watched = 0.0
+        kept, watched, again = 0.0, 0.0, True
         while True:
             self._called.clear()                                       # who calls from here on is heard
             pause = min(self.lease.total_seconds(), WATCH)
@@ -79,10 +79,12 @@ class Chores:
                         watched = time.monotonic()
                         await self._db.call(conn, "dbt_watchdog")
                 if time.monotonic() - self._refreshed > (SOON if self._stale else REFRESH):
-                    self._stale = False
+                    self._stale = again = False
                     await self._refresh()
                     self._refreshed = time.monotonic()
-                if not self._bell.held:
+                if self._stale:                                        # it was told so while the catalogue was read
+                    pause = min(pause, SOON)
+                if again or not self._bell.held:                       # a handler made before it was rings for nobody
                     pause = min(pause, REFRESH)
                 if await feed(self._db, self._dispatcher.lanes.values()):
                     pause = min(pause, 0.2)
