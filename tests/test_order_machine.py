@@ -1,0 +1,590 @@
+"""Order, whatever happens: workers of a handler with ordered, in any order, against Lines in chaos/model.py.
+
+Each worker is an anton.order.Order and the SQL functions that a worker calls; what it has in memory dies with it. Two
+writers, people, and a clock that the test moves. A record that a lease is held for begins only as the first of its key
+(I11), and what waits in the database is, of each key, what the model has, in its order (I1). In the end all is done
+(I9): at first all whose key is not closed, then, when what waited is due and the dead are replayed, the rest.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import random
+import re
+import sys
+import traceback
+from collections import deque
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import psycopg
+import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import initialize, invariant, precondition, rule, run_state_machine_as_test
+from machine import AHEAD, BUG, SETTINGS, WORKERS, WRITERS, Blocked, Sessions, opened
+from servers import Server
+
+from anton.order import Order
+from chaos.bugs import JOB, MORE, SUSPECT, Bug, planted
+from chaos.model import LEASE, Lines, Record, Refused
+
+KEYS = range(1, 5)
+LONGER = 2 * LEASE  # how long a permit lasts in the database
+ATTEMPTS = 3  # crashes of a record that runs alone
+SOME = st.sampled_from(WORKERS)
+OPEN = st.sampled_from([False, False, True])
+ORDER = "sql/27_order.sql"
+WAITING = """
+  select 'job', id, change_id, o, null, null::int from anton.job cross join generate_series(lo, hi) o
+   where handler_id = %(h)s and o <> all (coalesce(settled, '{}'))
+  union all select 'delayed', id, change_id, lo, null, null from anton.delayed where handler_id = %(h)s
+  union all select 'lease', id, change_id, o, null, null from anton.lease cross join generate_series(lo, hi) o
+   where handler_id = %(h)s and o <> all (coalesce(settled, '{}'))
+  union all (select 'turn', id, change_id, ordinal, state, (key::jsonb ->> 0)::int from anton.turn order by n)"""
+
+
+class Batch:
+    """What a claim brought: what Order asks of an Each. at: job and record of each item. fates: of what has ended."""
+
+    def __init__(self, worker: Worker, token: int, rows: list[Any], keys: dict[Record, int]) -> None:
+        self.lane = worker.lane
+        self.token = token
+        self.at = [
+            (id, (change, o)) for id, change, lo, hi, settled in rows for o in range(lo, hi + 1) if o not in settled
+        ]
+        self.order: list[Hashable] = [keys[record] for _, record in self.at]
+        self.fates: dict[int, str] = {}
+        self.done: set[int] = set()
+        self.world: str | None = None
+        self.ended = self.awaited = False
+        self.ran: set[int] = set()
+        self.off: dict[Hashable, list[int]] = {}
+
+    def tell(self) -> None:
+        """It is looked at when the machine likes."""
+
+    def job(self, item: int) -> int:
+        """The id of an item's job."""
+        return self.at[item][0]
+
+    @property
+    def over(self) -> bool:
+        """All of it is settled."""
+        return len(self.done) == len(self.at)
+
+
+@dataclass(eq=False)
+class Worker:
+    """A process: what it has in memory. until: it believes to hold the handler. closed: told by what it settles now."""
+
+    id: int
+    order: Order
+    lane: Any = field(default_factory=lambda: SimpleNamespace(items=deque(), down=None))
+    batches: list[Batch] = field(default_factory=list)
+    running: list[tuple[Batch, int]] = field(default_factory=list)
+    until: float = float("-inf")
+
+
+@dataclass
+class Flush:
+    """A transaction that settles items of a batch, and is open."""
+
+    batch: Batch
+    ends: dict[int, tuple[str, float]]  # item: how, and until when it waits
+    closed: tuple[set[str], list[str]] | None = None
+
+
+class InOrder(Sessions):
+    """Workers, writers and people of a handler with an order."""
+
+    made: Any = Order  # with a bug, where one is planted
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.random = random.Random(0)
+        self.now = 0.0
+        self.last = 0
+        self.model = Lines()
+        self.workers = {n: self.born() for n in WORKERS}
+        self.flushes: dict[int, Flush] = {}
+        self.open: dict[int, set[int]] = {}  # writer: keys it has changed
+        self.known: set[int] = set()  # changes
+        self.sql(
+            "delete from anton.job; delete from anton.lease; delete from anton.delayed; delete from anton.dead; "
+            "delete from anton.turn; delete from anton.receipt; "
+            "update anton.permit set worker_id = null, lease_until = '-infinity'; "
+            "update anton.handler set paused = false, failing_since = null, probe_at = null, failures = 0; "
+            f"update test_clock set ahead = interval '{AHEAD} s'"
+        )
+
+    def born(self) -> Worker:
+        """A new process."""
+        self.last += 1
+        return Worker(self.last, self.made(None))
+
+    @initialize(block=st.booleans(), sizes=st.lists(st.integers(1, 3), min_size=2, max_size=4))
+    def begin(self, block: bool, sizes: list[int]) -> None:
+        self.model.block = block
+        self.sql("update anton.handler set on_dead = %s where id = %s", "block" if block else "skip", self.handler)
+        for n in sizes:
+            self.changes(0, n, True)
+        self.claim(0, 3, 9)
+
+    def teardown(self) -> None:
+        """All workers are gone; one that comes then does all that is not closed, and in its time the rest."""
+        if sys.exc_info()[0] is not None:
+            return
+        for n in list(self.flushes):
+            self.end_flush(n, "roll back")
+        for writer in list(self.open):
+            self.ends_write(writer, True)
+        self.sql("select anton.resume('inorder')")
+        for n in WORKERS:
+            self.dies(n, True)
+        self.works_all()
+        wait = [record for record in self.model.left() if self.model.until.get(self.model.keys[record], 0) <= self.now]
+        assert not wait, "I9: records wait though nothing of their key does"
+        for record in list(self.model.dead):
+            self.decide(record, True)
+        self.move(12_000)
+        self.works_all()
+        assert not self.model.left() and not self.sql("select count(*) from anton.turn"), "I9: not all is ever done"
+
+    def works_all(self) -> None:
+        """A worker by itself, until it finds nothing."""
+        worker = self.workers[0]
+        while self.reclaim(0) or self.claim(0, 100, 1000):
+            for _ in range(100):
+                while self.start(0):
+                    self.ends(0, 0, "good")
+                for which in range(len(worker.batches)):
+                    self.settles(0, which, 1000, False)
+                self.leaves(0, 0)
+            assert not worker.batches, "I9: a worker is stuck"
+            self.waits_as_in_the_model()
+
+    # Writers
+
+    def changes(self, writer: int, n: int, ends: bool) -> None:
+        """n rows, in a statement."""
+        other = set[int]().union(*(keys for of, keys in self.open.items() if of != writer))
+        keys = [key for key in KEYS if key not in other]
+        keys = self.random.sample(keys, min(n, len(keys)))
+        conn = self.conns[WRITERS[writer]]
+        if writer not in self.open:
+            conn.execute("begin")
+            self.open[writer] = set()
+        conn.execute("update moves set n = n + 1 where id = any (%s)", (keys,))
+        self.open[writer] |= set(keys)
+        if ends:
+            self.ends_write(writer, True)
+
+    @rule(writer=st.sampled_from([0, 1]), n=st.integers(1, 3), ends=st.sampled_from([True, True, False]))
+    def writes(self, writer: int, n: int, ends: bool) -> None:
+        if sum(map(len, self.model.lines.values())) < 20:
+            self.changes(writer, n, ends)
+
+    @precondition(lambda self: self.open)
+    @rule(data=st.data(), commit=st.sampled_from([True, True, False]))
+    def commits(self, data: Any, commit: bool) -> None:
+        self.ends_write(data.draw(st.sampled_from(sorted(self.open))), commit)
+
+    def ends_write(self, writer: int, commit: bool) -> None:
+        """What is committed is behind all there is."""
+        del self.open[writer]
+        self.conns[WRITERS[writer]].execute("commit" if commit else "rollback")
+        query = ("select c.id, c.ids from anton.job j join anton.change c on c.id = j.change_id "
+                 "where j.handler_id = %s order by j.id")
+        for change, ids in self.look.execute(query, (self.handler,)).fetchall():
+            if change not in self.known:
+                assert commit, "I2: a job without its commit"
+                self.known.add(change)
+                for o, key in enumerate(ids, 1):
+                    self.model.add(key, (change, o))
+
+    # Workers
+
+    def holds(self, worker: Worker) -> bool:
+        """What it believes."""
+        return worker.until > self.now
+
+    def asks_permit(self, n: int, suspects: bool = False) -> bool:
+        """Whether it has the handler."""
+        worker = self.workers[n]
+        if not self.holds(worker):
+            worker.order.tenure = -1
+        ((held,),) = self.ask(
+            n, "select anton.permit(%s, %s, 1, make_interval(secs => %s), true, %s)",
+            worker.id, self.handler, LONGER, suspects,
+        )
+        worker.until = self.now + LEASE if held else float("-inf")
+        return bool(held)
+
+    @rule(n=SOME, jobs=st.integers(1, 4), records=st.integers(1, 9), lost=st.sampled_from([False, False, False, True]))
+    def claims(self, n: int, jobs: int, records: int, lost: bool) -> None:
+        self.claim(n, jobs, records, lost)
+
+    def claim(self, n: int, jobs: int, records: int, lost: bool = False) -> bool:
+        """Whether it brought anything. lost: the answer."""
+        worker = self.workers[n]
+        if n in self.flushes or worker.lane.down is not None:
+            return False
+        self.ask(n, "select anton.poll(%s, array[%s]::int[], %s)", worker.id, self.handler, f"{LEASE} s")
+        if not self.asks_permit(n):
+            return False
+        token = self.random.getrandbits(63)
+        rows = self.ask(
+            n, "select id, change_id, lo, hi, coalesce(settled, '{}') from anton.claim_ordered(%s, %s, array[%s]::int[], "
+            "array[%s]::int[], array[%s]::int[], array[0]::bigint[], %s)",
+            worker.id, token, self.handler, jobs, records, f"{LEASE} s",
+        )
+        if rows and not lost:
+            self.sends(n, Batch(worker, token, rows, self.model.keys))
+        return bool(rows)
+
+    def sends(self, n: int, batch: Batch) -> None:
+        """Its records are where they are begun, after what is to be known of their keys."""
+        worker, order = self.workers[n], self.workers[n].order
+        worker.batches.append(batch)
+        if order.tenure < 0:
+            order.know((), self.ask(n, "select anton.waiting_keys(%s)", self.handler)[0][0])
+            order.tenure = 0
+        if order.closed:
+            ids = [id for id, _ in batch.at if [one for one, _ in batch.at].count(id) == 1]
+            order.heads |= set(self.ask(n, "select anton.heads(%s, %s::bigint[])", self.handler, ids)[0][0])
+        order.send(batch)
+
+    @rule(n=SOME, later=st.booleans())
+    def reclaims(self, n: int, later: bool) -> None:
+        if later:
+            self.move(3700)
+        self.reclaim(n)
+
+    def reclaim(self, n: int) -> bool:
+        """One job of the dead, run alone. Whether there was any."""
+        worker = self.workers[n]
+        if n in self.flushes or worker.lane.down is not None or worker.batches:
+            return False
+        token = self.random.getrandbits(63)
+        rows = self.ask(
+            n, "select id, change_id, lo, hi, coalesce(settled, '{}'), crashes from anton.reclaim_together(%s, %s, "
+            "array[%s]::int[], %s)",
+            worker.id, token, self.handler, f"{LEASE} s",
+        )
+        assert len(rows) < 2, "I11: several jobs of the dead at a time"
+        if not rows:
+            return False
+        batch = Batch(worker, token, [row[:5] for row in rows], self.model.keys)
+        id, crashes = rows[0][0], rows[0][5]
+        if crashes and len(batch.at) > 1:
+            self.ask(n, "select anton.split_crashed(%s, %s)", token, id)
+        elif crashes >= ATTEMPTS:
+            ((_, record),) = batch.at
+            key = worker.order.text(batch.order[0])
+            self.ask(n, "select anton.bury_in_turn(%s, %s, %s, %s, 'crashed', 'died', null)", token, id, record[1], key)
+            self.model.bury(record)
+            worker.order.know((), [key])
+        elif not self.asks_permit(n, suspects=True):
+            self.ask(n, "select anton.give_back(%s, array[%s]::bigint[])", token, id)
+        else:
+            worker.order.tenure = -1
+            self.sends(n, batch)
+        return True
+
+    @rule(n=SOME)
+    def begins(self, n: int) -> None:
+        self.start(n)
+
+    def start(self, n: int) -> bool:
+        """The next record of those that may run. Whether there is one."""
+        worker = self.workers[n]
+        while worker.lane.items and self.holds(worker):
+            batch, item = worker.lane.items.popleft()
+            if batch.world is not None or worker.lane.down is not None or not worker.order.may(batch):
+                worker.order.skip(batch, item)
+                self.stop(worker, batch)
+                continue
+            id, record = batch.at[item]
+            if self.held(batch, [id]):
+                assert self.model.may(record, self.now), f"I11: {record} begins before its turn"
+                for other in self.workers.values():
+                    for one, at in other.running:
+                        assert one.at[at][1] != record or not self.held(one, [id]), "I11: it runs already"
+            worker.running.append((batch, item))
+            return True
+        return False
+
+    def held(self, batch: Batch, ids: list[int]) -> bool:
+        """Whether these jobs are its own, in the database."""
+        return self.sql(
+            "select count(*) from anton.lease where token = %s and id = any(%s)", batch.token, ids) == len(ids)
+
+    def stop(self, worker: Worker, batch: Batch, why: str = "stopped") -> None:
+        """It begins nothing more until all that it has is given back."""
+        batch.world = batch.world or why
+        worker.order.stopped = True
+        worker.lane.down = batch.world
+
+    @precondition(lambda self: any(worker.running for worker in self.workers.values()))
+    @rule(n=SOME, which=st.integers(0, 9), fate=st.sampled_from(["good", "good", "good", "failed", "dead", "away"]))
+    def ends(self, n: int, which: int, fate: str) -> None:
+        """A call."""
+        worker = self.workers[n]
+        if worker.running:
+            batch, item = worker.running.pop(which % len(worker.running))
+            if fate == "away":
+                self.stop(worker, batch, fate)
+            else:
+                batch.fates[item] = fate
+            worker.order.ended(batch, item)
+
+    # Settling
+
+    @rule(n=SOME, which=st.integers(0, 9), after=st.sampled_from([1000, 5000]), stays_open=OPEN)
+    def settles(self, n: int, which: int, after: int, stays_open: bool) -> None:
+        """What has ended of a batch, and what is to be put off."""
+        worker = self.workers[n]
+        if n in self.flushes or not worker.batches:
+            return
+        batch = worker.batches[which % len(worker.batches)]
+        off = worker.order.put_off(batch)
+        batch.fates |= dict.fromkeys(off, "off")
+        ends = {item: (fate, self.now + after) for item, fate in batch.fates.items()}
+        if not ends:
+            return
+        flush = Flush(batch, ends)
+        held = self.held(batch, sorted({batch.job(item) for item in ends}))
+        try:
+            self.ask(n, "begin")
+            self.flush(n, flush, after)
+            assert held, "I4: a stale token changed something"
+        except (Refused, Blocked) as error:
+            self.ask(n, "rollback")
+            batch.fates = {item: how for item, (how, _) in ends.items()}
+            if isinstance(error, Refused):
+                assert not held, "I4: what is held is refused"
+                self.loses(n, batch)
+            return
+        batch.fates = {}
+        self.flushes[n] = flush
+        if not stays_open:
+            self.end_flush(n, "commit")
+
+    def flush(self, n: int, flush: Flush, after: int) -> None:
+        """As anton/settle.py does it."""
+        worker, batch, order = self.workers[n], flush.batch, self.workers[n].order
+        by: dict[tuple[str, int], list[int]] = {}
+        for item, (how, _) in flush.ends.items():
+            by.setdefault((how, batch.job(item)), []).append(item)
+        for (how, id), items in sorted(by.items(), key=lambda one: one[0][0] != "good"):
+            ordinals = [batch.at[item][1][1] for item in items]
+            keys = [order.text(batch.order[item]) for item in items]
+            left = [at for at in range(len(batch.at)) if batch.job(at) == id and at not in batch.done]
+            if how == "good" and sorted(items) == left:
+                self.ask(n, "select anton.ack(%s, array[%s]::bigint[], %s, 1)", batch.token, id, worker.id)
+            elif how == "good":
+                self.ask(n, "select anton.ack_part(%s, %s, %s::int[], %s, 1)", batch.token, id, ordinals, worker.id)
+            elif how == "failed":
+                self.ask(
+                    n, "select anton.retry_in_turn(%s, %s, %s::int[], %s::text[], make_interval(secs => %s), 'no', true)",
+                    batch.token, id, ordinals, keys, after,
+                )
+            elif how == "off":
+                self.ask(n, "select anton.put_off(%s, %s, %s::int[], %s::text[])", batch.token, id, ordinals, keys)
+            else:
+                for ordinal, key in zip(ordinals, keys, strict=True):
+                    self.ask(
+                        n, "select anton.bury_in_turn(%s, %s, %s, %s, 'discarded', 'no', null)", batch.token, id, ordinal, key)
+        if order.closed or any(how != "good" for how, _ in flush.ends.values()):
+            failed = {batch.job(item) for item, (how, _) in flush.ends.items() if how != "good"}
+            for id in sorted({batch.job(item) for item in flush.ends} & order.heads - failed):
+                self.ask(n, "select anton.end_turn(%s, %s)", self.handler, id)
+            texts = {order.text(batch.order[item]) for item in flush.ends}
+            flush.closed = texts, self.ask(n, "select anton.waiting_keys(%s, %s::text[])", self.handler, [*texts])[0][0]
+
+    @precondition(lambda self: self.flushes)
+    @rule(data=st.data(), how=st.sampled_from(["commit", "commit", "roll back", "terminate", "lose the reply"]))
+    def ends_flush(self, data: Any, how: str) -> None:
+        self.end_flush(data.draw(st.sampled_from(sorted(self.flushes))), how)
+
+    def end_flush(self, n: int, how: str) -> None:
+        """A worker that is not told of its commit gives its batch up."""
+        worker, flush = self.workers[n], self.end_tx(n, how)
+        batch = flush.batch
+        if how != "commit":
+            self.loses(n, batch)
+            return
+        batch.done |= set(flush.ends)
+        if flush.closed is not None:
+            worker.order.know(*flush.closed)
+        worker.order.settled(batch, list(flush.ends))
+        if batch.over:
+            worker.batches.remove(batch)
+            batch.ended = True
+            worker.order.leave(batch)
+
+    def end_tx(self, n: int, how: str) -> Flush:
+        """What is committed is so."""
+        flush, conn = self.flushes.pop(n), self.conns[n]
+        batch, committed = flush.batch, how == "commit"
+        if how in ("commit", "roll back"):
+            self.ask(n, how.replace(" ", ""))
+        else:
+            if how == "terminate":
+                self.sql("select pg_terminate_backend(%s)", conn.info.backend_pid)
+            else:
+                conn.pgconn.send_query(b"commit")
+                conn.pgconn.flush()
+            self.replace(n)
+        if how == "lose the reply":  # then nobody knows but the database
+            id, (_, o) = batch.at[next(iter(flush.ends))]
+            query = "select count(*) from anton.lease where token = %s and id = %s and %s <> all (coalesce(settled, '{}'))"
+            committed = not self.sql(query, batch.token, id, o)
+        for item, (fate, until) in flush.ends.items() if committed else ():
+            record = batch.at[item][1]
+            if fate == "good":
+                self.model.over(record)
+            elif fate == "failed":
+                self.model.retry(record, until)
+            elif fate == "dead":
+                self.model.bury(record)
+        return flush
+
+    # What a worker loses or leaves
+
+    def loses(self, n: int, batch: Batch) -> None:
+        """Its run ends, whatever of it is settled; what was claimed beside it goes back, too."""
+        self.stop(self.workers[n], batch)
+        self.leave(n, batch)
+
+    def leave(self, n: int, batch: Batch) -> None:
+        """Its run has ended. What is not settled is given back, if it is its own."""
+        worker = self.workers[n]
+        mine = [entry for entry in worker.lane.items if entry[0] is batch]
+        for entry in mine:
+            worker.lane.items.remove(entry)
+        batch.ended = True
+        worker.order.drop(batch)
+        for _, item in mine:
+            worker.order.skip(batch, item)
+        worker.order.leave(batch)
+        for entry in [entry for entry in worker.running if entry[0] is batch]:
+            worker.running.remove(entry)
+            worker.order.ended(*entry)
+        worker.batches.remove(batch)
+        query = "select array_agg(id) from anton.lease where token = %s and id = any(%s)"
+        left = self.sql(query, batch.token, [id for id, _ in batch.at])
+        if left and batch.world == "away":
+            self.ask(n, "select anton.world_failed(%s, %s::bigint[], 'away', '2000 s')", batch.token, left)
+        elif left:
+            self.ask(n, "select anton.give_back(%s, %s::bigint[])", batch.token, left)
+
+    @precondition(lambda self: any(worker.lane.down for worker in self.workers.values()))
+    @rule(n=SOME, which=st.integers(0, 9))
+    def leaves(self, n: int, which: int) -> None:
+        """One batch of a worker that has stopped."""
+        worker = self.workers[n]
+        if n in self.flushes or worker.lane.down is None:
+            return
+        if worker.batches:
+            self.leave(n, worker.batches[which % len(worker.batches)])
+        if not worker.batches:
+            worker.lane.down, worker.order.stopped = None, False
+
+    @rule(n=SOME, seen=st.booleans(), how=st.sampled_from(["terminate", "lose the reply"]))
+    def dies(self, n: int, seen: bool, how: str = "terminate") -> None:
+        """And its memory with it. how: what it was settling ends. seen: by its parent."""
+        if n in self.flushes:
+            self.end_tx(n, how)
+        if seen:
+            self.sql("select anton.worker_died(%s)", self.workers[n].id)
+        self.workers[n] = self.born()
+
+    @precondition(lambda self: any(worker.batches for worker in self.workers.values()))
+    @rule(n=SOME)
+    def beats(self, n: int) -> None:
+        """Its heart. What others have taken is lost."""
+        worker = self.workers[n]
+        query = "select * from anton.keep_permits(%s, make_interval(secs => %s))"
+        kept = self.look.execute(query, (worker.id, LONGER)).fetchall()
+        worker.until = self.now + LEASE if kept and self.holds(worker) else float("-inf")
+        tokens = [batch.token for batch in worker.batches]
+        query = "select anton.heartbeat(%s, %s::bigint[], %s)"
+        held = {row[0] for row in self.look.execute(query, (worker.id, tokens, f"{LEASE} s")).fetchall()}
+        for batch in [batch for batch in worker.batches if batch.token not in held] if n not in self.flushes else ():
+            self.loses(n, batch)
+
+    # Time and people
+
+    @rule(seconds=st.sampled_from([1000, 3700, 12_000]))
+    def move(self, seconds: int) -> None:
+        self.now += seconds
+        self.sql("update test_clock set ahead = ahead + make_interval(secs => %s)", seconds)
+
+    @precondition(lambda self: not self.flushes)
+    @rule(data=st.data())
+    def cancels(self, data: Any) -> None:
+        """What waits."""
+        rows = [row for row in self.waiting() if row[0] != "lease" and row[4] not in ("first", "dead")]
+        if rows:
+            id = data.draw(st.sampled_from(rows))[1]
+            assert self.sql("select anton.cancel(%s)", id) is True
+            for record in [(row[2], row[3]) for row in rows if row[1] == id]:
+                self.model.over(record)
+
+    @precondition(lambda self: self.model.dead and not self.flushes)
+    @rule(data=st.data(), replay=st.booleans())
+    def decides(self, data: Any, replay: bool) -> None:
+        self.decide(data.draw(st.sampled_from(sorted(self.model.dead))), replay)
+
+    def decide(self, record: Record, replay: bool) -> None:
+        """A dead letter is replayed, or dropped."""
+        id = self.sql("select id from anton.dead where change_id = %s and ordinal = %s", *record)
+        if not replay:
+            assert self.sql("select anton.drop_dead(%s)", id) is True
+            self.model.drop(record)
+            return
+        change = self.sql("select change_id from anton.job where id = anton.replay(%s)", id)
+        self.known.add(change)
+        self.model.replay(record, (change, 1))
+
+    # What holds after every step
+
+    def waiting(self) -> list[Any]:
+        """Where each record is: place, id of the job or dead letter, change, ordinal; of a turn its state and its key."""
+        return self.look.execute(WAITING, {"h": self.handler}).fetchall()
+
+    @invariant()
+    def waits_as_in_the_model(self) -> None:
+        rows = self.waiting()
+        places = sorted((row[2], row[3]) for row in rows if row[4] != "first")
+        assert places == sorted(self.model.left()), "I1: a record is in no place, or in two"
+        turns: dict[int, list[Any]] = {}
+        for row in rows:
+            if row[0] == "turn":
+                turns.setdefault(row[5], []).append(row)
+        for key, found in turns.items():
+            line = self.model.lines[key]
+            assert (found[0][2], found[0][3]) == line[0], "I11: another record is the first of its key"
+            assert [line.index((row[2], row[3])) for row in found] == sorted(line.index((row[2], row[3])) for row in found)
+            assert found[0][4] in ("first", "dead") and {row[4] for row in found[1:]} <= {"waits"}
+            assert (found[0][4] == "dead") == (self.model.until.get(key) == float("inf")), "another record is dead"
+
+
+@pytest.fixture
+def inorder(server: Server, template: str, request: pytest.FixtureRequest) -> Iterator[type[InOrder]]:
+    bug = getattr(request, "param", None)
+    with opened(InOrder, server, template, bug) as pg:
+        pg.sql(
+            "create table moves (id bigint primary key, n int not null default 0)",
+            f"insert into moves (id) select generate_series({KEYS[0]}, {KEYS[-1]})",
+        )
+        InOrder.handler = pg.listen("moves", "updated", name="inorder", each_record=True, ordered=True)
+        yield InOrder
+
+
+def test_no_key_is_out_of_order_whatever_happens(inorder: type[InOrder]) -> None:
+    run_state_machine_as_test(inorder, settings=SETTINGS)
