@@ -8,34 +8,28 @@ writers, people, and a clock that the test moves. A record that a lease is held 
 
 from __future__ import annotations
 
-import importlib.util
-import inspect
 import random
-import re
 import sys
-import traceback
 from collections import deque
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
-import psycopg
 import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, invariant, precondition, rule, run_state_machine_as_test
-from machine import AHEAD, BUG, SETTINGS, WORKERS, WRITERS, Blocked, Sessions, opened
+from machine import AHEAD, SETTINGS, WORKERS, WRITERS, Blocked, Sessions, opened
 from servers import Server
 
 from anton.order import Order
-from chaos.bugs import JOB, MORE, SUSPECT, Bug, planted
 from chaos.model import LEASE, Lines, Record, Refused
 
 KEYS = range(1, 5)
 LONGER = 2 * LEASE  # how long a permit lasts in the database
+LATE = 100_000  # seconds: later than the last lease and permit has run out
 ATTEMPTS = 3  # crashes of a record that runs alone
-SOME = st.sampled_from(WORKERS)
-OPEN = st.sampled_from([False, False, True])
+NTH, RARELY = st.integers(0, 5), st.sampled_from([False, False, False, False, True])
 ORDER = "sql/27_order.sql"
 WAITING = """
   select 'job', id, change_id, o, null, null::int from anton.job cross join generate_series(lo, hi) o
@@ -86,6 +80,31 @@ class Worker:
     batches: list[Batch] = field(default_factory=list)
     running: list[tuple[Batch, int]] = field(default_factory=list)
     until: float = float("-inf")
+
+
+def can_claim(worker: Worker) -> bool:
+    """It has not stopped."""
+    return worker.lane.down is None
+
+
+def can_reclaim(worker: Worker) -> bool:
+    """What it reclaims would run alone."""
+    return worker.lane.down is None and not worker.batches
+
+
+def can_settle(worker: Worker) -> bool:
+    """Something has ended, or is to be put off."""
+    return any(batch.fates or batch.off for batch in worker.batches)
+
+
+def is_down(worker: Worker) -> bool:
+    """It has stopped."""
+    return worker.lane.down is not None
+
+
+def pick(some: list[Any], nth: int) -> Any:
+    """One of these."""
+    return some[nth % len(some)]
 
 
 @dataclass
@@ -143,13 +162,14 @@ class InOrder(Sessions):
             self.ends_write(writer, True)
         self.sql("select anton.resume('inorder')")
         for n in WORKERS:
-            self.dies(n, True)
+            self.die(n, False)
+        self.move(12_000)
         self.works_all()
         wait = [record for record in self.model.left() if self.model.until.get(self.model.keys[record], 0) <= self.now]
         assert not wait, "I9: records wait though nothing of their key does"
         for record in list(self.model.dead):
             self.decide(record, True)
-        self.move(12_000)
+        self.move(LATE)
         self.works_all()
         assert not self.model.left() and not self.sql("select count(*) from anton.turn"), "I9: not all is ever done"
 
@@ -159,10 +179,11 @@ class InOrder(Sessions):
         while self.reclaim(0) or self.claim(0, 100, 1000):
             for _ in range(100):
                 while self.start(0):
-                    self.ends(0, 0, "good")
-                for which in range(len(worker.batches)):
-                    self.settles(0, which, 1000, False)
-                self.leaves(0, 0)
+                    self.end(0, 0, "good")
+                for batch in list(worker.batches):
+                    self.settle(0, batch, 1000, False)
+                if not worker.batches:
+                    break
             assert not worker.batches, "I9: a worker is stuck"
             self.waits_as_in_the_model()
 
@@ -207,6 +228,10 @@ class InOrder(Sessions):
 
     # Workers
 
+    def some(self, meets: Callable[[Worker], Any]) -> list[int]:
+        """Workers of that kind which are not in a transaction."""
+        return [n for n, worker in self.workers.items() if n not in self.flushes and meets(worker)]
+
     def holds(self, worker: Worker) -> bool:
         """What it believes."""
         return worker.until > self.now
@@ -223,15 +248,17 @@ class InOrder(Sessions):
         worker.until = self.now + LEASE if held else float("-inf")
         return bool(held)
 
-    @rule(n=SOME, jobs=st.integers(1, 4), records=st.integers(1, 9), lost=st.sampled_from([False, False, False, True]))
-    def claims(self, n: int, jobs: int, records: int, lost: bool) -> None:
-        self.claim(n, jobs, records, lost)
+    @precondition(lambda self: self.some(can_claim))
+    @rule(nth=NTH, jobs=st.integers(1, 4), records=st.integers(1, 9), other=RARELY, lost=RARELY)
+    def claims(self, nth: int, jobs: int, records: int, other: bool, lost: bool) -> None:
+        """Who holds the handler, or others."""
+        some = self.some(can_claim)
+        holders = [n for n in some if self.holds(self.workers[n])]
+        self.claim(pick(some if other or not holders else holders, nth), jobs, records, lost)
 
     def claim(self, n: int, jobs: int, records: int, lost: bool = False) -> bool:
         """Whether it brought anything. lost: the answer."""
         worker = self.workers[n]
-        if n in self.flushes or worker.lane.down is not None:
-            return False
         self.ask(n, "select anton.poll(%s, array[%s]::int[], %s)", worker.id, self.handler, f"{LEASE} s")
         if not self.asks_permit(n):
             return False
@@ -253,21 +280,20 @@ class InOrder(Sessions):
             order.know((), self.ask(n, "select anton.waiting_keys(%s)", self.handler)[0][0])
             order.tenure = 0
         if order.closed:
-            ids = [id for id, _ in batch.at if [one for one, _ in batch.at].count(id) == 1]
+            ids = [id for id, _ in batch.at]
             order.heads |= set(self.ask(n, "select anton.heads(%s, %s::bigint[])", self.handler, ids)[0][0])
         order.send(batch)
 
-    @rule(n=SOME, later=st.booleans())
-    def reclaims(self, n: int, later: bool) -> None:
+    @precondition(lambda self: self.some(can_reclaim))
+    @rule(nth=NTH, later=st.booleans())
+    def reclaims(self, nth: int, later: bool) -> None:
         if later:
             self.move(3700)
-        self.reclaim(n)
+        self.reclaim(pick(self.some(can_reclaim), nth))
 
     def reclaim(self, n: int) -> bool:
         """One job of the dead, run alone. Whether there was any."""
         worker = self.workers[n]
-        if n in self.flushes or worker.lane.down is not None or worker.batches:
-            return False
         token = self.random.getrandbits(63)
         rows = self.ask(
             n, "select id, change_id, lo, hi, coalesce(settled, '{}'), crashes from anton.reclaim_together(%s, %s, "
@@ -294,9 +320,12 @@ class InOrder(Sessions):
             self.sends(n, batch)
         return True
 
-    @rule(n=SOME)
-    def begins(self, n: int) -> None:
-        self.start(n)
+    @precondition(lambda self: any(worker.lane.items and self.holds(worker) for worker in self.workers.values()))
+    @rule(nth=NTH, times=st.integers(1, 3))
+    def begins(self, nth: int, times: int) -> None:
+        n = pick([n for n, worker in self.workers.items() if worker.lane.items and self.holds(worker)], nth)
+        for _ in range(times):
+            self.start(n)
 
     def start(self, n: int) -> bool:
         """The next record of those that may run. Whether there is one."""
@@ -329,27 +358,31 @@ class InOrder(Sessions):
         worker.lane.down = batch.world
 
     @precondition(lambda self: any(worker.running for worker in self.workers.values()))
-    @rule(n=SOME, which=st.integers(0, 9), fate=st.sampled_from(["good", "good", "good", "failed", "dead", "away"]))
-    def ends(self, n: int, which: int, fate: str) -> None:
-        """A call."""
+    @rule(nth=NTH, which=NTH, fate=st.sampled_from(["good", "good", "good", "failed", "failed", "dead", "away"]))
+    def ends(self, nth: int, which: int, fate: str) -> None:
+        self.end(pick([n for n, worker in self.workers.items() if worker.running], nth), which, fate)
+
+    def end(self, n: int, which: int, fate: str) -> None:
+        """A call ends."""
         worker = self.workers[n]
-        if worker.running:
-            batch, item = worker.running.pop(which % len(worker.running))
-            if fate == "away":
-                self.stop(worker, batch, fate)
-            else:
-                batch.fates[item] = fate
-            worker.order.ended(batch, item)
+        batch, item = worker.running.pop(which % len(worker.running))
+        if fate == "away":
+            self.stop(worker, batch, fate)
+        else:
+            batch.fates[item] = fate
+        worker.order.ended(batch, item)
 
     # Settling
 
-    @rule(n=SOME, which=st.integers(0, 9), after=st.sampled_from([1000, 5000]), stays_open=OPEN)
-    def settles(self, n: int, which: int, after: int, stays_open: bool) -> None:
+    @precondition(lambda self: self.some(can_settle))
+    @rule(nth=NTH, which=NTH, after=st.sampled_from([1000, LATE]), stays_open=st.booleans())
+    def settles(self, nth: int, which: int, after: int, stays_open: bool) -> None:
+        n = pick(self.some(can_settle), nth)
+        self.settle(n, pick([batch for batch in self.workers[n].batches if batch.fates or batch.off], which), after, stays_open)
+
+    def settle(self, n: int, batch: Batch, after: int, stays_open: bool) -> None:
         """What has ended of a batch, and what is to be put off."""
         worker = self.workers[n]
-        if n in self.flushes or not worker.batches:
-            return
-        batch = worker.batches[which % len(worker.batches)]
         off = worker.order.put_off(batch)
         batch.fates |= dict.fromkeys(off, "off")
         ends = {item: (fate, self.now + after) for item, fate in batch.fates.items()}
@@ -482,20 +515,22 @@ class InOrder(Sessions):
         elif left:
             self.ask(n, "select anton.give_back(%s, %s::bigint[])", batch.token, left)
 
-    @precondition(lambda self: any(worker.lane.down for worker in self.workers.values()))
-    @rule(n=SOME, which=st.integers(0, 9))
-    def leaves(self, n: int, which: int) -> None:
-        """One batch of a worker that has stopped."""
-        worker = self.workers[n]
-        if n in self.flushes or worker.lane.down is None:
-            return
+    @precondition(lambda self: self.some(is_down))
+    @rule(nth=NTH, which=NTH)
+    def leaves(self, nth: int, which: int) -> None:
+        """One batch of a worker that has stopped. With the last one it goes on."""
+        worker = self.workers[n := pick(self.some(is_down), nth)]
         if worker.batches:
-            self.leave(n, worker.batches[which % len(worker.batches)])
+            self.leave(n, pick(worker.batches, which))
         if not worker.batches:
             worker.lane.down, worker.order.stopped = None, False
 
-    @rule(n=SOME, seen=st.booleans(), how=st.sampled_from(["terminate", "lose the reply"]))
-    def dies(self, n: int, seen: bool, how: str = "terminate") -> None:
+    @precondition(lambda self: any(worker.batches for worker in self.workers.values()))
+    @rule(nth=NTH, seen=st.booleans(), how=st.sampled_from(["terminate", "lose the reply"]))
+    def dies(self, nth: int, seen: bool, how: str) -> None:
+        self.die(pick([n for n, worker in self.workers.items() if worker.batches], nth), seen, how)
+
+    def die(self, n: int, seen: bool, how: str = "terminate") -> None:
         """And its memory with it. how: what it was settling ends. seen: by its parent."""
         if n in self.flushes:
             self.end_tx(n, how)
@@ -503,18 +538,18 @@ class InOrder(Sessions):
             self.sql("select anton.worker_died(%s)", self.workers[n].id)
         self.workers[n] = self.born()
 
-    @precondition(lambda self: any(worker.batches for worker in self.workers.values()))
-    @rule(n=SOME)
-    def beats(self, n: int) -> None:
+    @precondition(lambda self: self.some(lambda worker: worker.batches))
+    @rule(nth=NTH)
+    def beats(self, nth: int) -> None:
         """Its heart. What others have taken is lost."""
-        worker = self.workers[n]
+        worker = self.workers[n := pick(self.some(lambda worker: worker.batches), nth)]
         query = "select * from anton.keep_permits(%s, make_interval(secs => %s))"
         kept = self.look.execute(query, (worker.id, LONGER)).fetchall()
         worker.until = self.now + LEASE if kept and self.holds(worker) else float("-inf")
         tokens = [batch.token for batch in worker.batches]
         query = "select anton.heartbeat(%s, %s::bigint[], %s)"
         held = {row[0] for row in self.look.execute(query, (worker.id, tokens, f"{LEASE} s")).fetchall()}
-        for batch in [batch for batch in worker.batches if batch.token not in held] if n not in self.flushes else ():
+        for batch in [batch for batch in worker.batches if batch.token not in held]:
             self.loses(n, batch)
 
     # Time and people
@@ -547,7 +582,8 @@ class InOrder(Sessions):
             assert self.sql("select anton.drop_dead(%s)", id) is True
             self.model.drop(record)
             return
-        change = self.sql("select change_id from anton.job where id = anton.replay(%s)", id)
+        job = self.sql("select anton.replay(%s)", id)
+        change = self.sql("select change_id from anton.job where id = %s", job)
         self.known.add(change)
         self.model.replay(record, (change, 1))
 
@@ -562,16 +598,18 @@ class InOrder(Sessions):
         rows = self.waiting()
         places = sorted((row[2], row[3]) for row in rows if row[4] != "first")
         assert places == sorted(self.model.left()), "I1: a record is in no place, or in two"
-        turns: dict[int, list[Any]] = {}
-        for row in rows:
-            if row[0] == "turn":
-                turns.setdefault(row[5], []).append(row)
+        jobs = {row[1]: (row[2], row[3]) for row in rows if row[0] != "turn"}
+        turns: dict[int, list[tuple[str, Record]]] = {}
+        for _, id, change, o, state, key in (row for row in rows if row[0] == "turn"):
+            assert state != "first" or id in jobs, "I1: the first of a key has no job"
+            turns.setdefault(key, []).append((state, jobs[id] if state == "first" else (change, o)))
         for key, found in turns.items():
-            line = self.model.lines[key]
-            assert (found[0][2], found[0][3]) == line[0], "I11: another record is the first of its key"
-            assert [line.index((row[2], row[3])) for row in found] == sorted(line.index((row[2], row[3])) for row in found)
-            assert found[0][4] in ("first", "dead") and {row[4] for row in found[1:]} <= {"waits"}
-            assert (found[0][4] == "dead") == (self.model.until.get(key) == float("inf")), "another record is dead"
+            line, (state, first) = self.model.lines[key], found[0]
+            assert first == line[0], "I11: another record is the first of its key"
+            places = [line.index(record) for _, record in found]
+            assert places == sorted(places), "I11: what waits is in another order"
+            assert state != "waits" and {state for state, _ in found[1:]} <= {"waits"}, "I11: nobody is the first"
+            assert (state == "dead") == (self.model.until.get(key) == float("inf")), "I7: another record is dead"
 
 
 @pytest.fixture
