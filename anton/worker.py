@@ -299,8 +299,7 @@ class Worker:
         try:
             async with self.db.conn() as conn:
                 claimed = await queue.claim(self.db, conn, self.id, self._length, [lane.id for lane in wanted], jobs,
-                                            records, after, self._claiming, turns,
-                                            any(lane.order is not None for lane in wanted))
+                                            records, after, self._claiming, turns, self._in_order(wanted))
         finally:
             self._claiming = 0
         took = time.monotonic() - now
@@ -319,6 +318,14 @@ class Worker:
             self._errand.set()
         self._called = self._called and not claimed
         return bool(claimed)
+
+    def _in_order(self, lanes: list[Lane]) -> list[int] | None:
+        """Tokens of what is claimed of those that are ordered; None: none of these is."""
+        ordered = [lane for lane in lanes if lane.order is not None]
+        if not ordered:
+            return None
+        tokens = {job.token for lane in ordered for job in lane.waiting}
+        return [*tokens.union(*(run.tokens for run in self._active.values() if run.lane.order is not None))]
 
     async def _permits(self) -> None:
         """Takes what lanes with a limit can use, and gives back what they cannot."""
