@@ -490,7 +490,8 @@ def opened(machine: type[Sessions], server: Server, template: str, bug: Bug | No
     )
     if bug is not None:
         with planted(bug) as (_, statements):
-            pg.sql(*statements)
+            for statement in statements:
+                pg.sql(statement)
     machine.url, machine.handler = server.url(name), pg.listen("orders", "new", name="h")
     machine.look = pg.conn
     pg.sql("set lock_timeout = '60 s'")  # nobody is to be in its way

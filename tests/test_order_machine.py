@@ -8,21 +8,26 @@ writers, people, and a clock that the test moves. A record that a lease is held 
 
 from __future__ import annotations
 
+import importlib.util
 import random
+import re
 import sys
+import traceback
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+import psycopg
 import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, invariant, precondition, rule, run_state_machine_as_test
-from machine import AHEAD, SETTINGS, WORKERS, WRITERS, Blocked, Sessions, opened
+from machine import AHEAD, BUG, SETTINGS, WORKERS, WRITERS, Blocked, Sessions, opened
 from servers import Server
 
 from anton.order import Order
+from chaos.bugs import MORE, SUSPECT, Bug, planted
 from chaos.model import LEASE, Lines, Record, Refused
 
 KEYS = range(1, 5)
@@ -30,6 +35,7 @@ LONGER = 2 * LEASE  # how long a permit lasts in the database
 LATE = 100_000  # seconds: later than the last lease and permit has run out
 ATTEMPTS = 3  # crashes of a record that runs alone
 NTH, RARELY = st.integers(0, 5), st.sampled_from([False, False, False, False, True])
+FATES = st.sampled_from(["good", "good", "good", "failed", "dead", "away"])
 ORDER = "sql/27_order.sql"
 WAITING = """
   select 'job', id, change_id, o, null, null::int from anton.job cross join generate_series(lo, hi) o
@@ -256,12 +262,14 @@ class InOrder(Sessions):
         return bool(held)
 
     @precondition(lambda self: self.some(can_claim))
-    @rule(nth=NTH, jobs=st.integers(1, 4), records=st.integers(1, 9), other=RARELY, lost=RARELY)
-    def claims(self, nth: int, jobs: int, records: int, other: bool, lost: bool) -> None:
-        """Who holds the handler, or others."""
-        some = self.some(can_claim)
-        holders = [n for n in some if self.holds(self.workers[n])]
-        self.claim(pick(some if other or not holders else holders, nth), jobs, records, lost)
+    @rule(nth=NTH, jobs=st.integers(1, 4), lost=st.booleans())
+    def claims(self, nth: int, jobs: int, lost: bool) -> None:
+        self.claim(self.first(can_claim, nth), jobs, 9, lost)
+
+    def first(self, meets: Callable[[Worker], Any], nth: int) -> int:
+        """One of these: mostly who holds the handler."""
+        some = self.some(meets)
+        return pick([n for n in some if self.holds(self.workers[n])] * (nth > 0) or some, nth)
 
     def claim(self, n: int, jobs: int, records: int, lost: bool = False) -> bool:
         """Whether it brought anything. lost: the answer."""
@@ -365,21 +373,23 @@ class InOrder(Sessions):
         worker.lane.down = batch.world
 
     @precondition(lambda self: any(worker.running for worker in self.workers.values()))
-    @rule(nth=NTH, which=NTH, fate=st.sampled_from(["good", "good", "good", "failed", "failed", "dead", "away"]))
+    @rule(nth=NTH, which=NTH, fate=FATES)
     def ends(self, nth: int, which: int, fate: str) -> None:
         self.end(pick([n for n, worker in self.workers.items() if worker.running], nth), which, fate)
 
-    @precondition(lambda self: self.some(can_begin))
-    @rule(nth=NTH, times=st.integers(1, 6), settled=st.booleans())
-    def works(self, nth: int, times: int, settled: bool) -> None:
-        """Several calls that go well."""
-        worker = self.workers[n := pick(self.some(can_begin), nth)]
-        for _ in range(times):
-            if self.start(n):
-                self.end(n, -1, "good")
-        for batch in [batch for batch in worker.batches if batch.fates or batch.off] if settled else ():
+    @precondition(lambda self: self.some(can_claim))
+    @rule(nth=NTH, fates=st.lists(FATES, min_size=1, max_size=4), settled=st.sampled_from(["no", "yes", "yes", "open"]))
+    def works(self, nth: int, fates: list[str], settled: str) -> None:
+        """Claims, and makes calls."""
+        worker = self.workers[n := self.first(can_claim, nth)]
+        if not worker.lane.items and not (worker.batches or self.reclaim(n)):
+            self.claim(n, 3, 9)
+        for fate in fates:
+            if worker.lane.down is None and self.start(n):
+                self.end(n, -1, fate)
+        for batch in [batch for batch in worker.batches if batch.fates or batch.off] if settled != "no" else ():
             if n not in self.flushes and batch in worker.batches:
-                self.settle(n, batch, 0, False)
+                self.settle(n, batch, 1000, settled == "open")
 
     def end(self, n: int, which: int, fate: str) -> None:
         """A call ends."""
@@ -558,11 +568,9 @@ class InOrder(Sessions):
             self.sql("select anton.worker_died(%s)", self.workers[n].id)
         self.workers[n] = self.born()
 
-    @precondition(lambda self: self.some(lambda worker: worker.batches))
-    @rule(nth=NTH)
-    def beats(self, nth: int) -> None:
+    def beat(self, n: int) -> None:
         """Its heart. What others have taken is lost."""
-        worker = self.workers[n := pick(self.some(lambda worker: worker.batches), nth)]
+        worker = self.workers[n]
         query = "select * from anton.keep_permits(%s, make_interval(secs => %s))"
         kept = self.look.execute(query, (worker.id, LONGER)).fetchall()
         worker.until = self.now + LEASE if kept and self.holds(worker) else float("-inf")
@@ -574,8 +582,16 @@ class InOrder(Sessions):
 
     # Time and people
 
-    @rule(seconds=st.sampled_from([100, 1000, 1000, 3700, 12_000]))
+    @rule(seconds=st.sampled_from([1000, 3700, 12_000]), beats=st.booleans())
+    def moves(self, seconds: int, beats: bool) -> None:
+        """beats: the hearts of all workers, meanwhile."""
+        for part in (3000,) * (seconds // 3000 or 1) if beats else (seconds,):
+            self.move(part)
+            for n in self.some(lambda worker: worker.batches) if beats else ():
+                self.beat(n)
+
     def move(self, seconds: int) -> None:
+        """The clock."""
         self.now += seconds
         self.sql("update test_clock set ahead = ahead + make_interval(secs => %s)", seconds)
 
@@ -641,8 +657,66 @@ def inorder(server: Server, template: str, request: pytest.FixtureRequest) -> It
             f"insert into moves (id) select generate_series({KEYS[0]}, {KEYS[-1]})",
         )
         InOrder.handler = pg.listen("moves", "updated", name="inorder", each_record=True, ordered=True)
+        InOrder.made = order_of(bug)
         yield InOrder
+
+
+def order_of(bug: Bug | None) -> Any:
+    """The worker's Order, with the bug where it is in there."""
+    if bug is None or all(path != "anton/order.py" for path, _, _ in bug.edits):
+        return Order
+    with planted(bug) as (files, _):
+        spec = importlib.util.spec_from_file_location("order_with_a_bug", files["anton.order"])
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return module.Order
 
 
 def test_no_key_is_out_of_order_whatever_happens(inorder: type[InOrder]) -> None:
     run_state_machine_as_test(inorder, settings=SETTINGS)
+
+
+EARLY, WAITS = "I11: .* begins before its turn", "I11: another record is the first|I11: nobody is the first"
+WRONG = (  # (what is wrong, how, what the machine has to say)
+    (
+        "a retry that does not close its key",
+        ((ORDER, "perform put_turn(v, p_ordinals[i], p_keys[i], 'first', v_job, v_attempt);", "null;"),),
+        EARLY,
+    ),
+    (
+        "a claim of what is behind jobs of the dead",
+        ((ORDER, " and not held_up(p_worker, w.h, now(), p_known);", ";"),),
+        EARLY,
+    ),
+    (
+        "a claim of what is behind one whose answer was lost",
+        (("sql/23_permit.sql", " or l.token <> all (p_known)", ""),),
+        EARLY,
+    ),
+    (
+        "jobs of the dead before what they had given back",
+        ((SUSPECT, "  if v_job is not null then", "  if false then"),),
+        EARLY,
+    ),
+    (
+        "a key that does not go on",
+        ((ORDER, "  if found then\n    perform next_turn(p_handler, v_key);", "  if false then\n    null;"),),
+        WAITS,
+    ),
+)
+
+
+@pytest.mark.parametrize(
+    ("inorder", "says"),
+    [
+        *((Bug(name, edits, "", 0, ""), says) for name, edits, says in WRONG),
+        *((bug, EARLY) for bug in MORE if bug.name == "order key released before the ack"),
+    ],
+    indirect=["inorder"],
+    ids=lambda value: value.name if isinstance(value, Bug) else "",
+)
+def test_a_bug_in_the_order_is_found(inorder: type[InOrder], says: str) -> None:
+    with pytest.raises((AssertionError, psycopg.Error)) as error:
+        run_state_machine_as_test(inorder, settings=BUG)
+    assert re.search(says, "".join(traceback.format_exception(error.value)))
