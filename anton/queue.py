@@ -128,8 +128,8 @@ async def claim(db: Database, conn: Conn, worker: int, lease: timedelta, handler
     """
     mine = mine or token()
     name = "claim" if known is None else "claim_ordered"
-    more = [] if known is None else [known]
-    return _jobs(mine, await db.call(conn, name, worker, mine, handlers, jobs, records, after, lease, True, turns, *more))
+    args = [worker, mine, handlers, jobs, records, after, lease, True, turns, *([] if known is None else [known])]
+    return _jobs(mine, await db.call(conn, name, *args))
 
 
 async def reclaim(

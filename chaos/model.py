@@ -4,6 +4,7 @@
     Permits    of a handler with a limit: who holds them, and until when
     Rest       keys of a handler that debounces: which have changed, and when each is due
     Lines      records of a handler with an order, by key: which may run
+    Starts     of a rate: how many there were in any window
 
 A part is (change, lo, hi), and names a job wherever it is: each record is in one part, and each part in one place.
 """
@@ -365,6 +366,22 @@ class Lines:
         """The dead letter is taken away."""
         if record in self.lines[self.dead.pop(record)]:
             self.over(record)
+
+
+@dataclass
+class Starts:
+    """What began, by the number of its slot: at most `most` in any window, wherever in its slot each was."""
+
+    most: int
+    window_us: int
+    slot_us: int
+    began: list[int] = field(default_factory=list)
+
+    def hold(self) -> bool:
+        """Whether any window could hold more."""
+        began = sorted(self.began)
+        pairs = zip(began, began[self.most :], strict=False)
+        return all((late - early - 1) * self.slot_us >= self.window_us for early, late in pairs)
 
 
 def _until(parts: list[Part], records: int) -> list[Part]:
