@@ -119,16 +119,17 @@ def _jobs(lease: int, rows: list[asyncpg.Record]) -> list[Job]:
 
 async def claim(db: Database, conn: Conn, worker: int, lease: timedelta, handlers: list[int], jobs: list[int],
                 records: list[int], after: list[int], mine: int | None = None,
-                turns: list[str | None] | None = None, ordered: bool = False) -> list[Job]:
+                turns: list[str | None] | None = None, known: list[int] | None = None) -> list[Job]:
     """Leases up to jobs[i] jobs of about records[i] records, id > after[i], of each handlers[i], by (handler, id).
 
     In a transaction of its own: its commit does not wait for the disk. mine: the token, of whoever has to know it
-    before the answer; None: any. turns[i]: the tenant that had the last turn; of several each gets a share. ordered:
-    some of the handlers are.
+    before the answer; None: any. turns[i]: the tenant that had the last turn; of several each gets a share. known:
+    tokens of what the worker holds of handlers that are ordered; None: none of these is.
     """
     mine = mine or token()
-    name = "claim_ordered" if ordered else "claim"
-    return _jobs(mine, await db.call(conn, name, worker, mine, handlers, jobs, records, after, lease, True, turns))
+    name = "claim" if known is None else "claim_ordered"
+    args = [worker, mine, handlers, jobs, records, after, lease, True, turns, *([] if known is None else [known])]
+    return _jobs(mine, await db.call(conn, name, *args))
 
 
 async def reclaim(

@@ -289,8 +289,7 @@ class Worker:
             async with self.db.conn() as conn:
                 claimed = await queue.claim(self.db, conn, self.id, self._length, [lane.id for lane in wanted],
                                             claim.jobs, claim.records, claim.after, self._claiming,
-                                            [lane.turn for lane in wanted],
-                                            any(lane.order is not None for lane in wanted))
+                                            [lane.turn for lane in wanted], self._in_order(wanted))
         finally:
             self._claiming = 0
         lanes = claim.brought(claimed)
@@ -303,6 +302,14 @@ class Worker:
             self._chores.asleep()                                      # is the announcer?
         self._called = self._called and not claimed
         return bool(claimed)
+
+    def _in_order(self, lanes: list[Lane]) -> list[int] | None:
+        """Tokens of what is claimed of those that are ordered; None: none of these is."""
+        ordered = [lane for lane in lanes if lane.order is not None]
+        if not ordered:
+            return None
+        tokens = {job.token for lane in ordered for job in lane.waiting}
+        return [*tokens.union(*(run.tokens for run in self._dispatcher.active.values() if run.lane.order is not None))]
 
     async def _permits(self) -> None:
         """Takes what lanes with a limit can use, and gives back what they cannot."""

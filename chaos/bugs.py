@@ -83,10 +83,10 @@ BUGS = (
         (
             (
                 "anton/queue.py",
-                '    name = "claim_ordered" if ordered else "claim"\n',
+                '    name = "claim" if known is None else "claim_ordered"\n',
                 '    import time\n    at = await conn.fetchval("select extract(epoch from clock_timestamp())::float8")\n'
                 "    lease += timedelta(seconds=time.time() - at)\n"
-                '    name = "claim_ordered" if ordered else "claim"\n',
+                '    name = "claim" if known is None else "claim_ordered"\n',
             ),
         ),
         "T1a",

@@ -3,6 +3,8 @@
     Queue      where each record of each change is: in a job, under a lease, waiting, dead, done or cancelled
     Permits    of a handler with a limit: who holds them, and until when
     Rest       keys of a handler that debounces: which have changed, and when each is due
+    Lines      records of a handler with an order, by key: which may run
+    Starts     of a rate: how many there were in any window
 
 A part is (change, lo, hi), and names a job wherever it is: each record is in one part, and each part in one place.
 """
@@ -299,6 +301,87 @@ class Rest:
         for key in found:
             del self.changed[key]
         return sorted(found)
+
+
+Record = tuple[int, int]  # a change, and which of its records
+
+
+@dataclass
+class Lines:
+    """The records of each key that are not settled, in the order of their commits. block: a dead one stops its key.
+
+    until: when the first of a key is tried again; for ever: it is dead. dead: letters, of which key and record.
+    """
+
+    block: bool = False
+    lines: dict[int, list[Record]] = field(default_factory=dict)
+    keys: dict[Record, int] = field(default_factory=dict)
+    until: dict[int, float] = field(default_factory=dict)
+    dead: dict[Record, int] = field(default_factory=dict)
+
+    def add(self, key: int, record: Record) -> None:
+        """Committed: behind all there are."""
+        self.keys[record] = key
+        self.lines.setdefault(key, []).append(record)
+
+    def left(self) -> list[Record]:
+        """All that are not settled."""
+        return [record for line in self.lines.values() for record in line]
+
+    def may(self, record: Record, now: float) -> bool:
+        """Whether it is the first of its key, and waits for nothing."""
+        key = self.keys[record]
+        return self.lines[key][:1] == [record] and self.until.get(key, now) <= now
+
+    def over(self, record: Record) -> None:
+        """Done, or cancelled."""
+        key = self.keys[record]
+        if self.lines[key][0] == record:
+            self.until.pop(key, None)
+        self.lines[key].remove(record)
+
+    def retry(self, record: Record, at: float) -> None:
+        """It is tried again then."""
+        self.until[self.keys[record]] = at
+
+    def bury(self, record: Record) -> None:
+        """A dead letter."""
+        key = self.dead[record] = self.keys[record]
+        if self.block:
+            self.until[key] = float("inf")
+        else:
+            self.over(record)
+
+    def replay(self, record: Record, again: Record) -> None:
+        """The dead letter is a record again, at its place where its key waits for it, else behind all there are."""
+        key = self.dead.pop(record)
+        if record not in self.lines[key]:
+            self.add(key, again)
+            return
+        self.keys[again] = key
+        self.lines[key][0] = again
+        del self.until[key]
+
+    def drop(self, record: Record) -> None:
+        """The dead letter is taken away."""
+        if record in self.lines[self.dead.pop(record)]:
+            self.over(record)
+
+
+@dataclass
+class Starts:
+    """What began, by the number of its slot: at most `most` in any window, wherever in its slot each was."""
+
+    most: int
+    window_us: int
+    slot_us: int
+    began: list[int] = field(default_factory=list)
+
+    def hold(self) -> bool:
+        """Whether any window could hold more."""
+        began = sorted(self.began)
+        pairs = zip(began, began[self.most :], strict=False)
+        return all((late - early - 1) * self.slot_us >= self.window_us for early, late in pairs)
 
 
 def _until(parts: list[Part], records: int) -> list[Part]:

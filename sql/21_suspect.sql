@@ -9,7 +9,8 @@ $$;
 
 -- reclaim(worker, token, handlers, lease, jobs) -> leased jobs
 -- Takes leases that ran out: their worker died or lost its way. They are suspects: run each alone, in a process
--- of its own. crashes counts the earlier runs that were alone when they died.
+-- of its own. crashes counts the earlier runs that were alone when they died. Of an ordered handler what was given back
+-- before its worker died, and is before all that it still held, comes first.
 create or replace function reclaim(p_worker int, p_token bigint, p_handlers int[], p_lease interval, p_jobs int default 1)
 returns table (
   handler_id int, id bigint, change_id bigint, at timestamptz, cause bigint, trace bigint, lo int, hi int,
@@ -17,8 +18,25 @@ returns table (
   ids bigint[], keys jsonb, cols text[], degraded text, table_id int, ms_waiting real, probe boolean)
 language plpgsql volatile set search_path from current as $$
 #variable_conflict use_column
-declare v_now timestamptz := now(); v_until timestamptz := v_now + p_lease; v_back timestamptz := back(p_lease); v_rows tid[];
+declare v_now timestamptz := now(); v_until timestamptz := v_now + p_lease; v_back timestamptz := back(p_lease); v_rows tid[]; v_job tid;
 begin
+  select j.row into v_job
+    from handler h cross join lateral (
+      select l.id, l.change_id, l.lo, l.lease_until from lease l where l.handler_id = h.id order by l.change_id, l.lo, l.id limit 1) f
+   cross join lateral (
+      select j.ctid as row from job j where j.handler_id = h.id and j.id < f.id and (j.change_id, j.lo) < (f.change_id, f.lo) order by j.id limit 1) j
+   where h.id = any (p_handlers) and h.ordered and not h.paused and (h.probe_at is null or h.probe_at <= v_now)
+     and f.lease_until < v_now and (f.lease_until = '-infinity' or v_now > v_back) limit 1;
+  if v_job is not null then
+    with mine as (select ctid as row from job where ctid = v_job for update skip locked),
+    gone as (delete from job j using mine m where j.ctid = m.row returning j.*)
+    insert into lease (handler_id, id, change_id, at, cause, trace, lo, hi, attempt, crashes, depth, op, tenant, origin, settled, ids, keys,
+                       token, lease_until, worker_id, alone)
+    select handler_id, id, change_id, at, cause, trace, lo, hi, attempt, crashes, depth, op, tenant, origin, settled, ids, keys,
+           p_token, v_until, p_worker, true from gone;
+    return query select * from leased(p_token);
+    return;
+  end if;
   select array_agg(x.row) into v_rows from (
     select l.ctid as row from lease l
      where l.lease_until < v_now and l.handler_id = any (p_handlers) and (l.lease_until = '-infinity' or v_now > v_back)

@@ -39,13 +39,14 @@ begin
   return v_held;
 end $$;
 
--- held_up(worker, handler, now): suspects wait for a permit; of a handler that one worker has, anything that others hold;
--- of one with an order, also what it held itself
-create or replace function held_up(p_worker int, p_handler int, p_now timestamptz) returns boolean
+-- held_up(worker, handler, now, known): suspects wait for a permit; of a handler that one worker has, anything that others hold;
+-- of one with an order, also what it held itself, or holds under a token that it does not know
+drop function if exists held_up(int, int, timestamptz);
+create or replace function held_up(p_worker int, p_handler int, p_now timestamptz, p_known bigint[] default null) returns boolean
 language sql stable set search_path from current set enable_seqscan = on as $$
   select exists (select from lease l where l.handler_id = p_handler and l.worker_id <> p_worker
                     and (l.lease_until < p_now or (select per from handler where id = p_handler) is not null))
-      or (select ordered from handler where id = p_handler) and exists (select from lease l where l.handler_id = p_handler and (l.worker_id <> p_worker or l.lease_until < p_now))
+      or (select ordered from handler where id = p_handler) and exists (select from lease l where l.handler_id = p_handler and (l.worker_id <> p_worker or l.lease_until < p_now or l.token <> all (p_known)))
 $$;
 
 -- keep_permits(worker, lease) -> (handler, permits): extends what the worker holds. What ran out is not revived.

@@ -18,11 +18,15 @@ create or replace function orders() returns table (handler_id int, per text, on_
 $$;
 
 drop function if exists claim_ordered(int, bigint, int[], int[], int[], bigint[], interval, boolean);
+drop function if exists claim_ordered(int, bigint, int[], int[], int[], bigint[], interval, boolean, text[]);
 -- claim_ordered(...): as claim(), for handlers some of which are ordered. Of such, only who holds the permit gets jobs, and
 -- nobody while another's lease, or one that ran out, holds earlier ones. The permit is locked meanwhile, so that it goes
 -- to nobody else while this claims.
+--   known  tokens of what this worker works. Under others of its own are jobs that it does not know of, as the answer to
+--          a claim was lost: nothing later is claimed until they ran out and are done. Null: it does not say
 create or replace function claim_ordered(p_worker int, p_token bigint, p_handlers int[], p_jobs int[], p_records int[],
-  p_after bigint[], p_lease interval, p_lazy boolean default false, p_turns text[] default null)
+  p_after bigint[], p_lease interval, p_lazy boolean default false, p_turns text[] default null,
+  p_known bigint[] default null)
 returns table (
   handler_id int, id bigint, change_id bigint, at timestamptz, cause bigint, trace bigint, lo int, hi int,
   attempt smallint, crashes smallint, depth smallint, op "char", tenant text, origin text, settled int[],
@@ -35,7 +39,7 @@ begin
                    where p.handler_id = any (p_handlers) and p.worker_id = p_worker and p.lease_until > now() for key share);
   select array_agg(w.h), array_agg(w.j), array_agg(w.r), array_agg(w.a), array_agg(w.t) into v_handlers, v_jobs, v_records, v_after, v_turns
     from unnest(p_handlers, p_jobs, p_records, p_after, p_turns) w (h, j, r, a, t)
-   where not is_ordered(w.h) or w.h = any (v_held) and not held_up(p_worker, w.h, now());
+   where not is_ordered(w.h) or w.h = any (v_held) and not held_up(p_worker, w.h, now(), p_known);
   if v_handlers is not null then
     return query select * from claim(p_worker, p_token, v_handlers, v_jobs, v_records, v_after, p_lease, p_lazy, v_turns);
   end if;

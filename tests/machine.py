@@ -75,8 +75,8 @@ class Tx:
     beside: list[Part] = field(default_factory=list)
 
 
-class Base(RuleBasedStateMachine):
-    """What the workers' rules build on."""
+class Sessions(RuleBasedStateMachine):
+    """Connections to a database whose clock the test moves."""
 
     url = ""
     handler = 0
@@ -93,6 +93,48 @@ class Base(RuleBasedStateMachine):
         for n, conn in enumerate(self.conns):  # what a run that failed has left open
             conn.close()
             self.conns[n] = self.connect()
+        self.sql(
+            "select pg_terminate_backend(pid, 5000) from pg_stat_activity where datname = current_database() "
+            "and pid <> pg_backend_pid() and state like 'idle in transaction%'"
+        )
+
+    def sql(self, query: str, *args: Any) -> Any:
+        """The first value, on the connection that looks on."""
+        done = self.look.execute(query, args or None)
+        row = done.fetchone() if done.description else None
+        return row[0] if row else None
+
+    def ask(self, worker: int, query: str, *args: Any) -> list[Any]:
+        """Rows for a worker; Refused for a fence that held, Blocked for a row that another transaction holds."""
+        try:
+            done = self.conns[worker].execute(query, args or None)
+            return done.fetchall() if done.description else []
+        except psycopg.errors.LockNotAvailable as error:
+            raise Blocked from error
+        except psycopg.Error as error:
+            if error.sqlstate == "NT001":
+                raise Refused from error
+            raise
+
+    def replace(self, worker: int) -> None:
+        """Its session is gone, and it has a new one."""
+        pid = self.conns[worker].info.backend_pid
+        self.conns[worker].close()
+        self.conns[worker] = self.connect()
+        self.gone(pid)
+
+    def gone(self, pid: int) -> None:
+        """Waits until a session has ended."""
+        end = time.monotonic() + 60
+        while self.sql("select count(*) from pg_stat_activity where pid = %s", pid):
+            assert time.monotonic() < end, f"session {pid} has not ended"
+
+
+class Base(Sessions):
+    """What the workers' rules build on."""
+
+    def __init__(self) -> None:
+        super().__init__()
         self.model = Queue()
         self.random = random.Random(0)
         self.tokens: list[int] = []
@@ -103,10 +145,6 @@ class Base(RuleBasedStateMachine):
         self.ids: dict[Part, int] = {}
         self.rows: set[int] = set()  # of orders, committed
         self.next_id = 1
-        self.sql(
-            "select pg_terminate_backend(pid, 5000) from pg_stat_activity where datname = current_database() "
-            "and pid <> pg_backend_pid() and state like 'idle in transaction%'"
-        )
         self.sql(
             "delete from anton.job; delete from anton.lease; delete from anton.delayed; delete from anton.dead; "
             "delete from anton.receipt; truncate orders, results; "
@@ -138,24 +176,6 @@ class Base(RuleBasedStateMachine):
         raise NotImplementedError
 
     # What both sides are asked
-
-    def sql(self, query: str, *args: Any) -> Any:
-        """The first value, on the connection that looks on."""
-        done = self.look.execute(query, args or None)
-        row = done.fetchone() if done.description else None
-        return row[0] if row else None
-
-    def ask(self, worker: int, query: str, *args: Any) -> list[Any]:
-        """Rows for a worker; Refused for a fence that held, Blocked for a row that another transaction holds."""
-        try:
-            done = self.conns[worker].execute(query, args or None)
-            return done.fetchall() if done.description else []
-        except psycopg.errors.LockNotAvailable as error:
-            raise Blocked from error
-        except psycopg.Error as error:
-            if error.sqlstate == "NT001":
-                raise Refused from error
-            raise
 
     def any(self, place: str) -> bool:
         """Whether a part is in that place."""
@@ -231,19 +251,6 @@ class Base(RuleBasedStateMachine):
         self.tokens.append(token)
         if ids:
             self.past.append((token, ids))
-
-    def replace(self, worker: int) -> None:
-        """Its session is gone, and it has a new one."""
-        pid = self.conns[worker].info.backend_pid
-        self.conns[worker].close()
-        self.conns[worker] = self.connect()
-        self.gone(pid)
-
-    def gone(self, pid: int) -> None:
-        """Waits until a session has ended."""
-        end = time.monotonic() + 60
-        while self.sql("select count(*) from pg_stat_activity where pid = %s", pid):
-            assert time.monotonic() < end, f"session {pid} has not ended"
 
     def idle_limit(self, worker: int, until: float, asked_at: float) -> None:
         """let_go(): this transaction may be idle for what is left of the lease, two seconds at least, a day at most."""
@@ -468,7 +475,7 @@ class Base(RuleBasedStateMachine):
 
 
 @contextmanager
-def opened(machine: type[Base], server: Server, template: str, bug: Bug | None) -> Iterator[Pg]:
+def opened(machine: type[Sessions], server: Server, template: str, bug: Bug | None) -> Iterator[Pg]:
     """A database for the machine, with its connections; the bug is in its functions."""
     name = server.clone(template)
     pg = Pg(server.url(name))
@@ -483,7 +490,8 @@ def opened(machine: type[Base], server: Server, template: str, bug: Bug | None) 
     )
     if bug is not None:
         with planted(bug) as (_, statements):
-            pg.sql(*statements)
+            for statement in statements:
+                pg.sql(statement)
     machine.url, machine.handler = server.url(name), pg.listen("orders", "new", name="h")
     machine.look = pg.conn
     pg.sql("set lock_timeout = '60 s'")  # nobody is to be in its way
