@@ -27,9 +27,10 @@ FIXED = {
 }  # seconds and sizes that a bar names
 TRIALS = 3  # of each bug
 WORKER = ("ack", "everywhere", "handler", "lanes", "settle", "timeout", "worker")
+MACHINES = ("state", "flow", "order", "rate")
 TESTS: list[tuple[list[str], dict[str, str]]] = [
     (
-        ["tests/test_state_machine.py", "tests/test_flow_machine.py", "-o", "faulthandler_timeout=900"],
+        [*(f"tests/test_{name}_machine.py" for name in MACHINES), "-o", "faulthandler_timeout=900"],
         {"ANTON_EXAMPLES": "300", "ANTON_STEPS": "60"},
     ),
     ([f"tests/test_{name}.py" for name in WORKER], {"ANTON_TEST_POOLED": "1"}),

@@ -22,7 +22,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pg import Pg
-from working import Bench, one_handler
+from working import Bench, met, one_handler
 
 from anton import Discard, Retry, Table, sqlfile
 from anton.app import App, declaring
@@ -287,6 +287,34 @@ async def test_what_is_put_off_after_a_migrate_took_the_order_away_does_not_wait
     await bench.sql("update anton.handler set ordered = false")
     await bench.sql("select anton.retry_in_turn(7, $1, '{1}', '{\"[1]\"}', '1 h', 'no', true)", job)
     assert await bench.left() == {"delayed": 1} and await bench.count("anton.turn") == 0
+
+
+async def test_a_worker_claims_nothing_behind_jobs_of_its_own_that_it_does_not_know_of(db: Database) -> None:
+    """The answer to a claim was lost. Whenever a record of b is done, it has claimed of a, too, as far as it may."""
+    seen, marks = list[int](), list[int]()
+
+    def declare() -> None:
+        on_updates(lambda record: seen.append(record["n"]))()
+        Table("b").on_new_records(each=True, name="mark")(lambda record: marks.append(record["n"]))
+
+    bench = await Bench.make(db, declare)
+    await updates(bench, 1, 1)
+    await bench.sql("select anton.pause('handle')")
+    async with bench.running() as worker:
+        async with db.conn() as conn, conn.transaction():
+            handler = await conn.fetchval("select id from anton.handler where name = 'handle'")
+            await conn.execute("select anton.resume('handle')")
+            assert await conn.fetchval("select anton.permit($1, $2, 1, '1 h')", worker.id, handler) == 1
+            assert await conn.fetchval("select count(*) from anton.claim_ordered($1, 7, array[$2::int], '{9}', '{9}', "
+                                       "'{0}', '1 h')", worker.id, handler) == 1
+            await conn.execute("update a set data = jsonb_build_object('n', 2)")
+        for n in range(3):
+            await bench.add("b", [{"n": n}])
+            await met(lambda n=n: n in marks)                          # type: ignore[misc]
+        assert not seen
+        await bench.sql("update anton.lease set lease_until = '-infinity'")
+        await bench.until_done()
+    assert seen == [1, 2]
 
 
 async def test_a_limit_that_becomes_one_for_each_key_is_asked_for_anew(db: Database) -> None:
