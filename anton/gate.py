@@ -61,9 +61,8 @@ class Gate:
         self._wanted: set[Hashable] = set()                            # of which a record runs once more, outside
 
     def key(self, record: Any) -> Hashable:
-        """What a record has in the column, with a rate in short; None where it has none."""
-        key = value_of(record, self.column)
-        return short(key) if self.starts is not None else key
+        """What a record has in the column, in short; None where it has none."""
+        return short(value_of(record, self.column))
 
     def enter(self, key: Hashable, entry: Any) -> bool:
         """Whether a record of this key may run; else its entry is put aside."""

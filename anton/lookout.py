@@ -83,5 +83,6 @@ class Lookout:
             if not disconnected(error):
                 log.exception("worker: a look")
                 self._on_error(error)
+                self._peeked = time.monotonic() + 1.0                  # one that fails each time is told now and then
         finally:
             self._peeking = False

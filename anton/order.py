@@ -19,7 +19,7 @@ from typing import Any
 import orjson
 
 from anton.errors import LeaseLost
-from anton.gate import take_out, value_of
+from anton.gate import NAN, take_out, value_of
 
 UNKNOWN = "?"  # the key of a record that cannot be read: those stand in a line of their own
 
@@ -259,4 +259,4 @@ def _values(records: Sequence[Any], column: str) -> list[Hashable]:
         set(values)                                                    # raises where one cannot be a key
     except (KeyError, AttributeError, TypeError):
         return [value_of(record, column) for record in records]
-    return values
+    return [value if value == value else NAN for value in values]

@@ -49,6 +49,7 @@ from anton.write import as_worker
 log = logging.getLogger("anton.worker")
 
 SLOTS = 32  # calls at a time, of all handlers together
+HELD_UP = 0.02  # seconds between two claims for what is ordered and waits for what went before
 GRACE = 30.0  # seconds that a drain waits for what runs
 
 
@@ -91,6 +92,7 @@ class Worker:
         self._called = False                                           # by a ring; nothing was claimed since
         self._late = False                                             # what the last look saw to be due later
         self._pace = Pace()
+        self._heart: Heartbeat | None = None
         self._quiet = False                                            # suspects wait for an empty process
         self._claiming = self._unsure = 0
         self._overdue = False                                          # a call that blocks the loop, and was told
@@ -156,6 +158,8 @@ class Worker:
                     return
                 elif self._office.hungry:                              # another process has the permits
                     await self._nap(AGAIN)
+                elif self._held_up():
+                    await self._nap(HELD_UP)
                 elif self._meter.lanes and not self._dispatcher.wanted():  # no start for what is there
                     waiting = [lane for lane in self._dispatcher.order if lane.ready or lane.feeding]
                     if waiting and self._meter.stalls(waiting):
@@ -244,7 +248,8 @@ class Worker:
             await asyncio.wait(self._dispatcher.active, timeout=5)
         if self._errands:
             await asyncio.wait(self._errands, timeout=5)
-        self._heart.stop()
+        if self._heart is not None:                                    # it had begun
+            self._heart.stop()
         await self._bell.close()
         with contextlib.suppress(Exception):
             async with self.db.conn() as conn:
@@ -329,6 +334,11 @@ class Worker:
         """There is something to claim, or to take a permit for."""
         return bool(self._dispatcher.wanted()) or self._office.hungry
 
+    def _held_up(self) -> bool:
+        """All that is wanted is ordered: a claim that brought none of it may wait for what went before."""
+        wanted = self._dispatcher.wanted()
+        return bool(wanted) and all(lane.order is not None for lane in wanted)
+
     def _ended(self, lane: Lane) -> None:
         """A batch of it ended."""
         if lane.down is not None and not lane.calls:
@@ -377,6 +387,8 @@ class Worker:
             return
         look = await self._look()
         if self._work():
+            if self._held_up():
+                await self._nap(HELD_UP)
             return
         answer = None if self._pace.flapping(time.monotonic()) else await self._bell.announce()
         if answer is Answer.BELL:

@@ -306,7 +306,7 @@ returns void language plpgsql volatile set search_path from current as $$
 declare v_now timestamptz := now(); v lease; v_waits boolean;
 begin
   v := settle(p_token, p_id, p_ordinals);
-  v_waits := not p_rated or exists (select from rate where handler_id = v.handler_id);
+  v_waits := p_rated is not true or exists (select from rate where handler_id = v.handler_id);
   insert into delayed (handler_id, id, change_id, at, cause, trace, lo, hi, attempt, crashes, depth, op, tenant, origin,
                        ids, keys, run_at, error)
   select v.handler_id, nextval('change_seq'), v.change_id, v.at, v.cause, v.trace, p.lo, p.hi, v.attempt, v.crashes, v.depth, v.op, v.tenant, v.origin,

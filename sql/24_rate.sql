@@ -100,7 +100,7 @@ declare
   v_n bigint; v_first bigint := 200 * floor(random() * ceil(pg_relation_size('rate_key') / current_setting('block_size')::int / 200.0));
   v_from tid := format('(%s,0)', v_first); v_to tid := format('(%s,0)', v_first + 200);
 begin
-  delete from rate_key where ctid >= v_from and ctid < v_to and until < p_now;
+  delete from rate_key where ctid in (select ctid from rate_key where ctid >= v_from and ctid < v_to and until < p_now for update skip locked);
   get diagnostics v_n = row_count;
   return v_n;
 end $$;

@@ -15,6 +15,7 @@ import sys
 import traceback
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -333,9 +334,11 @@ class InOrder(Sessions):
         elif crashes >= ATTEMPTS:
             ((_, record),) = batch.at
             key = worker.order.text(batch.order[0])
-            self.ask(n, "select anton.bury_in_turn(%s, %s, %s, %s, 'crashed', 'died', null)", token, id, record[1], key)
-            self.model.bury(record)
-            worker.order.know((), [key])
+            with suppress(Blocked):  # it stays a suspect, when its lease has run out
+                query = "select anton.bury_in_turn(%s, %s, %s, %s, 'crashed', 'died', null)"
+                self.ask(n, query, token, id, record[1], key)
+                self.model.bury(record)
+                worker.order.know((), [key])
         elif not self.asks_permit(n, suspects=True):
             self.ask(n, "select anton.give_back(%s, array[%s]::bigint[])", token, id)
         else:
@@ -436,6 +439,8 @@ class InOrder(Sessions):
         try:
             self.ask(n, "begin")
             self.flush(n, flush, after)
+            if stays_open:  # the time it has is real, and the lease may have run out in the machine's
+                self.ask(n, "set local idle_in_transaction_session_timeout = 0")
             assert held, "I4: a stale token changed something"
         except (Refused, Blocked) as error:
             self.ask(n, "rollback")
@@ -553,10 +558,11 @@ class InOrder(Sessions):
         worker.batches.remove(batch)
         query = "select array_agg(id) from anton.lease where token = %s and id = any(%s)"
         left = self.sql(query, batch.token, [id for id, _ in batch.at])
-        if left and batch.world == "away":
-            self.ask(n, "select anton.world_failed(%s, %s::bigint[], 'away', '2000 s')", batch.token, left)
-        elif left:
-            self.ask(n, "select anton.give_back(%s, %s::bigint[])", batch.token, left)
+        with suppress(Blocked):  # its leases run out
+            if left and batch.world == "away":
+                self.ask(n, "select anton.world_failed(%s, %s::bigint[], 'away', '2000 s')", batch.token, left)
+            elif left:
+                self.ask(n, "select anton.give_back(%s, %s::bigint[])", batch.token, left)
 
     @precondition(lambda self: self.some(is_down))
     @rule(nth=NTH, which=NTH)
