@@ -7,6 +7,18 @@ create or replace function back(p_lease interval) returns timestamptz language s
   select case when now() < pg_postmaster_start_time() then '-infinity' else pg_postmaster_start_time() + p_lease end
 $$;
 
+-- given_back(handlers, now, back) -> a job of an ordered handler that was given back, and is before all that its worker, which died, still held
+create or replace function given_back(p_handlers int[], p_now timestamptz, p_back timestamptz) returns tid
+language sql stable set search_path from current set jit = off set enable_seqscan = off set enable_sort = off as $$
+  select j.row
+    from handler h cross join lateral (
+      select l.id, l.change_id, l.lo, l.lease_until from lease l where l.handler_id = h.id order by l.change_id, l.lo, l.id limit 1) f
+   cross join lateral (
+      select j.ctid as row from job j where j.handler_id = h.id and j.id < f.id and (j.change_id, j.lo) < (f.change_id, f.lo) order by j.id limit 1) j
+   where h.id = any (p_handlers) and h.ordered and not h.paused and (h.probe_at is null or h.probe_at <= p_now)
+     and f.lease_until < p_now and (f.lease_until = '-infinity' or p_now > p_back) limit 1
+$$;
+
 -- reclaim(worker, token, handlers, lease, jobs) -> leased jobs
 -- Takes leases that ran out: their worker died or lost its way. They are suspects: run each alone, in a process
 -- of its own. crashes counts the earlier runs that were alone when they died. Of an ordered handler what was given back
@@ -20,13 +32,7 @@ language plpgsql volatile set search_path from current as $$
 #variable_conflict use_column
 declare v_now timestamptz := now(); v_until timestamptz := v_now + p_lease; v_back timestamptz := back(p_lease); v_rows tid[]; v_job tid;
 begin
-  select j.row into v_job
-    from handler h cross join lateral (
-      select l.id, l.change_id, l.lo, l.lease_until from lease l where l.handler_id = h.id order by l.change_id, l.lo, l.id limit 1) f
-   cross join lateral (
-      select j.ctid as row from job j where j.handler_id = h.id and j.id < f.id and (j.change_id, j.lo) < (f.change_id, f.lo) order by j.id limit 1) j
-   where h.id = any (p_handlers) and h.ordered and not h.paused and (h.probe_at is null or h.probe_at <= v_now)
-     and f.lease_until < v_now and (f.lease_until = '-infinity' or v_now > v_back) limit 1;
+  v_job := given_back(p_handlers, v_now, v_back);
   if v_job is not null then
     with mine as (select ctid as row from job where ctid = v_job for update skip locked),
     gone as (delete from job j using mine m where j.ctid = m.row returning j.*)

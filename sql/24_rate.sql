@@ -95,7 +95,7 @@ end $$;
 
 -- forget_starts(now) -> rows of keys whose starts are all out of their window, which were deleted. It looks at a stretch of 200 pages, any one: the
 -- table is as long as there are live keys, and an index by time would be one more write for each note
-create or replace function forget_starts(p_now timestamptz) returns bigint language plpgsql volatile set search_path from current set enable_seqscan = off as $$
+create or replace function forget_starts(p_now timestamptz) returns bigint language plpgsql volatile set search_path from current set jit = off set enable_seqscan = off as $$
 declare
   v_n bigint; v_first bigint := 200 * floor(random() * ceil(pg_relation_size('rate_key') / current_setting('block_size')::int / 200.0));
   v_from tid := format('(%s,0)', v_first); v_to tid := format('(%s,0)', v_first + 200);
