@@ -71,8 +71,12 @@ async def test_while_a_peek_is_under_way_no_other_is_due(monkeypatch: pytest.Mon
 
 async def test_a_peek_beside_the_claims_leaves_it_to_them_to_say_that_the_database_is_away() -> None:
     told: list[BaseException] = []
-    looks, _ = lookout(Database(f"postgresql://postgres@127.0.0.1:{free_port()}/nowhere", source="test"), told)
-    await looks.peek_beside()
+    db = Database(f"postgresql://postgres@127.0.0.1:{free_port()}/nowhere", source="test")
+    looks, _ = lookout(db, told)
+    try:
+        await looks.peek_beside()
+    finally:
+        await db.close()
     looks.hurry()
     assert told == [] and looks.peek_due                               # and the next may begin
 
