@@ -501,7 +501,7 @@ async def test_a_handler_for_which_no_thread_can_be_started_waits_and_no_record_
     bench = await one_handler(db, one if each else batch, each=each, attempts=1, concurrency=1)
     tables = bench.app.tables
     async with bench.running() as worker:
-        await met(lambda: hasattr(worker, "_heart"))
+        await met(lambda: worker._heart is not None)
         usual = threading.stack_size(1 << 46)  # more than there is
         try:
             await bench.add("a", ({"n": n} for n in range(20)))
