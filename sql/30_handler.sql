@@ -9,7 +9,8 @@ create or replace function put_handler(d jsonb) returns int language plpgsql vol
 declare
   v_table int := watch(d ->> 'table'); v_id int; w watched; v_column text; v_bad text;
   v_debounce interval := (d ->> 'debounce')::interval;
-  v_wait interval := coalesce((d ->> 'max_wait')::interval, 15 * v_debounce, '0'); v_ordered boolean := coalesce((d ->> 'ordered')::boolean, false);
+  v_wait interval := coalesce((d ->> 'max_wait')::interval, 15 * v_debounce, '0');
+  v_ordered boolean := coalesce((d ->> 'ordered')::boolean, false);
   v_ops text[] := array(select jsonb_array_elements_text(d -> 'ops'));
   v_columns text[] := case when jsonb_typeof(d -> 'columns') = 'array' then array(select jsonb_array_elements_text(d -> 'columns')) end;
 begin

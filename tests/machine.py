@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import sys
 import time
+import traceback
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -20,7 +22,14 @@ import psycopg
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 from pg import Pg
 from servers import Server
 
@@ -53,6 +62,7 @@ SETTINGS = settings(
     database=None,
 )
 BUG = settings(SETTINGS, max_examples=60, stateful_step_count=100, derandomize=True)  # to find one
+RARER = settings(BUG, max_examples=300, stateful_step_count=60)  # that chance meets less often
 
 
 class Blocked(Exception):
@@ -500,3 +510,10 @@ def opened(machine: type[Sessions], server: Server, template: str, bug: Bug | No
     for conn in [pg.conn, *machine.conns]:
         conn.close()
     server.drop(name)
+
+
+def finds(machine: type[RuleBasedStateMachine], says: str, by: settings = BUG) -> None:
+    """The machine finds what is wrong with the code, and says so. says: a regular expression."""
+    with pytest.raises((AssertionError, psycopg.Error)) as error:
+        run_state_machine_as_test(machine, settings=by)
+    assert re.search(says, "".join(traceback.format_exception(error.value)))
