@@ -153,8 +153,19 @@ create or replace function dbt_cancelled(p_run bigint) returns boolean language 
   select state = 'cancelled' from dbt_run where id = p_run for share
 $$;
 
+-- dbt_settle(run, failed, error) -> whether requests were still this run's: those of a run that was taken over are another's
+--   failed   ids of the requests that ended badly, of which error tells
+create or replace function dbt_settle(p_run bigint, p_failed bigint[], p_error text) returns boolean
+language plpgsql volatile set search_path from current as $$
+begin
+  update dbt_request set state = case when id = any (p_failed) then 'failed' else 'done' end, error = case when id = any (p_failed) then p_error end
+   where run_id = p_run and state = 'running';
+  return found;
+end $$;
+
 -- dbt_finish(run, state, error, failed, results) -> whether it was still running: a run that was taken over says nothing more
---   failed   ids of the requests that ended badly; results: [{"node", "status", "seconds", "message", "log"}, …]
+--   failed   of dbt_settle(); null: its requests are settled later, with the ack
+--   results  [{"node", "status", "seconds", "message", "log"}, …]
 create or replace function dbt_finish(p_run bigint, p_state text, p_error text, p_failed bigint[], p_results jsonb) returns boolean
 language plpgsql volatile set search_path from current as $$
 declare v_now timestamptz := now();
@@ -163,8 +174,9 @@ begin
   if not found then
     return false;
   end if;
-  update dbt_request set state = case when id = any (p_failed) then 'failed' else 'done' end, error = case when id = any (p_failed) then p_error end
-   where run_id = p_run;
+  if p_failed is not null then
+    perform dbt_settle(p_run, p_failed, p_error);
+  end if;
   insert into dbt_result (run_id, unique_id, status, seconds, message, log)
   select p_run, r ->> 'node', r ->> 'status', (r ->> 'seconds')::real, r ->> 'message', r ->> 'log' from jsonb_array_elements(p_results) r
   on conflict (run_id, unique_id) do update set status = excluded.status, seconds = excluded.seconds, message = excluded.message, log = excluded.log;

@@ -461,6 +461,20 @@ def test_a_run_that_was_taken_over_notes_nothing_more(pg: Pg, ask: Any) -> None:
     assert pg.sql("select state from anton.dbt_request") == [("done",)]
 
 
+def test_a_run_that_is_finished_stays_so_while_its_requests_wait_for_the_ack(pg: Pg, ask: Any) -> None:
+    """Who begins by then may build them once more, and then they are that run's."""
+    ask(models=["a"])
+    begin = "select run_id from anton.dbt_begin('shop', 'shop', '{}', 1, 'anton-dbt-x')"
+    settle, states = "select anton.dbt_settle(%s, '{}', null)", "select array_agg(state order by id) from anton.dbt_run"
+    first = pg.value(begin)
+    assert pg.value("select anton.dbt_finish(%s, 'done', null, null, '[]')", first)
+    pg.sql("select anton.dbt_open('shop', 'shop', 1, 'anton-dbt-x')")
+    assert pg.value(states) == ["done", "running"]
+    second = pg.value(begin)
+    assert [pg.value(settle, run) for run in (first, second)] == [False, True]
+    assert pg.sql("select state from anton.dbt_request") == [("done",)]
+
+
 def test_what_is_put_back_joins_the_request_that_waits_by_now(pg: Pg, ask: Any) -> None:
     ask(**WHEN, tables=["public.orders"])
     run = pg.value("select run_id from anton.dbt_begin('shop', 'shop', (select array_agg(id) from anton.dbt_request))")

@@ -34,6 +34,7 @@ HOT = {
     "cancel": "select * from anton.dbt_cancel('{}')",
     "waiting": "select * from anton.dbt_cancel_waiting('shop')",
     "finish": "select anton.dbt_finish((select max(id) from anton.dbt_run), 'done', null, '{}', '[]')",
+    "settle": "select anton.dbt_settle((select max(id) from anton.dbt_run), '{}', null)",
 }
 
 

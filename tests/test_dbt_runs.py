@@ -26,6 +26,7 @@ from test_dbt_project import WAITING, Live, live, seen, shared  # noqa: F401  (f
 from anton.cli import main
 from anton.db import Portal, set_database
 from anton.dbt.project import DbtProject
+from anton.dbt.requests import alone
 from anton.dbt.runner import Runner
 from anton.migrate import migrate
 from anton.rebuilt import Rebuilt
@@ -138,6 +139,33 @@ def test_two_real_runs_at_once_go_one_after_the_other(live: Live) -> None:  # no
     assert live.shop.sql(over) == [(0,)]
     assert live.shop.sql("select count(*) from anton.dbt_run where state not in ('done', 'failed', 'cancelled', 'died')"
                          ) == [(0,)]
+
+
+def test_a_run_is_over_before_the_next_may_begin_although_its_ack_comes_later(live: Live) -> None:  # noqa: F811
+    """Its ack is held up: it is done by then, and not taken for dead by who has the lock next."""
+    running = "select count(*) from anton.dbt_request where state = 'running'"
+    last = "select state from anton.dbt_run order by id desc limit 1"
+
+    async def next_one() -> str:
+        conn, look = await live.shop.db.connect(), await live.shop.db.connect()
+        try:
+            await seen(look, running)
+            async with conn.transaction():
+                await conn.execute("select from anton.dbt_request where state = 'running' for update")
+                await seen(look, f"select ({last}) <> 'running'")
+                runner = live.project.work._runner
+                assert runner is not None
+                async with alone(live.shop.db, runner.application):
+                    return str(await look.fetchval(last))
+        finally:
+            await conn.close()
+            await look.close()
+
+    live.revenue.run()
+    beside = asyncio.run_coroutine_threadsafe(next_one(), live.loop.loop)
+    live.work()
+    assert beside.result(60) == "done"
+    assert live.shop.sql(running) == [(0,)]
 
 
 def test_a_run_in_which_the_database_restarts_is_done_by_the_next_try(server: Server, tmp_path: Path) -> None:

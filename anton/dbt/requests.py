@@ -1,6 +1,7 @@
 """Requests: what the handler dbt:PROJECT does. All that was asked of a project by now becomes one run of dbt.
 
-    dbt_begin() takes the requests  ->  dbt builds, each model in its own transaction  ->  dbt_finish() with the ack
+    dbt_begin() takes the requests  ->  dbt builds, each model in its own transaction  ->  dbt_finish()
+    ->  dbt_settle() settles the requests with the ack
 
 Tests that gate are run inside of the builds (gate.py), the others after them. One run of a project and target at a
 time, by a lock that ends with the connection. A worker that dies leaves its requests to the next one, which ends what
@@ -91,12 +92,12 @@ class Requests:
                             await self._tell_cancelled(db, conn, rows)
                             return
                     raise WorldError("the connection that held the lock of the dbt project broke; its run was ended")
-                finish = work.result()
+                settle = work.result()
             finally:
                 if not work.done():
                     work.cancel()
                     await asyncio.wait({work})
-            current.add(Call(f"dbt {self.project.name}", finish, WHOLE))
+            current.add(Call(f"dbt {self.project.name}", settle, WHOLE))
 
     async def runner(self, db: Database, schema: str) -> Runner:
         """The child of this loop, which stays as long as the loop does. schema: of the models."""
@@ -116,7 +117,10 @@ class Requests:
                 await db.call(conn, "dbt_failed", self.project.name, id, "cancelled", "cancelled", None)
 
     async def _run(self, db: Database, runner: Runner, rows: Sequence[Any]) -> Any:
-        """Builds what the requests want. Returns what notes it in the transaction of the ack."""
+        """Builds what the requests want, and finishes the run while nobody else can begin one.
+
+        Returns what settles the requests in the transaction of the ack.
+        """
         run, project = rows[0]["run_id"], self.project
         self._built.clear()
         try:
@@ -151,16 +155,18 @@ class Requests:
         if summary is not None:
             log.warning("dbt %s: %s", project.name, summary)
 
-        async def finish(conn: Conn) -> bool:
-            state = "failed" if errors else "done"
-            if not await db.call_value(conn, "dbt_finish", run, state, summary, list(errors),
-                                       told(results.values(), logs)):
+        async with db.tx() as conn:
+            await db.call(conn, "dbt_finish", run, "failed" if errors else "done", summary, None,
+                          told(results.values(), logs))
+
+        async def settle(conn: Conn) -> bool:
+            if not await db.call_value(conn, "dbt_settle", run, list(errors), summary):
                 return False
             for one in failed:
                 await db.call(conn, "dbt_failed", project.name, one["node"], one["message"], one["status"], invocation)
             return True
 
-        return finish
+        return settle
 
     def _named(self, rows: Iterable[Any]) -> list[str]:
         """Models, by dbt's ids, that requests name, as far as the project was ever read."""
