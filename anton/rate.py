@@ -29,6 +29,7 @@ VAGUE = 0.002  # seconds that the database's time may be between
 DRIFT = 0.0005  # seconds that two clocks part in a second, at most
 FEW = 16  # starts that are asked for before it is known how many are used
 MOST_LATE = 0.2  # seconds that answers are expected to take, at most
+LAST = 5.0  # seconds that an answer is waited for at the end
 SHORTEST, LONGEST = timedelta(milliseconds=100), timedelta(days=30)
 
 log = logging.getLogger("anton.worker")
@@ -213,6 +214,7 @@ class Meter:
         self._db, self._worker, self._opened = db, worker, opened
         self._poked = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self._ended = False
         self._clock = Clock()
         self._late = 0.003                                             # seconds that an answer takes lately
         self.lanes: list[tuple[Rated, Tap]] = []
@@ -241,7 +243,10 @@ class Meter:
 
     async def end(self) -> None:
         """Asks no more, and gives back what was not used."""
+        self._ended = True
         if self._task is not None:
+            self._poked.set()
+            await asyncio.wait({self._task}, timeout=LAST)             # what nobody hears of counts as begun
             self._task.cancel()
             await asyncio.wait({self._task})
         for lane, tap in self.lanes:
@@ -249,7 +254,7 @@ class Meter:
                 await self._ask(lane, tap, 0)
 
     async def _run(self) -> None:
-        while True:
+        while not self._ended:
             self._poked.clear()
             pause = 60.0
             for lane, tap in list(self.lanes):

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from pg import Pg
 from working import PATIENCE, Bench, met, one_handler
 
-from anton import Table
+from anton import Table, queue
 from anton.app import App, declaring
 from anton.db import Database
 from anton.errors import BadOption, DatabaseUnreachable
@@ -156,6 +156,31 @@ async def test_starts_that_no_database_takes_back_are_given_back_another_time() 
     with pytest.raises(DatabaseUnreachable):
         await meter.end()
     assert tap.unused(future=True) == {7: 3}
+
+
+async def test_starts_whose_answer_is_on_its_way_as_the_worker_ends_are_given_back(
+        db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = await one_handler(db, lambda record: None, each=True, rate="1/h")
+    asked, answer, take = asyncio.Event(), asyncio.Event(), queue.take_rate
+
+    async def slow(*args: Any) -> Any:
+        found = await take(*args)
+        asked.set()
+        await answer.wait()
+        return found
+
+    monkeypatch.setattr(queue, "take_rate", slow)
+    lane: Any = SimpleNamespace(id=await bench.value("select id from anton.handler"), tap=Tap(), each=True, batch=1,
+                                ready=True, still=False, room=1, running=0, waiting_records=1, items=[])
+    meter = Meter(db, await bench.value("select anton.register_worker('t', 'here', 1, '1')"), lambda lane: None)
+    meter.know([lane])
+    await asked.wait()
+    meter.close()
+    end = asyncio.create_task(meter.end())
+    await asyncio.sleep(0)
+    answer.set()
+    await end
+    assert await bench.value("select sum(g)::int from anton.rate, unnest(given) g") == 0
 
 
 async def test_a_call_that_waits_hears_at_once_of_a_start() -> None:
