@@ -213,6 +213,11 @@ class Each:
         self._flushed_at = time.monotonic()
 
     @property
+    def left(self) -> int:
+        """Items that are neither settled nor skipped."""
+        return self.count - self.settled - len(self.skipped)
+
+    @property
     def over(self) -> bool:
         """Nothing is to come."""
         return not self.finished and self._all()

@@ -189,6 +189,14 @@ class Lane:
         return self.idle and not (self.running or self.items)
 
     @property
+    def held_up(self) -> bool:
+        """All its calls wait for a start, and no record of them is done and yet to be settled."""
+        alone = self.tap.waiting if self.tap is not None else 0        # one by one, after a failure
+        waiting = Counter(each for each, _ in self.items)
+        return (not self.running and len(waiting) + alone >= self.calls
+                and (bool(alone) or all(each.left == n for each, n in waiting.items())))
+
+    @property
     def room(self) -> int:
         """Calls (records, with each) that may run at a time now."""
         return self.concurrency if self.permits is None else min(self.concurrency, self.permits.room())

@@ -204,6 +204,9 @@ class Rated(Protocol):
     def still(self) -> bool: ...
 
     @property
+    def held_up(self) -> bool: ...
+
+    @property
     def room(self) -> int: ...
 
 
@@ -233,8 +236,7 @@ class Meter:
 
     def stalls(self, lanes: Iterable[Rated]) -> bool:
         """Whether all that these can do is wait, and for longer than a moment."""
-        return all(lane.tap is not None and lane.tap.far and not lane.running
-                   and (lane.each or lane.calls == lane.tap.waiting) for lane in lanes)
+        return all(lane.tap is not None and lane.tap.far and lane.held_up for lane in lanes)
 
     def close(self) -> None:
         """Nothing starts any more."""

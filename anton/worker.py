@@ -91,6 +91,7 @@ class Worker:
         self._rung = False
         self._called = False                                           # by a ring; nothing was claimed since
         self._late = False                                             # what the last look saw to be due later
+        self._coming = False                                           # something is due, of lanes that do not know yet
         self._pace = Pace()
         self._heart: Heartbeat | None = None
         self._quiet = False                                            # suspects wait for an empty process
@@ -138,7 +139,10 @@ class Worker:
             await self._end()
 
     async def run_until_idle(self) -> None:
-        """Works everything that is ready or due by anton.now(), and returns when nothing runs and nothing is due."""
+        """Works everything that is ready or due by anton.now(), and returns when nothing runs and nothing is due.
+
+        What waits for its rate for longer than a moment (rate.NEAR) is left: it goes back to the queue.
+        """
         self._dispatcher.hold = False
         await self._begin(patient=False)
         try:
@@ -147,22 +151,22 @@ class Worker:
                 if await self._claim():
                     continue
                 held = self._dispatcher.fill()                         # for more, which did not come
-                if self._dispatcher.active or held:
-                    running = [run.lane for run in self._dispatcher.active.values()]
-                    if running and self._meter.stalls(running):
-                        return                                         # the rest waits for its rate
-                    await self._wake.wait()
+                active = [run.lane for run in self._dispatcher.active.values()]
+                if held or active and not self._meter.stalls(active):
+                    await (self._nap(AGAIN) if self._meter.lanes else self._wake.wait())
                 elif self._errands:
                     await asyncio.wait(self._errands)
-                elif not await self._more():
+                elif not await self._more() and all(lane.idle for lane in self._dispatcher.order):
+                    return
+                elif active and self._quiet:                           # suspects wait for what waits for its rate
                     return
                 elif self._office.hungry:                              # another process has the permits
                     await self._nap(AGAIN)
                 elif self._held_up():
                     await self._nap(HELD_UP)
                 elif self._meter.lanes and not self._dispatcher.wanted():  # no start for what is there
-                    waiting = [lane for lane in self._dispatcher.order if lane.ready or lane.feeding]
-                    if waiting and self._meter.stalls(waiting):
+                    waiting = [lane for lane in self._dispatcher.order if lane.ready or lane.feeding or not lane.idle]
+                    if waiting and not self._coming and self._meter.stalls(waiting):
                         return
                     await self._nap(AGAIN)
         finally:
@@ -500,10 +504,11 @@ class Worker:
         return await work_suspects(self._runner, self._dispatcher, self._office, self._meter, self._length, self._close)
 
     async def _more(self) -> bool:
-        """Nothing runs and nothing is claimed: whether something is due all the same."""
+        """Nothing runs, or all that does waits for its rate: whether something is due all the same."""
         async with self.db.conn() as conn:
             await schedule.fire(self.db, conn)
         look = await self._look()
         fed = await feed(self.db, self._dispatcher.lanes.values())
         late = look.wake_at is not None and look.wake_at <= look.at    # changes that are not folded yet
-        return bool(look.ready or look.suspects or fed or late)
+        self._coming = bool(look.suspects or fed or late)
+        return bool(look.ready) or self._coming
