@@ -187,13 +187,14 @@ class KeyMeter:
             starts.forget(keys)
             for key in keys:
                 known, count = starts.keys.get(key), gate.wanted(key)
+                if known is not None and starts.unused(key, past):
+                    known.again = 0.0
                 if known is not None and known.again > now:
-                    pause = min(pause, known.again - now)
+                    pause = min(pause, known.again - now, starts.lapses(key))
                     if gate.aside(key) > known.few:
                         many.append(key)
                     continue
-                if known is not None and known.left:
-                    starts.unused(key, past)
+                if known is not None:
                     count -= sum(known.left.values())
                 if count > 0 and can > 0:
                     found[key] = min(count, can)

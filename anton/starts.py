@@ -186,14 +186,21 @@ class Starts:
         slot = int((now + self.clock.low) // self.slot) if math.isfinite(self.clock.low) else -1
         return slot if now + self.clock.high < (slot + 1) * self.slot else -1
 
-    def unused(self, key: Hashable, before: float) -> None:
-        """Starts that did not begin in slots before this one can be planned again."""
+    def lapses(self, key: Hashable) -> float:
+        """Seconds until the first start that a key has is over; infinite without one."""
+        left = self.keys[key].left
+        return self.opens(min(left) + 1) if left else math.inf
+
+    def unused(self, key: Hashable, before: float) -> bool:
+        """Starts that did not begin in slots before this one can be planned again. Whether there were any."""
         known = self.keys[key]
-        for slot in [slot for slot in known.left if slot < before]:
+        gone = [slot for slot in known.left if slot < before]
+        for slot in gone:
             known.given[slot] -= known.left.pop(slot)
             self.over.add(key)
             if not known.given[slot]:
                 del known.given[slot]
+        return bool(gone)
 
     def _as_of(self, known: Key, first: int) -> dict[int, int]:
         """What still matters then."""

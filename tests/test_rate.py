@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +26,7 @@ from anton import Table, queue
 from anton.app import App, declaring
 from anton.db import Database
 from anton.errors import BadOption, DatabaseUnreachable
+from anton.lane import Lane
 from anton.rate import Meter, Tap, normal
 from anton.testing import TestApp
 
@@ -229,6 +231,64 @@ async def test_what_waits_for_its_rate_is_told_and_given_back_when_the_worker_en
     assert (await bench.value("select why from anton.status")).startswith("waits for its rate, 1/1h: 1 begun")
     shown = await bench.value("select anton.show_handler('handle')")
     assert (shown["rate"], shown["rate_used"]) == ("1/1h", 1)
+
+
+async def test_a_record_whose_start_lapses_as_it_is_claimed_has_another_before_its_worker_is_idle(
+        db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[int] = []
+    bench = await one_handler(db, lambda record: done.append(record["n"]), each=True, rate="1/10s")
+    await bench.add("a", [{"n": 1}])
+    worker, claim = bench.worker(), queue.claim
+
+    async def slow(*args: Any) -> Any:
+        jobs = await claim(*args)
+        if jobs:
+            monkeypatch.setattr(queue, "claim", claim)
+            await bench.advance(timedelta(seconds=1))                  # its slot is over
+            (lane,) = [lane for lane in worker._dispatcher.order if lane.tap is not None]
+            lane.tap.clock.low += 1
+            lane.tap.clock.high += 1
+        return jobs
+
+    monkeypatch.setattr(queue, "claim", slow)
+    await asyncio.wait_for(worker.run_until_idle(), PATIENCE)
+    assert done == [1] and await bench.left() == {}
+
+
+async def test_what_came_meanwhile_is_done_before_what_waits_for_its_rate_is_left(db: Database) -> None:
+    done: list[str] = []
+
+    def declare() -> None:
+        async def rated(record: Any) -> None:
+            done.append("rated")
+            await bench.add("b", [{}])                                 # nobody tells the worker
+
+        Table("a").on_new_records(rated, each=True, rate="1/h", name="rated")
+        Table("b").on_new_records(lambda record: done.append("plain"), each=True, name="plain")
+
+    bench = await Bench.make(db, declare)
+    await bench.add("a", [{}, {}])
+    await bench.work()
+    assert done == ["rated", "plain"] and await bench.left() == {"job": 1}
+
+
+def test_a_lane_is_not_held_up_while_something_of_it_is_to_be_settled() -> None:
+    class Two:
+        left = 2
+
+    tap, each = Tap(), Two()
+    lane = Lane(1, "h", None, "python", True, "now", False, 1, timedelta(0), 2, timedelta(minutes=5), 5, timedelta(0),
+                1, "public.a", ("id",), "id", None, tap=tap, calls=1)
+    lane.items.append((each, 1))                                       # the other one is done
+    assert not lane.held_up
+    each.left = 1
+    assert lane.held_up
+    lane.calls = 2                                                     # of the second nothing waits
+    assert not lane.held_up
+    tap.waiting = 1                                               # but it does, for its turn
+    assert lane.held_up
+    lane.running = 1
+    assert not lane.held_up
 
 
 async def test_a_handler_with_a_rate_and_a_limit_begins_what_both_let_it(db: Database) -> None:

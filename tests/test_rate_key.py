@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Hashable
 from contextlib import suppress
+from datetime import timedelta
 from decimal import Decimal
 from typing import Any
 
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from servers import Server, kill, running
 from working import Bench, cutting, met, one_handler
 
-from anton import Table
+from anton import Table, queue
 from anton.app import App, declaring
 from anton.db import Database, set_database
 from anton.errors import BadOption
@@ -117,6 +118,23 @@ def test_time_that_moves_lets_records_of_a_key_begin_at_its_rate(app: TestApp) -
     assert [name for name, _ in done].count("ann") in (3, 4)
     app.advance("1d")
     assert len(done) == 8 and {id for name, id in done if name == "ann"} == {*ids}
+
+
+async def test_a_start_that_lapsed_unused_is_there_again_at_once(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[int] = []
+    bench = await one_handler(db, lambda record: done.append(record["n"]), each=True, rate="1/m", per="k")
+    await bench.add("a", [{"n": 1, "k": "a"}])
+    note, late = queue.note_starts, timedelta(seconds=2)
+
+    async def slow(*args: Any) -> Any:
+        at = await note(*args)
+        monkeypatch.setattr(queue, "note_starts", note)
+        await bench.advance(late)                                      # its slot is over before the answer is here
+        return at + late // timedelta(microseconds=1)
+
+    monkeypatch.setattr(queue, "note_starts", slow)
+    await bench.work()
+    assert done == [1]
 
 
 async def test_who_takes_over_knows_what_began_and_a_worker_that_ends_gives_back_the_rest(db: Database) -> None:
