@@ -189,7 +189,7 @@ class Lane:
         return self.idle and not (self.running or self.items)
 
     @property
-    def held_up(self) -> bool:
+    def starved(self) -> bool:
         """All its calls wait for a start, and no record of them is done and yet to be settled."""
         alone = self.tap.waiting if self.tap is not None else 0        # one by one, after a failure
         waiting = Counter(each for each, _ in self.items)

@@ -204,7 +204,7 @@ class Rated(Protocol):
     def still(self) -> bool: ...
 
     @property
-    def held_up(self) -> bool: ...
+    def starved(self) -> bool: ...
 
     @property
     def room(self) -> int: ...
@@ -235,8 +235,8 @@ class Meter:
         self._poked.set()
 
     def stalls(self, lanes: Iterable[Rated]) -> bool:
-        """Whether all that these can do is wait, and for longer than a moment."""
-        return all(lane.tap is not None and lane.tap.far and lane.held_up for lane in lanes)
+        """Whether all that these can do is wait, and for longer than a moment. So it is of none."""
+        return all(lane.tap is not None and lane.tap.far and lane.starved for lane in lanes)
 
     def close(self) -> None:
         """Nothing starts any more."""

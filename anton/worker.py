@@ -156,9 +156,8 @@ class Worker:
                     await (self._nap(AGAIN) if self._meter.lanes else self._wake.wait())
                 elif self._errands:
                     await asyncio.wait(self._errands)
-                elif not await self._more() and all(lane.idle for lane in self._dispatcher.order):
-                    return
-                elif active and self._quiet:                           # suspects wait for what waits for its rate
+                elif (not await self._more() and self._meter.stalls(x for x in self._dispatcher.order if not x.idle)
+                      or active and self._quiet):                      # suspects wait for what waits for its rate
                     return
                 elif self._office.hungry:                              # another process has the permits
                     await self._nap(AGAIN)

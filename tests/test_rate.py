@@ -272,7 +272,7 @@ async def test_what_came_meanwhile_is_done_before_what_waits_for_its_rate_is_lef
     assert done == ["rated", "plain"] and await bench.left() == {"job": 1}
 
 
-def test_a_lane_is_not_held_up_while_something_of_it_is_to_be_settled() -> None:
+def test_a_lane_whose_calls_wait_for_starts_is_not_starved_while_a_record_of_them_is_to_be_settled() -> None:
     class Two:
         left = 2
 
@@ -280,15 +280,15 @@ def test_a_lane_is_not_held_up_while_something_of_it_is_to_be_settled() -> None:
     lane = Lane(1, "h", None, "python", True, "now", False, 1, timedelta(0), 2, timedelta(minutes=5), 5, timedelta(0),
                 1, "public.a", ("id",), "id", None, tap=tap, calls=1)
     lane.items.append((each, 1))                                       # the other one is done
-    assert not lane.held_up
+    assert not lane.starved
     each.left = 1
-    assert lane.held_up
+    assert lane.starved
     lane.calls = 2                                                     # of the second nothing waits
-    assert not lane.held_up
+    assert not lane.starved
     tap.waiting = 1                                               # but it does, for its turn
-    assert lane.held_up
+    assert lane.starved
     lane.running = 1
-    assert not lane.held_up
+    assert not lane.starved
 
 
 async def test_a_handler_with_a_rate_and_a_limit_begins_what_both_let_it(db: Database) -> None:
