@@ -227,7 +227,7 @@ class TestApp:
     # Work and time
 
     def run(self) -> None:
-        """Works everything that is ready or due, until there is nothing more."""
+        """Works everything that is ready or due, until there is nothing more, but for what waits for its rate."""
         self._loop.run(self._work())
 
     def migrate(self) -> None:
