@@ -187,7 +187,7 @@ class KeyMeter:
             starts.forget(keys)
             for key in keys:
                 known, count = starts.keys.get(key), gate.wanted(key)
-                if known is not None and starts.unused(key, past):
+                if known is not None and known.left and starts.unused(key, past):
                     known.again = 0.0
                 if known is not None and known.again > now:
                     pause = min(pause, known.again - now, starts.lapses(key))
