@@ -427,7 +427,7 @@ class InOrder(Sessions):
         worker = self.workers[n]
         off = worker.order.put_off(batch)
         batch.fates |= dict.fromkeys(off, "off")
-        ends = {item: (fate, self.now + after) for item, fate in batch.fates.items()}
+        ends = {item: (fate, self.now + after) for item, fate in sorted(batch.fates.items())}
         if not ends:
             return
         flush = Flush(batch, ends)
