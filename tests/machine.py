@@ -76,9 +76,6 @@ class Blocked(Exception):
     """Another transaction is in the way."""
 
 
-FAILURES = (AssertionError, psycopg.Error, Refused, Blocked, pytest.fail.Exception)
-
-
 @dataclass
 class Tx:
     """A worker's transaction that is open: what it has done, under which token, to what.
@@ -537,7 +534,15 @@ def opened(machine: type[Sessions], server: Server, template: str, bug: Bug | No
 
 
 def finds(machine: type[RuleBasedStateMachine], says: str, by: settings = BUG) -> None:
-    """The machine finds what is wrong with the code, and says so: once is enough. says: a regular expression."""
-    with pytest.raises((*FAILURES, FlakyFailure)) as error:
+    """The machine finds what is wrong with the code, and says so. says: a regular expression."""
+    with finding(says):
         run_state_machine_as_test(machine, settings=by)
+
+
+@contextmanager
+def finding(says: str) -> Iterator[None]:
+    """The same of a way to it. Seen once it is found, also where it is not there again when it is looked for."""
+    failures = AssertionError, psycopg.Error, Refused, Blocked, pytest.fail.Exception, FlakyFailure
+    with pytest.raises(failures) as error:
+        yield
     assert re.search(says, "".join(traceback.format_exception(error.value)))
