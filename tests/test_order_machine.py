@@ -157,11 +157,15 @@ class InOrder(Sessions):
 
     @initialize(block=st.booleans(), sizes=st.lists(st.integers(1, 3), min_size=2, max_size=4))
     def begin(self, block: bool, sizes: list[int]) -> None:
-        self.model.block = block
-        self.sql("update anton.handler set on_dead = %s where id = %s", "block" if block else "skip", self.handler)
+        self.blocks(block)
         for n in sizes:
             self.changes(0, n, True)
         self.claim(0, 3, 9)
+
+    def blocks(self, block: bool) -> None:
+        """What a dead one does to its key."""
+        self.model.block = block
+        self.sql("update anton.handler set on_dead = %s where id = %s", "block" if block else "skip", self.handler)
 
     def teardown(self) -> None:
         """All workers are gone; one that comes then does all that is not closed, and in its time the rest."""
@@ -332,8 +336,9 @@ class InOrder(Sessions):
             key = worker.order.text(batch.order[0])
             with suppress(Blocked):  # it stays a suspect, when its lease has run out
                 query = "select anton.bury_in_turn(%s, %s, %s, %s, 'crashed', 'died', null)"
-                self.ask(n, query, token, id, record[1], key)
-                self.model.bury(record)
+                ((dead,),) = self.ask(n, query, token, id, record[1], key)
+                if dead is not None:  # else it was not its turn
+                    self.model.bury(record)
                 worker.order.know((), [key])
         elif not self.asks_permit(n, suspects=True):
             self.ask(n, "select anton.give_back(%s, array[%s]::bigint[])", token, id)
@@ -764,11 +769,34 @@ def one_of_two_batches_goes_back(machine: InOrder) -> None:
     machine.start(1)
 
 
+def one_crashes_behind_the_dead(machine: InOrder) -> None:
+    """Whoever reclaims it dies before it is put off, again and again."""
+    machine.blocks(True)
+    for _ in range(2):
+        machine.insert(0, [1])
+        machine.claim(0, 1, 9)
+        machine.start(0)
+        if machine.workers[0].running:
+            machine.end(0, 0, "dead")
+            machine.settle(0, machine.workers[0].batches[0], 1000, False)
+    machine.die(0, True)
+    for _ in range(ATTEMPTS + 1):
+        machine.reclaim(1)
+        machine.die(1, True)
+    machine.reclaim(1)
+    machine.waits_as_in_the_model()
+
+
 RARE = (  # (what is wrong, how, the way that leads there): too far off to be found by chance in a few seconds
     (
         "a retry that does not close its key",
         ((ORDER, "perform put_turn(v, p_ordinals[i], p_keys[i], 'first', v_job, v_attempt);", "null;"),),
         one_comes_after_a_retry,
+    ),
+    (
+        "a dead one behind the dead",
+        ((ORDER, "if p_reason = 'crashed' and p_id", "if false and p_id"),),
+        one_crashes_behind_the_dead,
     ),
     (
         "a claim of what is behind jobs of the dead",
@@ -795,7 +823,7 @@ RARE = (  # (what is wrong, how, the way that leads there): too far off to be fo
     ids=lambda value: value.name if isinstance(value, Bug) else "",
 )
 def test_a_bug_that_chance_seldom_meets_is_found_on_its_way(inorder: type[InOrder], way: Callable[..., None]) -> None:
-    with finding(EARLY):
+    with finding(f"{EARLY}|{WAITS}"):
         way(inorder())
 
 
