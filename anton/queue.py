@@ -208,9 +208,9 @@ async def retry_in_turn(db: Database, conn: Conn, lease: int, id: int, ordinals:
 
 
 async def bury_in_turn(db: Database, conn: Conn, lease: int, id: int, ordinal: int, key: str, reason: str, error: str,
-                       traceback: str | None) -> int:
-    """As bury(); its key waits for it, or the next of its key goes on."""
-    return int(await db.call_value(conn, "bury_in_turn", lease, id, ordinal, key, reason, error, traceback))
+                       traceback: str | None) -> None:
+    """As bury(); its key waits for it, or the next of its key goes on. What crashed before its turn waits for that."""
+    await db.call(conn, "bury_in_turn", lease, id, ordinal, key, reason, error, traceback)
 
 
 async def end_turn(db: Database, conn: Conn, handler: int, job: int) -> None:

@@ -22,6 +22,7 @@ import psycopg
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
+from hypothesis.errors import FlakyFailure
 from hypothesis.stateful import (
     RuleBasedStateMachine,
     initialize,
@@ -49,6 +50,12 @@ with x as (
   union all select 'lease', id, change_id, lo, hi, settled, attempt, crashes, tenant, origin, token::text, alone,
                    together, lease_until < anton.now() from anton.lease)
 select (select coalesce(jsonb_agg(x), '[]') from x)"""
+IDLE = """
+select extract(epoch from anton.now())::float8, setting::int, set_config(name, '0', true)
+  from pg_settings where name = 'idle_in_transaction_session_timeout'"""
+TABLES = """
+select oid::regclass::text from pg_class
+ where relkind = 'r' and relnamespace in ('anton'::regnamespace, 'public'::regnamespace)"""
 ENDS = ("commit", "commit", "roll back", "crash", "terminate", "lose the reply")
 
 
@@ -85,6 +92,19 @@ class Tx:
     beside: list[Part] = field(default_factory=list)
 
 
+@contextmanager
+def told() -> Iterator[None]:
+    """What a worker makes of an error."""
+    try:
+        yield
+    except psycopg.errors.LockNotAvailable as error:
+        raise Blocked from error
+    except psycopg.Error as error:
+        if error.sqlstate == "NT001":
+            raise Refused from error
+        raise
+
+
 class Sessions(RuleBasedStateMachine):
     """Connections to a database whose clock the test moves."""
 
@@ -116,15 +136,20 @@ class Sessions(RuleBasedStateMachine):
 
     def ask(self, worker: int, query: str, *args: Any) -> list[Any]:
         """Rows for a worker; Refused for a fence that held, Blocked for a row that another transaction holds."""
-        try:
+        with told():
             done = self.conns[worker].execute(query, args or None)
             return done.fetchall() if done.description else []
-        except psycopg.errors.LockNotAvailable as error:
-            raise Blocked from error
-        except psycopg.Error as error:
-            if error.sqlstate == "NT001":
-                raise Refused from error
-            raise
+
+    def ask_on(self, worker: int, query: str, *args: Any) -> tuple[list[Any], float, int]:
+        """The same in a transaction that goes on, when this was, and how long its session might be idle then, in ms.
+
+        It may for as long as it likes: in what is left of a lease this machine may not get to the next statement.
+        """
+        with told():
+            with self.conns[worker].pipeline():
+                done, limit = (self.conns[worker].execute(one, of) for one, of in ((query, args or None), (IDLE, None)))
+            ((now, ms, _),) = limit.fetchall()
+            return done.fetchall(), now, ms
 
     def replace(self, worker: int) -> None:
         """Its session is gone, and it has a new one."""
@@ -262,13 +287,8 @@ class Base(Sessions):
         if ids:
             self.past.append((token, ids))
 
-    def idle_limit(self, worker: int, until: float, asked_at: float) -> None:
+    def idle_limit(self, limit: int, until: float, asked_at: float, now: float) -> None:
         """let_go(): this transaction may be idle for what is left of the lease, two seconds at least, a day at most."""
-        ((now, limit),) = self.ask(
-            worker,
-            "select extract(epoch from anton.now())::float8, setting::int from pg_settings "
-            "where name = 'idle_in_transaction_session_timeout'",
-        )
         least, most = (min(86_400.0, max(2.0, until - at)) * 1000 for at in (now, asked_at))
         assert least - 1 <= limit <= most + 1, f"let_go: idle for {limit} ms, not for {least:.0f} to {most:.0f}"
 
@@ -283,9 +303,9 @@ class Base(Sessions):
                 token,
                 ids,
             )
-            rows = self.ask(worker, query, *args)
+            rows, now, limit = self.ask_on(worker, query, *args)
             if row[0] is not None:
-                self.idle_limit(worker, *row)
+                self.idle_limit(limit, *row, now)
             return rows
         except BaseException:
             with suppress(psycopg.Error):
@@ -498,6 +518,7 @@ def opened(machine: type[Sessions], server: Server, template: str, bug: Bug | No
         "create or replace function anton.now() returns timestamptz language sql volatile as "
         "'select pg_catalog.clock_timestamp() + (select ahead from public.test_clock)'",
     )
+    pg.sql(*(f"alter table {table} set (autovacuum_enabled = off)" for (table,) in pg.sql(TABLES)))
     if bug is not None:
         with planted(bug) as (_, statements):
             for statement in statements:
@@ -514,6 +535,14 @@ def opened(machine: type[Sessions], server: Server, template: str, bug: Bug | No
 
 def finds(machine: type[RuleBasedStateMachine], says: str, by: settings = BUG) -> None:
     """The machine finds what is wrong with the code, and says so. says: a regular expression."""
-    with pytest.raises((AssertionError, psycopg.Error)) as error:
+    with finding(says):
         run_state_machine_as_test(machine, settings=by)
+
+
+@contextmanager
+def finding(says: str) -> Iterator[None]:
+    """The same of a way to it. Seen once it is found, also where it is not there again when it is looked for."""
+    failures = AssertionError, psycopg.Error, Refused, Blocked, pytest.fail.Exception, FlakyFailure
+    with pytest.raises(failures) as error:
+        yield
     assert re.search(says, "".join(traceback.format_exception(error.value)))
