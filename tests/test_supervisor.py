@@ -207,7 +207,7 @@ def handle(records: Records):
 
 
 FIVES = """
-@a.on_new_records(batch=5, concurrency=1)
+@a.on_new_records(batch=5)
 def handle(records: Records, ctx: Ctx):
     meet(records[0]["n"])
     for record in records:
@@ -218,7 +218,7 @@ AHEAD_IS_BACK = "select count(*) = 1 from anton.lease"                 # so the 
 
 def test_sigterm_finishes_what_runs_and_gives_the_rest_back(started):
     folder = started(FIVES)
-    with folder.working() as process:
+    with folder.working("--slots", "1") as process:
         with folder.gate():
             folder.begun()
             process.terminate()
@@ -234,7 +234,7 @@ def test_sigterm_finishes_what_runs_and_gives_the_rest_back(started):
 
 def test_a_second_signal_stops_now_and_nothing_is_lost(started):
     folder = started(FIVES)
-    with folder.working() as process, folder.gate():
+    with folder.working("--slots", "1") as process, folder.gate():
         folder.begun()
         process.send_signal(signal.SIGINT)
         folder.until(AHEAD_IS_BACK)                                    # two at once would be one signal
