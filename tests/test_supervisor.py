@@ -15,7 +15,7 @@ from typing import Any
 import psycopg
 import pytest
 
-PATIENCE = 30.0
+PATIENCE = 60.0
 ANTON = [sys.executable, "-c", "import sys; from anton.cli import main; sys.exit(main())"]
 
 MAIN = """

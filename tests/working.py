@@ -227,4 +227,4 @@ def pooled(server: Any, name: str, folder: Path, size: int = 2) -> Iterator[str]
         yield f"postgresql://postgres@127.0.0.1:{port}/{name}"
     finally:
         process.terminate()
-        process.wait(10)
+        process.wait(PATIENCE)
