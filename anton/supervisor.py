@@ -134,6 +134,11 @@ class Supervisor:
         sys.stdout.flush()
         sys.stderr.flush()
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)              # one that comes now is the parent's, or waits
+        if self.signals:                                               # one came since: nobody would tell a new child
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+            os.close(ear)
+            os.close(mouth)
+            return
         pid = os.fork()
         if pid == 0:
             status = 1
@@ -150,12 +155,12 @@ class Supervisor:
                 sys.stdout.flush()
                 sys.stderr.flush()
                 os._exit(status)                                       # a stuck thread keeps nobody waiting
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         os.close(mouth)
         os.set_blocking(ear, False)
         child = Child(kind, pid, ear, time.monotonic(), heard=time.monotonic())
         self.children[pid] = child
         self._selector.register(ear, selectors.EVENT_READ, child)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)            # from here on who is told to stop tells it, too
 
     def _hear(self, child: Child) -> None:
         try:

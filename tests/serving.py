@@ -38,7 +38,7 @@ async def serve(db: Database, declare: Callable[[App], Any], **options: Any) -> 
 async def serving(db: Database, declare: Callable[[App], Any], **options: Any) -> AsyncIterator[httpx.AsyncClient]:
     """The same, and a client of it."""
     async with serve(db, declare, **options) as server:
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{web.port_of(server)}") as client:
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{web.port_of(server)}", timeout=60) as client:
             yield client
 
 

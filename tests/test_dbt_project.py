@@ -353,7 +353,7 @@ def test_a_child_that_is_killed_in_a_build_is_replaced_and_nothing_fires_twice(l
     killing = asyncio.run_coroutine_threadsafe(hold(live), live.loop.loop)
     live.shop.sql("insert into orders values (7, 'cleo', 70)")
     told = live.work()
-    killed = killing.result(10)
+    killed = killing.result(60)
     assert killed != live.child
     assert [one for one in told if not isinstance(one, Rebuilt)] == [("new", "cleo")]
     assert live.shop.sql("select count(*) from revenue where customer = 'cleo'") == [(1,)]

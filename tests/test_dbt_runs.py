@@ -179,10 +179,10 @@ def test_a_run_in_which_the_database_restarts_is_done_by_the_next_try(server: Se
             (live.folder / "models" / "held.sql").write_text(
                 "select count(*) as n, pg_advisory_xact_lock(4711)::text as held from {{ ref('revenue') }}")
             live.project.run("revenue", "held")
+            conn = live.loop.run(live.shop.db.connect())
+            live.loop.run(conn.execute("select pg_advisory_lock(4711)"))
 
             async def crash() -> None:
-                conn = await live.shop.db.connect()
-                await conn.execute("select pg_advisory_lock(4711)")
                 async with live.shop.db.conn() as look:
                     await seen(look, WAITING)
                 await asyncio.to_thread(restart, own, "immediate")
@@ -192,7 +192,7 @@ def test_a_run_in_which_the_database_restarts_is_done_by_the_next_try(server: Se
             with suppress(Exception):                                  # its connections broke
                 live.work()
             crashing.result(60)
-            live.shop.sql("update anton.delayed set run_at = now()", "update anton.lease set lease_until = now()",
+            live.shop.sql("update anton.delayed set run_at = now()", "update anton.lease set lease_until = '-infinity'",
                           "update anton.handler set probe_at = now() where failing_since is not null")
             set_database(live.shop.db)
             live.work()

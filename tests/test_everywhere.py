@@ -210,7 +210,7 @@ def test_a_route(app: Bench, kind: str) -> None:
         while not server.started:
             assert not task.done()
             await asyncio.sleep(0)
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{web.port_of(server)}") as client:
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{web.port_of(server)}", timeout=60) as client:
             answer = await client.post(f"/{kind}")
         server.should_exit = True
         await task

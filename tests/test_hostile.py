@@ -42,7 +42,7 @@ def port(database: str, tmp_path: Path) -> Iterator[int]:
         found = re.match(r"http://127.0.0.1:(\d+)", server.stdout.readline())
         assert found, (tmp_path / "log").read_text()
         yield int(found[1])
-        assert httpx.get(f"http://127.0.0.1:{found[1]}/ready").status_code == 200
+        assert httpx.get(f"http://127.0.0.1:{found[1]}/ready", timeout=60).status_code == 200
         assert server.poll() is None
     finally:
         server.send_signal(signal.SIGTERM)
@@ -84,7 +84,7 @@ def test_what_a_hostile_request_was_told_is_stored_is_stored(port: int, database
 
 def test_schemathesis_finds_no_5xx_in_what_openapi_json_describes(port: int) -> None:
     url = f"http://127.0.0.1:{port}"
-    assert httpx.get(f"{url}/openapi.json").json()["openapi"].startswith("3.1")
+    assert httpx.get(f"{url}/openapi.json", timeout=60).json()["openapi"].startswith("3.1")
     schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
     tried = set()
     for operation in (found.ok() for found in schema.get_all_operations()):
@@ -120,10 +120,10 @@ def test_a_request_that_two_servers_may_read_differently_gets_one_400(port: int,
 
 
 def test_the_interface_is_described_with_its_errors_and_shown_at_docs(port: int) -> None:
-    described = httpx.get(f"http://127.0.0.1:{port}/openapi.json").json()
+    described = httpx.get(f"http://127.0.0.1:{port}/openapi.json", timeout=60).json()
     assert json.dumps(described["paths"]["/orders"]["post"]["requestBody"]).count("Order") == 1
     assert "422" in described["paths"]["/orders"]["post"]["responses"]
-    assert "swagger" in httpx.get(f"http://127.0.0.1:{port}/docs").text.lower()
+    assert "swagger" in httpx.get(f"http://127.0.0.1:{port}/docs", timeout=60).text.lower()
 
 
 def test_a_5xx_and_a_traceback_are_failures() -> None:

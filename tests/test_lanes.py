@@ -108,7 +108,7 @@ async def test_records_of_one_call_each_run_side_by_side_up_to_the_concurrency(d
             most["threads"] = max(most["threads"], inside["threads"])
             if inside["threads"] == 5:
                 all_in.set()
-            assert all_in.wait(10)
+            assert all_in.wait(PATIENCE)
             inside["threads"] -= 1
 
     bench = await Bench.make(db, declare)
@@ -132,14 +132,14 @@ async def test_a_slow_record_does_not_keep_finished_ones_from_being_settled(db: 
         @a.on_new_records(each=True, concurrency=1)
         def one_thread(record: Any) -> None:
             if record["n"] == 49:
-                asyncio.run_coroutine_threadsafe(go.wait(), loop).result(10)
+                asyncio.run_coroutine_threadsafe(go.wait(), loop).result(2 * PATIENCE)
             b.append({"n": record["n"] + 1000})
 
     loop = asyncio.get_running_loop()
     bench = await Bench.make(db, declare)
     await bench.add("a", ({"n": n} for n in range(50)))
     async with bench.running():
-        await bench.until("select (select count(*) from b) = 98", patience=5)
+        await bench.until("select (select count(*) from b) = 98")
         assert await bench.value("select sum(hi - lo + 1 - coalesce(cardinality(settled), 0)) from anton.lease") == 2
         go.set()
         await bench.until_done()

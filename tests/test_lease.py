@@ -12,13 +12,22 @@ from typing import Any
 
 import pytest
 from servers import free_port, migrate, restart, running
-from working import Bench, cutting, met, numbers, one_handler
+from working import PATIENCE, Bench, cutting, met, numbers, one_handler
 
 from anton import Ctx, Records, Table, queue
 from anton.app import App
 from anton.db import Database, set_database
 from anton.heartbeat import Heartbeat
 from anton.worker import Worker
+
+
+async def take(db: Database) -> list[Any]:
+    """Lets the one lease that there is run out, and takes its jobs before a heartbeat can renew it."""
+    async with db.tx() as conn:
+        await conn.execute("update anton.lease set lease_until = '-infinity'")
+        taken = await queue.reclaim(db, conn, 0, timedelta(minutes=1), [1])
+    assert len(taken) == 1
+    return taken
 
 
 async def test_a_worker_that_lost_its_lease_changes_nothing(db: Database):
@@ -34,10 +43,7 @@ async def test_a_worker_that_lost_its_lease_changes_nothing(db: Database):
     await bench.add("a", ({"n": n} for n in range(5)))
     async with bench.running(on_suspects=lambda: None):
         await inside.wait()
-        await bench.sql("update anton.lease set lease_until = '-infinity'")
-        async with db.conn() as conn:
-            taken = await queue.reclaim(db, conn, 0, timedelta(minutes=1), [1])
-        assert len(taken) == 1
+        taken = await take(db)
         go.set()
     assert await bench.count("b") == 0 and await bench.count("anton.receipt") == 0
     assert await bench.value("select token from anton.lease") == taken[0].token
@@ -57,9 +63,7 @@ async def test_the_heartbeat_says_that_a_lease_was_lost_when_it_ends_the_run(db:
     await bench.add("a", [{"n": 1}])
     async with bench.running(lease=timedelta(seconds=0.6), on_suspects=lambda: None):
         await inside.wait()
-        await bench.sql("update anton.lease set lease_until = '-infinity'")
-        async with db.conn() as conn:
-            await queue.reclaim(db, conn, 0, timedelta(minutes=1), [1])
+        await take(db)
         await ended.wait()
         await met(lambda: "a lease was lost, of 1 jobs" in caplog.text)
 
@@ -163,7 +167,7 @@ async def test_a_record_whose_lease_was_lost_leaves_its_handler_working_when_the
     def handle(record: Any) -> None:
         seen.append(record["n"])
         if record["n"] == 1:
-            hold.wait(20)
+            hold.wait(PATIENCE)
             raise ConnectionError("the peer is away")
 
     bench = await one_handler(db, handle, each=True)
@@ -188,7 +192,7 @@ async def test_leases_of_a_dead_worker_are_freed_beside_one_that_its_backend_sti
     )
     async with db.tx() as conn:
         await conn.execute("select anton.ack(42, array(select min(id) from anton.lease), 7, 0)")
-        assert await asyncio.wait_for(bench.value("select anton.worker_died(7)"), 5) == 1
+        assert await asyncio.wait_for(bench.value("select anton.worker_died(7)"), PATIENCE) == 1
 
 
 @pytest.mark.parametrize("jobs", [1, 8])
@@ -226,7 +230,7 @@ async def test_when_the_answer_to_a_commit_is_lost_records_of_one_call_each_run_
         runs[record["n"]] += 1
         if record["n"] == 99:
             cuts.append(b"cut")                                         # of what settles the others of its job
-            go.wait(20)
+            go.wait(PATIENCE)
         tables["b"].append({"n": record["n"]})
 
     bench = await one_handler(db, handle, each=True, concurrency=1)
@@ -469,7 +473,7 @@ async def test_suspects_of_a_quick_handler_wait_for_no_slow_one(db: Database):
     suspects = asyncio.create_task(bench.worker().run_suspects())
     await met(lambda: done == 200)
     go.set()
-    assert await asyncio.wait_for(suspects, 20) == 400 and await bench.left() == {}
+    assert await asyncio.wait_for(suspects, PATIENCE) == 400 and await bench.left() == {}
 
 
 async def test_suspects_that_died_in_a_group_have_the_process_to_themselves(db: Database):
@@ -489,7 +493,7 @@ async def test_suspects_that_died_in_a_group_have_the_process_to_themselves(db: 
     bench = await two_handlers(db, handler("slow"), handler("quick"), jobs=2, records=2)
     await bench.sql("update anton.lease l set together = 1 from anton.handler h "
                     "where h.id = l.handler_id and h.name = 'slow'")
-    assert await asyncio.wait_for(bench.worker().run_suspects(), 20) == 8 and await bench.left() == {}
+    assert await asyncio.wait_for(bench.worker().run_suspects(), PATIENCE) == 8 and await bench.left() == {}
     assert {frozenset(found) for found in beside} == {frozenset({"slow"}), frozenset({"quick"})}
 
 

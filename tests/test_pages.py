@@ -140,9 +140,13 @@ def test_the_flow_is_live(desk, url, chromium):
         page.open(f"{url}/inbox/flow")
         assert "1 wait for a person" not in page.html()
         asked(desk)
-        page.run("new Promise(done => new MutationObserver(done).observe(document.querySelector('[data-live]'), "
-                 "{childList: true})).then(() => 1)")
-        assert "1 wait for a person" in page.html() and page.loads == 3
+        page.run("""new Promise(done => {
+          const live = document.querySelector("[data-live]");
+          const look = () => live.innerHTML.includes("1 wait for a person") && done(1);
+          new MutationObserver(look).observe(live, {childList: true});
+          look();
+        })""")
+        assert page.loads == 3
 
 
 def test_a_link_from_a_mail_is_decided_with_one_click(desk, url, chromium):

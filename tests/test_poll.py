@@ -52,6 +52,9 @@ async def polling(db: Database, fn: Any, model: Any = Issue, **options: Any) -> 
         issues = Table("issues", model) if model else Table("issues")
         poll(**{"every": "1h", "into": issues, "key": "id", "name": "new", **options})(fn)
 
+    bench = Bench(db, App("t"))
+    if not await bench.count("anton.schedule"):
+        await bench.full_hour()
     return await Bench.make(db, declare)
 
 

@@ -68,7 +68,8 @@ class Served:
         """Pids that answer, asked for until `wanted` is true of them."""
         found: set[int] = set()
         while not wanted(found):
-            found.add(self.pid())
+            with contextlib.suppress(httpx.RemoteProtocolError, httpx.ReadError):   # taken by a worker about to end
+                found.add(self.pid())
         return found
 
     def slow(self, count: int) -> list[subprocess.Popen[bytes]]:

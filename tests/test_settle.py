@@ -13,7 +13,7 @@ from typing import Any
 import asyncpg
 import pytest
 from pydantic import BaseModel
-from working import Bench, met, numbers, one_handler
+from working import PATIENCE, Bench, met, numbers, one_handler
 
 from anton import Ctx, Discard, Records, Retry, Table, settle
 from anton.db import Conn, Database
@@ -200,7 +200,7 @@ async def test_a_refused_write_that_nobody_can_be_found_for_runs_its_own_flush_a
     def handle(record: Any) -> None:
         runs[record["n"]] += 1
         if runs.total() == 101:
-            go.wait(20)
+            go.wait(PATIENCE)
         tables["b"].append({"n": record["n"]})
 
     bench = await one_handler(db, handle, each=True, concurrency=1)
@@ -481,7 +481,7 @@ async def test_two_reconciles_at_once_queue_what_was_missed_once(db: Database):
         assert await conn.fetchval("select found from anton.reconcile('a')") == 1
         second = asyncio.create_task(bench.value("select found from anton.reconcile('a')"))
         await bench.until("select exists (select from pg_locks where locktype = 'advisory' and not granted)")
-    assert await asyncio.wait_for(second, 5) == 0
+    assert await asyncio.wait_for(second, PATIENCE) == 0
     assert await bench.count("anton.job") == 1
 
 

@@ -94,16 +94,20 @@ def test_what_the_service_counted_is_what_the_ledger_has(live, llm):
 
 
 def test_no_answer_in_time_is_unknown_and_charged_at_its_most_until_somebody_settles_it(live, llm, capsys):
-    declare(live, openai(llm, max_tokens=10, timeout=0.2, budget="10 USD/day"))
-    llm.script("hang", "hang", "hang")
+    made = declare(live, openai(llm, max_tokens=10, budget="10 USD/day"))
+    llm.script("answer", "hang", "hang", "hang")
+    ask(live, "one")                                                   # what is answered is so in time
+    made.timeout = 0.2
     ask(live, "hi")
+    made.timeout = 60.0
     unknown = rows(live, "select id, reserved, cost from anton.call where state = 'unknown'")
     assert len(unknown) == 3 and all(cost is None and reserved > 0 for _, reserved, cost in unknown)
     held = sum(reserved for _, reserved, _ in unknown)
-    assert rows(live, "select settled, reserved from anton.spent") == [(held, Decimal(0))]
+    paid = "select sum(cost) from anton.call where state = 'done'"
+    assert rows(live, "select settled, reserved from anton.spent") == [(rows(live, paid)[0][0] + held, Decimal(0))]
     live.advance("2m")
-    assert len(live.records("answers")) == 1
-    paid = rows(live, "select cost from anton.call where state = 'done'")[0][0]
+    assert len(live.records("answers")) == 2
+    paid = rows(live, paid)[0][0]
     for (id, _, _), cost in zip(unknown, (Decimal("0.5"), Decimal(0), None), strict=True):
         assert rows(live, f"select anton.settle_call({id}, {'null' if cost is None else cost})") == [(True,)]
     assert rows(live, "select settled from anton.spent") == [(paid + Decimal("0.5") + unknown[2][1],)]
@@ -681,9 +685,10 @@ def test_a_mistake_of_a_model_function_is_the_records_and_its_call_is_no_open_on
 
 
 def test_costs_are_shown_and_settled_on_the_command_line(live, llm, capsys):
-    declare(live, openai(llm, max_tokens=10, timeout=0.2, budget="10 USD/day"))
+    made = declare(live, openai(llm, max_tokens=10, budget="10 USD/day"))
     llm.script("answer", "hang", "hang", "hang")
     ask(live, "one")
+    made.timeout = 0.2                                                 # what is answered was so in time
     ask(live, "two")
 
     def anton(*words: str) -> tuple[int, Any]:

@@ -54,7 +54,7 @@ async def serving(db: Database, declare: Callable[[], Any]) -> AsyncIterator[htt
         while not server.started:
             assert not task.done(), task.result()
             await asyncio.sleep(0)
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{web.port_of(server)}") as client:
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{web.port_of(server)}", timeout=60) as client:
             yield client
     finally:
         server.should_exit = True
@@ -545,8 +545,8 @@ def test_any_asgi_server_can_serve_the_app_of_the_current_folder(database, tmp_p
         try:
             assert server.stderr is not None
             address = next(found[0] for line in server.stderr if (found := re.search(r"http://127\.0\.0\.1:\d+", line)))
-            assert httpx.get(f"{address}/hello").json() == {"hello": "world"}
-            assert httpx.get(f"{address}/ready").json() == {"status": "ready"}
+            assert httpx.get(f"{address}/hello", timeout=60).json() == {"hello": "world"}
+            assert httpx.get(f"{address}/ready", timeout=60).json() == {"status": "ready"}
         finally:
             server.terminate()
             server.communicate()

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from working import Bench, pooled
 
 from anton import Ctx, Records, Table
+from anton.app import App
 from anton.db import Database
 
 
@@ -310,6 +311,7 @@ async def test_schedules_run_as_jobs_with_the_time_they_were_planned_for(db: Dat
             ran.append(ctx.planned_at)
             b.append({"at": str(ctx.planned_at)})
 
+    await Bench(db, App("t")).full_hour()
     bench = await Bench.make(db, declare)
     await bench.work()
     await bench.advance(timedelta(hours=1))

@@ -73,6 +73,11 @@ class Bench:
         await self.sql(f"create or replace function {schema}.now() returns timestamptz language sql volatile as "
                        f"$$select pg_catalog.clock_timestamp() + interval '{ahead.total_seconds()} s'$$")
 
+    async def full_hour(self) -> None:
+        """Moves anton.now() to the next full hour, so that what is due by the clock is not due by chance."""
+        await self.advance(timedelta(seconds=3600 - await self.value(
+            f"select extract(epoch from {quote(self.db.schema)}.now())::float8") % 3600))
+
     async def left(self) -> dict[str, int]:
         """What is not done, by state; {} when all is."""
         found = {name: await self.count(f"anton.{name}") for name in ("job", "lease", "delayed", "dead")}
@@ -222,4 +227,4 @@ def pooled(server: Any, name: str, folder: Path, size: int = 2) -> Iterator[str]
         yield f"postgresql://postgres@127.0.0.1:{port}/{name}"
     finally:
         process.terminate()
-        process.wait(10)
+        process.wait(PATIENCE)
