@@ -298,6 +298,7 @@ WRONG = (  # (what is wrong, how, what the machine has to say)
 )
 
 
+@pytest.mark.once("it asks what the machine sees, not what a server does")
 @pytest.mark.parametrize(
     ("flow", "says"),
     [(Bug(name, edits, "", 0, ""), says) for name, edits, says in WRONG],

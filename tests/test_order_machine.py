@@ -700,6 +700,7 @@ WAITS = "I11: another record is the first|I11: nobody is the first"
 RELEASED = next(bug for bug in MORE if bug.name == "order key released before the ack")
 
 
+@pytest.mark.once("it asks what the machine sees, not what a server does")
 @pytest.mark.parametrize("inorder", [RELEASED], indirect=True, ids=[RELEASED.name])
 def test_a_bug_in_the_order_is_found(inorder: type[InOrder]) -> None:
     finds(inorder, EARLY, RARER)
@@ -820,6 +821,7 @@ RARE = (  # (what is wrong, how, the way that leads there): too far off to be fo
 )
 
 
+@pytest.mark.once("it asks what the machine sees, not what a server does")
 @pytest.mark.parametrize(
     ("inorder", "way"),
     [(Bug(name, edits, "", 0, ""), way) for name, edits, way in RARE],

@@ -263,6 +263,7 @@ WRONG = (  # (what is wrong, how, what the machine has to say)
 )
 
 
+@pytest.mark.once("it asks what the machine sees, not what a server does")
 @pytest.mark.parametrize(
     ("paced", "says"),
     [(Bug(name, edits, "", 0, ""), says) for name, edits, says in WRONG],
@@ -292,6 +293,7 @@ NOTED_ONCE = Bug(
 )
 
 
+@pytest.mark.once("it asks what the machine sees, not what a server does")
 @pytest.mark.parametrize("paced", [NOTED_ONCE], indirect=True, ids=[NOTED_ONCE.name])
 def test_a_bug_that_chance_seldom_meets_is_found_on_its_way(paced: type[Paced]) -> None:
     with finding("holds more starts of a key"):

@@ -460,6 +460,7 @@ RARE = (  # (what is wrong, the way that leads there, what the machine has to sa
 )
 
 
+@pytest.mark.once("it asks what the machine sees, not what a server does")
 @pytest.mark.parametrize(
     ("machine", "way", "says"),
     RARE,
@@ -527,6 +528,7 @@ WRONG = (  # (what the SQL does wrong, where, as shipped, as it is then, what th
 )
 
 
+@pytest.mark.once("it asks what the machine sees, not what a server does")
 @pytest.mark.parametrize(
     ("machine", "says"),
     [
