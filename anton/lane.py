@@ -191,10 +191,11 @@ class Lane:
     @property
     def starved(self) -> bool:
         """All its calls wait for a start, and no record of them is done and yet to be settled."""
+        if self.running:                                               # which takes from items, perhaps in a thread
+            return False
         alone = self.tap.waiting if self.tap is not None else 0        # one by one, after a failure
-        waiting = Counter(each for each, _ in self.items)
-        return (not self.running and len(waiting) + alone >= self.calls
-                and (bool(alone) or all(each.left == n for each, n in waiting.items())))
+        waiting = Counter(each for each, _ in list(self.items))
+        return sum(each.left == n for each, n in waiting.items()) + alone >= self.calls
 
     @property
     def room(self) -> int:

@@ -235,7 +235,7 @@ class Meter:
         self._poked.set()
 
     def stalls(self, lanes: Iterable[Rated]) -> bool:
-        """Whether all that these can do is wait, and for longer than a moment. So it is of none."""
+        """Whether all that these can do is wait, and for longer than a moment. True of no lanes."""
         return all(lane.tap is not None and lane.tap.far and lane.starved for lane in lanes)
 
     def close(self) -> None:

@@ -130,15 +130,13 @@ class Supervisor:
             self._fork("worker")
 
     def _fork(self, kind: Literal["worker", "suspects"]) -> None:
-        ear, mouth = os.pipe()
         sys.stdout.flush()
         sys.stderr.flush()
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)              # one that comes now is the parent's, or waits
         if self.signals:                                               # one came since: nobody would tell a new child
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-            os.close(ear)
-            os.close(mouth)
             return
+        ear, mouth = os.pipe()
         pid = os.fork()
         if pid == 0:
             status = 1

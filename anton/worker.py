@@ -146,7 +146,7 @@ class Worker:
         self._dispatcher.hold = False
         await self._begin(patient=False)
         try:
-            while True:
+            while not self.draining:
                 self._wake.clear()
                 if await self._claim():
                     continue
@@ -156,8 +156,7 @@ class Worker:
                     await (self._nap(AGAIN) if self._meter.lanes else self._wake.wait())
                 elif self._errands:
                     await asyncio.wait(self._errands)
-                elif (not await self._more() and self._meter.stalls(x for x in self._dispatcher.order if not x.idle)
-                      or active and self._quiet):                      # suspects wait for what waits for its rate
+                elif active and self._quiet or await self._idle():     # suspects wait for what waits for its rate
                     return
                 elif self._office.hungry:                              # another process has the permits
                     await self._nap(AGAIN)
@@ -501,6 +500,11 @@ class Worker:
     async def _suspects(self) -> int:
         """Jobs whose worker died, with none of the living's beside them."""
         return await work_suspects(self._runner, self._dispatcher, self._office, self._meter, self._length, self._close)
+
+    async def _idle(self) -> bool:
+        """Nothing is due, nothing came while that was asked, and all that is claimed waits for its rate."""
+        return not await self._more() and not self._dispatcher.wanted() and self._meter.stalls(
+            lane for lane in self._dispatcher.order if not lane.idle)
 
     async def _more(self) -> bool:
         """Nothing runs, or all that does waits for its rate: whether something is due all the same."""

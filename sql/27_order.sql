@@ -128,19 +128,21 @@ begin
   perform probe_next(v.handler_id);
 end $$;
 
--- bury_in_turn(token, id, ordinal, key, reason, error, traceback) -> dead letter id, or null
+-- bury_in_turn(token, id, ordinal, key, reason, error, traceback) -> dead letter id; 0: it waits for its turn
 -- As bury(); with on_dead = block its key waits for it until it is replayed or dropped, else the next of the key goes on.
--- One that crashed while an earlier one of its key waits, or is dead, has not run: it waits behind it, and is none.
+-- What crashed behind another one of its key that waits, or is dead, has not run: it is no dead letter. Of what could not be
+-- read ('?') nobody knows whether it ran.
 create or replace function bury_in_turn(p_token bigint, p_id bigint, p_ordinal int, p_key text, p_reason text, p_error text, p_traceback text)
 returns bigint language plpgsql volatile set search_path from current
 set jit = off set enable_seqscan = off as $$
 declare v lease; v_dead bigint;
 begin
   select * into v from lease where token = p_token and id = p_id;
-  if p_reason = 'crashed' and p_id <> (select t.id from turn t where t.handler_id = v.handler_id and t.key = p_key order by t.n limit 1) then
+  if p_reason = 'crashed' and p_key <> '?' and exists (select from turn t where t.handler_id = v.handler_id and t.key = p_key)
+     and not exists (select from turn t where t.handler_id = v.handler_id and t.id = p_id) then
     update lease set crashes = 0 where token = p_token and id = p_id;
     perform put_off(p_token, p_id, array[p_ordinal], array[p_key]);
-    return null;
+    return 0;
   end if;
   v_dead := bury(p_token, p_id, p_ordinal, p_reason, p_error, p_traceback);
   perform take_turns(v.handler_id);

@@ -541,7 +541,7 @@ def finds(machine: type[RuleBasedStateMachine], says: str, by: settings = BUG) -
 
 @contextmanager
 def finding(says: str) -> Iterator[None]:
-    """The same of a way to it. Seen once it is found, also where it is not there again when it is looked for."""
+    """As finds(), for a way that is written down. A failure that is not there again on replay counts, too."""
     failures = AssertionError, psycopg.Error, Refused, Blocked, pytest.fail.Exception, FlakyFailure
     with pytest.raises(failures) as error:
         yield

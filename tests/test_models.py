@@ -395,8 +395,8 @@ def test_a_worker_that_is_killed_in_a_refresh_leaves_nothing_of_it_and_another_m
             assert child.poll() is None
         child.kill()
         child.wait()
-        (pid,) = other.execute("select pid from pg_locks where locktype = 'advisory' and objid = 7 and not granted "
-                               "and pg_terminate_backend(pid)").fetchone()
+        pid, _ = other.execute("select pid, pg_terminate_backend(pid) from pg_locks where locktype = 'advisory' "
+                               "and objid = 7 and not granted").fetchone()
         while other.execute("select from pg_stat_activity where pid = %s", [pid]).fetchone():
             pass                                                       # it holds the model until then
     assert len(rows(daily)) == 2 and daily.sql("select count(*) from anton.lease") == [(1,)]

@@ -202,6 +202,36 @@ async def test_a_column_of_per_has_an_order_of_its_own_and_records_without_one_s
     assert [n for c, n in seen if c == "x"] == [n for c, n in seen if c is None] == list(range(6))
 
 
+async def test_what_crashed_unread_is_dead_in_a_line_of_its_own_and_its_key_goes_on(db: Database) -> None:
+    """Behind a dead one that nobody could read either, which may be of any key."""
+    seen, broken = list[int](), True
+
+    async def handle(record: Any) -> None:
+        if broken:
+            raise ValueError("not yet")
+        seen.append(record["n"])
+
+    bench = await one_handler(db, handle, each=True, ordered=True, per="c", on_dead="block", backoff="1h")
+    worker = await bench.value("select anton.register_worker('test', 'here', 1, '1')")
+
+    async def crashes() -> Any:
+        ((id, ordinal),) = await bench.sql(
+            "select c.id, c.lo from anton.handler h, anton.claim($1, 7, array[h.id], '{1}', '{1}', '{0}', '9 s') c",
+            worker)
+        return await bench.value("select anton.bury_in_turn(7, $1, $2, '?', 'crashed', 'died', null)", id, ordinal)
+
+    await bench.add("a", [{"c": "x", "n": 0}])
+    first = await crashes()
+    await bench.add("a", [{"c": "b", "n": 1}, {"c": "b", "n": 2}])
+    await bench.work()                                                 # one is tried again, two waits for it
+    await bench.advance(timedelta(hours=2))
+    await bench.sql("select anton.promote()")
+    assert 0 < first < await crashes()
+    broken = False
+    await bench.work()
+    assert seen == [2] and await bench.left() == {"dead": 2}
+
+
 async def test_without_the_option_again_nothing_waits(db: Database) -> None:
     seen = list[int]()
 

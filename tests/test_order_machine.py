@@ -337,7 +337,10 @@ class InOrder(Sessions):
             with suppress(Blocked):  # it stays a suspect, when its lease has run out
                 query = "select anton.bury_in_turn(%s, %s, %s, %s, 'crashed', 'died', null)"
                 ((dead,),) = self.ask(n, query, token, id, record[1], key)
-                if dead is not None:  # else it was not its turn
+                first = self.model.lines[self.model.keys[record]][0] == record
+                opens = self.model.keys[record] not in self.model.until
+                assert first or opens if dead else not first, f"I11: what waits is in another order: {record} {dead}"
+                if dead:
                     self.model.bury(record)
                 worker.order.know((), [key])
         elif not self.asks_permit(n, suspects=True):
@@ -787,6 +790,18 @@ def one_crashes_behind_the_dead(machine: InOrder) -> None:
     machine.waits_as_in_the_model()
 
 
+def one_crashes_alone(machine: InOrder) -> None:
+    """Nothing is before it."""
+    machine.blocks(True)
+    machine.insert(0, [1])
+    machine.claim(0, 1, 9)
+    machine.die(0, True)
+    for _ in range(ATTEMPTS + 1):
+        machine.reclaim(1)
+        machine.die(1, True)
+    machine.reclaim(1)
+
+
 RARE = (  # (what is wrong, how, the way that leads there): too far off to be found by chance in a few seconds
     (
         "a retry that does not close its key",
@@ -800,8 +815,13 @@ RARE = (  # (what is wrong, how, the way that leads there): too far off to be fo
     ),
     (
         "a dead one behind the dead",
-        ((ORDER, "if p_reason = 'crashed' and p_id", "if false and p_id"),),
+        ((ORDER, "if p_reason = 'crashed' and", "if false and"),),
         one_crashes_behind_the_dead,
+    ),
+    (
+        "what crashes is never dead",
+        ((ORDER, "p_key <> '?' and exists", "true or exists"),),
+        one_crashes_alone,
     ),
     (
         "a claim of what is behind jobs of the dead",

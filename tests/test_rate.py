@@ -285,9 +285,11 @@ def test_a_lane_whose_calls_wait_for_starts_is_not_starved_while_a_record_of_the
     assert lane.starved
     lane.calls = 2                                                     # of the second nothing waits
     assert not lane.starved
-    tap.waiting = 1                                               # but it does, for its turn
+    tap.waiting = 1                                                    # but it does, alone
     assert lane.starved
-    lane.running = 1
+    each.left = 2
+    assert not lane.starved
+    each.left, lane.running = 1, 1
     assert not lane.starved
 
 
