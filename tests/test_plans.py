@@ -409,9 +409,9 @@ def turns(watched: Watched) -> None:
     for (job,) in jobs:
         at = watched.pg.value("select lo from anton.lease where token = %s and id = %s", TOKEN, job)
         watched.run("select anton.retry_in_turn($1, $2, $3, '{[1]}', '1 s', 'no', true)", args=(TOKEN, job, [at]))
-        watched.run("select anton.put_off($1, $2, $3, '{[1],[2]}')", args=(TOKEN, job, [at + 1, at + 2]))
+        watched.run("select anton.put_off($1, $2, $3, '{[2]}')", args=(TOKEN, job, [at + 1]))
+        watched.run("select anton.bury_in_turn($1, $2, $3, '[1]', 'crashed', 'no', null)", args=(TOKEN, job, at + 2))
         watched.run("select anton.bury_in_turn($1, $2, $3, '[3]', 'failed', 'no', null)", args=(TOKEN, job, at + 3))
-        watched.run("select anton.bury_in_turn($1, $2, $3, '[1]', 'crashed', 'no', null)", args=(TOKEN, job, at + 4))
         first = watched.pg.value("select id from anton.turn where state = 'first' and key = '[1]' limit 1")
         assert watched.run("select anton.heads($1, $2)", args=(h, [first])) == [([first],)]
         watched.run("select anton.waiting_keys($1, $2)", args=(h, ["[1]", "[5]"]))
