@@ -155,6 +155,7 @@ $$;
 
 -- dbt_settle(run, failed, error) -> whether requests were still this run's: those of a run that was taken over are another's
 --   failed   ids of the requests that ended badly, of which error tells
+-- From dbt_finish() on they are running under a run that is over. Who dies in between leaves them to the next dbt_begin().
 create or replace function dbt_settle(p_run bigint, p_failed bigint[], p_error text) returns boolean
 language plpgsql volatile set search_path from current as $$
 begin

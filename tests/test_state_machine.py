@@ -533,7 +533,8 @@ WRONG = (  # (what the SQL does wrong, where, as shipped, as it is then, what th
     ("machine", "says"),
     [
         *((Bug(name, ((path, shipped, wrong),), "", 0, ""), says) for name, path, shipped, wrong, says in WRONG),
-        *((bug, "") for bug in IN_SQL.values() if bug not in {bug for bug, _, _ in RARE}),
+        *((bug, r"DID NOT RAISE|the queue is not as the model has it|I\d") for bug in IN_SQL.values()
+          if bug not in {bug for bug, _, _ in RARE}),
     ],
     indirect=["machine"],
     ids=lambda value: value.name if isinstance(value, Bug) else "",
