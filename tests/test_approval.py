@@ -11,6 +11,7 @@ from typing import Any
 import asyncpg
 import psycopg
 import pytest
+from working import morning
 
 from anton import Approval, Table, action, sender
 from anton import sql as read
@@ -743,6 +744,7 @@ class Never(list[Any]):
 
 
 def test_a_cap_counts_an_amount_as_it_was_edited_and_each_call_once(live):
+    morning(live)
     asked(live, Never(), cap="10 amount/day")
     live.approvals[0].approve(by="ann")
     live.run()

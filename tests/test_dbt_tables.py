@@ -90,7 +90,7 @@ def test_an_incremental_model_that_is_emptied_by_truncate_says_that_it_was_not_c
 def test_batches_that_commit_one_by_one_lose_no_event(dbt: Project, pg: Pg) -> None:
     pg.sql(
         "alter table src add at timestamptz",
-        "update src set at = current_date + time '01:00' - (id % 2) * interval '1 day'",
+        "update src set at = timestamptz '2026-11-22 01:00Z' - (id % 2) * interval '1 day'",
     )
     dbt.model(
         "daily",
@@ -105,13 +105,12 @@ def test_batches_that_commit_one_by_one_lose_no_event(dbt: Project, pg: Pg) -> N
     )
     register(pg, "daily", "id")
     every = pg.listen("daily", "new", "updated", "deleted", read="change")
-    when = ("--event-time-start", pg.value("select (current_date - 1)::text"),
-            "--event-time-end", pg.value("select (current_date + 1)::text"))
+    when = ("--event-time-start", "2026-11-21", "--event-time-end", "2026-11-23")
     dbt("run", *when)
     pg.events(every)
     pg.sql(
         "update src set n = 0 where id = 3",
-        "insert into src values (7, 'c7', 70, current_date - 1), (8, 'c8', 80, current_date)",
+        "insert into src values (7, 'c7', 70, '2026-11-21 00:00Z'), (8, 'c8', 80, '2026-11-22 00:00Z')",
     )
     dbt("run", *when)
     assert {(e.op, e.key) for e in pg.events(every)} >= {("u", 3), ("n", 7), ("n", 8)}
@@ -239,11 +238,10 @@ def test_what_a_build_saw_is_known_from_its_hook_before_it_or_not_at_all(dbt: Pr
     dbt.model("daily", "select * from src", materialized="table")
     dbt("run")
     assert pg.value(saw)
-    pg.sql("alter table src add at timestamptz default now()")
+    pg.sql("alter table src add at timestamptz default '2026-11-22 01:00Z'")
     dbt.model("hourly", "select * from src", materialized="incremental", incremental_strategy="microbatch",
               unique_key="id", event_time="at", begin="2026-01-01", batch_size="day", lookback=1)
-    dbt("run", "--select", "hourly", "--event-time-start", pg.value("select (current_date - 1)::text"),
-        "--event-time-end", pg.value("select (current_date + 1)::text"))
+    dbt("run", "--select", "hourly", "--event-time-start", "2026-11-21", "--event-time-end", "2026-11-23")
     assert not pg.value(saw)                                           # of batches, each a transaction
     text = (dbt.folder / "dbt_project.yml").read_text()
     dbt.file("dbt_project.yml", text.replace('+pre-hook: "{{ anton_before() }}"', ""))

@@ -239,8 +239,9 @@ def open_session(server: Server, template: str, tmp_path: Path,
 
 
 def with_clock(server: Server, name: str) -> None:
-    """Lets app.advance() move the time of this database, as the fixture `app` does."""
-    server.sql("create table anton.test_clock (ahead interval not null)", "insert into anton.test_clock values ('0')",
+    """Lets app.advance() move the time of this database, as the fixture `app` does, from one in the morning on."""
+    server.sql("create table anton.test_clock (ahead interval not null)", "insert into anton.test_clock "
+               "select date_trunc('day', clock_timestamp(), 'UTC') + interval '25 hours' - clock_timestamp()",
                "grant select on anton.test_clock to public",
                "create or replace function anton.now() returns timestamptz language sql volatile as "
                "'select pg_catalog.clock_timestamp() + (select ahead from anton.test_clock)'", database=name)

@@ -10,6 +10,7 @@ from anton_components.vendor.openai.cognition import OpenAiCompletion
 from anton_components.vendor.openai.embedding import OpenAiEmbedding
 from llm import Llm
 from pydantic import BaseModel, ValidationError
+from working import morning
 
 from anton import Table, Vector, sql
 from anton.app import declaring
@@ -133,6 +134,7 @@ def test_a_service_that_is_unwell_blames_no_record(live, llm):
 
 
 def test_at_its_budget_it_waits(live, llm):
+    morning(live)
     declare(live, llm, budget="20 USD/day", memo=False, price={"input": "100000"})   # 0.2 a text, 12.8 held for it
     write(live, *("some words" for _ in range(60)))
     done = len(live.records("passages"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any
 
 import pytest
@@ -11,13 +12,14 @@ from working import PATIENCE
 from anton.db import Conn, Database
 
 SLOTTED = ("change", "receipt", "output")
+NOON = 129_600 - time.time() % 86_400                                  # seconds until tomorrow's noon
 
 
 async def at(conn: Conn, days: float) -> None:
-    """Moves the clock of this database to so many days from the real now."""
+    """Moves the clock of this database to so many days after noon, as slots go by dates."""
     await conn.execute(
         "create or replace function anton.now() returns timestamptz language sql volatile as "
-        f"$$ select pg_catalog.clock_timestamp() + interval '{days} days' $$"
+        f"$$ select pg_catalog.clock_timestamp() + interval '{NOON + days * 86_400} s' $$"
     )
 
 
@@ -49,6 +51,7 @@ async def maintain(db: Database, conn: Conn) -> list[str]:
 def ready(db: Database) -> Database:
     async def make() -> None:
         async with db.conn() as conn:
+            await at(conn, 0)
             await conn.execute("create table a (id bigint generated always as identity primary key, s text)")
             await conn.execute("select anton.handler('h', 'a', 'new', 'select 1')")
 

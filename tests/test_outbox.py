@@ -12,6 +12,7 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
+from working import morning
 
 from anton import Approval, Table, Webhook, action, env, flow, transaction
 from anton.app import declaring
@@ -332,6 +333,7 @@ def test_only_what_is_allowed_is_sent(live):
 
 
 def test_a_cap_lets_through_what_it_says_and_the_rest_waits_for_the_next_day(live, peer):
+    morning(live)
     refund = declare(live, peer, cap=["3/day", "100 amount/day"])
     for order in range(5):
         refund.send(order, 1)
@@ -363,6 +365,7 @@ def test_a_call_that_no_period_of_a_cap_can_take_is_refused_and_is_sent_when_the
 
 
 def test_a_call_that_waits_for_a_cap_says_so_and_goes_on_when_it_is_raised(live, peer):
+    morning(live)
     refund = declare(live, peer, cap="1/day")
     refund.send(7, 5)
     live.run()
@@ -385,6 +388,7 @@ def test_a_captured_call_is_held_to_its_caps_size_too(app, peer):
 
 
 def test_a_call_that_is_sent_again_in_another_period_counts_there(live, peer):
+    morning(live)
     refund = declare(live, peer, cap="10 amount/day")
     peer.raises = [Discard("no such order")]
     refund.send(7, 6)
@@ -411,6 +415,7 @@ def test_a_rate_holds_back_what_is_sent(live, peer):
 
 
 def test_of_two_calls_at_once_one_gets_what_is_left_of_a_cap(live, peer):
+    morning(live)
     refund = declare(live, peer, cap="1/day")
     refund.send(7, 5)
     refund.send(8, 5)

@@ -17,6 +17,7 @@ from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
+from working import morning
 
 from anton import Table, poll
 from anton.app import App, declaring
@@ -94,6 +95,7 @@ def proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Peer]:
 
 def declare(app: Any, peer: Peer, path: str = "/feed.xml", model: Any = None, every: str = "24h",
             **options: Any) -> None:
+    morning(app)
     with declaring(app.app):
         table = Table("articles", model) if model else Table("articles")
         poll(Rss(table, peer.url + path, **options), every=every, name="news")

@@ -68,7 +68,7 @@ def test_a_wrong_declaration_names_what_is_allowed():
 
 async def put(db: Database, **definition: object) -> int:
     async with db.tx() as conn:
-        definition = {"app": "a", "name": "s", "cron": "0 3 * * *", **definition}
+        definition = {"app": "a", "name": "s", "cron": "0 3 1 1 *", **definition}
         value: int = await db.call_value(conn, "put_schedule", definition)
         return value
 

@@ -15,6 +15,7 @@ from slack_sdk import WebClient
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from working import morning
 
 from anton import Approval, Table
 from anton.app import declaring
@@ -103,6 +104,7 @@ def by_psql(app: Any, name: str, /, **args: Any) -> None:
 
 @pytest.mark.parametrize("what", CALLS)
 def test_only_channels_that_are_allowed_get_anything_and_no_more_than_the_cap(what, live, peer):
+    morning(live)
     make, _ = CALLS[what]
     with declaring(live.app):
         texts = Table("texts")

@@ -19,7 +19,7 @@ from anton_components.vendor.fake.cognition import FakeModel
 from anton_components.vendor.openai.cognition import OpenAiCompletion
 from llm import Llm
 from pydantic import BaseModel
-from working import Bench, met
+from working import Bench, met, morning
 
 from anton import Table, sql
 from anton.app import declaring
@@ -94,6 +94,7 @@ def test_what_the_service_counted_is_what_the_ledger_has(live, llm):
 
 
 def test_no_answer_in_time_is_unknown_and_charged_at_its_most_until_somebody_settles_it(live, llm, capsys):
+    morning(live)
     made = declare(live, openai(llm, max_tokens=10, budget="10 USD/day"))
     llm.script("answer", "hang", "hang", "hang")
     ask(live, "one")                                                   # what is answered is so in time
@@ -117,6 +118,7 @@ def test_no_answer_in_time_is_unknown_and_charged_at_its_most_until_somebody_set
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:9/v1", "/v1"])
 def test_a_request_that_never_arrived_costs_nothing(url, live, llm):
+    morning(live)
     declare(live, openai(llm, base_url=url, max_tokens=10, budget="1 USD/day"))
     ask(live, "hi")
     assert rows(live, "select distinct state, cost from anton.call") == [("failed", Decimal(0))]
@@ -278,6 +280,7 @@ NO_ANSWERS: list[tuple[Any, Any]] = [                                  # what ca
 
 @pytest.mark.parametrize("of, output", [("openai", None), ("openai", Triage), ("anthropic", None)])
 def test_what_is_no_answer_is_a_dead_letter_with_what_came_and_is_asked_and_charged_once(of, output, live, llm):
+    morning(live)
     declare(live, (openai if of == "openai" else anthropic)(llm, max_tokens=10, budget="50 USD/day", output=output))
     for number, (said, _) in enumerate(NO_ANSWERS):
         llm.raw = [said]
@@ -315,6 +318,7 @@ def test_no_count_of_cached_tokens_makes_a_call_cheaper_than_nothing(usage, live
 
 
 def test_a_call_in_flight_at_a_kill_is_unknown_and_what_was_answered_is_not_paid_again(live, llm):
+    morning(live)
     declare(live, openai(llm, max_tokens=10, budget="1 USD/day"))
     llm.script(*["answer"] * 3, "hang")
     live.tables["asked"].extend([{"prompt": f"q{n}"} for n in range(4)])
@@ -338,6 +342,7 @@ def test_a_call_in_flight_at_a_kill_is_unknown_and_what_was_answered_is_not_paid
 
 
 def test_at_its_budget_a_handler_waits_says_so_and_goes_on_in_the_next_period(live, llm):
+    morning(live)
     declare(live, openai(llm, max_tokens=10, budget="1 USD/day"), concurrency=1)
     ask(live, *(f"q{n}" for n in range(200)))
     spent = rows(live, "select sum(cost) from anton.call")[0][0]
@@ -353,6 +358,7 @@ def test_at_its_budget_a_handler_waits_says_so_and_goes_on_in_the_next_period(li
 
 
 def test_a_handler_that_waits_for_a_budget_that_was_raised_goes_on_when_it_is_resumed(live, llm):
+    morning(live)
     declare(live, openai(llm, max_tokens=10, budget="1 USD/day"), concurrency=1)
     ask(live, *(f"q{n}" for n in range(200)))
     done = len(live.records("answers"))
@@ -365,6 +371,7 @@ def test_a_handler_that_waits_for_a_budget_that_was_raised_goes_on_when_it_is_re
 
 
 def test_a_call_that_its_whole_budget_cannot_pay_is_a_dead_letter_and_holds_up_no_other(live, llm):
+    morning(live)
     llm.answer = lambda prompt: "yes"
     declare(live, openai(llm, max_tokens=10, budget="1 USD/day"))
     ask(live, "long " * 200, "hi")
@@ -381,6 +388,7 @@ def test_a_call_that_its_whole_budget_cannot_pay_is_a_dead_letter_and_holds_up_n
 
 
 def test_what_calls_in_flight_may_cost_is_held_back(live, llm):
+    morning(live)
     llm.delay = 0.05
     declare(live, openai(llm, max_tokens=400, budget="1 USD/day"), concurrency=20)   # at most 0.95 or so each
     ask(live, "a", "b", "c")
@@ -388,6 +396,7 @@ def test_what_calls_in_flight_may_cost_is_held_back(live, llm):
 
 
 def test_a_budget_in_tokens_needs_no_price(live, llm):
+    morning(live)
     declare(live, openai(llm, price=None, max_tokens=10, budget="300 tokens/day"), concurrency=1)
     ask(live, *(f"q{n}" for n in range(200)))
     tokens = rows(live, "select sum(tokens_in + tokens_out) from anton.call")[0][0]
@@ -396,6 +405,7 @@ def test_a_budget_in_tokens_needs_no_price(live, llm):
 
 
 def test_the_scopes_of_budgets_are_apart(live, llm):
+    morning(live)
     with declaring(live.app):
         asked, answers = Table("asked"), Table("answers")
         several = ["10 USD", "1 USD/month per app", "9000 tokens/hour per table"]
@@ -685,6 +695,7 @@ def test_a_mistake_of_a_model_function_is_the_records_and_its_call_is_no_open_on
 
 
 def test_costs_are_shown_and_settled_on_the_command_line(live, llm, capsys):
+    morning(live)
     made = declare(live, openai(llm, max_tokens=10, budget="10 USD/day"))
     llm.script("answer", "hang", "hang", "hang")
     ask(live, "one")

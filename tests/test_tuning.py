@@ -17,6 +17,7 @@ from peers import served
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from working import morning
 
 from anton import Approval, Table, action, sql
 from anton import tuning as tunings
@@ -297,6 +298,7 @@ def test_a_job_that_its_whole_budget_cannot_pay_fails_says_so_and_sends_nothing(
 
 
 def test_a_job_waits_while_what_is_left_of_its_budget_cannot_pay_it(live, service):
+    morning(live)
     tune = declare(live, service, **{**PAID, "budget": "0.6 USD/month"})
     run(live, tune)
     held = calls(live, "reserved")[0][0]
@@ -310,6 +312,7 @@ def test_a_job_waits_while_what_is_left_of_its_budget_cannot_pay_it(live, servic
 
 
 def test_a_run_that_is_begun_again_is_charged_once(live, service):
+    morning(live)
     tune = declare(live, service, **PAID)
     service.down = True
     run(live, tune)

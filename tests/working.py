@@ -21,6 +21,7 @@ from anton import Table, relation
 from anton.app import App, declaring
 from anton.db import Database, quote
 from anton.migrate import migrate
+from anton.testing import TestApp
 from anton.worker import Worker
 
 PATIENCE = 20.0
@@ -108,6 +109,11 @@ class Bench:
         finally:
             worker.drain()
             await asyncio.wait_for(task, PATIENCE)
+
+
+def morning(app: TestApp) -> None:
+    """Moves the clock of the fixture `app` to one hour after the next midnight, so that no day ends by chance."""
+    app.advance(90_000 - app.now.timestamp() % 86_400)
 
 
 async def one_handler(db: Database, handle: Callable[..., Any], table: str = "a", **options: Any) -> Bench:
