@@ -195,7 +195,8 @@ class Lane:
             return False
         alone = self.tap.waiting if self.tap is not None else 0        # one by one, after a failure
         waiting = Counter(each for each, _ in list(self.items))
-        return sum(each.left == n for each, n in waiting.items()) + alone >= self.calls
+        whole = [each for each, n in waiting.items() if each.left == n]
+        return len(whole) + alone >= self.calls
 
     @property
     def room(self) -> int:
