@@ -11,7 +11,6 @@ import random
 import re
 import sys
 import time
-import traceback
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -545,4 +544,14 @@ def finding(says: str) -> Iterator[None]:
     failures = AssertionError, psycopg.Error, Refused, Blocked, pytest.fail.Exception, FlakyFailure
     with pytest.raises(failures) as error:
         yield
-    assert re.search(says, "".join(traceback.format_exception(error.value)))
+    said = list(_said(error.value))
+    assert any(re.search(says, one) for one in said), said
+
+
+def _said(error: BaseException) -> Iterator[str]:
+    """What it says, or those that it is a group of. Not the lines of its traceback, in which the words stand, too."""
+    if isinstance(error, BaseExceptionGroup):
+        for one in error.exceptions:
+            yield from _said(one)
+    else:
+        yield str(error) or type(error).__name__

@@ -71,8 +71,8 @@ def test_what_was_rated_well_is_learnt_and_then_answers(service, app, monkeypatc
     app.tables["rated"].extend([{"prompt": "hi", "reply": "hello!", "rating": 1},
                                 {"prompt": "lunch?", "reply": "soup", "rating": 2},
                                 {"prompt": "no", "reply": "bad", "rating": -1}])
-    app.advance("8d")                                  # one Sunday, or from a Saturday two
-    assert service.jobs and len(service.lines) == 2 * len(service.jobs) and b"bad" not in b"".join(service.lines)
+    app.advance(f"{7 - app.now.isoweekday() % 7}d1h")  # past the next Sunday's midnight, and no other
+    assert len(service.jobs) == 1 and len(service.lines) == 2 and b"bad" not in b"".join(service.lines)
     assert [(run.state, run.model) for run in app.records("tunings")][:1] == [("succeeded", "ft:replies")]
     app.tables["prompts"].append({"prompt": "hi"})
     app.run()
