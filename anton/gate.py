@@ -94,9 +94,12 @@ class Gate:
             inside = self._inside.pop(key) - 1
             if inside:
                 self._inside[key] = inside
-            if self.starts is not None and not self.starts.free(key):
-                return None
-            return next(iter(self._out(key, 1)), None)
+            if self.starts is None or self.starts.free(key):
+                return next(iter(self._out(key, 1)), None)
+            crowded = self.starts.crowded(key, self.aside(key))
+        if crowded:                                                    # it came when a start was left, or one ran
+            self.short()
+        return None
 
     def _out(self, key: Hashable, most: int) -> list[Any]:
         """Takes the first that wait for a key."""

@@ -191,7 +191,7 @@ class KeyMeter:
                     known.again = 0.0
                 if known is not None and known.again > now:
                     pause = min(pause, known.again - now, starts.lapses(key))
-                    if gate.aside(key) > known.few:
+                    if starts.crowded(key, gate.aside(key)):
                         many.append(key)
                     continue
                 if known is not None:
@@ -235,7 +235,7 @@ class KeyMeter:
                     slots = starts.put_off(key, first, gate.aside(key) - coming, len(out))
                     for entry, slot in zip(out, slots, strict=True):
                         self._put_off(entry, timedelta(seconds=max(0.0, soon + (slot - first) * starts.slot)))
-                known.few = kept
+                known.few = kept - coming
                 known.again = time.monotonic() + starts.opens(starts.next(key, first))
 
     def _open(self, books: _Books, keys: Iterable[Hashable]) -> None:

@@ -32,7 +32,7 @@ class Key:
 
     given: starts by slot that were planned and not given back. left: those of them that have not begun. line: the
     slot in which the last record that was put off is expected to begin; lined: how many in the same. again: when to
-    look at it again, by time.monotonic(). few: records that may wait here until then.
+    look at it again, by time.monotonic(). few: records that may wait here until then besides those for what is left.
     """
 
     __slots__ = ("again", "few", "given", "left", "line", "lined")
@@ -185,6 +185,11 @@ class Starts:
         now = time.monotonic()
         slot = int((now + self.clock.low) // self.slot) if math.isfinite(self.clock.low) else -1
         return slot if now + self.clock.high < (slot + 1) * self.slot else -1
+
+    def crowded(self, key: Hashable, waiting: int) -> bool:
+        """Whether more records of a key wait here than may until it is looked at again."""
+        known = self.keys.get(key)
+        return known is not None and waiting > known.few + sum(known.left.values())
 
     def lapses(self, key: Hashable) -> float:
         """Seconds until the first start that a key has is over; infinite without one."""

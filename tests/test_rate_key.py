@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from servers import Server, kill, running
-from working import Bench, cutting, met, one_handler
+from working import PATIENCE, Bench, cutting, met, one_handler
 
 from anton import Table, queue
 from anton.app import App, declaring
@@ -162,6 +162,25 @@ async def test_who_does_not_hold_the_handler_notes_no_starts(db: Database) -> No
     while await bench.value("select anton.maintain()") is not None:
         pass
     assert await bench.count("anton.rate_key") == 0
+
+
+async def test_a_record_that_comes_while_the_last_start_of_its_key_is_used_goes_back(db: Database) -> None:
+    begun, go, done = asyncio.Event(), asyncio.Event(), list[int]()
+
+    async def handle(record: Any) -> None:
+        begun.set()
+        await go.wait()
+        done.append(record["n"])
+
+    bench = await one_handler(db, handle, each=True, rate="1/h", per="c", concurrency=4)
+    await bench.add("a", [{"c": "a", "n": 1}])
+    async with bench.running():
+        await asyncio.wait_for(begun.wait(), PATIENCE)
+        await bench.add("a", [{"c": "a", "n": 2}])
+        await bench.until("select count(*) = 2 from anton.lease")
+        go.set()
+        await bench.until("select exists (select from anton.delayed where run_at > anton.now() + interval '50 m')")
+    assert done == [1]
 
 
 async def test_a_record_that_fails_takes_another_start_of_its_key(db: Database) -> None:
