@@ -225,13 +225,13 @@ MORE = (  # not of the twelve
                 "                     order by n limit least(v_free, p_wanted - v_held) for update skip locked);\n"
                 "    update permit set worker_id = p_worker, lease_until = v_now + p_lease where ctid = any (v_rows);",
                 "    update permit set worker_id = p_worker, lease_until = v_now + p_lease\n"
-                "     where handler_id = p_handler and n = any (array(select q.n from permit q, pg_sleep(0.3)\n"
+                "     where handler_id = p_handler and n = any (array(select q.n from permit q, pg_sleep(0.2)\n"
                 "       where q.handler_id = p_handler and q.lease_until <= v_now\n"
                 "       order by q.n limit least(v_free, p_wanted - v_held)));",
             ),
         ),
         "F1",
-        20,
+        6,
         r"(hold|alone) ran \d+ times at once",
     ),
     Bug(
