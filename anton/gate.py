@@ -96,8 +96,8 @@ class Gate:
                 self._inside[key] = inside
             if self.starts is None or self.starts.free(key):
                 return next(iter(self._out(key, 1)), None)
-            crowded = self.starts.crowded(key, self.aside(key))
-        if crowded:                                                    # it came when a start was left, or one ran
+            waits = self.aside(key) > 0
+        if waits:                                                      # it came while one ran, and nobody was told
             self.short()
         return None
 

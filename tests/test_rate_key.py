@@ -177,10 +177,32 @@ async def test_a_record_that_comes_while_the_last_start_of_its_key_is_used_goes_
     async with bench.running():
         await asyncio.wait_for(begun.wait(), PATIENCE)
         await bench.add("a", [{"c": "a", "n": 2}])
-        await bench.until("select count(*) = 2 from anton.lease")
-        go.set()
         await bench.until("select exists (select from anton.delayed where run_at > anton.now() + interval '50 m')")
+        go.set()
     assert done == [1]
+
+
+@pytest.mark.parametrize(("rate", "then"), [("1/h", "exists (select from anton.delayed)"),
+                                            ("100/m", "not exists (select from anton.lease)")])
+async def test_a_record_that_comes_while_another_of_its_key_runs_is_seen_to_when_that_ends(
+        db: Database, rate: str, then: str) -> None:
+    begun, go, done = asyncio.Event(), asyncio.Event(), list[int]()
+
+    async def handle(record: Any) -> None:
+        begun.set()
+        await go.wait()
+        done.append(record["n"])
+
+    bench = await one_handler(db, handle, each=True, rate=rate, per="c", concurrency=1)
+    await bench.add("a", [{"c": "a", "n": 1}])
+    async with bench.running() as worker:
+        await asyncio.wait_for(begun.wait(), PATIENCE)
+        await met(lambda: not any(books.gate.waiting() or books.starts.began for books in worker._keys._books.values()))
+        await bench.add("a", [{"c": "a", "n": 2}])
+        await bench.until("select count(*) = 2 from anton.lease")      # it has no room: nobody puts it off
+        go.set()
+        await bench.until(f"select {then}")
+    assert done == ([1] if rate == "1/h" else [1, 2])
 
 
 async def test_a_record_that_fails_takes_another_start_of_its_key(db: Database) -> None:
