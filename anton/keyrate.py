@@ -191,7 +191,7 @@ class KeyMeter:
                     known.again = 0.0
                 if known is not None and known.again > now:
                     pause = min(pause, known.again - now, starts.lapses(key))
-                    if starts.crowded(key, gate.aside(key)):
+                    if gate.aside(key) > known.few + sum(known.left.values()):
                         many.append(key)
                     continue
                 if known is not None:

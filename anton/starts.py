@@ -186,11 +186,6 @@ class Starts:
         slot = int((now + self.clock.low) // self.slot) if math.isfinite(self.clock.low) else -1
         return slot if now + self.clock.high < (slot + 1) * self.slot else -1
 
-    def crowded(self, key: Hashable, waiting: int) -> bool:
-        """Whether more records of a key wait here than may until it is looked at again."""
-        known = self.keys.get(key)
-        return known is not None and waiting > known.few + sum(known.left.values())
-
     def lapses(self, key: Hashable) -> float:
         """Seconds until the first start that a key has is over; infinite without one."""
         left = self.keys[key].left

@@ -164,7 +164,16 @@ async def test_who_does_not_hold_the_handler_notes_no_starts(db: Database) -> No
     assert await bench.count("anton.rate_key") == 0
 
 
-async def test_a_record_that_comes_while_the_last_start_of_its_key_is_used_goes_back(db: Database) -> None:
+OFF = "exists (select from anton.delayed where run_at > anton.now() + interval '50 m')"
+NONE = "not exists (select from anton.lease)"
+HERE = "(select count(*) = 2 from anton.lease)"                        # it has no room, and nobody puts it off
+
+
+@pytest.mark.parametrize(("rate", "most", "meanwhile", "then", "runs"), [
+    ("1/h", 4, OFF, OFF, [1]), ("1/h", 1, HERE, OFF, [1]), ("100/m", 1, HERE, NONE, [1, 2]),
+], ids=["room and no start", "no room and no start", "no room and a start"])
+async def test_a_record_that_comes_while_another_of_its_key_runs_goes_back_or_begins_at_its_end(
+        db: Database, rate: str, most: int, meanwhile: str, then: str, runs: list[int]) -> None:
     begun, go, done = asyncio.Event(), asyncio.Event(), list[int]()
 
     async def handle(record: Any) -> None:
@@ -172,37 +181,16 @@ async def test_a_record_that_comes_while_the_last_start_of_its_key_is_used_goes_
         await go.wait()
         done.append(record["n"])
 
-    bench = await one_handler(db, handle, each=True, rate="1/h", per="c", concurrency=4)
-    await bench.add("a", [{"c": "a", "n": 1}])
-    async with bench.running():
-        await asyncio.wait_for(begun.wait(), PATIENCE)
-        await bench.add("a", [{"c": "a", "n": 2}])
-        await bench.until("select exists (select from anton.delayed where run_at > anton.now() + interval '50 m')")
-        go.set()
-    assert done == [1]
-
-
-@pytest.mark.parametrize(("rate", "then"), [("1/h", "exists (select from anton.delayed)"),
-                                            ("100/m", "not exists (select from anton.lease)")])
-async def test_a_record_that_comes_while_another_of_its_key_runs_is_seen_to_when_that_ends(
-        db: Database, rate: str, then: str) -> None:
-    begun, go, done = asyncio.Event(), asyncio.Event(), list[int]()
-
-    async def handle(record: Any) -> None:
-        begun.set()
-        await go.wait()
-        done.append(record["n"])
-
-    bench = await one_handler(db, handle, each=True, rate=rate, per="c", concurrency=1)
+    bench = await one_handler(db, handle, each=True, rate=rate, per="c", concurrency=most)
     await bench.add("a", [{"c": "a", "n": 1}])
     async with bench.running() as worker:
         await asyncio.wait_for(begun.wait(), PATIENCE)
-        await met(lambda: not any(books.gate.waiting() or books.starts.began for books in worker._keys._books.values()))
+        await met(lambda: not any(books.starts.began for books in worker._keys._books.values()))  # nothing is to come
         await bench.add("a", [{"c": "a", "n": 2}])
-        await bench.until("select count(*) = 2 from anton.lease")      # it has no room: nobody puts it off
+        await bench.until(f"select {meanwhile}")
         go.set()
         await bench.until(f"select {then}")
-    assert done == ([1] if rate == "1/h" else [1, 2])
+    assert done == runs
 
 
 async def test_a_record_that_fails_takes_another_start_of_its_key(db: Database) -> None:
